@@ -1,0 +1,1 @@
+"""Tandem: reinforcement learning for language models."""

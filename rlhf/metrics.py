@@ -1,0 +1,67 @@
+"""Metrics travel as partial aggregates and are averaged once, where they are written: a mean of means is a bug.
+
+The glossary of names, units and healthy ranges is docs/metrics.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Mean:
+    """A sum and how many things were summed. `(Mean(1.0, 1) + Mean(0.0, 3)).value == 0.25`."""
+
+    total: float
+    count: float = 1.0
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return self.total / self.count if self.count else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A quantity that adds up over microbatches and ranks."""
+
+    total: float
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(self.total + other.total)
+
+    @property
+    def value(self) -> float:
+        return self.total
+
+
+@dataclass(frozen=True, slots=True)
+class Max:
+    """The largest seen."""
+
+    largest: float
+
+    def __add__(self, other: Max) -> Max:
+        return Max(max(self.largest, other.largest))
+
+    @property
+    def value(self) -> float:
+        return self.largest
+
+
+Partial = Mean | Sum | Max
+Metrics = dict[str, Partial]
+
+
+def merge(parts: Iterable[Mapping[str, Partial]]) -> Metrics:
+    """Adds up partials of the same name. Two kinds under one name are a programming error."""
+    merged: Metrics = {}
+    for part in parts:
+        for name, value in part.items():
+            seen = merged.get(name)
+            assert seen is None or type(seen) is type(value), f"{name}: {seen} and {value}"
+            merged[name] = value if seen is None else seen + value  # type: ignore[operator]
+    return merged

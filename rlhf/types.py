@@ -1,0 +1,239 @@
+"""The data that flows from a prompt to an update, one frozen type a stage. Imports nothing of ours.
+
+    Prompt --engine--> Completion --reward--> Trajectory --by prompt--> Group --experience--> Experience
+
+Sizes have letters, everywhere in the project:
+
+    N  tokens, packed end to end (never padded)      P  prompts of one step
+    S  sequences (trajectories)                      G  completions of one prompt (may differ per prompt)
+    V  vocabulary                                    H  hidden size
+    K  objectives of a reward
+
+Names (one word, one meaning):
+
+    completion         what one sampling returns (never response, answer or generation)
+    trajectory         prompt + completion(s) + reward
+    rollout_logprobs   by the engine, of the distribution really sampled from
+    old_logprobs       by the learner, at the weights before the update
+    ref_logprobs       by the frozen reference
+    logprobs           by the policy being differentiated
+    loss_mask          True where the policy chose the token and learns from it
+    policy_version     number of updates behind a token; staleness = current version - policy_version
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from torch import Tensor
+
+Messages = str | Sequence[Mapping[str, Any]]
+
+
+class FinishReason(StrEnum):
+    """Why a completion ended."""
+
+    STOP = "stop"
+    """The policy chose an end-of-sequence or stop token; that token belongs to the completion."""
+    LENGTH = "length"
+    """Cut at the token limit: the completion is truncated."""
+    ABORT = "abort"
+    """The engine gave up on it; it never reaches a reward."""
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens `[start, end)` of a completion were sampled by weights `version`."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One question, tokenised.
+
+    Example: `Prompt("train.jsonl:7", (1, 9690, 198), "What is 3 + 5?", {"answer": 8})`.
+    """
+
+    id: str
+    """Unique within the run: file name and line number."""
+    token_ids: tuple[int, ...]
+    content: Messages
+    """As the dataset has it: plain text or chat messages. Rewards receive this."""
+    columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Every further column of the dataset, for rewards."""
+    images: tuple[Any, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What an engine returns for one sample of a request.
+
+    Example: `Completion("train.jsonl:7", 0, (40, 2), (-0.1, -0.5), FinishReason.STOP, (VersionSpan(3, 0, 2),))`.
+    """
+
+    prompt_id: str
+    index: int
+    """Position in its group, `0 .. n-1`."""
+    token_ids: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...]
+    """One a token, of the distribution really sampled from (temperature, top-p, top-k applied)."""
+    finish_reason: FinishReason
+    versions: tuple[VersionSpan, ...]
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.rollout_logprobs), (len(self.token_ids), len(self.rollout_logprobs))
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """Everything after the prompt, with its reward.
+
+    A second turn after a tool's answer, for example: tokens `a b | t t t | c d` with
+    `loss_mask = 1 1 0 0 0 1 1` and `turns = 0 0 0 0 0 1 1`: the tool's tokens were not chosen by the policy.
+    """
+
+    token_ids: tuple[int, ...]
+    loss_mask: tuple[bool, ...]
+    turns: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...]
+    """0.0 where `loss_mask` is False."""
+    finish_reason: FinishReason
+    versions: tuple[VersionSpan, ...]
+    text: str
+    reward: float | None
+    """Weighted sum of the objectives. None: no function gave a number, the trajectory is not learned from."""
+    objectives: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @classmethod
+    def single_turn(
+        cls, completion: Completion, *, text: str, reward: float | None, objectives: Mapping[str, float]
+    ) -> Trajectory:
+        """The usual case: every token of one completion was chosen by the policy."""
+        n = len(completion.token_ids)
+        return cls(
+            token_ids=completion.token_ids,
+            loss_mask=(True,) * n,
+            turns=(0,) * n,
+            rollout_logprobs=completion.rollout_logprobs,
+            finish_reason=completion.finish_reason,
+            versions=completion.versions,
+            text=text,
+            reward=reward,
+            objectives=objectives,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The scored trajectories of one prompt; sizes may differ between prompts."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+
+    @property
+    def rewards(self) -> list[float]:
+        """Rewards of the trajectories that have one."""
+        return [t.reward for t in self.trajectories if t.reward is not None]
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Denominators of one update, summed over every rank and microbatch."""
+
+    tokens: int
+    """Tokens with `loss_mask`."""
+    sequences: int
+    """Sequences with at least one such token."""
+
+
+@dataclass(frozen=True, slots=True)
+class CriticTargets:
+    """What the value function learns from. Both fp32 `[N]`."""
+
+    values: Tensor
+    returns: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PerceptionInputs:
+    """Log-probs of the same tokens given the masked image, fp32 `[N]`; `has_image` bool `[N]`."""
+
+    masked_logprobs: Tensor
+    has_image: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """All that one step learns from: the trajectory tokens of every group, end to end.
+
+    Two groups of prompts `p q` and `r`, with completions `a b`, `c` and `d e`:
+
+        prompts   = (p q), (r)              one tensor a group: a prompt is kept, and computed, once
+        token_ids = a b c d e               N = 5
+        sequence  = 0 0 1 2 2               S = 3
+        positions = 2 3 2 1 2               continue those of the prompt
+        group     = 0 0 1                   [S]
+    """
+
+    prompts: tuple[Tensor, ...]
+    token_ids: Tensor
+    sequence: Tensor
+    positions: Tensor
+    turn: Tensor
+    group: Tensor
+    loss_mask: Tensor
+    rollout_logprobs: Tensor
+    old_logprobs: Tensor | None
+    """None: there is one update a step, and the first pass of the learner, detached, stands for it."""
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    critic: CriticTargets | None = None
+    perception: PerceptionInputs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdvantageInputs:
+    """What an advantage function sees: scored sequences of whole groups, and their tokens.
+
+    `rewards` `[S]`, `objectives` `[S, K]`, `group` `[S]` (0..P-1, contiguous), `token_penalty` `[N]` (what a KL in
+    the reward takes off each token, zeros without one), `sequence` `[N]`, `loss_mask` `[N]`, `values` `[N]` or None.
+    `all_sum` adds a tensor up over the ranks (the identity on one rank).
+    """
+
+    rewards: Tensor
+    objectives: Tensor
+    objective_weights: Tensor
+    group: Tensor
+    token_penalty: Tensor
+    sequence: Tensor
+    loss_mask: Tensor
+    values: Tensor | None = None
+    all_sum: Callable[[Tensor], Tensor] = lambda t: t
+
+
+@dataclass(frozen=True, slots=True)
+class LossInputs:
+    """What a loss sees of one microbatch. All `[N]`; only `logprobs`, `entropy` and `exact_kl` carry gradient."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    """Of the whole vocabulary, in nats; without gradient unless the algorithm's entropy coefficient is not 0."""
+    exact_kl: Tensor | None
+    """KL(policy || reference) of the whole vocabulary, when the algorithm asks for it."""
+    old_logprobs: Tensor
+    rollout_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    loss_mask: Tensor
+    sequence: Tensor
+    """Ids of the sequences of this microbatch, `0 .. S-1`, contiguous; a sequence is never cut."""
+    turn: Tensor
+    counts: Counts
+    kl_coef: float
+    """The coefficient in force (an adaptive controller moves it)."""

@@ -1,0 +1,1 @@
+"""Engines that sample groups of completions: one protocol, several implementations."""

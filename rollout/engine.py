@@ -1,0 +1,110 @@
+"""The rollout engine protocol: token ids in, token ids with log-probs out; one request a prompt, of any group size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from rlhf.types import Completion, Prompt
+
+PauseMode = Literal["abort", "wait", "keep"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled.
+
+    Sample `i` of a request, at token `t`, uses the uniform number `hash(seed, i, t)`: what it draws depends neither
+    on the other requests of the batch nor on what was sampled before. `top_p=1` and `top_k=0` switch truncation off.
+    """
+
+    n: int
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    """0 takes the most probable token; its log-prob is then that at temperature 1."""
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.max_tokens < 1:
+            raise ValueError(f"n and max_tokens must be at least 1, got n={self.n}, max_tokens={self.max_tokens}")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(
+                "sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, "
+                f"got {self.temperature}, {self.top_p}, {self.top_k}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutRequest:
+    """A prompt and how to sample it. `prompt.id` names the request: unique among those in flight."""
+
+    prompt: Prompt
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What one weight update cost."""
+
+    version: int
+    seconds: float
+    bytes: int
+
+
+class WeightSource(Protocol):
+    """The learner's weights, as an engine reads them."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The compute copy of the policy; an engine in the same process may hold this very object."""
+        ...
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Full (gathered) tensors in the order and under the names of the Hugging Face layout."""
+        ...
+
+
+class RolloutEngine(Protocol):
+    """Groups are scored while others decode: `submit` returns at once, `poll` gives what has finished."""
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None: ...
+
+    def poll(self, timeout: float | None = None) -> list[Completion]:
+        """Completions that finished since the last call; `[]` when nothing is in flight.
+
+        Waits up to `timeout` seconds for the first (None: as long as the engine's own deadline).
+        """
+        ...
+
+    def pause(self, mode: PauseMode) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def update_weights(self, source: WeightSource, version: int) -> SyncReport: ...
+
+    def release(self) -> None:
+        """Gives memory back that the learner can use until the next `submit`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[list[Completion]]:
+    """`submit` and `poll` to the end: the group of each request, in order of `index`."""
+    engine.submit(requests)
+    done: dict[str, list[Completion]] = {r.prompt.id: [] for r in requests}
+    missing = sum(r.params.n for r in requests)
+    while missing:
+        finished = engine.poll()
+        if not finished:
+            raise RuntimeError(f"the rollout engine stopped with {missing} completions missing")
+        for completion in finished:
+            done[completion.prompt_id].append(completion)
+        missing -= len(finished)
+    return [sorted(done[r.prompt.id], key=lambda c: c.index) for r in requests]
