@@ -1,0 +1,338 @@
+"""The settings of a run: one frozen tree, read from YAML and `key=value` overrides, checked before anything loads.
+
+    config = load_config("configs/quickstart.yaml", ["steps=40", "rollout.group_size=16"])
+
+Every check of one setting stands in its section, every check between settings in `Config.check_together`.
+The keys of `algorithm` are the keyword arguments of its function in `algos/table.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.table import ALGORITHMS
+from rlhf.plugins import load_object
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message has one line a problem: the key, what was expected, what came."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class ModelConfig(Section):
+    path: str
+    """Hugging Face causal language model: a local folder, or a hub name where there is a network."""
+    reference: str | None = None
+    """Frozen reference of the KL terms; the model itself at the start of the run when not given."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the compute copy. The optimizer's master copy is always float32."""
+    packing: Literal["auto", "shared_prefix", "padded"] = "auto"
+    """How a group goes through the model: its prompt once, or every sequence padded by itself."""
+    gradient_checkpointing: bool = False
+
+
+class DataConfig(Section):
+    train: str
+    """jsonl or parquet file, or a `datasets` folder."""
+    eval: str | None = None
+    prompt_column: str = "prompt"
+    max_prompt_tokens: Positive = 1024
+    long_prompts: Literal["refuse", "skip"] = "refuse"
+
+
+class RewardFunction(Section):
+    path: str
+    """`package.module:function` or `path/file.py:function`."""
+    weight: float = 1.0
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class RewardConfig(Section):
+    functions: tuple[RewardFunction, ...] = Field(min_length=1)
+    max_failed_share: Share = 0.1
+    """The run stops when a larger share of a step's samples got no number from any function."""
+    success_objective: str | None = None
+    """The objective that says whether a completion is right; the weighted sum when not given."""
+    success_threshold: float = 0.5
+    """A completion is right when that objective is at least this."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["native", "hf"] = "native"
+    prompts_per_step: Positive = 32
+    group_size: Positive = 8
+    max_completion_tokens: Positive = 512
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    top_k: Count = 0
+    """0 keeps the whole vocabulary."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Beside the end-of-sequence tokens of the model."""
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 4.0
+    """Memory for keys and values; groups beyond it wait for room."""
+    sync_tolerance: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest mean difference of engine and learner log-probs after a weight sync, in nats.
+
+    Not given: 0.1 in bfloat16, 0.001 in float32.
+    """
+
+
+class BudgetConfig(Section):
+    rule: Literal["uniform", "knapsack"] = "uniform"
+    low: Positive = 2
+    high: Positive = 128
+
+
+class LearnerConfig(Section):
+    lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_steps: Count = 0
+    schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    epochs: Positive = 1
+    """Passes over the experience of one step."""
+    minibatches: Positive = 1
+    """Updates a pass; prompts are dealt to them at random."""
+    microbatch_tokens: Positive = 16384
+    """Tokens of one forward and backward pass: memory, not results, depends on it."""
+
+
+class EvalConfig(Section):
+    every: Count = 0
+    """Steps between evaluations; 0: before the first step and after the last one only."""
+    samples: Positive = 8
+    max_prompts: Positive | None = None
+
+
+class CheckpointConfig(Section):
+    every: Count = 50
+    """Steps between checkpoints; 0: only at the end and when interrupted."""
+    keep_last: Positive = 2
+    resume: Literal["never", "auto"] = "never"
+    export: bool = True
+    """Write the final model in the Hugging Face layout."""
+
+
+class MonitorConfig(Section):
+    sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    """Beside RUN/metrics.jsonl, which is always written."""
+    samples_per_step: Count = 2
+    """Groups whose completions go to RUN/samples.jsonl."""
+
+
+class Config(Section):
+    run_dir: str
+    steps: Positive
+    seed: Count = 0
+    model: ModelConfig
+    data: DataConfig
+    reward: RewardConfig
+    algorithm: dict[str, Any]
+    """`name` (a key of `ALGORITHMS`, or `path/file.py:function`) and that function's keyword arguments."""
+    rollout: RolloutConfig = RolloutConfig()
+    budget: BudgetConfig = BudgetConfig()
+    learner: LearnerConfig = LearnerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @field_validator("algorithm")
+    @classmethod
+    def has_a_name(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        if "name" not in settings:
+            raise ValueError(f"needs a name, one of {', '.join(ALGORITHMS)} or path/file.py:function")
+        return settings
+
+    @model_validator(mode="after")
+    def check_together(self) -> Config:
+        rollout, learner, budget = self.rollout, self.learner, self.budget
+        settings = resolve_algorithm(self.algorithm, max_tokens=rollout.max_completion_tokens)
+        object.__setattr__(self, "algorithm", settings)
+        longest = self.data.max_prompt_tokens + rollout.max_completion_tokens
+        if learner.microbatch_tokens < longest:
+            raise ValueError(
+                f"learner.microbatch_tokens is {learner.microbatch_tokens}, but one sequence may have "
+                f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest} tokens"
+            )
+        if learner.minibatches > rollout.prompts_per_step:
+            raise ValueError(
+                f"learner.minibatches is {learner.minibatches}, but a step has only "
+                f"rollout.prompts_per_step = {rollout.prompts_per_step} prompts to deal out"
+            )
+        if learner.warmup_steps > self.steps:
+            raise ValueError(f"learner.warmup_steps is {learner.warmup_steps}, but the run has {self.steps} steps")
+        if budget.rule == "knapsack" and not budget.low <= rollout.group_size <= budget.high:
+            raise ValueError(
+                f"the knapsack budget shares out rollout.group_size = {rollout.group_size} rollouts a prompt "
+                f"between budget.low = {budget.low} and budget.high = {budget.high}"
+            )
+        if self.eval.every and self.data.eval is None:
+            raise ValueError(f"eval.every is {self.eval.every}, but there is no data.eval to evaluate on")
+        return self
+
+    def build_algorithm(self) -> Algorithm:
+        settings = dict(self.algorithm)
+        return algorithm_factory(settings.pop("name"))(**settings)
+
+    def to_yaml(self) -> str:
+        """Every setting with the value in force, as RUN/config.yaml holds it."""
+        plain = {key: _plain(value) for key, value in self.model_dump(mode="json").items()}
+        return yaml.safe_dump(plain, sort_keys=False, width=110)
+
+
+def algorithm_factory(name: str) -> Callable[..., Algorithm]:
+    """The function behind `algorithm.name`: of the table, or of a user's file."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    if ":" in name:
+        return load_object(name)
+    near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f"unknown algorithm {name!r}{hint} There are: {', '.join(ALGORITHMS)}")
+
+
+def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[str, Any]:
+    """`algorithm` with every default filled in; `max_tokens` is the completion limit unless given."""
+    name = settings["name"]
+    schema = _schema(algorithm_factory(name))
+    given = {key: value for key, value in settings.items() if key != "name"}
+    if "max_tokens" in schema.model_fields:
+        given.setdefault("max_tokens", max_tokens)
+    try:
+        resolved = schema.model_validate(given)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(error, prefix="algorithm", schema=schema))) from None
+    values = {key: getattr(resolved, key) for key in schema.model_fields}
+    factory = algorithm_factory(name)
+    hints = typing.get_type_hints(factory)
+    for key, value in values.items():
+        if isinstance(value, BaseModel):
+            values[key] = hints[key](**value.model_dump())
+    factory(**values)
+    return {"name": name, **values}
+
+
+def _schema(function: Callable[..., Any]) -> type[BaseModel]:
+    """A pydantic model of a function's or dataclass's keyword arguments; nested dataclasses become models too."""
+    fields: dict[str, Any] = {}
+    hints = typing.get_type_hints(function if not dataclasses.is_dataclass(function) else function.__init__)
+    for key, parameter in inspect.signature(function).parameters.items():
+        kind, default = hints[key], parameter.default
+        if dataclasses.is_dataclass(kind):
+            kind = _schema(typing.cast(type, kind))
+            if dataclasses.is_dataclass(default):
+                default = dataclasses.asdict(typing.cast(Any, default))
+        fields[key] = (kind, ... if default is inspect.Parameter.empty else default)
+    name = typing.cast(str, getattr(function, "__name__", "settings"))
+    return create_model(name, __config__=ConfigDict(extra="forbid", validate_default=True), **fields)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `dotted.key=value` overrides.
+
+    Raises ConfigError: the file is missing or is no YAML mapping, an override is malformed, a key is unknown (its
+    nearest neighbour is named), a value is out of its range, or two settings do not go together.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no config file {path}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
+    settings = typing.cast(dict[str, Any], tree)
+    for override in overrides:
+        _apply(settings, override)
+    return make_config(settings)
+
+
+def make_config(settings: Mapping[str, Any]) -> Config:
+    """A checked Config from a nested mapping. Raises ConfigError."""
+    try:
+        return Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(error, prefix="", schema=Config))) from None
+
+
+def setting_names(schema: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key there is, algorithms' own excepted."""
+    for key, info in schema.model_fields.items():
+        kind = info.annotation
+        if inspect.isclass(kind) and issubclass(kind, BaseModel):
+            yield from setting_names(kind, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _apply(settings: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"an override is key=value, got {override!r}")
+    *parents, last = key.split(".")
+    node = settings
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
+        node = typing.cast(dict[str, Any], child)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
+
+
+def _explain(error: ValidationError, *, prefix: str, schema: type[BaseModel]) -> Iterator[str]:
+    for problem in error.errors():
+        where = ".".join([prefix, *map(str, problem["loc"])] if prefix else map(str, problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            hint = _nearest(where, prefix, schema)
+            yield f"unknown setting {where}" + (f"; did you mean {hint}?" if hint else "")
+        elif problem["type"] == "missing":
+            yield f"{where} is required"
+        elif problem["type"] == "value_error":
+            yield f"{where}: {message}" if where and not message.startswith(where) else message
+        else:
+            yield f"{where}: {message}, got {problem['input']!r}"
+
+
+def _nearest(where: str, prefix: str, schema: type[BaseModel]) -> str | None:
+    names = list(setting_names(schema, f"{prefix}." if prefix else ""))
+    parent, _, last = where.rpartition(".")
+    siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == parent}
+    leaves = {n.rpartition(".")[2]: n for n in names}
+    for candidates in (siblings, leaves):
+        near = difflib.get_close_matches(last, candidates, n=1)
+        if near:
+            return candidates[near[0]]
+    near = difflib.get_close_matches(where, names, n=1)
+    return near[0] if near else None
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in typing.cast(dict[str, Any], value).items()}
+    return value
