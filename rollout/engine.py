@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -57,6 +57,7 @@ class SyncReport:
     bytes: int
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """The learner's weights, as an engine reads them."""
 
@@ -70,6 +71,7 @@ class WeightSource(Protocol):
         ...
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Groups are scored while others decode: `submit` returns at once, `poll` gives what has finished."""
 

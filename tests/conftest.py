@@ -1,0 +1,106 @@
+"""Shapes and types are checked while tests run; tiny models of four families to test with, without a network."""
+
+from __future__ import annotations
+
+import os
+
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# read when transformers is imported, which is later: no test reaches for the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+if find_spec("beartype"):
+    # without the numeric tower an int would not do for a float
+    install_import_hook("rlhf", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+torch.set_num_threads(1)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OWN_SIZES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True, "head_dim": 16},
+    # soft-capped logits, sliding and full attention in turn
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "final_logit_softcapping": 30.0},
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def save_tiny_tokenizer(folder: Path) -> int:
+    """A token a character (ASCII), three special tokens, a chat template; returns the vocabulary's size."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    # byte level, as the tokenizer classes of Qwen rebuild it: a space is written Ġ, a line end Ċ
+    characters = ["Ċ", "Ġ", *map(chr, range(33, 127))]
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters])}
+    backend = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token=SPECIAL_TOKENS[0], bos_token=SPECIAL_TOKENS[1], eos_token=SPECIAL_TOKENS[2]
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def save_tiny_model(folder: Path, family: str) -> None:
+    """Two layers of random weights (seed 0, float32) with the tiny tokenizer, in the Hugging Face layout."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    vocab_size = save_tiny_tokenizer(folder)
+    config = AutoConfig.for_model(family, vocab_size=vocab_size, dtype="float32", **{**SIZES, **OWN_SIZES[family]})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`tiny_model("llama" | "qwen2" | "qwen3" | "gemma2")`: the folder of a tiny model, made once a session."""
+
+    @cache
+    def folder(family: str) -> Path:
+        path = tmp_path_factory.mktemp(f"tiny-{family}")
+        save_tiny_model(path, family)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tiny_model: Callable[[str], Path]) -> Path:
+    """A tiny Llama with its tokenizer (a token a character, chat template, 99 tokens)."""
+    return tiny_model("llama")
