@@ -1,0 +1,154 @@
+"""Shared-prefix attention for training: a prompt's keys and values are computed, and attended to, once a group.
+
+A completion token sees its prompt and what stands before it in its own completion. Its attention is merged from two
+parts by their log-sum-exps, one over the prompt (all completions of the group in one call) and one causal over its
+own completion; the backward calls the kernel's backward twice with the merged output and log-sum-exp, which makes
+both gradients exact. The model is any causal, full-attention one that takes its attention from transformers'
+`AttentionInterface` (name `SHARED_PREFIX`); the layout reaches it as the keyword `spans`.
+
+For short prompts concatenation is faster than merging (fewer, larger calls): prompts up to `CONCAT_BELOW` tokens are
+put in front of each completion, and the gradient of the copies is added up by autograd.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from rlhf.packing import GroupSpan
+
+SHARED_PREFIX = "rlhf_shared_prefix"
+CONCAT_BELOW = 128
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    spans: Sequence[GroupSpan],
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of packed groups: query `[1, heads, T, D]`, key and value `[1, kv_heads, T, D]` -> `[1, T, heads, D]`."""
+    assert query.shape[0] == 1 and attention_mask is None
+    repeats = query.shape[1] // key.shape[1]
+    outputs: list[Tensor] = []
+    for span in spans:
+        q, k, v = (t[0, :, span.start : span.end] for t in (query, key, value))
+        k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
+        outputs += _group(q, k, v, span, scaling)
+    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+
+
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+
+
+def _group(q: Tensor, k: Tensor, v: Tensor, span: GroupSpan, scale: float | None) -> list[Tensor]:
+    """One group, `[heads, prompt + completions, D]`: the prompt's part and the completions' part of the output."""
+    (q_p, q_c), (k_p, k_c), (v_p, v_c) = (t.split([span.prompt, sum(span.completions)], dim=1) for t in (q, k, v))
+    prompt = F.scaled_dot_product_attention(q_p, k_p, v_p, is_causal=True, scale=scale)
+    rows = _Rows(span.completions, q.device)
+    if span.prompt < CONCAT_BELOW:
+        completions = _concatenated(q_c, (k_p, k_c), (v_p, v_c), rows, scale)
+    else:
+        completions = _Merged.apply(q_c, k_p, v_p, k_c, v_c, rows, scale)
+    return [prompt, completions]
+
+
+class _Rows:
+    """Completions back to back `[heads, sum, D]` <-> one row each `[G, heads, longest, D]`, padded on the right.
+
+    Behind a causal mask right padding is never looked at by a real token.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.count, self.longest = len(lengths), max(lengths)
+        index = torch.arange(self.longest, device=device)
+        length = torch.tensor(lengths, device=device)
+        start = length.cumsum(0) - length
+        self.real = index < length[:, None]
+        self.source = torch.where(self.real, start[:, None] + index, 0).flatten()
+        self.target = self.real.flatten().nonzero()[:, 0]
+        self.even = bool(self.real.all())
+
+    def split(self, x: Tensor) -> Tensor:
+        x = x if self.even else x[:, self.source]
+        return x.unflatten(1, (self.count, self.longest)).transpose(0, 1)
+
+    def join(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1).flatten(1, 2)
+        return x if self.even else x[:, self.target]
+
+
+def _concatenated(
+    q: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], rows: _Rows, scale: float | None
+) -> Tensor:
+    def joined(prompt: Tensor, own: Tensor) -> Tensor:
+        return torch.cat([prompt.expand(rows.count, -1, -1, -1), rows.split(own)], dim=2)
+
+    prompt = keys[0].shape[1]
+    mask = torch.ones(rows.longest, prompt + rows.longest, dtype=torch.bool, device=q.device).tril(prompt)
+    output = F.scaled_dot_product_attention(rows.split(q), joined(*keys), joined(*values), attn_mask=mask, scale=scale)
+    return rows.join(output)
+
+
+class _Merged(torch.autograd.Function):
+    """softmax over (prompt, own completion) as two attention calls, merged by log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        q, k_p, v_p, k_c, v_c, rows, scale = args
+        q_rows, k_rows, v_rows = (rows.split(t).contiguous() for t in (q, k_c, v_c))
+        out_p, lse_p = attention_forward(q[None], k_p[None], v_p[None], causal=False, scale=scale)
+        out_c, lse_c = attention_forward(q_rows, k_rows, v_rows, causal=True, scale=scale)
+        out_p, lse_p, out_c, lse_c = out_p[0], lse_p[0], rows.join(out_c), rows.join(lse_c)
+        lse = torch.logaddexp(lse_p, lse_c)
+        weight_p, weight_c = (lse_p - lse).exp()[..., None], (lse_c - lse).exp()[..., None]
+        out = (out_p * weight_p + out_c * weight_c).to(q.dtype)
+        ctx.save_for_backward(q, k_p, v_p, q_rows, k_rows, v_rows, out, lse)
+        ctx.rows, ctx.scale = rows, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k_p, v_p, q_rows, k_rows, v_rows, out, lse = ctx.saved_tensors
+        rows, scale = ctx.rows, ctx.scale
+        grad = grads[0].contiguous()
+        prompt = (q[None], k_p[None], v_p[None], out[None], lse[None])
+        dq_p, dk_p, dv_p = attention_backward(grad[None], *prompt, causal=False, scale=scale)
+        grad_rows = rows.split(grad) * rows.real[:, None, :, None]
+        own = (q_rows, k_rows, v_rows, rows.split(out).contiguous(), rows.split(lse).contiguous())
+        dq_c, dk_c, dv_c = attention_backward(grad_rows.contiguous(), *own, causal=True, scale=scale)
+        return dq_p[0] + rows.join(dq_c), dk_p[0], dv_p[0], rows.join(dk_c), rows.join(dv_c), None, None
+
+
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Output `[B, heads, L, D]` and log-sum-exp `[B, heads, L]` of attention, by the device's flash kernel."""
+    if q.device.type == "cpu":
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        return out, lse if lse.shape[1] == q.shape[1] else lse.transpose(1, 2)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    return out, lse
+
+
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, given the output and log-sum-exp of the whole softmax (not of this part alone)."""
+    if q.device.type == "cpu":
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+    none = torch.empty(0, dtype=torch.int64, device=q.device)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    return backward(
+        grad, q, k, v, out, lse, none, none, q.shape[2], k.shape[2], 0.0, causal, seed, none, scale=scale
+    )

@@ -1,0 +1,102 @@
+"""Ranks: every rank holds the whole model, samples its share of the prompts and adds its gradient to the others'.
+
+One process without torchrun is a world of one. All sums over ranks go through `World`; nothing else in the project
+calls torch.distributed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlhf.metrics import Metrics, merge
+
+TIMEOUT = timedelta(minutes=30)
+
+
+class World:
+    """This process among the ranks of a run."""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device = rank, size, device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, total: int) -> int:
+        """How many of `total` things fall to this rank; the shares of all ranks add up to `total`."""
+        return total // self.size + (self.rank < total % self.size)
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place on a copy, the same on each of them."""
+        if self.size == 1:
+            return tensor
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, gradients: Iterable[Tensor], bucket_bytes: int = 64 << 20) -> None:
+        """Adds gradients up over the ranks, in place, in buckets of one collective each."""
+        if self.size == 1:
+            return
+        bucket: list[Tensor] = []
+        for gradient in gradients:
+            bucket.append(gradient)
+            if sum(g.nbytes for g in bucket) >= bucket_bytes:
+                _reduce(bucket)
+                bucket = []
+        if bucket:
+            _reduce(bucket)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in order of rank. For small plain objects."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def merge(self, metrics: Metrics) -> Metrics:
+        """Partials of every rank added up."""
+        return merge(self.gather(metrics))
+
+
+def _reduce(bucket: list[Tensor]) -> None:
+    flat = torch.cat([g.flatten() for g in bucket])
+    dist.all_reduce(flat)
+    torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(flat.split([g.numel() for g in bucket]), bucket)])
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """Joins the ranks that torchrun or `accelerate launch` started, and leaves them at the end."""
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(rank, size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed of 62 bits from what it belongs to: `derive_seed(run_seed, "rollout", position)`.
+
+    The same on every machine and in every process (unlike `hash`), so nothing about sampling has to be stored.
+    """
+    text = "/".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2

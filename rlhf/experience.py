@@ -1,0 +1,118 @@
+"""Scored groups -> Experience: everything the loss needs, complete, before the first gradient.
+
+The passes without gradient happen here: `old_logprobs` when more than one update is made from the same experience (or
+a KL goes into the reward), `ref_logprobs` when the algorithm compares with a reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.kl import k1
+from rlhf.distributed import World
+from rlhf.packing import microbatches
+from rlhf.policy import Policy
+from rlhf.types import AdvantageInputs, Experience, FinishReason, Group, Trajectory
+
+
+class ExperienceBuilder:
+    """`keep_old`: the log-probs of the policy before its first update are needed (several updates a step)."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        algorithm: Algorithm,
+        world: World,
+        *,
+        temperature: float,
+        microbatch_tokens: int,
+        keep_old: bool,
+    ) -> None:
+        assert reference is not None or not algorithm.needs_reference
+        self.policy, self.reference, self.algorithm, self.world = policy, reference, algorithm, world
+        self.temperature, self.microbatch_tokens = temperature, microbatch_tokens
+        self.kl_in_reward = algorithm.needs_reference and algorithm.kl.placement == "reward"
+        self.keep_old = keep_old or self.kl_in_reward
+
+    def build(self, groups: Sequence[Group], *, kl_coef: float) -> Experience:
+        """Packs what can be learned from: trajectories with tokens and a reward, of groups that have any."""
+        learnable = [replace(g, trajectories=tuple(filter(_learnable, g.trajectories))) for g in groups]
+        experience = self._pack([g for g in learnable if g.trajectories])
+        if self.keep_old:
+            experience = replace(experience, old_logprobs=self._logprobs(self.policy, experience))
+        if self.reference is not None and self.algorithm.needs_reference:
+            experience = replace(experience, ref_logprobs=self._logprobs(self.reference, experience))
+        penalty = torch.zeros_like(experience.rollout_logprobs)
+        if self.kl_in_reward:
+            assert experience.old_logprobs is not None and experience.ref_logprobs is not None
+            penalty = kl_coef * k1(experience.old_logprobs, experience.ref_logprobs)
+            penalty = penalty.masked_fill(~experience.loss_mask, 0.0)
+        inputs = self._scores([t for g in learnable for t in g.trajectories], experience, penalty)
+        return replace(experience, advantages=self.algorithm.advantage(inputs))
+
+    def _pack(self, groups: Sequence[Group]) -> Experience:
+        device = self.world.device
+        trajectories = [t for g in groups for t in g.trajectories]
+        lengths = torch.tensor([len(t.token_ids) for t in trajectories], dtype=torch.long)
+        prompt_lengths = [len(g.prompt.token_ids) for g in groups for _ in g.trajectories]
+        positions = [torch.arange(p, p + n) for p, n in zip(prompt_lengths, lengths.tolist(), strict=True)]
+        sizes = torch.tensor([len(g.trajectories) for g in groups], dtype=torch.long)
+        mask = [
+            m and not (self.algorithm.drop_truncated and t.finish_reason == FinishReason.LENGTH)
+            for t in trajectories
+            for m in t.loss_mask
+        ]
+        logprobs = torch.tensor([p for t in trajectories for p in t.rollout_logprobs], dtype=torch.float32)
+        return Experience(
+            prompts=tuple(torch.tensor(g.prompt.token_ids, device=device) for g in groups),
+            token_ids=torch.tensor([i for t in trajectories for i in t.token_ids], dtype=torch.long, device=device),
+            sequence=torch.arange(len(trajectories)).repeat_interleave(lengths).to(device),
+            positions=torch.cat([torch.empty(0, dtype=torch.long), *positions]).to(device),
+            turn=torch.tensor([i for t in trajectories for i in t.turns], dtype=torch.long, device=device),
+            group=torch.arange(len(groups)).repeat_interleave(sizes).to(device),
+            loss_mask=torch.tensor(mask, dtype=torch.bool, device=device),
+            rollout_logprobs=logprobs.to(device),
+            old_logprobs=None,
+            ref_logprobs=None,
+            advantages=torch.zeros_like(logprobs, device=device),
+        )
+
+    @torch.no_grad()
+    def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:
+        result = torch.zeros_like(experience.rollout_logprobs)
+        for micro in microbatches(experience, range(len(experience.prompts)), self.microbatch_tokens):
+            statistics = policy.statistics(micro.packed, temperature=self.temperature, want=("logprob",))
+            assert statistics.logprob is not None
+            result[micro.index] = statistics.logprob.to(result.dtype)
+        return result
+
+    def _scores(self, trajectories: Sequence[Trajectory], experience: Experience, penalty: Tensor) -> AdvantageInputs:
+        names = sorted({name for t in trajectories for name in t.objectives})
+        rewards = [self.algorithm.shape_reward(_reward(t), sum(t.loss_mask)) for t in trajectories]
+        objectives = [[t.objectives.get(name, float("nan")) for name in names] for t in trajectories]
+        device = self.world.device
+        return AdvantageInputs(
+            rewards=torch.tensor(rewards, dtype=torch.float32, device=device),
+            objectives=torch.tensor(objectives, dtype=torch.float32, device=device).view(len(rewards), len(names)),
+            objective_weights=torch.ones(len(names), device=device),
+            group=experience.group,
+            token_penalty=penalty,
+            sequence=experience.sequence,
+            loss_mask=experience.loss_mask,
+            all_sum=self.world.all_sum,
+        )
+
+
+def _learnable(trajectory: Trajectory) -> bool:
+    return trajectory.reward is not None and len(trajectory.token_ids) > 0
+
+
+def _reward(trajectory: Trajectory) -> float:
+    assert trajectory.reward is not None
+    return trajectory.reward

@@ -1,0 +1,116 @@
+"""Experience -> minibatches -> microbatches -> loss -> backward -> clip -> step.
+
+A minibatch is one update, a microbatch one forward and backward pass. The loss of a microbatch is a sum divided by
+the counts of the whole minibatch over all ranks, so how a minibatch is cut changes nothing but memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.config import LearnerConfig
+from rlhf.distributed import World, derive_seed
+from rlhf.metrics import Max, Mean, Metrics, Sum, merge
+from rlhf.optimizer import MasterAdamW
+from rlhf.packing import Microbatch, microbatches
+from rlhf.policy import Policy
+from rlhf.types import Counts, Experience, LossInputs
+
+
+class Learner:
+    def __init__(
+        self,
+        policy: Policy,
+        reference: Policy | None,
+        algorithm: Algorithm,
+        optimizer: MasterAdamW,
+        world: World,
+        section: LearnerConfig,
+        *,
+        temperature: float,
+    ) -> None:
+        self.policy, self.algorithm, self.optimizer, self.world = policy, algorithm, optimizer, world
+        self.reference = reference if algorithm.needs_exact_kl else None
+        self.section, self.temperature = section, temperature
+        self.want = ("logprob", "entropy", "kl") if self.reference is not None else ("logprob", "entropy")
+
+    def update(self, experience: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
+        """All updates of one step. Groups without any signal skip the forward; they count in every denominator."""
+        parts: list[Metrics] = [_advantage_metrics(experience)]
+        for epoch in range(self.section.epochs):
+            for groups in self._minibatches(experience, derive_seed(seed, "minibatches", step, epoch)):
+                parts += self._update_once(experience, groups, step=step, kl_coef=kl_coef)
+        return merge(parts)
+
+    def _update_once(self, experience: Experience, groups: list[int], *, step: int, kl_coef: float) -> list[Metrics]:
+        counts = self._counts(experience, groups)
+        learned = [g for g in groups if self._has_signal(experience, g, kl_coef)]
+        if not self._any_rank(bool(learned)):
+            return [{"update/skipped": Sum(1.0 / self.world.size)}]
+        parts: list[Metrics] = []
+        for micro in microbatches(experience, learned, self.section.microbatch_tokens):
+            output = self.algorithm.loss(self._loss_inputs(experience, micro, counts, kl_coef))
+            output.loss.backward()
+            parts.append(output.metrics)
+        return [*parts, self.optimizer.step(step, self.world)]
+
+    def _loss_inputs(self, experience: Experience, micro: Microbatch, counts: Counts, kl_coef: float) -> LossInputs:
+        statistics = self.policy.statistics(
+            micro.packed, temperature=self.temperature, want=self.want, reference=self.reference
+        )
+        index = micro.index
+        logprobs, entropy = statistics.logprob, statistics.entropy
+        assert logprobs is not None and entropy is not None
+        old, ref = experience.old_logprobs, experience.ref_logprobs
+        return LossInputs(
+            logprobs=logprobs,
+            entropy=entropy if self.algorithm.entropy_coef else entropy.detach(),
+            exact_kl=statistics.kl,
+            old_logprobs=logprobs.detach() if old is None else old[index],
+            rollout_logprobs=experience.rollout_logprobs[index],
+            ref_logprobs=None if ref is None else ref[index],
+            advantages=experience.advantages[index],
+            loss_mask=experience.loss_mask[index],
+            sequence=torch.unique_consecutive(experience.sequence[index], return_inverse=True)[1],
+            turn=experience.turn[index],
+            counts=counts,
+            kl_coef=kl_coef,
+        )
+
+    def _minibatches(self, experience: Experience, seed: int) -> Iterator[list[int]]:
+        num_groups, parts = len(experience.prompts), self.section.minibatches
+        order = torch.randperm(num_groups, generator=torch.Generator().manual_seed(seed)).tolist()
+        for part in range(parts):
+            yield sorted(order[part::parts])
+
+    def _counts(self, experience: Experience, groups: list[int]) -> Counts:
+        member = torch.isin(experience.group, torch.tensor(groups, dtype=torch.long, device=experience.group.device))
+        valid = torch.bincount(experience.sequence[experience.loss_mask], minlength=len(experience.group))[member]
+        totals = self.world.all_sum(torch.stack([valid.sum(), (valid > 0).sum()]))
+        tokens, sequences = totals.tolist()
+        return Counts(tokens=tokens, sequences=sequences)
+
+    def _has_signal(self, experience: Experience, group: int, kl_coef: float) -> bool:
+        if self.algorithm.entropy_coef or (kl_coef and self.algorithm.kl.placement == "loss"):
+            return True
+        tokens = (experience.group[experience.sequence] == group) & experience.loss_mask
+        return bool((experience.advantages[tokens] != 0).any())
+
+    def _any_rank(self, flag: bool) -> bool:
+        return bool(self.world.all_sum(torch.tensor(int(flag), device=self.world.device)).item())
+
+
+def _advantage_metrics(experience: Experience) -> Metrics:
+    """Share of sequences whose advantages are all zero: they teach nothing."""
+    informative = torch.bincount(
+        experience.sequence, weights=(experience.advantages != 0).double(), minlength=len(experience.group)
+    )
+    largest = experience.advantages.abs().max().item() if len(experience.advantages) else 0.0
+    zero = int((informative == 0).sum())
+    return {
+        "advantage/zero_fraction": Mean(float(zero), float(len(experience.group))),
+        "advantage/abs_max": Max(largest),
+    }

@@ -1,0 +1,126 @@
+"""AdamW on a float32 master copy; the model itself computes in bfloat16.
+
+A bfloat16 weight has 8 bits: at a learning rate of 1e-6 nearly every update would be rounded away. So the optimizer
+owns float32 masters, gradients of all microbatches are added up in float32, and after each update the masters are
+copied into the model, which is the copy the engine samples from as well. In float32 model and masters are one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import LearnerConfig
+from rlhf.distributed import World
+from rlhf.metrics import Max, Mean, Metrics, Sum
+
+
+class MasterAdamW:
+    """Casts `model` (given in float32) to `dtype`, keeps its masters and updates both."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, section: LearnerConfig, total_steps: int) -> None:
+        self.section, self.total_steps = section, total_steps
+        self.names, self.weights = [], []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self.names.append(name)
+                self.weights.append(parameter)
+        if dtype == torch.float32:
+            self.masters = self.weights
+        else:
+            self.masters = [nn.Parameter(w.detach().clone()) for w in self.weights]
+            for parameter in model.parameters():
+                parameter.data = parameter.data.to(dtype)
+            for weight, master in zip(self.weights, self.masters, strict=True):
+                weight.register_post_accumulate_grad_hook(_move_gradient_to(master))
+        self.adamw = torch.optim.AdamW(
+            self.masters,
+            lr=section.lr,
+            betas=section.betas,
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+            fused=True,
+        )
+
+    def step(self, step: int, world: World) -> Metrics:
+        """One update from the gradients accumulated on every rank; they are gone afterwards.
+
+        Gradients are added over the ranks (losses are already divided by global counts) and clipped by their global
+        norm. An update with a non-finite gradient is skipped and counted.
+        """
+        for master in self.masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        world.sum_gradients(m.grad for m in self.masters if m.grad is not None)
+        norm = nn.utils.clip_grad_norm_(self.masters, self.section.max_grad_norm).item()
+        lr = self.section.lr * lr_factor(step, self.section, self.total_steps)
+        finite = math.isfinite(norm)
+        if finite:
+            for group in self.adamw.param_groups:
+                group["lr"] = lr
+            self.adamw.step()
+            self._copy_to_model()
+        self.adamw.zero_grad(set_to_none=True)
+        metrics: Metrics = {"update/skipped": Sum(0.0 if finite else 1.0 / world.size), "lr": Max(lr)}
+        return metrics | ({"grad_norm": Mean(norm)} if finite else {})
+
+    @torch.no_grad()
+    def _copy_to_model(self) -> None:
+        if self.masters is not self.weights:
+            torch._foreach_copy_(self.weights, self.masters)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint needs: the masters, and the moments and update counts of each."""
+        moments: dict[str, Tensor] = {}
+        for name, master in zip(self.names, self.masters, strict=True):
+            for key, value in self.adamw.state.get(master, {}).items():
+                moments[f"{name}/{key}"] = value
+        masters = {n: m.detach() for n, m in zip(self.names, self.masters, strict=True)}
+        return {"model": masters, "optimizer": moments}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Inverse of `tensors`. Raises ValueError when they are of another model."""
+        masters, moments = tensors["model"], tensors["optimizer"]
+        if set(masters) != set(self.names):
+            odd = sorted(set(masters) ^ set(self.names))[:3]
+            raise ValueError(f"the checkpoint is of another model: {', '.join(odd)} is in one of the two only")
+        for name, master in zip(self.names, self.masters, strict=True):
+            if masters[name].shape != master.shape:
+                raise ValueError(f"{name}: checkpoint {list(masters[name].shape)}, model {list(master.shape)}")
+            master.copy_(masters[name])
+            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in moments]
+            self.adamw.state[master] = {key: moments[f"{name}/{key}"].clone() for key in keys}
+        self._copy_to_model()
+
+
+def _move_gradient_to(master: nn.Parameter):  # noqa: ANN202
+    def hook(weight: Tensor) -> None:
+        assert weight.grad is not None
+        if master.grad is None:
+            master.grad = weight.grad.float()
+        else:
+            master.grad.add_(weight.grad)
+        weight.grad = None
+
+    return hook
+
+
+def lr_factor(step: int, section: LearnerConfig, total_steps: int) -> float:
+    """Linear warm-up over the first `warmup_steps`, then the schedule; `step` counts from 0."""
+    warmup = section.warmup_steps
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    match section.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - progress
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))
+        case "inverse_sqrt":
+            return math.sqrt(max(1, warmup) / max(1, step))

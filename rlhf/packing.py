@@ -1,0 +1,172 @@
+"""Ragged groups -> packed tensors: a prompt once, its completions behind it, nothing padded.
+
+    group of prompt `p q r` with completions `a b` and `c`:
+
+        token_ids  p q r a b c        positions  0 1 2 3 4 3
+        rows       2 3 2              (where the hidden state stands that predicts a, b and c)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlhf.types import Experience
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpan:
+    """Where one group lies in the packed tokens: the prompt from `start`, its completions right behind it."""
+
+    start: int
+    prompt: int
+    completions: tuple[int, ...]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.prompt + sum(self.completions)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Groups for one forward pass. `T` tokens with the prompts, `N` of completions."""
+
+    token_ids: Tensor
+    """`[T]`"""
+    positions: Tensor
+    """`[T]`: every completion continues the positions of its prompt."""
+    rows: Tensor
+    """`[N]`: index into `T` of the token whose hidden state predicts completion token n."""
+    targets: Tensor
+    """`[N]`: the completion tokens."""
+    spans: tuple[GroupSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Part of an Experience for one forward pass, in whole sequences."""
+
+    packed: Packed
+    index: Tensor
+    """`[N]`: which tokens of the experience these are."""
+
+
+def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> Packed:
+    """Packs groups one after another; `completions[i]` are those of `prompts[i]`. No prompt or completion is empty."""
+    token_ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    rows: list[Tensor] = []
+    spans: list[GroupSpan] = []
+    start = 0
+    for prompt, group in zip(prompts, completions, strict=True):
+        span = GroupSpan(start, len(prompt), tuple(len(c) for c in group))
+        assert span.prompt and all(span.completions), "a prompt or completion without tokens"
+        token_ids += [prompt, *group]
+        positions.append(torch.arange(span.prompt))
+        begin = start + span.prompt
+        for length in span.completions:
+            positions.append(torch.arange(span.prompt, span.prompt + length))
+            rows += [torch.tensor([start + span.prompt - 1]), torch.arange(begin, begin + length - 1)]
+            begin += length
+        spans.append(span)
+        start = span.end
+    targets = torch.cat([c for group in completions for c in group])
+    device = targets.device
+    return Packed(
+        torch.cat(token_ids), torch.cat(positions).to(device), torch.cat(rows).to(device), targets, tuple(spans)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """Sequences `[first, last)` of one group: what goes through the model together with its prompt."""
+
+    group: int
+    first: int
+    last: int
+    cost: int
+    """Tokens of a forward pass: the prompt once and all these sequences."""
+
+
+def cut(experience: Experience, groups: Sequence[int], budget: int) -> list[Unit]:
+    """Groups as units of at most `budget` tokens. A larger group is cut between sequences (its prompt repeated); a
+    single sequence of more than `budget` tokens is a unit of its own."""
+    lengths = torch.bincount(experience.sequence, minlength=len(experience.group)).tolist()
+    members: dict[int, list[int]] = {g: [] for g in groups}
+    for sequence, group in enumerate(experience.group.tolist()):
+        if group in members:
+            members[group].append(sequence)
+    units: list[Unit] = []
+    for group, sequences in members.items():
+        prompt = len(experience.prompts[group])
+        first, cost = sequences[0], prompt
+        for sequence in sequences:
+            if sequence > first and cost + lengths[sequence] > budget:
+                units.append(Unit(group, first, sequence, cost))
+                first, cost = sequence, prompt
+            cost += lengths[sequence]
+        units.append(Unit(group, first, sequences[-1] + 1, cost))
+    return units
+
+
+def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+    """Deals units to bins of at most `budget` tokens, largest first, each into the first bin with room.
+
+    Deterministic: equal costs keep their order, and so do the units of a bin.
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for unit in sorted(range(len(units)), key=lambda u: -units[u].cost):
+        cost = units[unit].cost
+        for i, left in enumerate(room):
+            if cost <= left:
+                bins[i].append(unit)
+                room[i] -= cost
+                break
+        else:
+            bins.append([unit])
+            room.append(budget - cost)
+    return [[units[u] for u in sorted(b)] for b in bins]
+
+
+def microbatches(experience: Experience, groups: Sequence[int], budget: int) -> Iterator[Microbatch]:
+    """The given groups of an experience, packed for forward passes of at most `budget` tokens."""
+    lengths = torch.bincount(experience.sequence, minlength=len(experience.group))
+    starts = [0, *lengths.cumsum(0).tolist()]
+    sizes = lengths.tolist()
+    for units in fill(cut(experience, groups, budget), budget):
+        index = torch.cat([torch.arange(starts[u.first], starts[u.last]) for u in units])
+        completions = [
+            list(experience.token_ids[starts[u.first] : starts[u.last]].split(sizes[u.first : u.last])) for u in units
+        ]
+        packed = pack([experience.prompts[u.group] for u in units], completions)
+        yield Microbatch(packed, index.to(experience.token_ids.device))
+
+
+def padded(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+    """The same groups as one right-padded row a sequence: token ids and attention mask `[S, L]`, rows `[N]`.
+
+    The slow form, for models whose attention cannot share a prefix, and the specification of the packed one. `rows`
+    index the flattened `[S * L]` hidden states.
+    """
+    sequences: list[Tensor] = []
+    prompts: list[int] = []
+    for span in packed.spans:
+        prompt = packed.token_ids[span.start : span.start + span.prompt]
+        begin = span.start + span.prompt
+        for length in span.completions:
+            sequences.append(torch.cat([prompt, packed.token_ids[begin : begin + length]]))
+            prompts.append(span.prompt)
+            begin += length
+    token_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    lengths = torch.tensor([len(s) for s in sequences], device=token_ids.device)
+    width = token_ids.shape[1]
+    mask = torch.arange(width, device=token_ids.device) < lengths[:, None]
+    rows = [
+        torch.arange(i * width + prompt - 1, i * width + len(s) - 1)
+        for i, (s, prompt) in enumerate(zip(sequences, prompts, strict=True))
+    ]
+    return token_ids, mask.long(), torch.cat(rows).to(token_ids.device)

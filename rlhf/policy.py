@@ -1,0 +1,204 @@
+"""The actor and its frozen reference: packed groups in, statistics of every completion token out.
+
+The language-model head is never called: hidden states of the completion rows and the head's weight go to
+`token_stats`, which returns log-prob, entropy and KL without the logits. `Policy.load` checks on a few tokens that
+this gives what the model's own forward gives, so a model with a head of its own kind is refused, not mistrained.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.attention import SHARED_PREFIX
+from rlhf.config import ModelConfig
+from rlhf.kernels.token_stats import TokenStats, token_stats
+from rlhf.packing import Packed, pack, padded
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """How a model turns hidden states into logits: `softcap(scale * (h W^T + b))`."""
+
+    module: nn.Linear
+    softcap: float | None
+    scale: float
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> Head:
+        module = model.get_output_embeddings()
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{type(model).__name__} has no linear language-model head, got {type(module).__name__}")
+        settings = model.config.get_text_config().to_dict()
+        scale = settings.get("logit_scale") or 1.0 / (settings.get("logits_scaling") or 1.0)
+        return cls(module, settings.get("final_logit_softcapping"), scale)
+
+
+class Policy:
+    """A causal language model and how packed groups go through it.
+
+    `shared_prefix`: the prompt of a group is computed once (rlhf/attention.py); otherwise every sequence is a padded
+    row of its own, which any causal model can do.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, shared_prefix: bool) -> None:
+        self.model = model
+        self.head = Head.of(model)
+        self.shared_prefix = shared_prefix
+
+    @classmethod
+    def load(cls, section: ModelConfig, path: str, device: torch.device) -> Policy:
+        """Loads the weights in float32 (the optimizer's master copy is made from them) and checks the forward.
+
+        Raises ValueError: the model cannot be loaded, its head is of another kind, or shared-prefix packing was asked
+        for and the model cannot do it (the reason is named).
+        """
+        model = AutoModelForCausalLM.from_pretrained(local_or_hub(path), dtype=torch.float32).to(device).eval()
+        without_dropout(model)
+        reason = why_no_shared_prefix(model)
+        policy = cls(model, shared_prefix=section.packing != "padded" and reason is None)
+        if policy.shared_prefix and (error := forward_error(policy)) is not None:
+            reason, policy.shared_prefix = f"packed and padded log-probs differ ({error})", False
+        if not policy.shared_prefix:
+            if section.packing == "shared_prefix":
+                raise ValueError(f"model.packing is shared_prefix, but {path} cannot: {reason}")
+            if section.packing == "auto":
+                log.warning("%s: prompts are not shared within a group, because %s", path, reason)
+            if (error := forward_error(policy)) is not None:
+                raise ValueError(f"{path}: log-probs from hidden states and head are not those of the model ({error})")
+        return policy
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """Hidden states `[N, H]` that predict the completion tokens."""
+        backbone = self.model.base_model
+        if not self.shared_prefix:
+            token_ids, mask, rows = padded(packed)
+            output = backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
+            return output.last_hidden_state.flatten(0, 1)[rows]
+        with attention_implementation(self.model, SHARED_PREFIX):
+            output = backbone(
+                input_ids=packed.token_ids[None],
+                position_ids=packed.positions[None],
+                use_cache=False,
+                spans=packed.spans,
+            )
+        return output.last_hidden_state[0, packed.rows]
+
+    def statistics(
+        self, packed: Packed, *, temperature: float, want: tuple[str, ...], reference: Policy | None = None
+    ) -> TokenStats:
+        """Per-token statistics `[N]` at `temperature`, of the whole vocabulary; with gradient if it is enabled.
+
+        With a `reference`, also its log-prob and, where wanted, the exact KL against it (no gradient into it).
+        """
+        head = self.head
+        against: dict[str, Any] = {}
+        if reference is not None:
+            with torch.no_grad():
+                against = {
+                    "ref_hidden": reference.hidden(packed),
+                    "ref_weight": reference.head.module.weight,
+                    "ref_bias": reference.head.module.bias,
+                }
+        return token_stats(
+            self.hidden(packed),
+            head.module.weight,
+            packed.targets,
+            temperature=temperature,
+            bias=head.module.bias,
+            softcap=head.softcap,
+            logit_scale=head.scale,
+            want=want,
+            **against,
+        )
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """The model's attention while the block runs; the rollout engine and the learner use one model in turns."""
+    before = model.config._attn_implementation
+    if before != name:
+        model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        if before != name:
+            model.set_attn_implementation(before)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Raises ValueError when there is none at `path`."""
+    return AutoTokenizer.from_pretrained(local_or_hub(path))
+
+
+def local_or_hub(path: str) -> str:
+    """A folder that exists, or a hub name as it is. Raises ValueError for what looks like a folder and is none."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} is no model folder of the Hugging Face layout: it has no config.json")
+        return str(folder)
+    if path.startswith(("/", "~", ".")) or path.count("/") > 1:
+        hint = " Make it with: python -m rlhf.small_model" if folder.name.startswith("SmolLM2") else ""
+        raise ValueError(f"there is no model folder {folder}.{hint}")
+    return path
+
+
+def without_dropout(model: PreTrainedModel) -> None:
+    """Log-probs before and after an update must be those of one function."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if "attention_dropout" in model.config.to_dict():
+        model.config.attention_dropout = 0.0
+
+
+def why_no_shared_prefix(model: PreTrainedModel) -> str | None:
+    """The reason why a model's attention cannot be replaced by the shared-prefix one; None when it can."""
+    settings = model.config.get_text_config().to_dict()
+    others = set(settings.get("layer_types") or ()) - {"full_attention"}
+    if others:
+        return f"it has layers of kind {', '.join(sorted(others))}"
+    if settings.get("sliding_window") and settings.get("use_sliding_window", True):
+        return f"it attends to a sliding window of {settings['sliding_window']} tokens"
+    if settings.get("attn_logit_softcapping"):
+        return "it caps attention logits"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
+    return None
+
+
+@torch.no_grad()
+def forward_error(policy: Policy) -> str | None:
+    """Compares `policy` with the model's own full forward on a few tokens; None when they agree.
+
+    The scale of a real difference is what changing the prompt's first token does to the log-probs: they agree when
+    they differ by less than a hundredth of that.
+    """
+    model = policy.model
+    ids = torch.arange(2, 14, device=model.device) % model.config.get_text_config().vocab_size
+    prompt, first, second = ids[:5], ids[5:12], ids[4:7]
+
+    def expected(prompt: Tensor) -> Tensor:
+        parts: list[Tensor] = []
+        for completion in (first, second):
+            logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+            parts.append(logits.float().log_softmax(-1).gather(-1, completion[:, None])[:, 0])
+        return torch.cat(parts)
+
+    got = policy.statistics(pack([prompt], [[first, second]]), temperature=1.0, want=("logprob",)).logprob
+    assert got is not None
+    want = expected(prompt)
+    signal = (expected(torch.cat([ids[8:9], prompt[1:]])) - want).abs().max().item()
+    error = (got - want).abs().max().item()
+    return None if error <= 0.01 * signal + 1e-5 else f"by {error:.2g} nats, where another prompt makes {signal:.2g}"
