@@ -1,0 +1,51 @@
+"""Which implementation of a kernel serves a call: resolved once, and an impossible choice says why."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor
+
+Backend: TypeAlias = Literal["auto", "reference", "tiled", "triton"]
+Resolved: TypeAlias = Literal["reference", "tiled", "triton"]
+
+
+def resolve(backend: str, tensor: Tensor, *, offered: tuple[str, ...]) -> Resolved:
+    """Turn `backend` into one that can run on `tensor`'s device and dtype.
+
+    `offered` are the implementations the kernel has. `auto` is Triton on a GPU that has it, else the
+    best plain PyTorch one: `tiled` where it is offered, `reference` otherwise.
+
+    Raises ValueError when the name is unknown or the choice cannot run here; the message says why.
+    """
+    if backend not in get_args(Backend) or backend not in ("auto", *offered):
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(('auto', *offered))}")
+    if backend == "auto":
+        on_gpu = tensor.is_cuda and "triton" in offered and why_not_triton(tensor) is None
+        plain = "tiled" if "tiled" in offered else "reference"
+        return "triton" if on_gpu else plain
+    if backend == "triton":
+        reason = why_not_triton(tensor)
+        if reason is not None:
+            raise ValueError(f"backend 'triton' {reason}; use {' or '.join(repr(o) for o in offered[:-1])}")
+    return cast(Resolved, backend)
+
+
+def why_not_triton(tensor: Tensor) -> str | None:
+    """The reason why Triton cannot run on this tensor, or None when it can."""
+    if tensor.dtype is torch.float64:
+        return "keeps fp32 statistics and would lose the precision of float64 inputs"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package 'triton', which is not installed"
+    if not tensor.is_cuda and not interpreting():
+        return f"needs CUDA tensors, got one on {tensor.device} (TRITON_INTERPRET=1 was not set at import)"
+    return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in the interpreter, on CPU tensors."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)

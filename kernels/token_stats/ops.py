@@ -1,0 +1,258 @@
+"""The tiled and Triton backends as PyTorch operators: opaque to torch.compile, with shapes it can trace.
+
+`rlhf::token_stats` gives the statistics of all N tokens and what backward needs. Masked tokens are
+dropped inside it, so that no shape depends on data. `rlhf::token_stats_backward` is its derivative; it
+has none itself, and differentiating twice is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rlhf.kernels.token_stats import tiled
+from rlhf.kernels.token_stats.rows import Scaling, Upstream
+from rlhf.kernels.token_stats.state import FIELDS, IGNORED, NEEDS_REFERENCE, SAVED_ROWS, finish
+
+UNKNOWN = -1
+"""As `num_kept`: the tokens that are not masked are counted within the operator."""
+
+
+class Arguments(NamedTuple):
+    """What both operators take; `want` is the wanted fields, joined by commas."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    temperature: Tensor | None
+    ref_hidden: Tensor | None
+    ref_weight: Tensor | None
+    ref_bias: Tensor | None
+    scalar_temperature: float
+    logit_scale: float
+    softcap: float | None
+    want: str
+    keep: bool
+    num_kept: int
+    workspace_bytes: int
+    group: str
+    vocab_start: int
+    backend: str
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """The wanted fields."""
+        return frozenset(self.want.split(","))
+
+    @property
+    def rows(self) -> int:
+        """How many columns the saved statistics have: the kept tokens where their number is known."""
+        return len(self.targets) if self.num_kept == UNKNOWN else self.num_kept
+
+
+_ARGUMENTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, Tensor? ref_hidden, "
+    "Tensor? ref_weight, Tensor? ref_bias, float scalar_temperature, float logit_scale, float? softcap, "
+    "str want, bool keep, SymInt num_kept, SymInt workspace_bytes, str group, SymInt vocab_start, str backend"
+)
+_OUTPUTS = ", ".join(["Tensor"] * (len(FIELDS) + 3))
+
+
+def _forward(*values: Any) -> tuple[Tensor, ...]:
+    """The six statistics `[N]` (empty where not wanted), saved rows, kept logits of both models."""
+    arguments = Arguments(*values)
+    with torch.autocast(arguments.hidden.device.type, enabled=False):
+        index = kept_index(arguments.targets, arguments.num_kept)
+        problem = _problem(arguments, index)
+        check_targets(problem.targets, problem.vocabulary, arguments.group)
+        state, kept, ref_kept = tiled.forward(problem, _kernels(arguments.backend), keep=arguments.keep)
+        if arguments.group:
+            from rlhf.kernels.token_stats.parallel import merge_over_ranks
+
+            state = merge_over_ranks(state, arguments.group)
+        stats, saved = finish(state, arguments.wanted)
+        missing = saved.new_empty(0)
+        fields = [
+            _spread(stats[n], index, len(arguments.targets)) if n in stats else missing.clone()
+            for n in FIELDS
+        ]
+        unused = arguments.rows - saved.shape[1]
+        if unused:
+            saved = torch.nn.functional.pad(saved, (0, unused))
+    return (*fields, saved, kept, ref_kept)
+
+
+def _forward_shapes(*values: Any) -> tuple[Tensor, ...]:
+    arguments = Arguments(*values)
+    wide = torch.float64 if arguments.hidden.dtype is torch.float64 else torch.float32
+    size = arguments.rows * arguments.weight.shape[0] if arguments.keep else 0
+    ref_size = size if NEEDS_REFERENCE & arguments.wanted else 0
+
+    def made(*shape: int) -> Tensor:
+        return arguments.hidden.new_empty(shape, dtype=wide)
+
+    fields = [made(arguments.targets.shape[0] if name in arguments.wanted else 0) for name in FIELDS]
+    return (*fields, made(SAVED_ROWS, arguments.rows), made(size), made(ref_size))
+
+
+def _backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by hidden, weight and bias; empty where not asked for."""
+    count = len(Arguments._fields)
+    arguments = Arguments(*values[:count])
+    saved, kept, ref_kept, *upstream, need_hidden, need_weight, need_bias = values[count:]
+    with torch.autocast(arguments.hidden.device.type, enabled=False):
+        index = kept_index(arguments.targets, arguments.num_kept)
+        problem = _problem(arguments, index)
+        gathered = [_gathered(g, index, saved.dtype) for g in upstream]
+        gradients = tiled.backward(
+            problem,
+            _kernels(arguments.backend),
+            saved[:, : len(problem.targets)],
+            Upstream(*gathered),
+            (kept, ref_kept),
+            tiled.Needs(need_hidden, need_weight, need_bias),
+            arguments.group,
+        )
+        empty = arguments.hidden.new_empty(0)
+        d_hidden = empty
+        if gradients.hidden is not None:
+            d_hidden = _spread(gradients.hidden, index, len(arguments.targets))
+    return (
+        d_hidden,
+        empty.clone() if gradients.weight is None else gradients.weight,
+        empty.clone() if gradients.bias is None else gradients.bias,
+    )
+
+
+def _backward_shapes(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = Arguments(*values[: len(Arguments._fields)])
+    inputs = (arguments.hidden, arguments.weight, arguments.bias)
+    hidden, weight, bias = (
+        arguments.hidden.new_empty(
+            t.shape if need and t is not None else (0,), dtype=None if t is None else t.dtype
+        )
+        for t, need in zip(inputs, values[-3:], strict=True)
+    )
+    return hidden, weight, bias
+
+
+token_stats_op = torch.library.custom_op(
+    "rlhf::token_stats", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> ({_OUTPUTS})"
+)
+token_stats_op.register_fake(_forward_shapes)
+
+token_stats_backward_op = torch.library.custom_op(
+    "rlhf::token_stats_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"({_ARGUMENTS}, Tensor saved, Tensor kept, Tensor ref_kept, Tensor? d_logprob, "
+    "Tensor? d_entropy, Tensor? d_logsumexp, Tensor? d_kl, Tensor? d_kl_reverse, bool need_hidden, "
+    "bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+)
+token_stats_backward_op.register_fake(_backward_shapes)
+
+_TENSORS = ("hidden", "weight", "bias", "targets", "temperature", "ref_hidden", "ref_weight", "ref_bias")
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[: len(_TENSORS)], *output[len(FIELDS) :])
+    ctx.options = inputs[len(_TENSORS) :]
+
+
+def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors
+    tensors, rest = saved[: len(_TENSORS)], saved[len(_TENSORS) :]
+    needs = tuple(ctx.needs_input_grad[:3])
+    # the last statistic, the reference's log-probability, has no gradient
+    used = upstream[: len(FIELDS) - 1]
+    result: list[Tensor | None] = [None] * len(Arguments._fields)
+    if any(needs) and any(g is not None for g in used):
+        made = token_stats_backward_op(*tensors, *ctx.options, *rest, *used, *needs)
+        result[:3] = [g if need else None for g, need in zip(made, needs, strict=True)]
+    return tuple(result)
+
+
+token_stats_op.register_autograd(_differentiate, setup_context=_setup)
+
+
+def kept_index(targets: Tensor, num_kept: int) -> Tensor | None:
+    """The positions of tokens that are not masked, in order; None where every token is kept.
+
+    A known number spares the host from waiting for a GPU. Raises ValueError on a CPU when it is wrong.
+    """
+    if num_kept == len(targets):
+        return None
+    is_kept = targets != IGNORED
+    if num_kept != UNKNOWN and targets.device.type != "cpu":
+        return torch.argsort(is_kept, descending=True, stable=True)[:num_kept]
+    index = is_kept.nonzero()[:, 0]
+    if num_kept not in (UNKNOWN, len(index)):
+        raise ValueError(f"num_kept is {num_kept}, but {len(index)} targets are not {IGNORED}")
+    return None if len(index) == len(targets) else index
+
+
+def check_targets(targets: Tensor, vocabulary: int, group: str) -> None:
+    """Raise ValueError for a target outside the vocabulary; only where looking costs no wait.
+
+    On a GPU, and where the vocabulary is spread over ranks, such a token gets a log-probability of NaN.
+    """
+    if group or targets.device.type != "cpu" or not len(targets):
+        return
+    low, high = torch.aminmax(targets)
+    if low < 0 or high >= vocabulary:
+        wrong = int(low) if low < 0 else int(high)
+        raise ValueError(f"target {wrong} is outside [0, {vocabulary}); mask a token with {IGNORED}")
+
+
+def _problem(arguments: Arguments, index: Tensor | None) -> tiled.Problem:
+    def rows(tensor: Tensor) -> Tensor:
+        return tensor if index is None else tensor.index_select(0, index)
+
+    policy = tiled.Head(rows(arguments.hidden), arguments.weight, arguments.bias)
+    reference = None
+    if NEEDS_REFERENCE & arguments.wanted:
+        assert arguments.ref_hidden is not None
+        shared = arguments.ref_weight is None
+        reference = tiled.Head(
+            rows(arguments.ref_hidden),
+            arguments.weight if arguments.ref_weight is None else arguments.ref_weight,
+            arguments.bias if shared else arguments.ref_bias,
+        )
+    temperature: float | Tensor = arguments.scalar_temperature
+    if arguments.temperature is not None:
+        temperature = rows(arguments.temperature).to(policy.wide)
+    return tiled.Problem(
+        policy,
+        reference,
+        rows(arguments.targets),
+        Scaling(temperature, arguments.logit_scale, arguments.softcap),
+        "entropy" in arguments.wanted,
+        arguments.vocab_start,
+        arguments.workspace_bytes,
+    )
+
+
+def _kernels(backend: str) -> tiled.RowKernels:
+    if backend == "triton":
+        from rlhf.kernels.token_stats.triton_rows import TritonRows
+
+        return TritonRows()
+    return tiled.TorchRows()
+
+
+def _spread(values: Tensor, index: Tensor | None, count: int) -> Tensor:
+    """The values of kept tokens at their own places among all N, 0 elsewhere."""
+    if index is None:
+        return values
+    return values.new_zeros(count, *values.shape[1:]).index_copy_(0, index, values)
+
+
+def _gathered(gradient: Tensor | None, index: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if gradient is None:
+        return None
+    kept = gradient if index is None else gradient.index_select(0, index)
+    return kept.to(dtype)

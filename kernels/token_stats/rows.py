@@ -1,0 +1,300 @@
+"""Row statistics of one tile of logits, in plain PyTorch: fold it into the state, or turn it into gradients.
+
+A tile is `[R, C]`: R tokens, C neighbouring columns of the vocabulary, small enough to stay in a CPU's
+cache while the few elementwise passes below run over it. `triton_rows` offers the same two functions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf.kernels.token_stats.state import (
+    FLOOR,
+    GAP,
+    MAX,
+    OTHERS,
+    OWNED,
+    REF_GAP,
+    REF_MAX,
+    REF_OTHERS,
+    REF_TARGET,
+    S_ENTROPY,
+    S_KL,
+    S_LOG_SUM,
+    S_LOGPROB,
+    S_MAX,
+    S_REF_LOG_SUM,
+    S_REF_MAX,
+    SHIFTED,
+    TARGET,
+)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """From raw logits to scaled ones: softcap * tanh(logit_scale * z / softcap) / temperature."""
+
+    temperature: float | Tensor
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def rows(self, start: int, stop: int) -> Scaling:
+        """The scaling of a block of rows."""
+        if isinstance(self.temperature, float):
+            return self
+        return Scaling(self.temperature[start:stop], self.logit_scale, self.softcap)
+
+    def divisor(self) -> float | Tensor:
+        """The temperature, shaped to divide a tile."""
+        return self.temperature if isinstance(self.temperature, float) else self.temperature[:, None]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Raw logits `[R, C]` of the policy and perhaps of the reference; `first` is the first column's id.
+
+    The biases `[C]` are not yet added. Logits may be of any floating type and any row stride. Where
+    `may_be_infinite`, or with a bias, a logit may be minus infinity: a column that is never chosen.
+    """
+
+    logits: Tensor
+    first: int
+    targets: Tensor
+    scaling: Scaling
+    bias: Tensor | None = None
+    ref_logits: Tensor | None = None
+    ref_bias: Tensor | None = None
+    may_be_infinite: bool = False
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Gradients `[rows]` of the loss by each statistic; None costs nothing."""
+
+    logprob: Tensor | None
+    entropy: Tensor | None
+    logsumexp: Tensor | None
+    kl: Tensor | None
+    kl_reverse: Tensor | None
+
+    def rows(self, start: int, stop: int) -> Upstream:
+        """The gradients of a block of rows."""
+        return Upstream(*(None if g is None else g[start:stop] for g in self.every()))
+
+    def every(self) -> tuple[Tensor | None, ...]:
+        """All five, in the order of the fields."""
+        return (self.logprob, self.entropy, self.logsumexp, self.kl, self.kl_reverse)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference's logits have a part in the gradient."""
+        return self.kl is not None or self.kl_reverse is not None
+
+
+class Scratch:
+    """Flat buffers of one tile each, made when first asked for and reused for every later tile."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._size, self.dtype, self._device = size, dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, rows: int, columns: int) -> Tensor:
+        """The buffer `name` as a contiguous `[rows, columns]` matrix; what was in it is lost."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(self._size, dtype=self.dtype, device=self._device)
+        return self._buffers[name][: rows * columns].view(rows, columns)
+
+
+def fold(state: Tensor, tile: Tile, *, entropy: bool, scratch: Scratch) -> None:
+    """Fold a tile into the running state `[STATE_ROWS, R]` of its rows."""
+    a = _scaled(tile, scratch, "policy")
+    column, inside = _target_column(tile)
+    state[OWNED] += inside
+    at_target = a.gather(1, column)
+    state[TARGET] += torch.where(inside, at_target[:, 0], 0.0)
+
+    top = torch.maximum(state[MAX], a.amax(1))
+    down = state[MAX] - top
+    share = down.exp()
+    d = torch.sub(a, top[:, None], out=scratch("d", *a.shape))
+    weight = _exp_of_others(d, column, inside, scratch("weight", *a.shape))
+
+    gap = None
+    if tile.ref_logits is not None:
+        u = _scaled(tile, scratch, "reference")
+        gap = _fold_reference(state, u, d, weight, (column, inside), down, scratch)
+    if entropy:
+        state[SHIFTED] = share * (state[SHIFTED] + down * state[OTHERS]) + _dot(weight, d, out=d)
+    if gap is not None:
+        state[GAP] = share * (state[GAP] + (down - gap.ref_down) * state[OTHERS]) + gap.policy_sum
+    state[OTHERS] = share * state[OTHERS] + weight.sum(1)
+    state[MAX] = top
+
+
+@dataclass(frozen=True)
+class _Gap:
+    ref_down: Tensor
+    policy_sum: Tensor
+
+
+def _fold_reference(
+    state: Tensor,
+    u: Tensor,
+    d: Tensor,
+    weight: Tensor,
+    target: tuple[Tensor, Tensor],
+    down: Tensor,
+    scratch: Scratch,
+) -> _Gap:
+    column, inside = target
+    state[REF_TARGET] += torch.where(inside, u.gather(1, column)[:, 0], 0.0)
+    top = torch.maximum(state[REF_MAX], u.amax(1))
+    ref_down = state[REF_MAX] - top
+    share = ref_down.exp()
+    e = torch.sub(u, top[:, None], out=scratch("e", *u.shape))
+    ref_weight = _exp_of_others(e, column, inside, scratch("ref_weight", *u.shape))
+    gap = torch.sub(d, e, out=e)
+    ref_gap = state[REF_GAP] + (ref_down - down) * state[REF_OTHERS]
+    state[REF_OTHERS] = share * state[REF_OTHERS] + ref_weight.sum(1)
+    state[REF_GAP] = share * ref_gap - _dot(ref_weight, gap, out=ref_weight)
+    state[REF_MAX] = top
+    return _Gap(ref_down, _dot(weight, gap, out=gap))
+
+
+def gradient(tile: Tile, saved: Tensor, upstream: Upstream, *, scratch: Scratch) -> Tensor:
+    """The loss's gradient by the tile's raw logits (before the bias), `[R, C]`, in a scratch buffer.
+
+    With d = a - max and e the same of the reference, by the scaled logits it is
+        p (c0 + c1 d - g_kl e) - g_kl_reverse q
+    and at the target's column g_logprob (1 - p) is written as -g_logprob expm1(logprob).
+    """
+    a = _scaled(tile, scratch, "policy")
+    column, inside = _target_column(tile)
+    terms = _row_terms(saved, upstream)
+    d = torch.sub(a, saved[S_MAX][:, None], out=scratch("d", *a.shape))
+    weight = torch.exp(d, out=scratch("weight", *a.shape))
+    d_target = d.gather(1, column)[:, 0]
+    at_target = terms.constant + terms.logprob + terms.slope * d_target
+
+    e = None
+    if tile.ref_logits is not None:
+        u = _scaled(tile, scratch, "reference")
+        e = torch.sub(u, saved[S_REF_MAX][:, None], out=scratch("e", *u.shape))
+    if terms.has_slope:
+        factor = d.mul_(terms.slope[:, None]).add_(terms.constant[:, None])
+        if e is not None and upstream.kl is not None:
+            factor.addcmul_(e, upstream.kl[:, None], value=-1.0)
+            at_target = at_target - upstream.kl * e.gather(1, column)[:, 0]
+        result = weight.mul_(factor.div_(terms.total[:, None]))
+    else:
+        result = weight.mul_((terms.constant / terms.total)[:, None])
+
+    at_target = at_target * (d_target - saved[S_LOG_SUM]).exp()
+    at_target = at_target - terms.logprob * saved[S_LOGPROB].expm1()
+    if e is not None and upstream.kl_reverse is not None:
+        pull = (upstream.kl_reverse * (-saved[S_REF_LOG_SUM]).exp())[:, None]
+        pulled = e.exp_().mul_(pull)
+        at_target = at_target - pulled.gather(1, column)[:, 0]
+        result.sub_(pulled)
+    result.scatter_(1, column, torch.where(inside, at_target, result.gather(1, column)[:, 0])[:, None])
+    return _through_scaling(result, tile, scratch)
+
+
+@dataclass(frozen=True)
+class _RowTerms:
+    """The gradient's coefficients of each row; p is exp(d) / total."""
+
+    constant: Tensor
+    slope: Tensor
+    has_slope: bool
+    total: Tensor
+    logprob: Tensor
+
+
+def _row_terms(saved: Tensor, upstream: Upstream) -> _RowTerms:
+    zero = torch.zeros_like(saved[S_MAX])
+    log_sum = saved[S_LOG_SUM]
+    g_logprob = zero
+    if upstream.logprob is not None:
+        # a target that no rank owns has no log-probability and passes no gradient
+        g_logprob = torch.where(saved[S_LOGPROB].isnan(), 0.0, upstream.logprob)
+    constant, slope = -g_logprob, zero
+    if upstream.logsumexp is not None:
+        constant = constant + upstream.logsumexp
+    if upstream.entropy is not None:
+        constant = constant + upstream.entropy * (log_sum - saved[S_ENTROPY])
+        slope = slope - upstream.entropy
+    if upstream.kl is not None:
+        constant = constant - upstream.kl * (log_sum - saved[S_REF_LOG_SUM] + saved[S_KL])
+        slope = slope + upstream.kl
+    if upstream.kl_reverse is not None:
+        constant = constant + upstream.kl_reverse
+    has_slope = upstream.entropy is not None or upstream.kl is not None
+    return _RowTerms(constant, slope, has_slope, log_sum.exp(), g_logprob)
+
+
+def _scaled(tile: Tile, scratch: Scratch, side: Literal["policy", "reference"]) -> Tensor:
+    """The scaled logits: the tile's own where nothing changes them, else a scratch buffer."""
+    a = _capped(tile, scratch, side)
+    divisor = tile.scaling.divisor()
+    if not isinstance(divisor, float) or divisor != 1.0:
+        a = torch.div(a, divisor, out=scratch(side, *a.shape))
+    return a
+
+
+def _capped(tile: Tile, scratch: Scratch, side: Literal["policy", "reference"]) -> Tensor:
+    z, bias = (tile.logits, tile.bias) if side == "policy" else (tile.ref_logits, tile.ref_bias)
+    assert z is not None
+    scaling, a = tile.scaling, z
+    out = scratch(side, *z.shape) if _changes(z, bias, tile, scratch) else z
+    if z.dtype is not scratch.dtype:
+        a = out.copy_(z)
+    if bias is not None:
+        a = torch.add(a, bias, out=out)
+    if bias is not None or tile.may_be_infinite:
+        a = torch.clamp(a, min=FLOOR, out=out)
+    if scaling.logit_scale != 1.0:
+        a = torch.mul(a, scaling.logit_scale, out=out)
+    if scaling.softcap is not None:
+        a = torch.div(a, scaling.softcap, out=out).tanh_().mul_(scaling.softcap)
+    return a
+
+
+def _changes(z: Tensor, bias: Tensor | None, tile: Tile, scratch: Scratch) -> bool:
+    scaled = tile.scaling.logit_scale != 1.0 or tile.scaling.softcap is not None
+    return scaled or bias is not None or tile.may_be_infinite or z.dtype is not scratch.dtype
+
+
+def _through_scaling(gradient: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
+    scaling = tile.scaling
+    if scaling.softcap is not None:
+        capped = _capped(tile, scratch, "policy").div(scaling.softcap)
+        gradient.sub_(capped.square_().mul_(gradient))
+    if scaling.logit_scale != 1.0:
+        gradient.mul_(scaling.logit_scale)
+    divisor = scaling.divisor()
+    if not isinstance(divisor, float) or divisor != 1.0:
+        gradient.div_(divisor)
+    return gradient
+
+
+def _target_column(tile: Tile) -> tuple[Tensor, Tensor]:
+    """The target's column within the tile `[R, 1]`, and whether it is in the tile `[R]`."""
+    local = tile.targets - tile.first
+    inside = (local >= 0) & (local < tile.logits.shape[1])
+    return torch.where(inside, local, 0)[:, None], inside
+
+
+def _exp_of_others(shifted: Tensor, column: Tensor, inside: Tensor, out: Tensor) -> Tensor:
+    weight = torch.exp(shifted, out=out)
+    own = torch.where(inside, 0.0, weight.gather(1, column)[:, 0])
+    return weight.scatter_(1, column, own[:, None])
+
+
+def _dot(first: Tensor, second: Tensor, out: Tensor) -> Tensor:
+    """Row sums of the product; `out` may be either factor. (Twice as fast as `vecdot` on a CPU.)"""
+    return torch.mul(first, second, out=out).sum(1)
