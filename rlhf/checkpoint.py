@@ -8,9 +8,9 @@
             state.json          everything else a run needs to go on
             manifest.json       written last: size and sha256 of each file, and its own sha256
 
-A checkpoint is written in `step_000012.tmp-<pid>`, synced to the disk and renamed, so a run killed at any moment
-leaves the one before. Neither safetensors nor a file system notices a flipped bit: digests are compared on every
-load. Nothing here unpickles.
+A checkpoint is written in `step_000012.tmp-<pid>`, synced to the disk and renamed, so a run killed at any
+moment leaves the one before. Neither safetensors nor a file system notices a flipped bit, so digests are
+compared on every load. Nothing here unpickles.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from rlhf.files import sync, write_atomically
@@ -45,7 +45,7 @@ EXPORT_MARK = "export.json"
 
 # one that is replaced by another of its step stays loadable under a second name until the new one is in place
 _FOLDER = re.compile(r"step_(\d{6,})(\.replaced-\d+)?")
-_UNFINISHED = re.compile(r"step_\d{6,}\.tmp-\d+")
+_UNFINISHED = re.compile(r"(step_\d{6,}|LATEST)\.tmp-\d+")
 
 
 TensorFiles = Mapping[str, Mapping[str, Tensor]]
@@ -141,6 +141,7 @@ def verify(path: Path) -> dict[str, Any]:
     return manifest
 
 
+@runtime_checkable
 class Saves(Protocol):
     """A Hugging Face model or tokenizer."""
 
@@ -154,7 +155,7 @@ def export(model: Saves, tokenizer: Saves, folder: Path) -> None:
     """
     if folder.exists() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file():
         raise CheckpointError(
-            f"{folder} is not empty and was not written by an export; nothing was overwritten, choose another folder"
+            f"{folder} is not empty and is no earlier export; nothing was overwritten, choose another folder"
         )
     beside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
@@ -234,7 +235,7 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
 def _remove_leftovers(folder: Path) -> None:
     for path in folder.iterdir():
         if _UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _prune(folder: Path, step: int, keep_last: int) -> None:
@@ -259,9 +260,8 @@ def _versions() -> dict[str, str]:
 
 
 def _assert_nothing_shared(file: str, tensors: Mapping[str, Tensor]) -> None:
-    spans = sorted(
-        (str(t.device), t.data_ptr(), _extent(t), name) for name, t in tensors.items() if t.numel()
-    )
+    filled = {name: t for name, t in tensors.items() if t.numel()}
+    spans = sorted((str(t.device), t.data_ptr(), _extent(t), name) for name, t in filled.items())
     for (device, start, extent, name), (next_device, next_start, _, next_name) in pairwise(spans):
         assert device != next_device or start + extent <= next_start, (
             f"{file}: {name} and {next_name} share memory; save one of them and tie them again after loading"
@@ -296,6 +296,6 @@ def _why_not_written(folder: Path, step: int, tensors: TensorFiles, error: Excep
         needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
         free = shutil.disk_usage(folder).free
         message += (
-            f" It takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free: make room, or keep fewer."
+            f" It takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; make room or keep fewer."
         )
     return message + " Earlier checkpoints are as they were."

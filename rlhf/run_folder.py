@@ -1,6 +1,9 @@
-"""The folder of a run: who may write to it, what lies where, and how a resumed run takes up its streams.
+"""The folder of a run: what lies where, who may write, and how a resumed run takes up its streams.
 
-RUN/config.yaml  RUN/metrics.jsonl  RUN/samples.jsonl  RUN/eval.json  RUN/checkpoints/  RUN/report.html
+RUN/config.yaml     every setting in force        RUN/checkpoints/
+RUN/metrics.jsonl   one object a step             RUN/tensorboard/
+RUN/samples.jsonl   one object a shown group      RUN/report.html
+RUN/eval.json       one object an evaluation      RUN/.lock
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import logging
 import os
 import socket
 import time
-from dataclasses import dataclass, field
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from rlhf.files import write_atomically
 
@@ -25,12 +29,11 @@ class RunFolderError(ValueError):
     """The run folder cannot be used. The message says why and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Names everything a run writes. `claim` before writing; reading needs no claim."""
+    """Names everything a run writes. Writing needs a `claim`, reading does not."""
 
     path: Path
-    _lock: list[int] = field(default_factory=list[int], init=False, repr=False, compare=False)
 
     @property
     def config(self) -> Path:
@@ -59,3 +62,88 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
+    def has_run(self) -> bool:
+        """Whether a run left steps or checkpoints here; one that failed before its first step did not."""
+        logged = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        return logged or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+
+    @contextmanager
+    def claim(self, *, config: str, resume: bool) -> Generator[None]:
+        """Makes the folder this process's own while the context lasts, and writes `config` to config.yaml.
+
+        With `resume` and no run there, a new one begins. Raises RunFolderError: another process holds the
+        folder (its pid and host are named), there is a run and `resume` was not asked for, there is something
+        else, or it cannot be created.
+        """
+        self._assert_ours()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunFolderError(f"the run folder {self.path} cannot be written: {error}") from error
+        try:
+            self._hold(descriptor)
+            if self.has_run() and not resume:
+                raise RunFolderError(
+                    f"{self.path} already holds a run, which would be overwritten; "
+                    "checkpoint.resume=auto continues it, another run_dir starts a new one"
+                )
+            for leftover in self.path.glob("*.tmp-*"):
+                leftover.unlink()
+            write_atomically(self.config, config)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def cut(self, *, after: int) -> None:
+        """Drops what the streams have of steps later than `after`, so that a resumed run logs each step once.
+
+        A run that found no checkpoint begins again: `cut(after=-1)`. A line torn by a kill is dropped too.
+        """
+        for stream in (self.metrics, self.samples):
+            if stream.is_file():
+                lines = stream.read_text(encoding="utf-8", errors="replace").splitlines()
+                kept = [line for line in lines if (step := _step_of(line)) is not None and step <= after]
+                write_atomically(stream, "".join(line + "\n" for line in kept))
+        if self.evaluations.is_file():
+            records = json.loads(self.evaluations.read_text())
+            kept_records = [record for record in records if record["step"] <= after]
+            write_atomically(self.evaluations, json.dumps(kept_records, indent=1))
+
+    def _assert_ours(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"the run folder {self.path} is a file; choose another run_dir")
+        known = (self.lock, self.metrics, self.checkpoints)
+        if self.path.is_dir() and any(self.path.iterdir()) and not any(p.exists() for p in known):
+            raise RunFolderError(
+                f"{self.path} holds files, and none of a run; choose another run_dir, empty or not there yet"
+            )
+
+    def _hold(self, descriptor: int) -> None:
+        """The system lets go of the lock when the process ends, however it ends."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 4096, 0).decode(errors="replace").strip() or "another process"
+            raise RunFolderError(
+                f"{self.path} is in use by {holder}; wait for it, end it, or choose another run_dir"
+            ) from None
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(entry, dict):
+        return None
+    step = cast(dict[str, Any], entry).get("step")
+    return step if isinstance(step, int) else None
