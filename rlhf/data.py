@@ -1,0 +1,308 @@
+"""Datasets become prompts: jsonl, parquet and `datasets` folders, each line checked before weights load.
+
+The order in which prompts are visited is a pure function of seed and position (`order`): a resumed run needs
+no state but how many prompts it has taken.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.types import Messages, Prompt
+
+SUFFIXES = (".jsonl", ".parquet")
+TOKENIZE_AT_ONCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of a dataset.
+
+    Example: `Row("train.jsonl:7", "data/train.jsonl:7", {"prompt": "What is 3 + 5?", "answer": 8})`.
+    """
+
+    id: str
+    where: str
+    """For people: the whole path and the line, counted from 1."""
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDataset:
+    """The tokenised prompts of a dataset that fit the limit.
+
+    Example, of 64 lines of which 2 are too long and skipped, so its length is 62:
+    `PromptDataset((Prompt(...), ...), ("prompt", "answer"), skipped=2, source=Path("train.jsonl"))`.
+    """
+
+    prompts: tuple[Prompt, ...]
+    columns: tuple[str, ...]
+    """Of every line, the prompt's own included."""
+    skipped: int
+    """Prompts left out because they are longer than the limit."""
+    source: Path
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a dataset holds, found without a tokenizer."""
+
+    columns: tuple[str, ...]
+    count: int
+    first: tuple[Row, ...]
+    """The first lines, at most three."""
+
+
+def load_prompts(
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_column: str = "prompt",
+    max_prompt_tokens: int,
+    long_prompts: Literal["refuse", "skip"] = "refuse",
+) -> PromptDataset:
+    """Reads, checks and tokenises every prompt.
+
+    A prompt is plain text, tokenised as it is, or a list of chat messages, written out by the tokenizer's
+    chat template with the opening of the assistant's turn at the end.
+
+    Raises ValueError for all that `inspect_prompts` raises it for, for chat messages without a chat template
+    to write them, and for prompts longer than `max_prompt_tokens` unless they are to be skipped.
+    """
+    path = Path(path)
+    prompts: list[Prompt] = []
+    too_long: list[Prompt] = []
+    columns: tuple[str, ...] = ()
+    rows = _checked_rows(path, prompt_column)
+    while some := list(islice(rows, TOKENIZE_AT_ONCE)):
+        columns = tuple(some[0].columns)
+        for prompt in _tokenize(some, tokenizer, prompt_column):
+            (too_long if len(prompt.token_ids) > max_prompt_tokens else prompts).append(prompt)
+    if too_long and (long_prompts == "refuse" or not prompts):
+        raise ValueError(
+            f"{path}: {len(too_long)} of {len(prompts) + len(too_long)} prompts are longer than "
+            f"max_prompt_tokens = {max_prompt_tokens}, the first is {too_long[0].id} with "
+            f"{len(too_long[0].token_ids)} tokens; raise the limit"
+            + (", or set long_prompts to skip" if prompts else "")
+        )
+    return PromptDataset(tuple(prompts), columns, skipped=len(too_long), source=path)
+
+
+def inspect_prompts(path: str | Path, prompt_column: str = "prompt") -> Inspection:
+    """Checks every line of a dataset without a tokenizer.
+
+    Raises ValueError, with file and line, when the path is not there or is no dataset, a line is not a JSON
+    object, the prompt column is missing (its nearest neighbour is named), a prompt is empty or neither text
+    nor chat messages, or a line has other columns than the first one.
+    """
+    first: list[Row] = []
+    count = 0
+    for row in _checked_rows(Path(path), prompt_column):
+        count += 1
+        if len(first) < 3:
+            first.append(row)
+    return Inspection(tuple(first[0].columns), count, tuple(first))
+
+
+def order(seed: int, num_prompts: int, position: int, count: int) -> list[int]:
+    """Indices of the prompts number `position .. position + count - 1` of an endless, shuffled walk.
+
+    Each epoch of `num_prompts` visits every prompt once, in an order of its own.
+    """
+    assert num_prompts >= 1 and position >= 0 and count >= 0, (num_prompts, position, count)
+    places = (divmod(at, num_prompts) for at in range(position, position + count))
+    return [int(_shuffled(seed, num_prompts, epoch)[place]) for epoch, place in places]
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, num_prompts: int, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    # numpy promises that the raw stream of a bit generator never changes; it does not for `permutation`
+    draws = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(num_prompts)
+    return np.argsort(draws, kind="stable")
+
+
+def _tokenize(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prompt_column: str
+) -> Iterator[Prompt]:
+    contents: list[Messages] = [row.columns[prompt_column] for row in rows]
+    ids: list[list[int]] = [[]] * len(rows)
+    chats = [i for i, content in enumerate(contents) if not isinstance(content, str)]
+    texts = [i for i, content in enumerate(contents) if isinstance(content, str)]
+    if chats:
+        # a chat template writes the special tokens itself
+        written = [_write_chat(rows[i], contents[i], tokenizer) for i in chats]
+        _encode(tokenizer, chats, written, ids, add_special_tokens=False)
+    if texts:
+        _encode(tokenizer, texts, [cast(str, contents[i]) for i in texts], ids, add_special_tokens=True)
+    for row, content, token_ids in zip(rows, contents, ids, strict=True):
+        if not token_ids:
+            raise ValueError(f"{row.where}: the tokenizer makes no token of the prompt {content!r}")
+        others = {name: value for name, value in row.columns.items() if name != prompt_column}
+        yield Prompt(row.id, tuple(token_ids), content, others)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase,
+    places: Sequence[int],
+    texts: list[str],
+    ids: list[list[int]],
+    *,
+    add_special_tokens: bool,
+) -> None:
+    encoded = cast(Any, tokenizer)(texts, add_special_tokens=add_special_tokens)["input_ids"]
+    for place, token_ids in zip(places, encoded, strict=True):
+        ids[place] = token_ids
+
+
+def _write_chat(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
+    if not cast(Any, tokenizer).chat_template:
+        raise ValueError(
+            f"{row.where}: the prompt is a list of chat messages, but the tokenizer of "
+            f"{cast(Any, tokenizer).name_or_path!r} has no chat template; use an instruct model, "
+            "or give prompts as plain text"
+        )
+    try:
+        return cast(Any, tokenizer).apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"{row.where}: the tokenizer's chat template refuses the prompt: {error}") from None
+
+
+def _checked_rows(path: Path, prompt_column: str) -> Iterator[Row]:
+    first: Row | None = None
+    for row in _read(path):
+        if prompt_column not in row.columns:
+            near = difflib.get_close_matches(prompt_column, row.columns, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{row.where}: no column {prompt_column!r} among {_names(row.columns)}{hint}")
+        problem = _problem_of(row.columns[prompt_column])
+        if problem:
+            raise ValueError(f"{row.where}: column {prompt_column!r} {problem}")
+        first = first or row
+        if row.columns.keys() != first.columns.keys():
+            odd = sorted(row.columns.keys() ^ first.columns.keys())
+            raise ValueError(
+                f"{row.where}: has the columns {_names(row.columns)}, but {first.where} has "
+                f"{_names(first.columns)}; every line needs the same ones, {_names(odd)} differ"
+            )
+        yield row
+    if first is None:
+        raise ValueError(f"{path} holds no prompts")
+
+
+def _problem_of(content: object) -> str | None:
+    """What is wrong with a prompt, None when nothing is."""
+    if isinstance(content, str):
+        return None if content.strip() else "is empty"
+    if not isinstance(content, list):
+        return f"must be text or a list of chat messages, got {type(content).__name__} {content!r:.80}"
+    messages = cast(list[object], content)
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            return f"must be a list of chat messages, but message {number} is {message!r:.80}"
+        fields = cast(Mapping[str, object], message)
+        for key in ("role", "content"):
+            if not isinstance(fields.get(key), str):
+                came = f"{fields.get(key)!r:.80}"
+                return f"needs text under {key!r} in each message, but message {number} has {came}"
+    if not messages or not any(str(cast(Any, message)["content"]).strip() for message in messages):
+        return "is empty"
+    if cast(Any, messages[-1])["role"] == "assistant":
+        return "ends with a message of the assistant, which leaves the policy nothing to say"
+    return None
+
+
+def _read(path: Path) -> Iterator[Row]:
+    if path.is_file():
+        return _read_file(path)
+    if not path.is_dir():
+        near = difflib.get_close_matches(path.name, _entries(path.parent), n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ValueError(f"there is no dataset {path} (looked from {Path.cwd()}){hint}")
+    if (path / "dataset_dict.json").is_file():
+        splits = [name for name in _entries(path) if (path / name).is_dir()]
+        raise ValueError(
+            f"{path} holds several splits ({', '.join(splits)}): name one, as in {path / splits[0]}"
+        )
+    if (path / "state.json").is_file():
+        return _read_saved_dataset(path)
+    files = [path / name for name in _entries(path) if name.endswith(SUFFIXES)]
+    if not files:
+        raise ValueError(
+            f"{path} is a folder without .jsonl or .parquet files, and not a saved `datasets` folder"
+        )
+    return (row for file in files for row in _read_file(file))
+
+
+def _read_file(path: Path) -> Iterator[Row]:
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path)
+    if path.suffix == ".parquet":
+        return _read_parquet(path)
+    raise ValueError(
+        f"{path}: expected a .jsonl or .parquet file or a `datasets` folder, got {path.suffix!r}"
+    )
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                value: object = json.loads(line.rstrip())
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__} {value!r:.80}")
+            yield Row(f"{path.name}:{number}", where, cast(dict[str, Any], value))
+
+
+def _read_parquet(path: Path) -> Iterator[Row]:
+    import pyarrow.parquet as parquet  # pyright: ignore[reportMissingTypeStubs]
+
+    try:
+        file = cast(Any, parquet).ParquetFile(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a parquet file ({error})") from None
+    with file:
+        batches: Iterator[Any] = file.iter_batches(batch_size=TOKENIZE_AT_ONCE)
+        yield from _number(path, (values for batch in batches for values in batch.to_pylist()))
+
+
+def _read_saved_dataset(path: Path) -> Iterator[Row]:
+    from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
+
+    return _number(path, cast(Any, Dataset).load_from_disk(str(path)))
+
+
+def _number(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
+    for number, columns in enumerate(lines, start=1):
+        yield Row(f"{path.name}:{number}", f"{path}:{number}", columns)
+
+
+def _entries(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in columns) or "none at all"
