@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from rlhf.kernels import backend as backends
 from rlhf.kernels.token_stats import ops, reference
 from rlhf.kernels.token_stats.state import FIELDS, NEEDS_REFERENCE, TokenStats
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Memory = Literal["auto", "recompute", "keep"]
 OFFERED = ("reference", "tiled", "triton")
@@ -74,12 +72,10 @@ def token_stats(
     _check(hidden, weight, targets, bias, temperature)
     if NEEDS_REFERENCE & wanted and ref_hidden is not None:
         _check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    _check_numbers(temperature, softcap, memory, workspace_bytes)
+    check_numbers(temperature, softcap, memory, workspace_bytes)
     chosen = backends.resolve(backend, hidden, offered=OFFERED)
     if chosen == "reference" and group is not None:
-        raise ValueError(
-            "backend 'reference' needs the whole vocabulary on one rank; use 'tiled' with a group"
-        )
+        raise ValueError("backend 'reference' needs the whole vocabulary on one rank; use 'tiled'")
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     vector = temperature.detach() if isinstance(temperature, Tensor) else None
     kept = _count(targets, num_kept)
@@ -169,9 +165,10 @@ def _check_reference(
         raise ValueError(f"hidden is {hidden.dtype} and ref_hidden {ref_hidden.dtype}: float64 needs both")
 
 
-def _check_numbers(
+def check_numbers(
     temperature: float | Tensor, softcap: float | None, memory: str, workspace_bytes: int
 ) -> None:
+    """Raise ValueError for a number or a name that cannot be meant."""
     if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if softcap is not None and not softcap > 0:

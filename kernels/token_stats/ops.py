@@ -74,10 +74,9 @@ def _forward(*values: Any) -> tuple[Tensor, ...]:
 
             state = merge_over_ranks(state, arguments.group)
         stats, saved = finish(state, arguments.wanted)
-        missing = saved.new_empty(0)
+        count = len(arguments.targets)
         fields = [
-            _spread(stats[n], index, len(arguments.targets)) if n in stats else missing.clone()
-            for n in FIELDS
+            _spread(stats[name], index, count) if name in stats else saved.new_empty(0) for name in FIELDS
         ]
         unused = arguments.rows - saved.shape[1]
         if unused:
@@ -131,9 +130,7 @@ def _backward_shapes(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     arguments = Arguments(*values[: len(Arguments._fields)])
     inputs = (arguments.hidden, arguments.weight, arguments.bias)
     hidden, weight, bias = (
-        arguments.hidden.new_empty(
-            t.shape if need and t is not None else (0,), dtype=None if t is None else t.dtype
-        )
+        t.new_empty(t.shape) if need and t is not None else arguments.hidden.new_empty(0)
         for t, need in zip(inputs, values[-3:], strict=True)
     )
     return hidden, weight, bias

@@ -44,13 +44,13 @@ class Scaling:
 
     def rows(self, start: int, stop: int) -> Scaling:
         """The scaling of a block of rows."""
-        if isinstance(self.temperature, float):
-            return self
-        return Scaling(self.temperature[start:stop], self.logit_scale, self.softcap)
+        if isinstance(self.temperature, Tensor):
+            return Scaling(self.temperature[start:stop], self.logit_scale, self.softcap)
+        return self
 
     def divisor(self) -> float | Tensor:
         """The temperature, shaped to divide a tile."""
-        return self.temperature if isinstance(self.temperature, float) else self.temperature[:, None]
+        return self.temperature[:, None] if isinstance(self.temperature, Tensor) else self.temperature
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def _scaled(tile: Tile, scratch: Scratch, side: Literal["policy", "reference"]) 
     """The scaled logits: the tile's own where nothing changes them, else a scratch buffer."""
     a = _capped(tile, scratch, side)
     divisor = tile.scaling.divisor()
-    if not isinstance(divisor, float) or divisor != 1.0:
+    if isinstance(divisor, Tensor) or divisor != 1.0:
         a = torch.div(a, divisor, out=scratch(side, *a.shape))
     return a
 
@@ -277,7 +277,7 @@ def _through_scaling(gradient: Tensor, tile: Tile, scratch: Scratch) -> Tensor:
     if scaling.logit_scale != 1.0:
         gradient.mul_(scaling.logit_scale)
     divisor = scaling.divisor()
-    if not isinstance(divisor, float) or divisor != 1.0:
+    if isinstance(divisor, Tensor) or divisor != 1.0:
         gradient.div_(divisor)
     return gradient
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ CPU_TILE_BYTES = 2 << 20
 CPU_WEIGHT_BYTES = 4 << 20
 CPU_ROWS = 1024
 GPU_ROWS = 32768
+COLUMN_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ class Plan:
         return kept[start : start + height * width].view(height, width)
 
 
+@runtime_checkable
 class RowKernels(Protocol):
     """The work on one tile that is not a matmul."""
 
@@ -163,7 +165,7 @@ def plan(problem: Problem, kernels: RowKernels) -> Plan:
     if problem.policy.converts:
         weight_bytes = CPU_WEIGHT_BYTES if on_cpu else problem.workspace_bytes // 4
         columns = min(columns, weight_bytes // (size * problem.policy.weight.shape[1]))
-    columns = max(256, columns // 256 * 256)
+    columns = max(COLUMN_STEP, columns // COLUMN_STEP * COLUMN_STEP)
     return Plan(count, vocabulary, tile_rows, min(columns, max(1, vocabulary)))
 
 

@@ -1,0 +1,29 @@
+"""Memory that nothing wrote holds NaN while a kernel test runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from rlhf.kernels.token_stats import tiled
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "gpu" in request.keywords:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 4 tokens by 16 columns, so that small problems have many of both."""
+    monkeypatch.setattr(tiled, "CPU_ROWS", 4)
+    monkeypatch.setattr(tiled, "COLUMN_STEP", 16)
+    monkeypatch.setattr(tiled, "CPU_TILE_BYTES", 4 * 16 * 4)
