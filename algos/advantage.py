@@ -1,0 +1,233 @@
+"""How much better a completion, or a token, was than expected. Never with gradient.
+
+`group` holds, for each sequence, the number of its prompt, `0 .. P-1`; groups may differ in size. Without
+`group`, `rewards` is `[P, G]`, a group a row. A reward that is NaN is missing: it enters no statistic and its
+advantage is 0.
+
+Differences from the papers and codes: 1. standard deviations are unbiased (divided by n - 1) everywhere, as
+in the codes; the papers say "std" and no more; 2. a group whose rewards are all equal has advantage exactly
+0, decided by max == min (the fp32 mean of equal numbers may be off by 6e-8, which eps does not hide); 3. so
+has a group of one, where verl uses the raw reward: without others nothing is known about it; 4. a prompt's
+own group size counts, no correction is made for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rlhf.algos.segments import sequence_sum
+from rlhf.types import AdvantageInputs
+
+Advantage = Callable[[AdvantageInputs], Tensor]
+"""Advantages of tokens `[N]`, 0 where the loss mask is False."""
+
+
+def group_center(
+    rewards: Float[Tensor, " ..."], group: Int[Tensor, " S"] | None = None
+) -> Float[Tensor, " ..."]:
+    """Reward minus the mean of its group (Dr. GRPO, arXiv:2503.20783)."""
+    flat, ids = _flatten(rewards, group)
+    centered, _, _ = _centered(flat, ids)
+    return centered.view_as(rewards)
+
+
+def group_normalize(
+    rewards: Float[Tensor, " ..."], group: Int[Tensor, " S"] | None = None, *, eps: float = 1e-6
+) -> Float[Tensor, " ..."]:
+    """(reward - mean of its group) / (standard deviation of its group + eps) (GRPO, arXiv:2402.03300)."""
+    flat, ids = _flatten(rewards, group)
+    centered, count, total = _centered(flat, ids)
+    std = (total(centered.square()) / (count - 1).clamp(min=1)).sqrt()
+    return (centered / (std + eps)).view_as(rewards)
+
+
+def leave_one_out(
+    rewards: Float[Tensor, " ..."], group: Int[Tensor, " S"] | None = None
+) -> Float[Tensor, " ..."]:
+    """Reward minus the mean of the *other* rewards of its group (RLOO, arXiv:2402.14740 eq. 8)."""
+    flat, ids = _flatten(rewards, group)
+    centered, count, _ = _centered(flat, ids)
+    return (centered * count / (count - 1).clamp(min=1)).view_as(rewards)
+
+
+def gdpo(
+    objectives: Float[Tensor, "S K"],
+    group: Int[Tensor, " S"],
+    weights: Float[Tensor, " K"],
+    *,
+    eps: float = 1e-4,
+    all_sum: Callable[[Tensor], Tensor] = lambda t: t,
+) -> Float[Tensor, " S"]:
+    """Each objective normalised in its group, weighted, added, normalised over the batch (arXiv:2601.05242).
+
+    As TRL: the batch is all sequences, of all ranks by way of `all_sum`, and eps is 1e-4 in both places.
+    """
+    columns = [group_normalize(column, group, eps=eps) for column in objectives.unbind(1)]
+    summed = torch.stack(columns, dim=1) @ weights.to(objectives.dtype)
+    centered, std = _moments(summed, torch.ones_like(summed, dtype=torch.bool), all_sum)
+    return (centered / (std + eps)).to(objectives.dtype)
+
+
+def reinforce_pp(
+    rewards: Float[Tensor, " S"],
+    token_penalty: Float[Tensor, " N"],
+    sequence: Int[Tensor, " N"],
+    loss_mask: Bool[Tensor, " N"],
+    *,
+    all_sum: Callable[[Tensor], Tensor] = lambda t: t,
+) -> Float[Tensor, " N"]:
+    """The reward minus the penalties from this token on, whitened over all tokens (arXiv:2501.03262).
+
+    Tokens outside the mask are skipped: they get 0, and what comes after them carries across.
+    """
+    penalty = token_penalty.double().masked_fill(~loss_mask, 0.0)
+    total = penalty.new_zeros(len(rewards)).index_add(0, sequence, penalty)
+    # penalties up to the end of the own sequence, less those before this token
+    still_to_come = total.cumsum(0)[sequence] - (penalty.cumsum(0) - penalty)
+    to_go = rewards.double()[sequence] - still_to_come
+    return whiten(to_go, loss_mask & ~to_go.isnan(), all_sum=all_sum).to(rewards.dtype)
+
+
+def reinforce_pp_baseline(
+    rewards: Float[Tensor, " S"],
+    group: Int[Tensor, " S"],
+    sequence: Int[Tensor, " N"],
+    loss_mask: Bool[Tensor, " N"],
+    *,
+    all_sum: Callable[[Tensor], Tensor] = lambda t: t,
+) -> Float[Tensor, " N"]:
+    """Reward minus the mean of its group, whitened over all tokens (arXiv:2501.03262, its baseline)."""
+    known = ~rewards.isnan()[sequence]
+    centered = group_center(rewards, group)[sequence]
+    return whiten(centered, loss_mask & known, all_sum=all_sum).to(rewards.dtype)
+
+
+def whiten(
+    x: Float[Tensor, " N"],
+    mask: Bool[Tensor, " N"],
+    *,
+    all_sum: Callable[[Tensor], Tensor] = lambda t: t,
+    eps: float = 1e-8,
+) -> Float[Tensor, " N"]:
+    """(x - mean) / sqrt(unbiased variance + eps) over the masked cells of all ranks; 0 elsewhere.
+
+    Computed and returned in float64, in which the mean of equal fp32 numbers is exactly that number.
+    """
+    centered, std = _moments(x.double(), mask, all_sum)
+    return centered * (std.square() + eps).rsqrt()
+
+
+def gae(
+    rewards: Float[Tensor, " N"],
+    values: Float[Tensor, " N"],
+    sequence: Int[Tensor, " N"],
+    loss_mask: Bool[Tensor, " N"],
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Advantages A_t = delta_t + gamma lam A_{t+1} and returns A_t + V_t (arXiv:1506.02438 eq. 16).
+
+    delta_t = r_t + gamma V_{t+1} - V_t, and V is 0 after the last token. Tokens outside the mask are skipped,
+    as if they were not there: both results are 0 on them.
+    """
+    kept = loss_mask.nonzero().squeeze(1)
+    ids, counts = sequence[kept].unique_consecutive(return_counts=True)
+    row = torch.arange(len(ids), device=kept.device).repeat_interleave(counts)
+    column = torch.arange(len(kept), device=kept.device) - (counts.cumsum(0) - counts)[row]
+    # one row a sequence, zeros on the right: V is 0 after the last token, and the scan starts from 0
+    width = int(counts.max()) if len(kept) else 1
+    v = values.new_zeros(len(ids), width).index_put((row, column), values[kept])
+    r = values.new_zeros(len(ids), width).index_put((row, column), rewards[kept])
+    scan = r + gamma * torch.cat([v[:, 1:], v.new_zeros(len(ids), 1)], dim=1) - v
+    for t in range(width - 2, -1, -1):
+        scan[:, t] += gamma * lam * scan[:, t + 1]
+    advantages = torch.zeros_like(values).index_copy(0, kept, scan[row, column])
+    return advantages, (advantages + values).masked_fill(~loss_mask, 0.0)
+
+
+def per_sequence(normalize: Callable[[Tensor, Tensor], Tensor]) -> Advantage:
+    """R_i less the penalties of its tokens, by `normalize(rewards[S], group[S])`, given to all its tokens."""
+
+    def advantage(inputs: AdvantageInputs) -> Tensor:
+        return _to_tokens(normalize(_penalized(inputs), inputs.group), inputs)
+
+    return advantage
+
+
+def gdpo_advantage(inputs: AdvantageInputs) -> Tensor:
+    """`gdpo`, given to all tokens of a sequence."""
+    x = inputs
+    return _to_tokens(gdpo(x.objectives, x.group, x.objective_weights, all_sum=x.all_sum), x)
+
+
+def reinforce_pp_advantage(inputs: AdvantageInputs) -> Tensor:
+    """`reinforce_pp`."""
+    x = inputs
+    return reinforce_pp(x.rewards, x.token_penalty, x.sequence, x.loss_mask, all_sum=x.all_sum)
+
+
+def reinforce_pp_baseline_advantage(inputs: AdvantageInputs) -> Tensor:
+    """`reinforce_pp_baseline`."""
+    x = inputs
+    return reinforce_pp_baseline(_penalized(x), x.group, x.sequence, x.loss_mask, all_sum=x.all_sum)
+
+
+def _penalized(inputs: AdvantageInputs) -> Tensor:
+    """Rewards `[S]` less what a KL in the reward takes off their tokens."""
+    penalty = inputs.token_penalty.masked_fill(~inputs.loss_mask, 0.0)
+    return inputs.rewards.index_add(0, inputs.sequence, penalty.to(inputs.rewards.dtype), alpha=-1)
+
+
+def _to_tokens(x: Tensor, inputs: AdvantageInputs) -> Tensor:
+    return x[inputs.sequence].masked_fill(~inputs.loss_mask, 0.0)
+
+
+def _flatten(rewards: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rewards as `[S]` and the group of each."""
+    if group is not None:
+        if rewards.shape != group.shape or rewards.ndim != 1:
+            raise ValueError(
+                f"rewards and group must both be [S], got {[*rewards.shape]} and {[*group.shape]}"
+            )
+        return rewards, group
+    if rewards.ndim != 2:
+        raise ValueError(
+            f"without group, rewards must be [P, G], a group a row; got shape {[*rewards.shape]}"
+        )
+    rows = torch.arange(rewards.shape[0], device=rewards.device)
+    return rewards.reshape(-1), rows.repeat_interleave(rewards.shape[1])
+
+
+def _centered(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+    """Rewards minus their group's mean, the size of each one's group, and the sum over each one's group.
+
+    Missing rewards count nowhere and come out as 0.
+    """
+    known = ~rewards.isnan()
+    filled = rewards.masked_fill(~known, 0.0)
+
+    def total(x: Tensor) -> Tensor:
+        return sequence_sum(x, group)
+
+    count = total(known.to(rewards.dtype)).clamp(min=1)
+    high = torch.full_like(filled, -torch.inf).scatter_reduce(
+        0, group, filled.masked_fill(~known, -torch.inf), "amax"
+    )
+    low = torch.full_like(filled, torch.inf).scatter_reduce(
+        0, group, filled.masked_fill(~known, torch.inf), "amin"
+    )
+    silent = ~known | (high == low)[group]
+    return (filled - total(filled) / count).masked_fill(silent, 0.0), count, total
+
+
+def _moments(x: Tensor, mask: Tensor, all_sum: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """x minus its mean, 0 outside the mask, and the unbiased standard deviation, over all ranks."""
+    filled = x.masked_fill(~mask, 0.0)
+    count, total = all_sum(torch.stack([mask.sum().to(x.dtype), filled.sum()])).unbind()
+    centered = (filled - total / count.clamp(min=1)).masked_fill(~mask, 0.0)
+    return centered, (all_sum(centered.square().sum()) / (count - 1).clamp(min=1)).sqrt()

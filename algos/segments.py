@@ -1,0 +1,21 @@
+"""Sums over the sequences of a packed batch, without asking the device how many there are."""
+
+from __future__ import annotations
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def sequence_sum(x: Float[Tensor, " N"], sequence: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """Gives every token the sum of `x` over its own sequence.
+
+    Ids lie in `0 .. S-1` and S <= N, so a buffer of N cells serves and no number has to leave the device.
+    """
+    return x.new_zeros(len(sequence)).index_add(0, sequence, x)[sequence]
+
+
+def sequence_tokens(
+    mask: Bool[Tensor, " N"], sequence: Int[Tensor, " N"], like: Tensor
+) -> Float[Tensor, " N"]:
+    """Gives every token the number of masked tokens of its sequence, at least 1, in the dtype of `like`."""
+    return sequence_sum(mask.to(like.dtype), sequence).clamp(min=1)

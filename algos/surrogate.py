@@ -1,0 +1,118 @@
+"""Losses of single tokens whose gradient improves the policy; all `[N]`, to be minimised.
+
+At ratio 1 each has the gradient -advantage * grad(logprob); they differ in what happens further out. Ratios
+come in ready-made (token or sequence level). A metric is a tensor `[N]`, averaged over the masked tokens
+later.
+
+Differences from the papers: 1. the dual clip is an option of `clip`, off unless asked for; 2. CISPO's bounds
+are written like PPO's, 1 - low and 1 + high (TRL: an absolute cap), and without `low` there is no lower
+bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class TokenLoss(NamedTuple):
+    """A loss for each token, and what to report of it."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+Surrogate = Callable[[Tensor, Tensor, Tensor], TokenLoss]
+"""`(logprobs[N], ratio[N], advantages[N]) -> TokenLoss`."""
+
+
+def clip(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    *,
+    low: float,
+    high: float,
+    dual: float | None = None,
+) -> TokenLoss:
+    """max(-A r, -A clip(r, 1 - low, 1 + high)) (PPO, arXiv:1707.06347 eq. 7).
+
+    With `dual` also min(..., -A dual) where A < 0 (dual clip, arXiv:1912.09729 eq. 5): a token that became
+    far more likely than it was is not pushed down without bound.
+    """
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - low, 1.0 + high)
+    loss = torch.maximum(plain, clipped)
+    cut = clipped > plain
+    metrics = {
+        "clip_fraction": cut,
+        "clip_fraction/low": cut & (advantages < 0),
+        "clip_fraction/high": cut & (advantages > 0),
+    }
+    if dual is not None:
+        cap = -advantages * dual
+        over = (advantages < 0) & (loss > cap)
+        loss = torch.where(advantages < 0, torch.minimum(loss, cap), loss)
+        metrics["clip_fraction/dual"] = over
+    return TokenLoss(loss, metrics)
+
+
+def cispo(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    *,
+    high: float,
+    low: float | None = None,
+) -> TokenLoss:
+    """-sg(clip(r, 1 - low, 1 + high)) A logprob (arXiv:2506.13585 eq. 4-5): no token is dropped."""
+    ratio = ratio.detach()
+    weight = ratio.clamp(min=None if low is None else 1.0 - low, max=1.0 + high)
+    above, below = ratio > weight, ratio < weight
+    metrics = {"clip_fraction": above | below, "clip_fraction/low": below, "clip_fraction/high": above}
+    return TokenLoss(-weight * advantages * logprobs, metrics)
+
+
+def sapo(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    *,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+) -> TokenLoss:
+    """-A f(r), f(r) = 4 / tau * sigmoid(tau (r - 1)): a soft gate, widest at r = 1 (arXiv:2511.20347).
+
+    The reported gate is f'(r) = 4 s (1 - s), the share of the gradient that passes.
+    """
+    tau = torch.where(advantages > 0, tau_positive, tau_negative).to(ratio.dtype)
+    s = torch.sigmoid(tau * (ratio - 1.0))
+    return TokenLoss(-advantages * s * 4.0 / tau, {"sapo/gate": 4.0 * s * (1.0 - s)})
+
+
+def reinforce(
+    logprobs: Float[Tensor, " N"], ratio: Float[Tensor, " N"], advantages: Float[Tensor, " N"]
+) -> TokenLoss:
+    """-A logprob (REINFORCE): the ratio has no part in it."""
+    return TokenLoss(-advantages * logprobs, {})
+
+
+def advantage_weighted(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    *,
+    temperature: float = 1.0,
+    max_weight: float = 20.0,
+) -> TokenLoss:
+    """-min(exp(A / temperature), max_weight) logprob (AWR, arXiv:1910.00177): imitation, the better the more.
+
+    A negative advantage still has a small positive weight: nothing is unlearned. Here A = 0 is a weight of 1,
+    not 0.
+    """
+    weight = (advantages / temperature).exp().clamp(max=max_weight)
+    return TokenLoss(-weight * logprobs, {"clip_fraction": weight >= max_weight})

@@ -1,0 +1,161 @@
+"""Every algorithm by name. The keyword arguments of these functions are the settings of `algorithm:`.
+
+A default is the paper's value, else that of the authors' code; a setting without a default must be given.
+Where an algorithm is another one but for a part, the code says so. docs/algorithms.md has the formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from rlhf.algos import surrogate
+from rlhf.algos.advantage import (
+    gdpo_advantage,
+    group_center,
+    group_normalize,
+    leave_one_out,
+    per_sequence,
+    reinforce_pp_advantage,
+    reinforce_pp_baseline_advantage,
+)
+from rlhf.algos.algorithm import KL, NO_KL, TOKEN_TIS, Algorithm, Mismatch
+from rlhf.algos.ratio import sequence_ratio, token_ratio
+from rlhf.algos.reduction import (
+    sequence_mean_constant,
+    sequence_mean_token_mean,
+    sequence_mean_token_sum,
+    token_mean,
+)
+from rlhf.algos.shaping import keep_mixed, overlong
+
+GRPO_KL = KL(coef=0.04)
+RLOO_KL = KL(coef=0.03, estimator="k1", placement="reward")
+REINFORCE_PP_KL = KL(coef=0.01, estimator="k1", placement="reward")
+REINFORCE_PP_BASELINE_KL = KL(coef=0.001, estimator="k2")
+
+# laid out by hand: one algorithm is one short paragraph
+# fmt: off
+
+
+def grpo(
+    *, clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | None = None,
+    kl: KL = GRPO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """Group relative policy optimization, arXiv:2402.03300."""
+    return Algorithm(
+        advantage=per_sequence(group_normalize),
+        ratio=token_ratio,
+        surrogate=partial(surrogate.clip, low=clip_low, high=clip_high, dual=clip_dual),
+        reduction=sequence_mean_token_mean,
+        kl=kl, mismatch=mismatch, entropy_coef=entropy_coef,
+    )
+
+
+def dr_grpo(
+    *, max_tokens: int, clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | None = None,
+    kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """GRPO divided neither by a standard deviation nor by a length, arXiv:2503.20783."""
+    base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
+                kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, advantage=per_sequence(group_center),
+                   reduction=partial(sequence_mean_constant, max_tokens=max_tokens))
+
+
+def dapo(
+    *, max_tokens: int, overlong_cache: int | None = None, refill: int = 9, drop_truncated: bool = False,
+    clip_low: float = 0.2, clip_high: float = 0.28, clip_dual: float | None = 10.0,
+    kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """GRPO with unequal bounds, mean over tokens, mixed groups only, long ones punished, arXiv:2503.14476."""
+    base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
+                kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    shape = overlong(max_tokens, max_tokens // 5 if overlong_cache is None else overlong_cache)
+    return replace(base, reduction=token_mean, shape_reward=shape,
+                   keep=keep_mixed, refill=refill, drop_truncated=drop_truncated)
+
+
+def gspo(
+    *, clip_low: float = 3e-4, clip_high: float = 4e-4, clip_dual: float | None = None,
+    kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """GRPO with the ratio of the whole sequence, arXiv:2507.18071."""
+    base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
+                kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, ratio=sequence_ratio)
+
+
+def cispo(
+    *, clip_high: float, clip_low: float | None = None, max_tokens: int, overlong_cache: int | None = None,
+    refill: int = 9, kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """DAPO that clips the weight of a token's gradient, not the gradient, arXiv:2506.13585 (MiniMax-M1)."""
+    base = dapo(max_tokens=max_tokens, overlong_cache=overlong_cache, refill=refill,
+                kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, surrogate=partial(surrogate.cispo, low=clip_low, high=clip_high))
+
+
+def sapo(
+    *, tau_positive: float = 1.0, tau_negative: float = 1.05,
+    kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """GRPO with a soft gate in place of the clip, arXiv:2511.20347."""
+    gate = partial(surrogate.sapo, tau_positive=tau_positive, tau_negative=tau_negative)
+    return replace(grpo(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef), surrogate=gate)
+
+
+def rloo(
+    *, kl: KL = RLOO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """REINFORCE against the mean of the others, a completion as one action, arXiv:2402.14740."""
+    base = grpo(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, advantage=per_sequence(leave_one_out), surrogate=surrogate.reinforce,
+                   reduction=sequence_mean_token_sum)
+
+
+def reinforce_pp(
+    *, clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | None = None,
+    kl: KL = REINFORCE_PP_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """PPO with the whitened reward-to-go for an advantage and no group, arXiv:2501.03262."""
+    base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
+                kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, advantage=reinforce_pp_advantage, reduction=token_mean)
+
+
+def reinforce_pp_baseline(
+    *, clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | None = None,
+    kl: KL = REINFORCE_PP_BASELINE_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """REINFORCE++ with the group's mean for a baseline, arXiv:2501.03262."""
+    base = reinforce_pp(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
+                        kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, advantage=reinforce_pp_baseline_advantage)
+
+
+def gdpo(
+    *, clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | None = None,
+    kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """GRPO with every objective of the reward normalised by itself, arXiv:2601.05242."""
+    base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
+                kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, advantage=gdpo_advantage)
+
+
+# fmt: on
+
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "dapo": dapo,
+    "gspo": gspo,
+    "cispo": cispo,
+    "sapo": sapo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+    "gdpo": gdpo,
+}

@@ -1,0 +1,104 @@
+"""The table is a config schema: short functions, typed keywords, and relations that hold."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from functools import partial
+
+import pytest
+import torch
+
+from rlhf.algos import surrogate
+from rlhf.algos.algorithm import KL, Algorithm, Mismatch
+from rlhf.algos.ratio import sequence_ratio
+from rlhf.algos.reduction import sequence_mean_constant, token_mean
+from rlhf.algos.shaping import keep_all, keep_mixed
+from rlhf.algos.table import ALGORITHMS, cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, rloo, sapo
+from rlhf.types import AdvantageInputs
+
+LEAVES = {float, int, bool, str, type(None), KL, Mismatch}
+every_algorithm = pytest.mark.parametrize("name", list(ALGORITHMS))
+
+
+@every_algorithm
+def test_settings_are_keywords_of_plain_types(name: str):
+    function = inspect.unwrap(ALGORITHMS[name])
+    hints = typing.get_type_hints(function)
+    for key, parameter in inspect.signature(function).parameters.items():
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, key
+        hint = hints[key]
+        leaves = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        assert set(leaves) <= LEAVES, key
+
+
+@every_algorithm
+def test_an_algorithm_is_twelve_lines_at_most(name: str):
+    source = inspect.getsource(inspect.unwrap(ALGORITHMS[name]))
+    assert len(source.strip().splitlines()) <= 12
+
+
+def bounds(algorithm: Algorithm) -> dict[str, float | None]:
+    assert isinstance(algorithm.surrogate, partial)
+    return algorithm.surrogate.keywords
+
+
+def test_defaults_are_those_of_the_papers():
+    assert bounds(grpo()) == {"low": 0.2, "high": 0.2, "dual": None}
+    assert grpo().kl == KL(coef=0.04, estimator="k3", placement="loss")
+    assert bounds(dapo(max_tokens=20480)) == {"low": 0.2, "high": 0.28, "dual": 10.0}
+    assert dapo(max_tokens=20480).kl.coef == 0.0
+    assert bounds(gspo())["low"] == 3e-4
+    assert bounds(gspo())["high"] == 4e-4
+    assert bounds(sapo()) == {"tau_positive": 1.0, "tau_negative": 1.05}
+    assert rloo().kl == KL(coef=0.03, estimator="k1", placement="reward")
+    assert reinforce_pp().kl.placement == "reward"
+    for name, build in ALGORITHMS.items():
+        required = {"max_tokens": 8} if name in ("dr_grpo", "dapo", "cispo") else {}
+        built = build(**required, **({"clip_high": 5.0} if name == "cispo" else {}))
+        assert built.mismatch == Mismatch("token_tis"), name
+        assert built.mismatch.bounds == (0.0, 2.0), name
+
+
+def test_the_upper_bound_of_cispo_was_never_published_and_must_be_given():
+    with pytest.raises(TypeError, match="clip_high"):
+        cispo(max_tokens=10)  # type: ignore[call-arg]
+
+
+def test_the_punished_stretch_of_dapo_is_a_fifth_as_in_the_paper():
+    shape = dapo(max_tokens=20480).shape_reward
+    assert shape(1.0, 20480 - 4096) == 1.0
+    assert shape(1.0, 18432) == 0.5
+    assert dapo(max_tokens=20480, overlong_cache=0).shape_reward(1.0, 20480) == 1.0
+
+
+def test_relatives_share_what_they_do_not_change():
+    base, tokens = grpo(), torch.tensor([0, 1, 1])
+    long = dapo(max_tokens=100)
+    assert (base.keep, long.keep, long.refill) == (keep_all, keep_mixed, 9)
+    assert long.reduction is token_mean
+    assert gspo().ratio is sequence_ratio
+    assert gspo().reduction is base.reduction
+    assert cispo(max_tokens=100, clip_high=5.0).keep is keep_mixed
+    constant = dr_grpo(max_tokens=100).reduction
+    assert isinstance(constant, partial)
+    assert constant.func is sequence_mean_constant
+    assert rloo().surrogate is surrogate.reinforce
+    inputs = AdvantageInputs(
+        rewards=torch.tensor([1.0, 0.0]),
+        objectives=torch.tensor([[1.0], [0.0]]),
+        objective_weights=torch.ones(1),
+        group=torch.zeros(2, dtype=torch.long),
+        token_penalty=torch.zeros(3),
+        sequence=tokens,
+        loss_mask=torch.tensor([True, True, False]),
+    )
+    signs = {name: build_on(name).advantage(inputs).sign().tolist() for name in ALGORITHMS}
+    # reinforce_pp has no group, but two rewards for a batch are a group too
+    assert signs == {name: [1.0, -1.0, 0.0] for name in ALGORITHMS}
+
+
+def build_on(name: str) -> Algorithm:
+    required = {"max_tokens": 8} if name in ("dr_grpo", "dapo", "cispo") else {}
+    return ALGORITHMS[name](**required, **({"clip_high": 5.0} if name == "cispo" else {}))
