@@ -43,12 +43,12 @@ class PromptDataset:
     """The tokenised prompts of a dataset that fit the limit.
 
     Example, of 64 lines of which 2 are too long and skipped, so its length is 62:
-    `PromptDataset((Prompt(...), ...), ("prompt", "answer"), skipped=2, source=Path("train.jsonl"))`.
+    `PromptDataset((Prompt(...), ...), ("answer",), skipped=2, source=Path("train.jsonl"))`.
     """
 
     prompts: tuple[Prompt, ...]
     columns: tuple[str, ...]
-    """Of every line, the prompt's own included."""
+    """Of every line, beside the prompt's own: what a reward function may ask for."""
     skipped: int
     """Prompts left out because they are longer than the limit."""
     source: Path
@@ -65,6 +65,7 @@ class Inspection:
     """What a dataset holds, found without a tokenizer."""
 
     columns: tuple[str, ...]
+    """Beside the prompt's own."""
     count: int
     first: tuple[Row, ...]
     """The first lines, at most three."""
@@ -92,7 +93,7 @@ def load_prompts(
     columns: tuple[str, ...] = ()
     rows = _checked_rows(path, prompt_column)
     while some := list(islice(rows, TOKENIZE_AT_ONCE)):
-        columns = tuple(some[0].columns)
+        columns = _others(some[0], prompt_column)
         for prompt in _tokenize(some, tokenizer, prompt_column):
             (too_long if len(prompt.token_ids) > max_prompt_tokens else prompts).append(prompt)
     if too_long and (long_prompts == "refuse" or not prompts):
@@ -118,7 +119,7 @@ def inspect_prompts(path: str | Path, prompt_column: str = "prompt") -> Inspecti
         count += 1
         if len(first) < 3:
             first.append(row)
-    return Inspection(tuple(first[0].columns), count, tuple(first))
+    return Inspection(_others(first[0], prompt_column), count, tuple(first))
 
 
 def order(seed: int, num_prompts: int, position: int, count: int) -> list[int]:
@@ -154,7 +155,7 @@ def _tokenize(
     for row, content, token_ids in zip(rows, contents, ids, strict=True):
         if not token_ids:
             raise ValueError(f"{row.where}: the tokenizer makes no token of the prompt {content!r}")
-        others = {name: value for name, value in row.columns.items() if name != prompt_column}
+        others = {name: row.columns[name] for name in _others(row, prompt_column)}
         yield Prompt(row.id, tuple(token_ids), content, others)
 
 
@@ -298,6 +299,10 @@ def _read_saved_dataset(path: Path) -> Iterator[Row]:
 def _number(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
     for number, columns in enumerate(lines, start=1):
         yield Row(f"{path.name}:{number}", f"{path}:{number}", columns)
+
+
+def _others(row: Row, prompt_column: str) -> tuple[str, ...]:
+    return tuple(name for name in row.columns if name != prompt_column)
 
 
 def _entries(folder: Path) -> list[str]:

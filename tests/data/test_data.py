@@ -90,7 +90,7 @@ def test_every_layout_gives_the_prompts_that_jsonl_gives(
     assert [(p.token_ids, p.content, p.columns) for p in dataset.prompts] == [
         (p.token_ids, p.content, p.columns) for p in expected.prompts
     ]
-    assert dataset.columns == expected.columns == ("prompt", "answer")
+    assert dataset.columns == expected.columns == ("answer",)
     assert len({p.id for p in dataset.prompts}) == len(dataset) == 2
 
 
@@ -104,7 +104,7 @@ def test_another_column_may_hold_the_prompts(
 
 def test_inspection_needs_no_tokenizer(write: Callable[..., Path]) -> None:
     found = inspect_prompts(write(*ROWS, *ROWS))
-    assert (found.columns, found.count) == (("prompt", "answer"), 4)
+    assert (found.columns, found.count) == (("answer",), 4)
     assert [row.id for row in found.first] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
 
 

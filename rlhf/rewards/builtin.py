@@ -1,0 +1,67 @@
+"""Rewards that need nothing but the completion's text and, for two of them, the column `answer`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+Completion = str | Sequence[Mapping[str, Any]]
+
+# a minus belongs to the number unless it stands between two terms, as in 10-5
+NUMBER = re.compile(
+    r"(?:(?<![\w.)])[-\u2212])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
+)
+
+
+def numeric_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
+    """1 where the last number of the completion equals `answer`, else 0.
+
+    Numbers are integers or decimals, with or without thousands separators or a minus: "-1,234.50" equals
+    -1234.5. An answer given as text may have words around its number, of which the last counts too.
+
+    Raises ValueError for an answer without a number.
+    """
+    expected = [
+        last_number(str(value)) if isinstance(value, str) else Decimal(str(value)) for value in answer
+    ]
+    for value, number in zip(answer, expected, strict=True):
+        if number is None:
+            raise ValueError(f"numeric_match needs a number in the column 'answer', got {value!r}")
+    found = [last_number(completion_text(completion)) for completion in completions]
+    return [float(a == b) for a, b in zip(found, expected, strict=True)]
+
+
+def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
+    """1 where the completion, without the white space around it, is `answer`, else 0."""
+    texts = [completion_text(completion).strip() for completion in completions]
+    return [float(text == str(value).strip()) for text, value in zip(texts, answer, strict=True)]
+
+
+def format_match(completions: Sequence[Completion], pattern: str | Sequence[str]) -> list[float]:
+    """1 where the whole completion has the form of `pattern`, else 0.
+
+    Text is a regular expression, whose dot also matches line ends. A list names tags: `["think", "answer"]`
+    asks for `<think>...</think>` and then `<answer>...</answer>`, each once, with nothing but white space
+    outside.
+    """
+    expression = pattern if isinstance(pattern, str) else _tags(pattern)
+    form = re.compile(expression, re.DOTALL)
+    return [float(form.fullmatch(completion_text(completion)) is not None) for completion in completions]
+
+
+def completion_text(completion: Completion) -> str:
+    """What the policy wrote: the text itself, or the content of the last message."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number in `text`, None without one. `last_number("3 + 5 = 8.0!") == 8`."""
+    found = NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+
+
+def _tags(names: Sequence[str]) -> str:
+    one_each = (rf"<{name}>(?:(?!</?{name}>).)*</{name}>" for name in map(re.escape, names))
+    return r"\s*" + r"\s*".join(one_each) + r"\s*"

@@ -1,0 +1,75 @@
+"""Reward functions as users write them, good and bad."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import numpy as np
+
+
+def brevity(completions: list[str], limit: int = 5) -> list[float]:
+    return [float(len(text) <= limit) for text in completions]
+
+
+def trl_accuracy(
+    completions: list[list[dict[str, str]]], solution: list[str], **kwargs: Any
+) -> list[float | None]:
+    """The shape of TRL's own example rewards: chat completions, a column, and the rest in kwargs."""
+    assert {"prompts", "completion_ids", "trainer_state", "level"} <= kwargs.keys()
+    contents = [completion[0]["content"] for completion in completions]
+    return [float(a == b) if b else None for a, b in zip(contents, solution, strict=True)]
+
+
+def everything(**kwargs: Any) -> list[float]:
+    everything.seen = kwargs  # type: ignore[attr-defined]
+    return [0.0] * len(kwargs["completions"])
+
+
+async def slow(completions: list[str]) -> list[float]:
+    await asyncio.sleep(0)
+    return [1.0] * len(completions)
+
+
+def two_objectives(completions: list[str]) -> list[dict[str, float | None]]:
+    return [{"length": float(len(text)), "polite": 1.0 if "please" in text else None} for text in completions]
+
+
+def numpy_scores(completions: list[str]) -> np.ndarray[Any, Any]:
+    return np.arange(len(completions), dtype=np.float32)
+
+
+def only_questions(prompts: list[str], completions: list[str]) -> list[float | None]:
+    return [2.0 if prompt.endswith("?") else None for prompt in prompts]
+
+
+def never_applies(completions: list[str]) -> list[None]:
+    return [None] * len(completions)
+
+
+def nan_when_empty(completions: list[str]) -> list[float]:
+    return [1.0 if text else math.nan for text in completions]
+
+
+def broken(completions: list[str]) -> list[float]:
+    return [1.0 / 0 for _ in completions]
+
+
+def one_short(completions: list[str]) -> list[float]:
+    return [0.0] * (len(completions) - 1)
+
+
+def words(completions: list[str]) -> list[str]:
+    return ["good" for _ in completions]
+
+
+def one_number(completions: list[str]) -> float:
+    return 1.0
+
+
+def step(completions: list[str], trainer_state: Any) -> list[float]:
+    return [float(trainer_state.global_step)] * len(completions)
+
+
+not_a_function = 3
