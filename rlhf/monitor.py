@@ -1,0 +1,221 @@
+"""The record of a run: RUN/metrics.jsonl, RUN/samples.jsonl, TensorBoard and others, and what a person sees.
+
+    with Monitor.start(run, sinks=[], total_steps=20, samples_per_step=2, settings={}) as monitor:
+        monitor.phase("rollout")    # ends the phase before; its seconds become time/rollout of this step
+        monitor.phase("learn")
+        monitor.log(1, metrics)
+
+Nothing here raises into training once it has started. A sink that fails is named once and left out from then
+on. A line of metrics.jsonl or samples.jsonl that cannot be written (the disk is full) is kept and written
+with the next one: the run goes on, and stops with a clear error where it would lose work, at its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from rlhf.metrics import Partial
+from rlhf.progress import Display, Nothing, open_display
+from rlhf.run_folder import RunFolder
+from rlhf.sinks import Sink, make_sink
+from rlhf.types import Group
+from rlhf.watch import Watch
+
+
+class Stream:
+    """JSON lines, each of which is there whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waiting: list[str] = []
+
+    def append(self, entry: Mapping[str, Any]) -> OSError | None:
+        """Writes the entry and those before it that could not be written; returns why it could not."""
+        self.waiting.append(json.dumps(entry, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        try:
+            self._write("".join(self.waiting).encode())
+        except OSError as error:
+            return error
+        self.waiting.clear()
+        return None
+
+    def _write(self, content: bytes) -> None:
+        # opened anew each time: a resumed run cuts the file by replacing it
+        with self.path.open("ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                while content:
+                    content = content[file.write(content) :]
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(size)
+                raise
+
+
+class Phase:
+    """What `Monitor.phase` returns: a context manager that ends the phase, for whoever wants one."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.monitor.end_phase()
+
+
+class Monitor:
+    """One a run, on the first rank; the others have `Monitor.silent()`."""
+
+    def __init__(
+        self, run: RunFolder | None, *, sinks: Sequence[Sink], display: Display, samples_per_step: int
+    ) -> None:
+        self.metrics = None if run is None else Stream(run.metrics)
+        self.groups = None if run is None else Stream(run.samples)
+        self.sinks = list(sinks)
+        self.display = display
+        self.samples_per_step = samples_per_step
+        self.watch = Watch()
+        self._told: set[Path] = set()
+        self._phase: str | None = None
+        self._phase_since = 0.0
+        self._step_since: float | None = None
+        self._seconds: dict[str, float] = {}
+
+    @classmethod
+    def start(
+        cls,
+        run: RunFolder,
+        *,
+        sinks: Sequence[Literal["tensorboard", "wandb", "trackio"]],
+        total_steps: int,
+        samples_per_step: int,
+        settings: Mapping[str, Any],
+    ) -> Monitor:
+        """Opens the sinks by name; `settings` is what W&B and trackio show as the run's config.
+
+        Raises ValueError: a sink's package is not installed. What a service says when a run is opened there
+        (not logged in, no network) passes through.
+        """
+        opened = [make_sink(name, run, settings) for name in sinks]
+        display = open_display(str(run.path), total_steps, sys.stdout, sys.stderr)
+        return cls(run, sinks=opened, display=display, samples_per_step=samples_per_step)
+
+    @classmethod
+    def silent(cls) -> Monitor:
+        """Times phases and writes nothing."""
+        return cls(None, sinks=(), display=Nothing(), samples_per_step=0)
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def phase(self, name: str) -> Phase:
+        """Begins a phase and ends the one before. Phases of one name add up to `time/<name>` of the step."""
+        self.end_phase()
+        now = time.monotonic()
+        self._phase, self._phase_since = name, now
+        if self._step_since is None:
+            self._step_since = now
+        self.display.enter(name)
+        return Phase(self)
+
+    def end_phase(self) -> None:
+        if self._phase is not None:
+            spent = time.monotonic() - self._phase_since
+            self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent
+            self._phase = None
+            self.display.enter(None)
+
+    def log(self, step: int, metrics: Mapping[str, Partial]) -> None:
+        """Records one step, with `time/<phase>` and `time/step` (from its first phase on) where not given.
+
+        What is no finite number is null in metrics.jsonl and left out elsewhere.
+        """
+        values = {**self._times(), **{name: float(partial.value) for name, partial in metrics.items()}}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if self.metrics is not None:
+            self._append(self.metrics, {"step": step, **{name: finite.get(name) for name in values}})
+        for sink in tuple(self.sinks):
+            try:
+                sink.write(step, finite)
+            except sink.failures as error:
+                self._drop(sink, error)
+        self.display.advance(step, finite)
+        for text in self.watch.look(finite):
+            self.warn(text)
+
+    def samples(self, step: int, groups: Sequence[Group]) -> None:
+        """Records the completions of the first `samples_per_step` groups."""
+        if self.groups is None:
+            return
+        for group in groups[: self.samples_per_step]:
+            completions = [
+                {
+                    "text": t.text,
+                    "reward": _finite(t.reward),
+                    "objectives": {name: _finite(value) for name, value in t.objectives.items()},
+                    "finish_reason": str(t.finish_reason),
+                }
+                for t in group.trajectories
+            ]
+            prompt = group.prompt
+            content = prompt.content if isinstance(prompt.content, str) else list(prompt.content)
+            entry = {"step": step, "prompt_id": prompt.id, "prompt": content, "completions": completions}
+            self._append(self.groups, entry)
+
+    def note(self, text: str) -> None:
+        self.display.say(text, warning=False)
+
+    def warn(self, text: str) -> None:
+        self.display.say(text, warning=True)
+
+    def close(self) -> None:
+        """Closes sinks and display; says what could not be written."""
+        self.end_phase()
+        for sink in tuple(self.sinks):
+            try:
+                sink.close()
+            except sink.failures as error:
+                self._drop(sink, error)
+        for stream in (self.metrics, self.groups):
+            if stream is not None and stream.waiting:
+                self.warn(f"{len(stream.waiting)} lines are missing at the end of {stream.path}")
+        self.display.close()
+
+    def _times(self) -> dict[str, float]:
+        self.end_phase()
+        times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+        if self._step_since is not None:
+            times["time/step"] = time.monotonic() - self._step_since
+        self._seconds, self._step_since = {}, None
+        return times
+
+    def _append(self, stream: Stream, entry: Mapping[str, Any]) -> None:
+        error = stream.append(entry)
+        if error is not None and stream.path not in self._told:
+            self._told.add(stream.path)
+            self.warn(f"{stream.path} cannot be written, its lines are kept until it can: {error}")
+
+    def _drop(self, sink: Sink, error: Exception) -> None:
+        self.sinks.remove(sink)
+        self.warn(
+            f"{type(sink).__name__} failed and is left out from here on: {type(error).__name__}: {error}"
+        )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,92 @@
+"""Silent no-ops, said aloud: a run that goes on without learning, and what to do about it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+Values = Mapping[str, float]
+
+
+class Finding(NamedTuple):
+    """`holds(steps)` looks at the last few steps, oldest first."""
+
+    name: str
+    holds: Callable[[Sequence[Values]], bool]
+    advice: str
+
+
+class Watch:
+    """Looks at each step's metrics; a finding that held for `patience` steps in a row is told once a run."""
+
+    def __init__(self, patience: int = 5) -> None:
+        self.steps: deque[Values] = deque(maxlen=patience)
+        self.told: set[str] = set()
+        self.some_completion_ended = False
+
+    def look(self, values: Values) -> list[str]:
+        """Takes the metrics of one step and returns what is new to tell."""
+        if not values.keys() & {"reward/mean", "length/truncated", "grad_norm"}:
+            return []
+        self.steps.append(values)
+        self.some_completion_ended |= values.get("length/truncated", 0.0) < 1.0
+        if len(self.steps) < (self.steps.maxlen or 1):
+            return []
+        new = [f for f in FINDINGS if f.name not in self.told and f.holds(self.steps)]
+        if not self.some_completion_ended:
+            new = [NEVER_ENDED if f.name == "truncated" else f for f in new]
+        self.told.update(f.name for f in new)
+        if NEVER_ENDED in new:
+            self.told.add("truncated")
+        return [f"{f.advice} ({len(self.steps)} steps in a row)" for f in new]
+
+
+def _always(name: str, expected: float) -> Callable[[Sequence[Values]], bool]:
+    return lambda steps: all(values.get(name) == expected for values in steps)
+
+
+def _constant_reward(steps: Sequence[Values]) -> bool:
+    first = steps[0].get("reward/mean")
+    same = first is not None and all(values.get("reward/mean") == first for values in steps)
+    return same and all(values.get("reward/std", 0.0) == 0.0 for values in steps)
+
+
+def _nothing_moves(steps: Sequence[Values]) -> bool:
+    """Without any advantage there is rightly no gradient, and that has its own finding."""
+    has_signal = any(values.get("advantage/zero_fraction", 0.0) < 1.0 for values in steps)
+    return has_signal and _always("grad_norm", 0.0)(steps)
+
+
+FINDINGS = (
+    Finding(
+        "reward",
+        _constant_reward,
+        "every completion gets the same reward, so there is nothing to learn from; look at RUN/samples.jsonl "
+        "and try the reward function on a completion that should score well",
+    ),
+    Finding(
+        "advantage",
+        _always("advantage/zero_fraction", 1.0),
+        "all advantages are zero: within each group all rewards are equal; take prompts of another "
+        "difficulty, a larger rollout.group_size or a higher rollout.temperature",
+    ),
+    Finding(
+        "truncated",
+        _always("length/truncated", 1.0),
+        "every completion is cut at the token limit; raise rollout.max_completion_tokens, or ask for less",
+    ),
+    Finding(
+        "gradient",
+        _nothing_moves,
+        "the gradient is exactly zero although there are advantages, so no parameter changes; check that "
+        "parameters are trainable and that the loss mask leaves tokens to learn from",
+    ),
+)
+NEVER_ENDED = Finding(
+    "ended",
+    _always("length/truncated", 1.0),
+    "no completion of this run has ended by itself: every one is cut at the token limit, so the "
+    "end-of-sequence token is never trained; raise rollout.max_completion_tokens, and check that the chat "
+    "template and the stop tokens are the model's own",
+)
