@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf.kernels.token_stats import tiled
-from rlhf.kernels.token_stats.rows import Scaling, Upstream
+from rlhf.kernels.token_stats.problem import Head, Problem
+from rlhf.kernels.token_stats.rows import Scaling, Upstream, padded
 from rlhf.kernels.token_stats.state import FIELDS, IGNORED, NEEDS_REFERENCE, SAVED_ROWS, finish
 
 UNKNOWN = -1
@@ -87,7 +88,7 @@ def _forward(*values: Any) -> tuple[Tensor, ...]:
 def _forward_shapes(*values: Any) -> tuple[Tensor, ...]:
     arguments = Arguments(*values)
     wide = torch.float64 if arguments.hidden.dtype is torch.float64 else torch.float32
-    size = arguments.rows * arguments.weight.shape[0] if arguments.keep else 0
+    size = arguments.rows * padded(arguments.weight.shape[0]) if arguments.keep else 0
     ref_size = size if NEEDS_REFERENCE & arguments.wanted else 0
 
     def made(*shape: int) -> Tensor:
@@ -205,16 +206,16 @@ def check_targets(targets: Tensor, vocabulary: int, group: str) -> None:
         raise ValueError(f"target {wrong} is outside [0, {vocabulary}); mask a token with {IGNORED}")
 
 
-def _problem(arguments: Arguments, index: Tensor | None) -> tiled.Problem:
+def _problem(arguments: Arguments, index: Tensor | None) -> Problem:
     def rows(tensor: Tensor) -> Tensor:
         return tensor if index is None else tensor.index_select(0, index)
 
-    policy = tiled.Head(rows(arguments.hidden), arguments.weight, arguments.bias)
+    policy = Head(rows(arguments.hidden), arguments.weight, arguments.bias)
     reference = None
     if NEEDS_REFERENCE & arguments.wanted:
         assert arguments.ref_hidden is not None
         shared = arguments.ref_weight is None
-        reference = tiled.Head(
+        reference = Head(
             rows(arguments.ref_hidden),
             arguments.weight if arguments.ref_weight is None else arguments.ref_weight,
             arguments.bias if shared else arguments.ref_bias,
@@ -222,7 +223,7 @@ def _problem(arguments: Arguments, index: Tensor | None) -> tiled.Problem:
     temperature: float | Tensor = arguments.scalar_temperature
     if arguments.temperature is not None:
         temperature = rows(arguments.temperature).to(policy.wide)
-    return tiled.Problem(
+    return Problem(
         policy,
         reference,
         rows(arguments.targets),

@@ -81,14 +81,6 @@ class Upstream:
     kl: Tensor | None
     kl_reverse: Tensor | None
 
-    def rows(self, start: int, stop: int) -> Upstream:
-        """The gradients of a block of rows."""
-        return Upstream(*(None if g is None else g[start:stop] for g in self.every()))
-
-    def every(self) -> tuple[Tensor | None, ...]:
-        """All five, in the order of the fields."""
-        return (self.logprob, self.entropy, self.logsumexp, self.kl, self.kl_reverse)
-
     @property
     def needs_reference(self) -> bool:
         """Whether the reference's logits have a part in the gradient."""
@@ -103,10 +95,16 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, rows: int, columns: int) -> Tensor:
-        """The buffer `name` as a contiguous `[rows, columns]` matrix; what was in it is lost."""
+        """The buffer `name` as a `[rows, columns]` matrix with aligned rows; what was in it is lost."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(self._size, dtype=self.dtype, device=self._device)
-        return self._buffers[name][: rows * columns].view(rows, columns)
+        width = padded(columns)
+        return self._buffers[name][: rows * width].view(rows, width)[:, :columns]
+
+
+def padded(columns: int) -> int:
+    """The length of a buffer's row: a multiple of 16 elements, so that every row starts aligned."""
+    return (columns + 15) // 16 * 16
 
 
 def fold(state: Tensor, tile: Tile, *, entropy: bool, scratch: Scratch) -> None:
@@ -165,76 +163,104 @@ def _fold_reference(
     return _Gap(ref_down, _dot(weight, gap, out=gap))
 
 
-def gradient(tile: Tile, saved: Tensor, upstream: Upstream, *, scratch: Scratch) -> Tensor:
+def gradient(tile: Tile, coefficients: Coefficients, *, scratch: Scratch) -> Tensor:
     """The loss's gradient by the tile's raw logits (before the bias), `[R, C]`, in a scratch buffer.
 
-    With d = a - max and e the same of the reference, by the scaled logits it is
-        p (c0 + c1 d - g_kl e) - g_kl_reverse q
-    and at the target's column g_logprob (1 - p) is written as -g_logprob expm1(logprob).
+    With d = a - max and e the same of the reference, it is, by the scaled logits,
+        exp(d) (CONSTANT + SLOPE d - GAP_SLOPE e) - PULL exp(e)
+    and at the target's column exp(d) BOOST + OWN more.
     """
+    values = coefficients.values[:, :, None]
     a = _scaled(tile, scratch, "policy")
     column, inside = _target_column(tile)
-    terms = _row_terms(saved, upstream)
-    d = torch.sub(a, saved[S_MAX][:, None], out=scratch("d", *a.shape))
-    weight = torch.exp(d, out=scratch("weight", *a.shape))
-    d_target = d.gather(1, column)[:, 0]
-    at_target = terms.constant + terms.logprob + terms.slope * d_target
+    d = torch.sub(a, values[TOP], out=scratch("d", *a.shape))
+    result = torch.exp(d, out=scratch("weight", *a.shape))
+    boost = (result.gather(1, column) * values[BOOST] + values[OWN])[:, 0]
 
     e = None
     if tile.ref_logits is not None:
         u = _scaled(tile, scratch, "reference")
-        e = torch.sub(u, saved[S_REF_MAX][:, None], out=scratch("e", *u.shape))
-    if terms.has_slope:
-        factor = d.mul_(terms.slope[:, None]).add_(terms.constant[:, None])
-        if e is not None and upstream.kl is not None:
-            factor.addcmul_(e, upstream.kl[:, None], value=-1.0)
-            at_target = at_target - upstream.kl * e.gather(1, column)[:, 0]
-        result = weight.mul_(factor.div_(terms.total[:, None]))
+        e = torch.sub(u, values[REF_TOP], out=scratch("e", *u.shape))
+    if coefficients.has_slope:
+        factor = d.mul_(values[SLOPE]).add_(values[CONSTANT])
+        if e is not None and coefficients.has_gap:
+            factor.addcmul_(e, values[GAP_SLOPE], value=-1.0)
+        result.mul_(factor)
     else:
-        result = weight.mul_((terms.constant / terms.total)[:, None])
-
-    at_target = at_target * (d_target - saved[S_LOG_SUM]).exp()
-    at_target = at_target - terms.logprob * saved[S_LOGPROB].expm1()
-    if e is not None and upstream.kl_reverse is not None:
-        pull = (upstream.kl_reverse * (-saved[S_REF_LOG_SUM]).exp())[:, None]
-        pulled = e.exp_().mul_(pull)
-        at_target = at_target - pulled.gather(1, column)[:, 0]
-        result.sub_(pulled)
-    result.scatter_(1, column, torch.where(inside, at_target, result.gather(1, column)[:, 0])[:, None])
+        result.mul_(values[CONSTANT])
+    if e is not None and coefficients.has_pull:
+        result.sub_(e.exp_().mul_(values[PULL]))
+    result.scatter_add_(1, column, torch.where(inside, boost, 0.0)[:, None])
     return _through_scaling(result, tile, scratch)
 
 
+TOP, REF_TOP, CONSTANT, SLOPE, GAP_SLOPE, PULL, BOOST, OWN = range(8)
+
+
 @dataclass(frozen=True)
-class _RowTerms:
-    """The gradient's coefficients of each row; p is exp(d) / total."""
+class Coefficients:
+    """What the gradient of a row is made of: `values` `[8, rows]`, and which of them can differ from 0."""
 
-    constant: Tensor
-    slope: Tensor
+    values: Tensor
     has_slope: bool
-    total: Tensor
-    logprob: Tensor
+    has_gap: bool
+    has_pull: bool
+
+    def rows(self, start: int, stop: int) -> Coefficients:
+        """The coefficients of a block of rows."""
+        return Coefficients(self.values[:, start:stop], self.has_slope, self.has_gap, self.has_pull)
 
 
-def _row_terms(saved: Tensor, upstream: Upstream) -> _RowTerms:
+def coefficients(saved: Tensor, upstream: Upstream) -> Coefficients:
+    """From finished rows `[SAVED_ROWS, rows]` and the loss's gradients by their statistics.
+
+    The probabilities are p = exp(d - log_sum) and q, and with g the upstream gradients the gradient is
+        p (-g_logprob - g_entropy (log p + entropy) + g_kl (log p - log q - kl) + g_kl_reverse + g_lse)
+        - g_kl_reverse q,
+    and g_logprob more at the target. There the sum of both is written as -g_logprob expm1(logprob),
+    which keeps what a confident token still has to learn.
+    """
     zero = torch.zeros_like(saved[S_MAX])
-    log_sum = saved[S_LOG_SUM]
-    g_logprob = zero
+    log_sum, ref_log_sum = saved[S_LOG_SUM], saved[S_REF_LOG_SUM]
+    g_logprob, constant, slope = zero, zero, zero
     if upstream.logprob is not None:
-        # a target that no rank owns has no log-probability and passes no gradient
+        # a target outside the vocabulary has no log-probability and passes no gradient
         g_logprob = torch.where(saved[S_LOGPROB].isnan(), 0.0, upstream.logprob)
-    constant, slope = -g_logprob, zero
+        constant = -g_logprob
     if upstream.logsumexp is not None:
         constant = constant + upstream.logsumexp
     if upstream.entropy is not None:
         constant = constant + upstream.entropy * (log_sum - saved[S_ENTROPY])
         slope = slope - upstream.entropy
     if upstream.kl is not None:
-        constant = constant - upstream.kl * (log_sum - saved[S_REF_LOG_SUM] + saved[S_KL])
+        constant = constant - upstream.kl * (log_sum - ref_log_sum + saved[S_KL])
         slope = slope + upstream.kl
     if upstream.kl_reverse is not None:
         constant = constant + upstream.kl_reverse
-    has_slope = upstream.entropy is not None or upstream.kl is not None
-    return _RowTerms(constant, slope, has_slope, log_sum.exp(), g_logprob)
+    share = (-log_sum).exp()
+    pull = zero if upstream.kl_reverse is None else upstream.kl_reverse * (-ref_log_sum).exp()
+    own = (
+        zero
+        if upstream.logprob is None
+        else -g_logprob * torch.where(g_logprob == 0, 0.0, saved[S_LOGPROB]).expm1()
+    )
+    gap_slope = zero if upstream.kl is None else upstream.kl * share
+    values = (
+        saved[S_MAX],
+        saved[S_REF_MAX],
+        constant * share,
+        slope * share,
+        gap_slope,
+        pull,
+        g_logprob * share,
+        own,
+    )
+    return Coefficients(
+        torch.stack(values),
+        has_slope=upstream.entropy is not None or upstream.kl is not None,
+        has_gap=upstream.kl is not None,
+        has_pull=upstream.kl_reverse is not None,
+    )
 
 
 def _scaled(tile: Tile, scratch: Scratch, side: Literal["policy", "reference"]) -> Tensor:

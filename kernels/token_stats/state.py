@@ -105,9 +105,12 @@ def finish(state: Tensor, want: frozenset[str]) -> tuple[dict[str, Tensor], Tens
         between = side.log_sum - ref.log_sum
         gap = side.lead - ref.lead
         stats["ref_logprob"] = ref.logprob
-        stats["kl"] = (state[GAP] + side.weight * gap) / side.total - between
-        stats["kl_reverse"] = (state[REF_GAP] - ref.weight * gap) / ref.total + between
-        saved[S_KL] = stats["kl"]
+        kl = (state[GAP] + side.weight * gap) / side.total - between
+        kl_reverse = (state[REF_GAP] - ref.weight * gap) / ref.total + between
+        saved[S_KL] = kl
+        # something that one model holds for possible and the other does not
+        stats["kl"] = torch.where(kl > -IMPOSSIBLE, torch.inf, kl)
+        stats["kl_reverse"] = torch.where(kl_reverse > -IMPOSSIBLE, torch.inf, kl_reverse)
     return {name: value for name, value in stats.items() if name in want}, saved
 
 
@@ -125,7 +128,8 @@ class _Side(NamedTuple):
 def _close(top: Tensor, others: Tensor, target: Tensor, owned: Tensor) -> _Side:
     lead = torch.where(owned, target - top, 0.0)
     weight = torch.where(owned, lead.exp(), 0.0)
-    total = others + weight
+    # a row of which every logit is minus infinity is no distribution
+    total = torch.where(top <= IMPOSSIBLE, torch.nan, others + weight)
     # where the target is the maximum, total is 1 + others and log1p keeps the small part
     log_sum = torch.where(owned & (lead == 0), others.log1p(), total.log())
     margin = others.log() - lead

@@ -10,109 +10,16 @@ Both passes use the same tiles, so that probabilities and their normaliser come 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from rlhf.kernels.token_stats import rows
-from rlhf.kernels.token_stats.rows import Scaling, Scratch, Tile, Upstream
+from rlhf.kernels.token_stats.problem import Block, Head, Problem, plan
+from rlhf.kernels.token_stats.rows import Coefficients, Scratch, Tile, Upstream, padded
 from rlhf.kernels.token_stats.state import empty_state
-
-CPU_TILE_BYTES = 2 << 20
-CPU_WEIGHT_BYTES = 4 << 20
-CPU_ROWS = 1024
-GPU_ROWS = 32768
-COLUMN_STEP = 256
-
-
-@dataclass(frozen=True)
-class Head:
-    """One model's last hidden states `[n, H]` and its LM head `[V, H]`, `[V]`."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def wide(self) -> torch.dtype:
-        """The precision of logits, statistics and accumulated gradients."""
-        return torch.float64 if self.hidden.dtype is torch.float64 else torch.float32
-
-    @property
-    def converts(self) -> bool:
-        """Whether slices of the head are converted first: no 16-bit matmul with fp32 results here."""
-        mixed = self.hidden.is_cuda and torch.version.hip is None
-        return self.hidden.dtype is not self.wide and not mixed
-
-    def converted(self) -> Head:
-        """The same with hidden states in the precision that the matmuls take."""
-        return replace(self, hidden=self.hidden.to(self.wide)) if self.converts else self
-
-    def bias_slice(self, start: int, stop: int) -> Tensor | None:
-        """The bias of a slice of the vocabulary."""
-        return None if self.bias is None else self.bias[start:stop].to(self.wide)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Everything the statistics of n tokens depend on; no token of it is masked."""
-
-    policy: Head
-    reference: Head | None
-    targets: Tensor
-    scaling: Scaling
-    entropy: bool
-    first_column: int
-    workspace_bytes: int
-
-    @property
-    def vocabulary(self) -> int:
-        """The number of columns of this rank's part of the vocabulary."""
-        return self.policy.weight.shape[0]
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows `[top, bottom)` of columns `[left, right)`."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.bottom - self.top, self.right - self.left
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the logits `[n, V]` are cut; the same for forward and backward, kept or not."""
-
-    count: int
-    vocabulary: int
-    rows: int
-    columns: int
-
-    def slices(self) -> Iterator[tuple[int, int]]:
-        """The slices of the vocabulary, in order."""
-        for left in range(0, self.vocabulary, self.columns):
-            yield left, min(left + self.columns, self.vocabulary)
-
-    def blocks(self, left: int, right: int) -> Iterator[Block]:
-        """The tiles of one slice, in order."""
-        for top in range(0, self.count, self.rows):
-            yield Block(top, min(top + self.rows, self.count), left, right)
-
-    def stored(self, kept: Tensor, block: Block) -> Tensor:
-        """Where the logits of a tile lie in the flat `[n * V]` buffer of kept ones."""
-        height, width = block.shape
-        start = self.count * block.left + block.top * width
-        return kept[start : start + height * width].view(height, width)
 
 
 @runtime_checkable
@@ -127,12 +34,15 @@ class RowKernels(Protocol):
         ...
 
     def gradient(
-        self, tile: Tile, saved: Tensor, upstream: Upstream, *, scratch: Scratch, overwrite: bool
+        self,
+        tile: Tile,
+        coefficients: Coefficients,
+        *,
+        scratch: Scratch,
+        dtype: torch.dtype,
+        overwrite: bool,
     ) -> Tensor:
-        """The gradient by the tile's raw logits, in the precision the matmuls take.
-
-        May use the bytes of the tile's logits where `overwrite`.
-        """
+        """The gradient by the tile's raw logits, in `dtype`, perhaps in the bytes of its logits."""
         ...
 
 
@@ -146,42 +56,31 @@ class TorchRows:
         rows.fold(state, tile, entropy=entropy, scratch=scratch)
 
     def gradient(
-        self, tile: Tile, saved: Tensor, upstream: Upstream, *, scratch: Scratch, overwrite: bool
+        self,
+        tile: Tile,
+        coefficients: Coefficients,
+        *,
+        scratch: Scratch,
+        dtype: torch.dtype,
+        overwrite: bool,
     ) -> Tensor:
-        """The gradient by the tile's raw logits, in fp32 or float64."""
-        return rows.gradient(tile, saved, upstream, scratch=scratch)
-
-
-def plan(problem: Problem, kernels: RowKernels) -> Plan:
-    """Tiles that keep matmuls busy, fit the workspace, and on a CPU stay in the cache."""
-    count, vocabulary, size = len(problem.targets), problem.vocabulary, problem.policy.wide.itemsize
-    heads = 1 if problem.reference is None else 2
-    on_cpu = problem.targets.device.type == "cpu"
-    tile_rows = max(1, min(count, CPU_ROWS if on_cpu else GPU_ROWS))
-    budget = problem.workspace_bytes // (kernels.buffers * heads)
-    if on_cpu:
-        budget = min(budget, CPU_TILE_BYTES)
-    columns = budget // (size * tile_rows)
-    if problem.policy.converts:
-        weight_bytes = CPU_WEIGHT_BYTES if on_cpu else problem.workspace_bytes // 4
-        columns = min(columns, weight_bytes // (size * problem.policy.weight.shape[1]))
-    columns = max(COLUMN_STEP, columns // COLUMN_STEP * COLUMN_STEP)
-    return Plan(count, vocabulary, tile_rows, min(columns, max(1, vocabulary)))
+        """The gradient by the tile's raw logits, in `dtype`."""
+        return rows.gradient(tile, coefficients, scratch=scratch).to(dtype)
 
 
 def forward(problem: Problem, kernels: RowKernels, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The state `[STATE_ROWS, n]` of all rows, and the raw logits of policy and reference.
 
-    The logits are flat `[n * V]` buffers in tile order where `keep`, else empty.
+    The logits are flat `[n * padded(V)]` buffers in tile order where `keep`, else empty.
     """
-    cut = plan(problem, kernels)
+    cut = plan(problem, kernels.buffers)
     policy, reference = problem.policy.converted(), _converted(problem.reference)
     wide, device = policy.wide, problem.targets.device
     state = empty_state(cut.count, dtype=wide, device=device)
-    size = cut.count * cut.vocabulary if keep else 0
+    size = cut.count * padded(cut.vocabulary) if keep else 0
     kept = torch.empty(size, dtype=wide, device=device)
     ref_kept = torch.empty(size if reference is not None else 0, dtype=wide, device=device)
-    scratch = Scratch(cut.rows * cut.columns, wide, device)
+    scratch = Scratch(cut.rows * padded(cut.columns), wide, device)
     for left, right in cut.slices():
         weights = _Slices(policy, reference, left, right)
         for block in cut.blocks(left, right):
@@ -225,10 +124,11 @@ def backward(
     group: str = "",
 ) -> Gradients:
     """The gradients, from `forward`'s finished rows `saved` and its kept logits (or empty tensors)."""
-    cut = plan(problem, kernels)
+    cut = plan(problem, kernels.buffers)
     policy = problem.policy.converted()
     reference = _converted(problem.reference) if upstream.needs_reference else None
-    scratch = Scratch(cut.rows * cut.columns, policy.wide, problem.targets.device)
+    scratch = Scratch(cut.rows * padded(cut.columns), policy.wide, problem.targets.device)
+    coefficients = rows.coefficients(saved, upstream)
     sums = _Sums(problem.policy, policy.hidden, needs)
     for left, right in cut.slices():
         weights = _Slices(policy, reference, left, right)
@@ -246,12 +146,11 @@ def backward(
                 else:
                     _project(reference, weights.reference, block, out=ref_logits)
             tile = _tile(problem, block, logits, ref_logits)
-            height = slice(block.top, block.bottom)
             gradient = kernels.gradient(
                 tile,
-                saved[:, height],
-                upstream.rows(block.top, block.bottom),
+                coefficients.rows(block.top, block.bottom),
                 scratch=scratch,
+                dtype=policy.hidden.dtype,
                 overwrite=not keeps,
             )
             sums.add(gradient, weights.policy, block)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from rlhf.kernels.token_stats import tiled
+from rlhf.kernels.token_stats import problem
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +24,6 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 tokens by 16 columns, so that small problems have many of both."""
-    monkeypatch.setattr(tiled, "CPU_ROWS", 4)
-    monkeypatch.setattr(tiled, "COLUMN_STEP", 16)
-    monkeypatch.setattr(tiled, "CPU_TILE_BYTES", 4 * 16 * 4)
+    monkeypatch.setattr(problem, "CPU_ROWS", 4)
+    monkeypatch.setattr(problem, "COLUMN_STEP", 16)
+    monkeypatch.setattr(problem, "CPU_TILE_BYTES", 4 * 16 * 4)

@@ -283,7 +283,7 @@ def test_permuting_tokens_permutes_the_statistics_bit_for_bit(monkeypatch: pytes
         temperature=case.temperature[order],
         ref_hidden=case.ref_hidden[order],
     )
-    monkeypatch.setattr("rlhf.kernels.token_stats.tiled.CPU_ROWS", 1024)
+    monkeypatch.setattr("rlhf.kernels.token_stats.problem.CPU_ROWS", 1024)
     first, second = measured(case, backend="tiled"), measured(moved, backend="tiled")
     for name in FIELDS:
         torch.testing.assert_close(first[name][order], second[name], rtol=1e-5, atol=1e-6)
