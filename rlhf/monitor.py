@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -107,7 +106,7 @@ class Monitor:
         (not logged in, no network) passes through.
         """
         opened = [make_sink(name, run, settings) for name in sinks]
-        display = open_display(str(run.path), total_steps, sys.stdout, sys.stderr)
+        display = open_display(str(run.path), total_steps)
         return cls(run, sinks=opened, display=display, samples_per_step=samples_per_step)
 
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from statistics import fmean
-from typing import IO, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
@@ -124,9 +124,9 @@ class Nothing:
 class Lines:
     """One aligned line a step."""
 
-    def __init__(self, course: Course, stream: IO[str]) -> None:
+    def __init__(self, course: Course, console: Console) -> None:
         self.course = course
-        self.stream = stream
+        self.console = console
         self._widths: dict[str, int] = {}
 
     def enter(self, phase: str | None) -> None:
@@ -159,8 +159,9 @@ class Lines:
         return fields
 
     def _print(self, line: str) -> None:
-        self.stream.write(line + "\n")
-        self.stream.flush()
+        # not through rich, which would break a long line at 80 columns
+        self.console.file.write(line + "\n")
+        self.console.file.flush()
 
 
 class Panels:
@@ -250,11 +251,12 @@ class Panels:
         return text
 
 
-def open_display(name: str, total_steps: int, stdout: IO[str], stderr: IO[str]) -> Display:
-    """The panel where one of the two is a terminal, lines on `stdout` where none is."""
+def open_display(name: str, total_steps: int) -> Display:
+    """The panel where stdout or stderr is a terminal, lines on stdout where neither is."""
     course = Course(name, total_steps)
-    for stream in (stdout, stderr):
-        console = Console(file=stream)
-        if console.is_terminal and not console.is_dumb_terminal:
+    stdout, stderr = Console(), Console(stderr=True)
+    for console in (stdout, stderr):
+        # is_terminal alone is true in a pipe too where FORCE_COLOR is set
+        if console.file.isatty() and console.is_terminal and not console.is_dumb_terminal:
             return Panels(course, console)
     return Lines(course, stdout)

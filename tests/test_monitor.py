@@ -317,8 +317,11 @@ def test_warnings_stay_above_the_panel() -> None:
     assert printed.index("warning: look out") < printed.rindex("step 0/40")
 
 
-def test_what_is_no_terminal_gets_lines() -> None:
-    assert isinstance(open_display("run", 3, io.StringIO(), io.StringIO()), Lines)
+def test_what_is_no_terminal_gets_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(open_display("run", 3), Lines)
 
 
 def test_durations_read_as_a_clock() -> None:
