@@ -158,7 +158,7 @@ def test_a_failed_sample_is_masked_and_counted_and_never_scored_by_the_others_al
 def test_too_many_failures_stop_the_run_and_name_function_and_cause() -> None:
     texts = [["", "a", "b", "c", "d", "e", "f", "g", "h", "i"]]
     score([mine("nan_when_empty")], [prompt(1)], texts)
-    message = r"2 of 11 .* more than max_failed_share = 0.1: nan_when_empty failed on 2 \(nan for the completion"
+    message = r"2 of 11 .* more than max_failed_share = 0.1: nan_when_empty failed on 2 \(nan for"
     with pytest.raises(RewardError, match=message):
         score([mine("nan_when_empty")], [prompt(1)], [[*texts[0], ""]])
 
