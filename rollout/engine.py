@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -84,7 +84,10 @@ class RolloutEngine(Protocol):
         """
         ...
 
-    def pause(self, mode: PauseMode) -> None: ...
+    def pause(self, mode: PauseMode) -> None:
+        """Stops decoding. `abort` ends what is in flight (`poll` returns the tokens so far, marked ABORT), `wait`
+        finishes it first, `keep` holds it for `resume`."""
+        ...
 
     def resume(self) -> None: ...
 
@@ -97,16 +100,29 @@ class RolloutEngine(Protocol):
     def close(self) -> None: ...
 
 
-def generate(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[list[Completion]]:
-    """`submit` and `poll` to the end: the group of each request, in order of `index`."""
+def generate(
+    engine: RolloutEngine, requests: Sequence[RolloutRequest], *, between: Callable[[], None] | None = None
+) -> list[list[Completion]]:
+    """`submit` and `poll` to the end: the group of each request, in order of `index`.
+
+    `between` is called before each poll; what it raises ends the rollout, and what is in flight is given up.
+    """
     engine.submit(requests)
     done: dict[str, list[Completion]] = {r.prompt.id: [] for r in requests}
     missing = sum(r.params.n for r in requests)
-    while missing:
-        finished = engine.poll()
-        if not finished:
-            raise RuntimeError(f"the rollout engine stopped with {missing} completions missing")
-        for completion in finished:
-            done[completion.prompt_id].append(completion)
-        missing -= len(finished)
+    try:
+        while missing:
+            if between is not None:
+                between()
+            finished = engine.poll()
+            if not finished:
+                raise RuntimeError(f"the rollout engine stopped with {missing} completions missing")
+            for completion in finished:
+                done[completion.prompt_id].append(completion)
+            missing -= len(finished)
+    except BaseException:
+        engine.pause("abort")
+        engine.poll(timeout=0.0)
+        engine.resume()
+        raise
     return [sorted(done[r.prompt.id], key=lambda c: c.index) for r in requests]

@@ -1,0 +1,125 @@
+"""The specification of the embedded engines: `model.generate`, one request at a time, nothing shared.
+
+Any causal model that Hugging Face can generate with works here. The n samples of a prompt are n equal rows, so there
+is no padding; a logits processor draws each token by `sampling.sample` and leaves only that one possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from rlhf.rollout.embedded import causal_model, sampling_mode, take_weights
+from rlhf.rollout.engine import PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.requests import Row, check_requests, rows_of
+from rlhf.rollout.sampling import RowSampling, sample
+from rlhf.types import Completion
+
+
+class _Draw(LogitsProcessor):
+    """Records the token drawn for each row; `generate` then takes it, as the only one left."""
+
+    def __init__(self, sampling: RowSampling) -> None:
+        self.tokens: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
+        self._sampling = sampling
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        position = torch.full_like(self._sampling.keys, len(self.tokens))
+        tokens, logprobs = sample(scores, self._sampling, position)
+        self.tokens.append(tokens)
+        self.logprobs.append(logprobs)
+        return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
+
+
+@contextmanager
+def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """What a model ships (a repetition penalty, suppressed tokens) would change the distribution sampled from."""
+    shipped = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+
+
+class HFEngine:
+    """`poll` decodes one request and returns its whole group; between polls nothing is in flight on the device."""
+
+    def __init__(self, model: nn.Module, *, eos_token_ids: Sequence[int]) -> None:
+        self._model = causal_model(model)
+        self._eos_token_ids = tuple(eos_token_ids)
+        self._attention = "sdpa" if self._model._supports_sdpa else None
+        self._waiting: list[RolloutRequest] = []
+        self._finished: list[Completion] = []
+        self._version = 0
+        self._paused = False
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        """Raises ValueError for a prompt that is empty, has images, or is in flight already."""
+        in_flight = [request.prompt.id for request in self._waiting]
+        check_requests(requests, in_flight, self._model.get_input_embeddings().weight.shape[0])
+        self._waiting.extend(requests)
+
+    def poll(self, timeout: float | None = None) -> list[Completion]:
+        """One group, however long it takes: `generate` cannot be interrupted, so `timeout` is not looked at."""
+        if self._waiting and not self._finished and not self._paused:
+            self._finished = self._generate(self._waiting.pop(0))
+        finished, self._finished = self._finished, []
+        return finished
+
+    def pause(self, mode: PauseMode) -> None:
+        """`abort` and `wait` end what waits, the latter by decoding it; `keep` leaves it waiting."""
+        if mode == "abort":
+            rows = [row for request in self._waiting for row in self._rows(request)]
+            self._finished.extend(row.completion() for row in rows)
+            self._waiting = []
+        while mode == "wait" and self._waiting:
+            self._finished.extend(self._generate(self._waiting.pop(0)))
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def update_weights(self, source: WeightSource, version: int) -> SyncReport:
+        """Copies the weights unless this engine holds the learner's own module. Raises ValueError on a mismatch."""
+        report = take_weights(self._model, source, version)
+        self._version = version
+        return report
+
+    def release(self) -> None:
+        """Nothing is kept between polls."""
+
+    def close(self) -> None:
+        self._waiting, self._finished = [], []
+
+    def _rows(self, request: RolloutRequest) -> list[Row]:
+        return rows_of(request, self._eos_token_ids, self._version)
+
+    def _generate(self, request: RolloutRequest) -> list[Completion]:
+        params, device = request.params, self._model.get_input_embeddings().weight.device
+        rows = self._rows(request)
+        draw = _Draw(RowSampling.of([params] * params.n, range(params.n), device))
+        stop_ids = sorted(rows[0].stop_ids)
+        config = GenerationConfig(
+            max_new_tokens=params.max_tokens,
+            do_sample=False,
+            eos_token_id=stop_ids or None,
+            pad_token_id=stop_ids[0] if stop_ids else 0,
+        )
+        prompts = torch.tensor([request.prompt.token_ids] * params.n, device=device)
+        with sampling_mode(self._model, self._attention), _own_generation_config(self._model, config):
+            self._model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                logits_processor=LogitsProcessorList([draw]),
+            )
+        tokens, logprobs = torch.stack(draw.tokens, 1).tolist(), torch.stack(draw.logprobs, 1).tolist()
+        for row, row_tokens, row_logprobs in zip(rows, tokens, logprobs, strict=True):
+            # a row that stopped is padded until the last one has
+            any(map(row.append, row_tokens, row_logprobs))
+        return [row.completion() for row in rows]

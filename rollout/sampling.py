@@ -1,0 +1,172 @@
+"""One way to draw a token, shared by every engine that runs in this process.
+
+Token `t` of sample `i` of a request is a function of the logits and of one number `uniform(seed, i, t)`:
+
+    u = splitmix64(splitmix64(seed) + i, t) / 2^53      next token = the first v with CDF(v) > u * CDF(V)
+
+so it depends neither on the other rows of the batch, nor on what was drawn before, nor on the global generator.
+splitmix64 is the generator of Steele, Lea and Flood (OOPSLA 2014): a counter times an odd constant, finalised by
+two multiply-xorshift rounds. Where this differs from the usual way of sampling:
+
+1. One uniform a token and the inverse of the CDF, not V Gumbel or exponential variables.
+2. The CDF is summed in two levels (blocks of `BLOCK` tokens, then within the block drawn), both in float64.
+3. Ties at the edge of top-k or top-p are kept together, so the support does not depend on the order of a sort.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from rlhf.rollout.engine import SamplingParams
+
+BLOCK = 128
+_GOLDEN = 0x9E3779B97F4A7C15
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+
+
+def _signed(word: int) -> int:
+    """The int64 with the same 64 bits; torch multiplies int64 modulo 2^64."""
+    word &= (1 << 64) - 1
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shift_right(word: Int64[Tensor, S], bits: int) -> Int64[Tensor, S]:
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def splitmix64(state: Int64[Tensor, S], counter: Int64[Tensor, S] | int = 0) -> Int64[Tensor, S]:
+    """Output number `counter` of the splitmix64 generator that starts at `state` (64 bits, kept in an int64)."""
+    word = state + (counter + 1) * _signed(_GOLDEN)
+    for bits, factor in _ROUNDS:
+        word = (word ^ _shift_right(word, bits)) * _signed(factor)
+    return word ^ _shift_right(word, 31)
+
+
+def stream_keys(seeds: Sequence[int], indices: Sequence[int], device: torch.device) -> Int64[Tensor, S]:
+    """The stream of each sample: two seeds, or two samples of one request, never share one."""
+    seed = torch.tensor([_signed(s) for s in seeds], dtype=torch.int64, device=device)
+    return splitmix64(splitmix64(seed) + torch.tensor(indices, dtype=torch.int64, device=device))
+
+
+def uniform(keys: Int64[Tensor, S], position: Int64[Tensor, S]) -> Float[Tensor, S]:
+    """Float64 multiples of 2^-53 in [0, 1)."""
+    return _shift_right(splitmix64(keys, position), 11).double() * 2.0**-53
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """How each row of a batch is sampled. A field of None is off for every row and costs nothing."""
+
+    keys: Int64[Tensor, S]
+    temperature: Float[Tensor, S] | None
+    greedy: Bool[Tensor, S] | None
+    top_p: Float[Tensor, S] | None
+    top_k: Int64[Tensor, S] | None
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], indices: Sequence[int], device: torch.device) -> RowSampling:
+        """Row `r` is sample `indices[r]` of a request with `params[r]`."""
+
+        def column(values: Sequence[float], off: float, dtype: torch.dtype) -> Tensor | None:
+            return None if all(v == off for v in values) else torch.tensor(values, dtype=dtype, device=device)
+
+        # the most probable token needs no truncation, and its log-prob is that of the whole distribution
+        greedy = [p.temperature == 0 for p in params]
+        return cls(
+            keys=stream_keys([p.seed for p in params], indices, device),
+            temperature=column([p.temperature or 1.0 for p in params], 1.0, torch.float32),
+            greedy=column(greedy, False, torch.bool),
+            top_p=column([p.top_p if p.temperature else 1.0 for p in params], 1.0, torch.float64),
+            top_k=column([p.top_k if p.temperature else 0 for p in params], 0, torch.int64),
+        )
+
+
+def sample(
+    logits: Float[Tensor, "S V"], rows: RowSampling, position: Int64[Tensor, S]
+) -> tuple[Int64[Tensor, S], Float[Tensor, S]]:
+    """The next token of each row and its fp32 log-prob under the distribution it was really drawn from.
+
+    `position` counts the tokens of the completion before this one.
+    """
+    if rows.temperature is not None:
+        logits = logits.float() / rows.temperature[:, None]
+    probs = torch.softmax(logits, -1, dtype=torch.float32)
+    truncated = _truncated_rows(rows)
+    if truncated is not None:
+        probs[truncated] = truncate(probs[truncated], _at(rows.top_k, truncated), _at(rows.top_p, truncated))
+    tokens, total = _inverse_cdf(probs, uniform(rows.keys, position))
+    if rows.greedy is not None:
+        tokens = torch.where(rows.greedy, logits.argmax(-1), tokens)
+    return tokens, (probs.gather(1, tokens[:, None])[:, 0] / total).log().float()
+
+
+def _truncated_rows(rows: RowSampling) -> Int64[Tensor, R] | None:
+    if rows.top_k is None and rows.top_p is None:
+        return None
+    active = torch.zeros_like(rows.keys, dtype=torch.bool)
+    if rows.top_k is not None:
+        active |= rows.top_k > 0
+    if rows.top_p is not None:
+        active |= rows.top_p < 1
+    return active.nonzero()[:, 0]
+
+
+def _at(column: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if column is None else column[rows]
+
+
+def truncate(
+    probs: Float[Tensor, "R V"], top_k: Int64[Tensor, R] | None, top_p: Float[Tensor, R] | None
+) -> Float[Tensor, "R V"]:
+    """Zero outside the `top_k` most probable tokens (0: all), then outside the smallest set of the rest whose
+    share reaches `top_p`. Not renormalised."""
+    size = probs.shape[-1]
+    count = probs.new_full((len(probs),), size, dtype=torch.int64)
+    if top_k is not None:
+        count = torch.where(top_k > 0, top_k.clamp(max=size), count)
+    if top_p is None:
+        ordered = probs.topk(int(count.max())).values
+    else:
+        ordered = probs.sort(-1, descending=True).values
+        mass = ordered.cumsum(-1, dtype=torch.float64)
+        wanted = mass.gather(1, count[:, None] - 1) * top_p[:, None]
+        # a token is kept when those before it do not reach the share yet: the first one always is
+        count = torch.minimum(count, (mass - ordered < wanted).sum(-1))
+    edge = ordered.gather(1, count.clamp(min=1)[:, None] - 1)
+    return probs.masked_fill(probs < edge, 0.0)
+
+
+def _inverse_cdf(
+    probs: Float[Tensor, "S V"], u: Float[Tensor, S]
+) -> tuple[Int64[Tensor, S], Float[Tensor, S]]:
+    """The first token whose cumulative mass exceeds `u` times the whole, and the whole (float64)."""
+    size = probs.shape[-1]
+    full = size // BLOCK * BLOCK
+    blocks = [probs[:, :full].unflatten(1, (-1, BLOCK)).sum(-1)] if full else []
+    if full < size:
+        blocks.append(probs[:, full:].sum(-1, keepdim=True))
+    mass = torch.cat(blocks, -1).cumsum(-1, dtype=torch.float64)
+    block, rest = _first_above(mass, u * mass[:, -1])
+    columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=probs.device)
+    inside = probs.gather(1, columns.clamp(max=size - 1)).masked_fill_(columns >= size, 0.0)
+    offset, _ = _first_above(inside.cumsum(-1, dtype=torch.float64), rest)
+    return block * BLOCK + offset, mass[:, -1]
+
+
+def _first_above(
+    mass: Float[Tensor, "S B"], target: Float[Tensor, S]
+) -> tuple[Int64[Tensor, S], Float[Tensor, S]]:
+    """First column with more cumulative mass than `target`, and what of `target` is left inside it.
+
+    `target` is kept below the whole, so that rounding never picks a column without mass of its own.
+    """
+    whole = mass[:, -1]
+    target = torch.minimum(target, torch.nextafter(whole, torch.zeros_like(whole)))
+    column = torch.searchsorted(mass, target[:, None], right=True)[:, 0]
+    before = mass.gather(1, (column - 1).clamp(min=0)[:, None])[:, 0].masked_fill_(column == 0, 0.0)
+    return column, target - before
