@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.metrics import Partial
 from rlhf.progress import Display, Nothing, open_display
 from rlhf.run_folder import RunFolder
-from rlhf.sinks import Sink, make_sink
+from rlhf.sinks import Sink, SinkName, make_sink
 from rlhf.types import Group
 from rlhf.watch import Watch
 
@@ -95,7 +95,7 @@ class Monitor:
         cls,
         run: RunFolder,
         *,
-        sinks: Sequence[Literal["tensorboard", "wandb", "trackio"]],
+        sinks: Sequence[SinkName],
         total_steps: int,
         samples_per_step: int,
         settings: Mapping[str, Any],

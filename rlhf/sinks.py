@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import sqlite3
+import uuid
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+from rlhf.files import write_atomically
 from rlhf.run_folder import RunFolder
+
+SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
 @runtime_checkable
@@ -45,13 +50,40 @@ class TensorBoard:
             self.writer.close()
 
 
-class Service:
-    """W&B or trackio: one interface. A resumed run continues the record of the earlier one."""
+class WandB:
+    """Weights & Biases. RUN/wandb_id names the record there, so that a resumed run continues it."""
 
-    def __init__(self, name: str, run: RunFolder, settings: Mapping[str, Any]) -> None:
-        self.module = _import(name, extra=name)
+    def __init__(self, run: RunFolder, settings: Mapping[str, Any]) -> None:
+        self.module = _import("wandb", extra="wandb")
+        self.failures = (self.module.Error, OSError, RuntimeError, ValueError, TypeError)
         folder = run.path.resolve()
-        self.failures = (OSError, RuntimeError, ValueError, TypeError, LookupError)
+        record = folder / "wandb_id"
+        if not record.exists():
+            write_atomically(record, uuid.uuid4().hex[:12])
+        self.module.init(
+            project=folder.parent.name,
+            name=folder.name,
+            dir=str(folder),
+            config=dict(settings),
+            id=record.read_text(),
+            resume="allow",
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.module.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.module.finish()
+
+
+class Trackio:
+    """trackio keeps its record by project and name, and continues it when both are there."""
+
+    failures = (sqlite3.Error, OSError, RuntimeError, ValueError, TypeError)
+
+    def __init__(self, run: RunFolder, settings: Mapping[str, Any]) -> None:
+        self.module = _import("trackio", extra="trackio")
+        folder = run.path.resolve()
         self.module.init(project=folder.parent.name, name=folder.name, config=dict(settings), resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -61,9 +93,15 @@ class Service:
         self.module.finish()
 
 
-def make_sink(name: str, run: RunFolder, settings: Mapping[str, Any]) -> Sink:
+def make_sink(name: SinkName, run: RunFolder, settings: Mapping[str, Any]) -> Sink:
     """Raises ValueError when the package is not installed."""
-    return TensorBoard(run) if name == "tensorboard" else Service(name, run, settings)
+    match name:
+        case "tensorboard":
+            return TensorBoard(run)
+        case "wandb":
+            return WandB(run, settings)
+        case "trackio":
+            return Trackio(run, settings)
 
 
 def _import(name: str, *, extra: str | None) -> ModuleType:
