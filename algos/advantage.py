@@ -136,14 +136,14 @@ def gae(
     as if they were not there: both results are 0 on them.
     """
     kept = loss_mask.nonzero().squeeze(1)
-    ids, counts = sequence[kept].unique_consecutive(return_counts=True)
-    row = torch.arange(len(ids), device=kept.device).repeat_interleave(counts)
+    row = sequence[kept]
+    counts = row.bincount()
     column = torch.arange(len(kept), device=kept.device) - (counts.cumsum(0) - counts)[row]
     # one row a sequence, zeros on the right: V is 0 after the last token, and the scan starts from 0
     width = int(counts.max()) if len(kept) else 1
-    v = values.new_zeros(len(ids), width).index_put((row, column), values[kept])
-    r = values.new_zeros(len(ids), width).index_put((row, column), rewards[kept])
-    scan = r + gamma * torch.cat([v[:, 1:], v.new_zeros(len(ids), 1)], dim=1) - v
+    v = values.new_zeros(len(counts), width).index_put((row, column), values[kept])
+    r = values.new_zeros(len(counts), width).index_put((row, column), rewards[kept])
+    scan = r + gamma * torch.cat([v[:, 1:], v.new_zeros(len(counts), 1)], dim=1) - v
     for t in range(width - 2, -1, -1):
         scan[:, t] += gamma * lam * scan[:, t + 1]
     advantages = torch.zeros_like(values).index_copy(0, kept, scan[row, column])

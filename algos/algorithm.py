@@ -210,7 +210,8 @@ def _report(
     mask = batch.loss_mask
     sums = [x.to(ratio.dtype).masked_fill(~mask, 0.0).sum() for x in means.values()]
     tops = [x.masked_fill(~mask, 0.0).max() for x in largest.values()]
-    count, loss, *numbers = torch.stack([mask.sum().to(ratio.dtype), policy, *sums, *tops]).tolist()
+    at_once = torch.stack([mask.sum().to(ratio.dtype), policy, *sums, *tops]).cpu()
+    count, loss, *numbers = (float(x) for x in at_once.unbind())
     metrics: Metrics = {name: Mean(total, count) for name, total in zip(means, numbers, strict=False)}
     metrics |= {name: Max(top) for name, top in zip(largest, numbers[len(means) :], strict=True)}
     # shares of an update's loss add up to it, and their weights to 1

@@ -264,7 +264,8 @@ def walk(lengths: list[int], seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     n = sum(lengths)
     sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return *torch.randn(2, n, generator=generator, dtype=torch.float64).unbind(), sequence
+    rewards, values = torch.randn(2, n, generator=generator, dtype=torch.float64)
+    return rewards, values, sequence
 
 
 @given(lengths=lengths, seed=st.integers(0, 99), gamma=st.floats(0, 1), lam=st.floats(0, 1))
