@@ -70,7 +70,9 @@ class SharedPrefixCache:
 
     def _new_prefix(self, like: Tensor) -> Tensor:
         # zeros: a hidden key weighs nothing, but nothing times NaN is NaN
-        return like.new_zeros(len(self.prompt_lengths), like.shape[0], max(self.prompt_lengths), like.shape[2])
+        return like.new_zeros(
+            len(self.prompt_lengths), like.shape[0], max(self.prompt_lengths), like.shape[2]
+        )
 
     def _new_suffix(self, like: Tensor) -> Tensor:
         return like.new_empty(len(self.owner), like.shape[0], min(CHUNK, self._max_tokens), like.shape[2])
@@ -124,7 +126,9 @@ class SharedPrefixCache:
         query = query.reshape(rows, heads, query_heads // heads, dim)
         by_prompt = query[self._slots].unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
         prefix_key, prefix_value = self._prefix[layer]
-        out1, lse1 = attend(by_prompt, prefix_key[:prompts], prefix_value[:prompts], scale=scale, bias=self._bias)
+        out1, lse1 = attend(
+            by_prompt, prefix_key[:prompts], prefix_value[:prompts], scale=scale, bias=self._bias
+        )
         out2, lse2 = attend(query, suffix_key[:rows, :, :end], suffix_value[:rows, :, :end], scale=scale)
         out1, lse1 = self._by_row(out1, out2.shape), self._by_row(lse1, lse2.shape)
         return merge(out1, lse1, out2, lse2).reshape(rows, query_heads, dim)
@@ -143,7 +147,9 @@ class SharedPrefixCache:
         self._suffix = [(_keep(k, order), _keep(v, order)) for k, v in self._suffix]
         owner = [self.owner[row] for row in order]
         left = set(owner)
-        prompts = without(len(self.prompt_lengths), [p for p in range(len(self.prompt_lengths)) if p not in left])
+        prompts = without(
+            len(self.prompt_lengths), [p for p in range(len(self.prompt_lengths)) if p not in left]
+        )
         if len(prompts) < len(self.prompt_lengths):
             self._prefix = [(_keep(k, prompts), _keep(v, prompts)) for k, v in self._prefix]
         place = {prompt: i for i, prompt in enumerate(prompts)}
@@ -196,6 +202,6 @@ AttentionPass = Prefill | Decode
 """What one forward of the model does at each attention layer: `attend(layer, query, key, value, scale)`."""
 
 
-def last_tokens(lengths: Sequence[int]) -> Int64[Tensor, P]:
+def last_tokens(lengths: Sequence[int]) -> Int64[Tensor, " P"]:
     """Where each prompt ends when they lie end to end."""
     return torch.tensor(lengths).cumsum(0) - 1

@@ -22,7 +22,9 @@ def causal_model(module: nn.Module) -> PreTrainedModel:
         if isinstance(module, PeftModel):
             module = module.get_base_model()
     if not isinstance(module, PreTrainedModel):
-        raise ValueError(f"an embedded engine needs a Hugging Face PreTrainedModel, got {type(module).__name__}")
+        raise ValueError(
+            f"an embedded engine needs a Hugging Face PreTrainedModel, got {type(module).__name__}"
+        )
     return module
 
 
@@ -74,5 +76,7 @@ def _copy(model: PreTrainedModel, source: WeightSource) -> int:
         missing.pop(id(own[name]), None)
         copied += own[name].nbytes
     if missing:
-        raise ValueError(f"the learner sent no weight for {sorted(missing.values())[:3]} ({len(missing)} in all)")
+        raise ValueError(
+            f"the learner sent no weight for {sorted(missing.values())[:3]} ({len(missing)} in all)"
+        )
     return copied

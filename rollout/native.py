@@ -66,12 +66,12 @@ class _Cohort:
 
     cache: SharedPrefixCache
     rows: list[Row]
-    tokens: Int64[Tensor, S]
+    tokens: Int64[Tensor, " S"]
     """The last one of each row, not seen by the model yet."""
-    positions: Int64[Tensor, S]
+    positions: Int64[Tensor, " S"]
     """Where it stands, counted from the start of the prompt."""
 
-    def record(self, tokens: Int64[Tensor, S], logprobs: Float[Tensor, S]) -> list[Row]:
+    def record(self, tokens: Int64[Tensor, " S"], logprobs: Float[Tensor, " S"]) -> list[Row]:
         """Appends one token to every row; the rows it finishes leave."""
         sampled = zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True)
         finished = [i for i, (row, token, logprob) in enumerate(sampled) if row.append(token, logprob)]
@@ -249,7 +249,9 @@ class NativeEngine:
         for cache in caches:
             cache.end_token()
         if self._sampling is None:
-            self._sampling = _sampling_of([row for cohort in self._cohorts for row in cohort.rows], tokens.device)
+            self._sampling = _sampling_of(
+                [row for cohort in self._cohorts for row in cohort.rows], tokens.device
+            )
         sampled = torch.cat([torch.full_like(c.tokens, c.cache.length) for c in self._cohorts])
         self._record(self._cohorts, sample(logits, self._sampling, sampled))
 

@@ -35,11 +35,11 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _shift_right(word: Int64[Tensor, S], bits: int) -> Int64[Tensor, S]:
+def _shift_right(word: Int64[Tensor, " S"], bits: int) -> Int64[Tensor, " S"]:
     return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def splitmix64(state: Int64[Tensor, S], counter: Int64[Tensor, S] | int = 0) -> Int64[Tensor, S]:
+def splitmix64(state: Int64[Tensor, " S"], counter: Int64[Tensor, " S"] | int = 0) -> Int64[Tensor, " S"]:
     """Output number `counter` of the splitmix64 generator that starts at `state` (64 bits, kept in an int64)."""
     word = state + (counter + 1) * _signed(_GOLDEN)
     for bits, factor in _ROUNDS:
@@ -47,13 +47,13 @@ def splitmix64(state: Int64[Tensor, S], counter: Int64[Tensor, S] | int = 0) -> 
     return word ^ _shift_right(word, 31)
 
 
-def stream_keys(seeds: Sequence[int], indices: Sequence[int], device: torch.device) -> Int64[Tensor, S]:
+def stream_keys(seeds: Sequence[int], indices: Sequence[int], device: torch.device) -> Int64[Tensor, " S"]:
     """The stream of each sample: two seeds, or two samples of one request, never share one."""
     seed = torch.tensor([_signed(s) for s in seeds], dtype=torch.int64, device=device)
     return splitmix64(splitmix64(seed) + torch.tensor(indices, dtype=torch.int64, device=device))
 
 
-def uniform(keys: Int64[Tensor, S], position: Int64[Tensor, S]) -> Float[Tensor, S]:
+def uniform(keys: Int64[Tensor, " S"], position: Int64[Tensor, " S"]) -> Float[Tensor, " S"]:
     """Float64 multiples of 2^-53 in [0, 1)."""
     return _shift_right(splitmix64(keys, position), 11).double() * 2.0**-53
 
@@ -62,14 +62,16 @@ def uniform(keys: Int64[Tensor, S], position: Int64[Tensor, S]) -> Float[Tensor,
 class RowSampling:
     """How each row of a batch is sampled. A field of None is off for every row and costs nothing."""
 
-    keys: Int64[Tensor, S]
-    temperature: Float[Tensor, S] | None
-    greedy: Bool[Tensor, S] | None
-    top_p: Float[Tensor, S] | None
-    top_k: Int64[Tensor, S] | None
+    keys: Int64[Tensor, " S"]
+    temperature: Float[Tensor, " S"] | None
+    greedy: Bool[Tensor, " S"] | None
+    top_p: Float[Tensor, " S"] | None
+    top_k: Int64[Tensor, " S"] | None
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams], indices: Sequence[int], device: torch.device) -> RowSampling:
+    def of(
+        cls, params: Sequence[SamplingParams], indices: Sequence[int], device: torch.device
+    ) -> RowSampling:
         """Row `r` is sample `indices[r]` of a request with `params[r]`."""
 
         def column(values: Sequence[float], off: float, dtype: torch.dtype) -> Tensor | None:
@@ -87,8 +89,8 @@ class RowSampling:
 
 
 def sample(
-    logits: Float[Tensor, "S V"], rows: RowSampling, position: Int64[Tensor, S]
-) -> tuple[Int64[Tensor, S], Float[Tensor, S]]:
+    logits: Float[Tensor, "S V"], rows: RowSampling, position: Int64[Tensor, " S"]
+) -> tuple[Int64[Tensor, " S"], Float[Tensor, " S"]]:
     """The next token of each row and its fp32 log-prob under the distribution it was really drawn from.
 
     `position` counts the tokens of the completion before this one.
@@ -105,7 +107,7 @@ def sample(
     return tokens, (probs.gather(1, tokens[:, None])[:, 0] / total).log().float()
 
 
-def _truncated_rows(rows: RowSampling) -> Int64[Tensor, R] | None:
+def _truncated_rows(rows: RowSampling) -> Int64[Tensor, " R"] | None:
     if rows.top_k is None and rows.top_p is None:
         return None
     active = torch.zeros_like(rows.keys, dtype=torch.bool)
@@ -121,7 +123,7 @@ def _at(column: Tensor | None, rows: Tensor) -> Tensor | None:
 
 
 def truncate(
-    probs: Float[Tensor, "R V"], top_k: Int64[Tensor, R] | None, top_p: Float[Tensor, R] | None
+    probs: Float[Tensor, "R V"], top_k: Int64[Tensor, " R"] | None, top_p: Float[Tensor, " R"] | None
 ) -> Float[Tensor, "R V"]:
     """Zero outside the `top_k` most probable tokens (0: all), then outside the smallest set of the rest whose
     share reaches `top_p`. Not renormalised."""
@@ -142,8 +144,8 @@ def truncate(
 
 
 def _inverse_cdf(
-    probs: Float[Tensor, "S V"], u: Float[Tensor, S]
-) -> tuple[Int64[Tensor, S], Float[Tensor, S]]:
+    probs: Float[Tensor, "S V"], u: Float[Tensor, " S"]
+) -> tuple[Int64[Tensor, " S"], Float[Tensor, " S"]]:
     """The first token whose cumulative mass exceeds `u` times the whole, and the whole (float64)."""
     size = probs.shape[-1]
     full = size // BLOCK * BLOCK
@@ -159,8 +161,8 @@ def _inverse_cdf(
 
 
 def _first_above(
-    mass: Float[Tensor, "S B"], target: Float[Tensor, S]
-) -> tuple[Int64[Tensor, S], Float[Tensor, S]]:
+    mass: Float[Tensor, "S B"], target: Float[Tensor, " S"]
+) -> tuple[Int64[Tensor, " S"], Float[Tensor, " S"]]:
     """First column with more cumulative mass than `target`, and what of `target` is left inside it.
 
     `target` is kept below the whole, so that rounding never picks a column without mass of its own.

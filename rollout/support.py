@@ -50,7 +50,9 @@ def check_decoding(engine: RolloutEngine, model: PreTrainedModel) -> None:
     params = SamplingParams(n=2, max_tokens=8, seed=0)
     requests = [
         RolloutRequest(
-            Prompt(id=f"self-test-{size}", token_ids=tuple(7 * i % vocabulary for i in range(size)), content=""),
+            Prompt(
+                id=f"self-test-{size}", token_ids=tuple(7 * i % vocabulary for i in range(size)), content=""
+            ),
             params,
         )
         for size in (5, 9)

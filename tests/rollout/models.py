@@ -48,7 +48,9 @@ def prompt(length: int, name: str = "") -> Prompt:
 
 def request(length: int, name: str = "", **settings: Any) -> RolloutRequest:
     """Seeded by the length of its prompt unless told otherwise."""
-    return RolloutRequest(prompt(length, name), SamplingParams(**{"n": 2, "max_tokens": 12, "seed": length, **settings}))
+    return RolloutRequest(
+        prompt(length, name), SamplingParams(**{"n": 2, "max_tokens": 12, "seed": length, **settings})
+    )
 
 
 def ragged() -> list[RolloutRequest]:

@@ -93,7 +93,9 @@ def test_a_request_samples_the_same_tokens_whatever_else_is_in_the_batch(engine:
 
 
 def test_a_sample_does_not_depend_on_the_size_of_its_group(engine: NativeEngine) -> None:
-    assert tokens(generate(engine, [request(9, n=5)]))[0][:2] == tokens(generate(engine, [request(9, n=2)]))[0]
+    assert (
+        tokens(generate(engine, [request(9, n=5)]))[0][:2] == tokens(generate(engine, [request(9, n=2)]))[0]
+    )
 
 
 def test_another_seed_samples_other_tokens(engine: NativeEngine) -> None:
@@ -127,8 +129,11 @@ def test_requests_submitted_while_others_are_decoded_join_them(llama: PreTrained
     engine.submit([request(5, max_tokens=40), request(6, n=3, max_tokens=4)])
     late = drain(engine)
     assert [c.prompt_id for c in late] == ["prompt-6"] * 3 + ["prompt-9"] * 2 + ["prompt-5"] * 2
-    alone = [c for r in (request(6, n=3, max_tokens=4), request(9, max_tokens=30), request(5, max_tokens=40))
-             for c in generate(engine, [r])[0]]
+    alone = [
+        c
+        for r in (request(6, n=3, max_tokens=4), request(9, max_tokens=30), request(5, max_tokens=40))
+        for c in generate(engine, [r])[0]
+    ]
     assert [c.token_ids for c in sorted(late, key=lambda c: (c.prompt_id, c.index))] == [
         c.token_ids for c in sorted(alone, key=lambda c: (c.prompt_id, c.index))
     ]
@@ -251,7 +256,7 @@ def test_in_bfloat16_logprobs_are_within_the_rounding() -> None:
     model = tiny("llama", torch.bfloat16, initializer_range=0.1)
     requests = [request(9, n=4), request(30, n=4)]
     engines = [kind(model, eos_token_ids=[]) for kind in (NativeEngine, HFEngine)]
-    native, plain = ([logprob_errors(model, requests, generate(e, requests)) for e in engines])
+    native, plain = [logprob_errors(model, requests, generate(e, requests)) for e in engines]
     assert sum(native) < 2 * sum(plain) + 0.01 * len(native)
 
 
