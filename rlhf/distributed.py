@@ -76,10 +76,15 @@ def _reduce(bucket: list[Tensor]) -> None:
     torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(flat.split([g.numel() for g in bucket]), bucket)])
 
 
+def world_size() -> int:
+    """How many ranks were started, known before they are joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 @contextmanager
 def world() -> Iterator[World]:
     """Joins the ranks that torchrun or `accelerate launch` started, and leaves them at the end."""
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size, rank = world_size(), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -26,6 +26,10 @@ from rlhf.packing import Packed, pack, padded
 log = logging.getLogger(__name__)
 
 
+class ModelError(ValueError):
+    """The model cannot be loaded or trained as asked. The message says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """How a model turns hidden states into logits: `softcap(scale * (h W^T + b))`."""
@@ -38,7 +42,7 @@ class Head:
     def of(cls, model: PreTrainedModel) -> Head:
         module = model.get_output_embeddings()
         if not isinstance(module, nn.Linear):
-            raise ValueError(f"{type(model).__name__} has no linear language-model head, got {type(module).__name__}")
+            raise ModelError(f"{type(model).__name__} has no linear language-model head, got {type(module).__name__}")
         settings = model.config.get_text_config().to_dict()
         scale = settings.get("logit_scale") or 1.0 / (settings.get("logits_scaling") or 1.0)
         return cls(module, settings.get("final_logit_softcapping"), scale)
@@ -60,10 +64,14 @@ class Policy:
     def load(cls, section: ModelConfig, path: str, device: torch.device) -> Policy:
         """Loads the weights in float32 (the optimizer's master copy is made from them) and checks the forward.
 
-        Raises ValueError: the model cannot be loaded, its head is of another kind, or shared-prefix packing was asked
+        Raises ModelError: the model cannot be loaded, its head is of another kind, or shared-prefix packing was asked
         for and the model cannot do it (the reason is named).
         """
-        model = AutoModelForCausalLM.from_pretrained(local_or_hub(path), dtype=torch.float32).to(device).eval()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(local_or_hub(path), dtype=torch.float32)
+        except OSError as error:
+            raise ModelError(f"{path} cannot be loaded: {error}") from error
+        model = model.to(device).eval()
         without_dropout(model)
         reason = why_no_shared_prefix(model)
         policy = cls(model, shared_prefix=section.packing != "padded" and reason is None)
@@ -71,12 +79,23 @@ class Policy:
             reason, policy.shared_prefix = f"packed and padded log-probs differ ({error})", False
         if not policy.shared_prefix:
             if section.packing == "shared_prefix":
-                raise ValueError(f"model.packing is shared_prefix, but {path} cannot: {reason}")
+                raise ModelError(f"model.packing is shared_prefix, but {path} cannot: {reason}")
             if section.packing == "auto":
                 log.warning("%s: prompts are not shared within a group, because %s", path, reason)
             if (error := forward_error(policy)) is not None:
-                raise ValueError(f"{path}: log-probs from hidden states and head are not those of the model ({error})")
+                raise ModelError(f"{path}: log-probs from hidden states and head are not those of the model ({error})")
         return policy
+
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Makes a reference of it: no gradient, weights in the compute type."""
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)
+
+    def checkpoint_activations(self) -> None:
+        """Trades a second forward for the memory of activations. Training mode differs in nothing else: no dropout."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model.train()
 
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states `[N, H]` that predict the completion tokens."""
@@ -137,20 +156,23 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Raises ValueError when there is none at `path`."""
-    return AutoTokenizer.from_pretrained(local_or_hub(path))
+    """Raises ModelError when there is none at `path`."""
+    try:
+        return AutoTokenizer.from_pretrained(local_or_hub(path))
+    except OSError as error:
+        raise ModelError(f"{path} has no tokenizer that can be loaded: {error}") from error
 
 
 def local_or_hub(path: str) -> str:
-    """A folder that exists, or a hub name as it is. Raises ValueError for what looks like a folder and is none."""
+    """A folder that exists, or a hub name as it is. Raises ModelError for what looks like a folder and is none."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} is no model folder of the Hugging Face layout: it has no config.json")
+            raise ModelError(f"{folder} is no model folder of the Hugging Face layout: it has no config.json")
         return str(folder)
     if path.startswith(("/", "~", ".")) or path.count("/") > 1:
         hint = " Make it with: python -m rlhf.small_model" if folder.name.startswith("SmolLM2") else ""
-        raise ValueError(f"there is no model folder {folder}.{hint}")
+        raise ModelError(f"there is no model folder {folder}.{hint}")
     return path
 
 

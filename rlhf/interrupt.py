@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM end a run between two updates, with everything saved; a second one ends it at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop. Nothing of the step under way has reached the weights."""
+
+
+class Interrupt:
+    """While the context lasts, a signal is a request, answered where `check` is called."""
+
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.announce = announce
+        self.requested = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.announce(
+            f"{signal.Signals(number).name}: the run is saved and left before the next update; once more: at once"
+        )
+
+    def check(self) -> None:
+        """Raises Interrupted if a signal came."""
+        if self.requested:
+            raise Interrupted

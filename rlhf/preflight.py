@@ -1,0 +1,147 @@
+"""Everything that can be known before weights are loaded: tokenizer, datasets, rewards, the model's own limits.
+
+The trainer begins with it and `rlhf check` is nothing else, so what passes the check starts.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.config import Config, ConfigError
+from rlhf.data import PromptDataset, load_prompts
+from rlhf.policy import load_tokenizer, local_or_hub
+from rlhf.rewards import Rewards, RewardSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads, weights excepted."""
+
+    tokenizer: PreTrainedTokenizerBase
+    model: PretrainedConfig
+    train: PromptDataset
+    eval: PromptDataset | None
+    rewards: Rewards
+    algorithm: Algorithm
+    eos_token_ids: tuple[int, ...]
+
+
+def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
+    """Raises ConfigError (or the ValueError of the part that is wrong) with what was expected and what came."""
+    if config.rollout.prompts_per_step < world_size:
+        raise ConfigError(
+            f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, fewer than the {world_size} ranks"
+        )
+    algorithm = config.build_algorithm()
+    _check_sampling(config, algorithm)
+    tokenizer = load_tokenizer(config.model.path)
+    model: PretrainedConfig = AutoConfig.from_pretrained(local_or_hub(config.model.path))
+    if config.model.reference is not None:
+        local_or_hub(config.model.reference)
+    _check_lengths(config, model)
+    train = _prompts(config, config.data.train, tokenizer)
+    held_out = None if config.data.eval is None else _prompts(config, config.data.eval, tokenizer)
+    specs = [RewardSpec(f.path, f.weight, f.params) for f in config.reward.functions]
+    columns = set(train.columns) if held_out is None else set(train.columns) & set(held_out.columns)
+    rewards = Rewards(specs, sorted(columns), max_failed_share=config.reward.max_failed_share)
+    return Inputs(tokenizer, model, train, held_out, rewards, algorithm, _eos_token_ids(config, tokenizer))
+
+
+def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+    data = config.data
+    return load_prompts(
+        path,
+        tokenizer,
+        prompt_column=data.prompt_column,
+        max_prompt_tokens=data.max_prompt_tokens,
+        long_prompts=data.long_prompts,
+    )
+
+
+def _check_sampling(config: Config, algorithm: Algorithm) -> None:
+    """The learner scores the whole vocabulary; an engine that truncates it renormalises what is left."""
+    rollout = config.rollout
+    if (rollout.top_p < 1.0 or rollout.top_k > 0) and algorithm.mismatch.kind != "none":
+        raise ConfigError(
+            f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k} truncate the distribution, so the "
+            f"engine's log-probs are not comparable with the learner's: algorithm.mismatch.kind = "
+            f"{algorithm.mismatch.kind} would correct for the truncation, not for a mismatch. Sample with top_p=1 "
+            "and top_k=0, or set algorithm.mismatch.kind=none"
+        )
+
+
+def _check_lengths(config: Config, model: PretrainedConfig) -> None:
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    limit = model.get_text_config().to_dict().get("max_position_embeddings")
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but {config.model.path} has "
+            f"positions for {limit} tokens"
+        )
+
+
+def _eos_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokenizer's and the model's own end-of-sequence tokens. Raises ConfigError when there is none at all."""
+    try:
+        own = GenerationConfig.from_pretrained(local_or_hub(config.model.path)).eos_token_id
+    except OSError:
+        own = AutoConfig.from_pretrained(local_or_hub(config.model.path)).get_text_config().to_dict().get("eos_token_id")
+    ids = {*([own] if isinstance(own, int) else own or ()), *config.rollout.stop_token_ids}
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise ConfigError(
+            f"{config.model.path} has no end-of-sequence token; set rollout.stop_token_ids, or every completion "
+            "is cut at its limit"
+        )
+    return tuple(sorted(ids))
+
+
+def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator[str]:
+    """What a run of this config will do: the lines `rlhf check` prints."""
+    rollout, learner = config.rollout, config.learner
+    lengths = sorted(len(p.token_ids) for p in inputs.train.prompts)
+    samples = rollout.prompts_per_step * rollout.group_size
+    reference = config.model.reference or config.model.path if inputs.algorithm.needs_reference else None
+    settings = {key: value for key, value in config.algorithm.items() if key != "name"}
+    yield f"model        {config.model.path} ({inputs.model.model_type}), computed in {config.model.dtype}"
+    yield f"reference    {reference or 'none: no KL term, not loaded'}"
+    yield f"algorithm    {config.algorithm['name']} " + ", ".join(f"{k}={v}" for k, v in settings.items())
+    yield (
+        f"data         {len(inputs.train)} prompts of {lengths[0]} to {lengths[-1]} tokens "
+        f"(median {statistics.median(lengths):.0f}), {inputs.train.skipped} skipped as too long"
+    )
+    held_out = "none" if inputs.eval is None else f"{len(inputs.eval)} prompts x {config.eval.samples} samples"
+    yield f"held out     {held_out}"
+    yield f"rewards      {', '.join(f'{f.path} x {f.weight:g}' for f in config.reward.functions)}"
+    yield (
+        f"a step       {rollout.prompts_per_step} prompts x {rollout.group_size} = {samples} completions of at most "
+        f"{rollout.max_completion_tokens} tokens on {world_size} rank(s)"
+    )
+    updates = learner.epochs * learner.minibatches
+    yield (
+        f"updates      {learner.epochs} epoch(s) x {learner.minibatches} minibatch(es) = {updates} a step, "
+        f"microbatches of at most {learner.microbatch_tokens} tokens"
+    )
+    passes = config.steps * rollout.prompts_per_step / len(inputs.train)
+    yield f"the run      {config.steps} steps, {config.steps * samples} completions, {passes:.1f} passes over the data"
+    yield f"run folder   {config.run_dir}"
+    yield from (f"warning      {text}" for text in warnings(config, inputs))
+
+
+def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
+    """What is allowed and hardly ever meant."""
+    if config.rollout.group_size == 1:
+        yield "rollout.group_size is 1: an advantage relative to the group has nothing to compare with"
+    if config.rollout.prompts_per_step > len(inputs.train):
+        yield (
+            f"a step draws {config.rollout.prompts_per_step} prompts, but the data has {len(inputs.train)}: "
+            "some are drawn twice"
+        )
+    if inputs.train.skipped > len(inputs.train):
+        yield f"{inputs.train.skipped} prompts are skipped as too long, more than are left ({len(inputs.train)})"

@@ -1,0 +1,238 @@
+"""The loop: roll out, score, learn, sync; evaluate, save, resume. The only file that knows every part."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from rlhf import checkpoint
+from rlhf.collector import Collector, Sampler
+from rlhf.config import Config
+from rlhf.distributed import World, world, world_size
+from rlhf.evaluation import evaluate
+from rlhf.experience import ExperienceBuilder
+from rlhf.interrupt import Interrupt, Interrupted
+from rlhf.learner import Learner
+from rlhf.metrics import Max, Mean, Metrics
+from rlhf.monitor import Monitor
+from rlhf.optimizer import MasterAdamW
+from rlhf.policy import Policy
+from rlhf.preflight import Inputs, load_inputs
+from rlhf.report import append_eval, closing_summary, write_report
+from rlhf.rollout.factory import make_engine
+from rlhf.run_folder import RunFolder
+from rlhf.weights import WeightSync
+
+TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
+
+
+class Trainer:
+    """One run. `Trainer(config).run()` is all that `train.py` does."""
+
+    def __init__(self, config: Config) -> None:
+        """Reads everything but the weights. Raises ValueError for bad input."""
+        self.config = config
+        self.inputs = load_inputs(config, world_size=world_size())
+        self.folder = RunFolder(Path(config.run_dir).expanduser())
+
+    def run(self) -> None:
+        """Trains from the start or the last checkpoint to the last step, or until interrupted.
+
+        Raises RunFolderError, ModelError, CheckpointError, RewardError, SyncError; the message says what to do.
+        """
+        with world() as self.world, self._folder_claimed(), self._monitored() as self.monitor:
+            self._build(self.inputs)
+            self._resume()
+            with Interrupt(self.monitor.warn) as self.interrupt:
+                try:
+                    self._train()
+                except Interrupted:
+                    self._leave()
+                    return
+            self._finish()
+
+    def step(self) -> Metrics:
+        """One round: rollouts, rewards, updates, weight sync."""
+        collected = self.collector.collect(
+            self.position, step=self.steps_done, phase=self.monitor.phase, between=self.interrupt.check
+        )
+        self.monitor.phase("learn")
+        experience = self.experience.build(collected.groups, kl_coef=self.kl_coef)
+        self._agree_to_stop()
+        learned = self.learner.update(
+            experience, step=self.steps_done, seed=self.config.seed, kl_coef=self.kl_coef
+        )
+        self.position = collected.position
+        self.steps_done += 1
+        self.monitor.phase("sync")
+        self.sync.push(self.engine, version=self.steps_done)
+        self.monitor.samples(self.steps_done, collected.groups)
+        metrics = self.world.merge(collected.metrics | learned)
+        self._adapt_kl(metrics)
+        return metrics
+
+    def _build(self, inputs: Inputs) -> None:
+        config, section = self.config, self.config.rollout
+        algorithm = inputs.algorithm
+        self.policy = Policy.load(config.model, config.model.path, self.world.device)
+        dtype = getattr(torch, config.model.dtype)
+        self.reference = None
+        if algorithm.needs_reference:
+            self.reference = Policy.load(config.model, config.model.reference or config.model.path, self.world.device)
+            self.reference.freeze(dtype)
+        self.optimizer = MasterAdamW(self.policy.model, dtype, config.learner, config.steps)
+        if config.model.gradient_checkpointing:
+            self.policy.checkpoint_activations()
+        self.engine = make_engine(
+            section.engine, self.policy.model, eos_token_ids=inputs.eos_token_ids, kv_cache_gib=section.kv_cache_gib
+        )
+        sampler = Sampler(self.engine, inputs.rewards, inputs.tokenizer, section, config.seed)
+        self.sampler, self.held_out = sampler, inputs.eval
+        self.collector = Collector(sampler, inputs.train, algorithm, self.world, config.seed)
+        self.experience = ExperienceBuilder(
+            self.policy,
+            self.reference,
+            algorithm,
+            self.world,
+            temperature=section.temperature,
+            microbatch_tokens=config.learner.microbatch_tokens,
+            keep_old=config.learner.epochs * config.learner.minibatches > 1,
+        )
+        self.learner = Learner(
+            self.policy,
+            self.reference,
+            algorithm,
+            self.optimizer,
+            self.world,
+            config.learner,
+            temperature=section.temperature,
+        )
+        tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
+        self.sync = WeightSync(
+            self.policy, inputs.train[0], temperature=section.temperature, tolerance=tolerance
+        )
+        self.kl_coef, self.kl_controller = algorithm.kl.coef, algorithm.kl.controller
+        self.steps_done, self.position = 0, 0
+
+    def _train(self) -> None:
+        config = self.config
+        if self.steps_done == 0:
+            self.sync.push(self.engine, version=0)
+            self._evaluate()
+        while self.steps_done < config.steps:
+            started = time.monotonic()
+            metrics = self.step()
+            tokens, seconds = metrics["rollout/tokens"].value, time.monotonic() - started
+            speed: Metrics = {"throughput/tokens_per_second": Mean(tokens, seconds), "memory/peak_gib": peak_memory()}
+            self.monitor.log(self.steps_done, metrics | speed)
+            last = self.steps_done == config.steps
+            if last or (config.eval.every and self.steps_done % config.eval.every == 0):
+                self._evaluate()
+            if last or (config.checkpoint.every and self.steps_done % config.checkpoint.every == 0):
+                self._save()
+
+    def _adapt_kl(self, metrics: Metrics) -> None:
+        """Moves the KL coefficient towards the target, if there is one and this step measured a KL."""
+        if self.kl_controller is not None and "kl/ref" in metrics:
+            controller = replace(self.kl_controller, coef=self.kl_coef)
+            samples = int(metrics["rollout/samples"].value)
+            self.kl_coef = controller.update(metrics["kl/ref"].value, samples).coef
+            metrics["kl/coef"] = Max(self.kl_coef)
+
+    def _evaluate(self) -> None:
+        if self.held_out is None:
+            return
+        with self.monitor.phase("eval"):
+            result = evaluate(self.sampler, self.held_out, self.config, self.world, self.steps_done)
+        if self.world.is_main:
+            append_eval(self.folder, asdict(result))
+        self.monitor.note(
+            f"held-out accuracy after step {result.step}: {result.accuracy:.3f} "
+            f"(95% interval {result.ci_low:.3f} to {result.ci_high:.3f}, {result.num_samples} samples)"
+        )
+
+    def _agree_to_stop(self) -> None:
+        """A stop that any rank was asked for is everyone's, before an update and never within one."""
+        if any(self.world.gather(self.interrupt.requested)):
+            raise Interrupted
+
+    def _save(self) -> None:
+        if not self.world.is_main:
+            return
+        with self.monitor.phase("save"):
+            checkpoint.save(
+                self.folder.checkpoints,
+                step=self.steps_done,
+                tensors=self.optimizer.tensors(),
+                state={"position": self.position, "kl_coef": self.kl_coef},
+                keep_last=self.config.checkpoint.keep_last,
+            )
+
+    def _resume(self) -> None:
+        newest = checkpoint.latest(self.folder.checkpoints) if self.config.checkpoint.resume == "auto" else None
+        if newest is not None:
+            saved = checkpoint.load(newest, device=self.world.device)
+            self.optimizer.load(saved.tensors)
+            self.steps_done, self.position = saved.step, saved.state["position"]
+            self.kl_coef = saved.state["kl_coef"]
+            self.sync.push(self.engine, version=self.steps_done)
+            self.monitor.note(f"resumed from {newest} after step {self.steps_done} of {self.config.steps}")
+        if self.world.is_main:
+            self.folder.cut(after=self.steps_done if newest is not None else -1)
+
+    def _leave(self) -> None:
+        """The step under way is given up; it is repeated, the same, when the run is resumed."""
+        self._save()
+        self.monitor.note(
+            f"stopped after step {self.steps_done} of {self.config.steps}; everything is saved in {self.folder.path}. "
+            "Continue with checkpoint.resume=auto"
+        )
+
+    def _finish(self) -> None:
+        if not self.world.is_main:
+            return
+        if self.config.checkpoint.export:
+            checkpoint.export(self.policy.model, self.inputs.tokenizer, self.folder.path / "model")
+        write_report(self.folder)
+        self.monitor.close()
+        self.monitor.note(closing_summary(self.folder))
+
+    @contextmanager
+    def _folder_claimed(self) -> Iterator[None]:
+        if not self.world.is_main:
+            yield
+            return
+        with self.folder.claim(config=self.config.to_yaml(), resume=self.config.checkpoint.resume == "auto"):
+            yield
+
+    @contextmanager
+    def _monitored(self) -> Iterator[Monitor]:
+        if not self.world.is_main:
+            yield Monitor.silent()
+            return
+        section = self.config.monitor
+        settings = self.config.model_dump(mode="json")
+        with Monitor.start(
+            self.folder,
+            sinks=section.sinks,
+            total_steps=self.config.steps,
+            samples_per_step=section.samples_per_step,
+            settings=settings,
+        ) as monitor:
+            yield monitor
+
+
+def peak_memory() -> Max:
+    """GiB: of the device where there is one, else resident memory of this process."""
+    if torch.cuda.is_available():
+        return Max(torch.cuda.max_memory_allocated() / 2**30)
+    # ru_maxrss is in KiB on Linux and in bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30)
