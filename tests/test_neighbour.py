@@ -1,0 +1,106 @@
+"""Living beside others: the standard library, the package `kernels`, and what an installation holds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINKED = ("kernels", "rollout", "algos")
+
+
+def run(*arguments: str | Path, cwd: Path, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def test_run_as_a_file_the_entry_point_does_not_hide_the_types_of_the_standard_library(
+    tmp_path: Path,
+) -> None:
+    done = run(ROOT / "rlhf" / "train.py", "no_such_config.yaml", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "no_such_config.yaml" in done.stderr + done.stdout
+    assert "Traceback" not in done.stderr, done.stderr
+
+
+def test_without_its_first_lines_the_entry_point_would_hide_them(tmp_path: Path) -> None:
+    (tmp_path / "types.py").symlink_to(ROOT / "rlhf" / "types.py")
+    (tmp_path / "entry.py").write_text("import torch\n")
+    assert run(tmp_path / "entry.py", cwd=tmp_path, path=(ROOT,)).returncode != 0
+
+
+@pytest.mark.parametrize("foreign_first", [True, False])
+def test_another_package_named_kernels_wins_and_ours_is_still_there(
+    tmp_path: Path, foreign_first: bool
+) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("MINE = False\n")
+    script = """
+import kernels
+assert kernels.MINE is False
+import transformers.modeling_utils
+import rlhf.kernels.backend
+"""
+    path = (tmp_path, ROOT) if foreign_first else (ROOT, tmp_path)
+    done = run("-c", script, cwd=tmp_path, path=path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_our_folder_kernels_is_not_taken_for_the_package_kernels() -> None:
+    script = """
+import transformers.modeling_utils
+from transformers.utils import is_kernels_available
+assert not is_kernels_available()
+"""
+    # an isolated interpreter sees the installed packages and, put first by hand, our folder
+    done = run("-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}", cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_folders_are_linked_and_kernels_is_no_regular_package() -> None:
+    for name in LINKED:
+        assert (ROOT / "rlhf" / name).is_symlink()
+        assert os.readlink(ROOT / "rlhf" / name) == f"../{name}"
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    for name in ("rollout", "algos"):
+        body = ast.parse((ROOT / name / "__init__.py").read_text()).body
+        assert len(body) == 1 and isinstance(body[0], ast.Expr), f"{name}/__init__.py is a docstring only"
+
+
+@pytest.mark.skipif(find_spec("setuptools") is None, reason="building a wheel needs setuptools")
+def test_a_wheel_holds_every_module_once_under_rlhf(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("rlhf", *LINKED):
+        shutil.copytree(
+            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = "import setuptools.build_meta as b, sys; sys.stderr.write(b.build_wheel(sys.argv[1]))"
+    done = run("-c", build, tmp_path, cwd=source)
+    assert done.returncode == 0, done.stderr
+
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entry_points,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        assert "rlhf = rlhf.cli:main" in archive.read(entry_points).decode()
+    modules = {
+        str(Path(folder, name).relative_to(source))
+        for folder, _, names in os.walk(source / "rlhf", followlinks=True)
+        for name in names
+        if name.endswith(".py")
+    }
+    assert held == modules
+    assert "rlhf/kernels/backend.py" in held
