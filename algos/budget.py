@@ -1,0 +1,267 @@
+"""How many completions each prompt gets: a knapsack of rollouts (Knapsack RL, arXiv:2509.25849).
+
+A group teaches something only if its rewards differ. With success rate p, n rollouts are worth
+
+    value(n, p) = (1 - p^n - (1 - p)^n) * p (1 - p)^2    P(both outcomes) * what a gradient step then gains
+
+and the total number of rollouts of a step is fixed. One rollout more is worth less the more there are, so
+taking the best next rollout, again and again, is exactly optimal; here the best ones are selected all at
+once.
+
+Differences from the paper's code: 1. the dynamic program counts 0 extra rollouts as worth 0 in place of
+value(low, p), which hands everyone at least one extra: here it is worth what it is; 2. a prompt not seen
+enough gets its uniform share and no more, there it also draws from what is left for p = 0 (its rate starts at
+0); 3. what is left when every prompt has p strictly between 0 and 1 stays with them (a division by zero
+there); 4. what they do not need goes to p = 0 and, where there is none, stays with them too (there: to p = 1
+and unseen prompts); 5. they "need" the rollouts for both outcomes with probability 0.9, the `low` ones
+included (there: on top).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlhf.metrics import Max, Mean, Metrics
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def mixed_probability(n: int, p: float) -> float:
+    """P(both outcomes among `n` rollouts) at success rate `p`."""
+    return 0.0 if n == 0 else 1.0 - p**n - (1.0 - p) ** n
+
+
+def value(n: int, p: float) -> float:
+    """What `n` rollouts of a prompt with success rate `p` are worth; most at p = 1/3, nothing at n < 2."""
+    return mixed_probability(n, p) * p * (1.0 - p) ** 2
+
+
+def expected_rollouts(p: float) -> float:
+    """Rollouts until both outcomes were seen, on average: 1 / (p (1 - p)) - 1; p strictly between 0 and 1."""
+    return 1.0 / (p * (1.0 - p)) - 1.0
+
+
+def confident_rollouts(p: float, confidence: float = 0.9) -> float:
+    """Rollouts that show both outcomes with probability c, nearly: ln(1 - c) / ln(max(p, 1 - p))."""
+    return math.log(1.0 - confidence) / math.log1p(-min(p, 1.0 - p))
+
+
+def allocate(
+    success_rates: Sequence[float | None],
+    total: int,
+    low: int = 2,
+    high: int = 128,
+    unknown: int | None = None,
+) -> list[int]:
+    """Rollouts of each prompt, between `low` and `high`, adding up to `total`.
+
+    A rate of None is a prompt not seen enough: it gets `unknown`, by default the uniform share. Equal prompts
+    may differ by one; the earlier gets it. Raises ValueError when no such allocation exists or a rate is
+    none.
+    """
+    count = len(success_rates)
+    _check(success_rates, total, low, high)
+    share = total // count if unknown is None else unknown
+    rates = np.array([np.nan if p is None else p for p in success_rates], dtype=np.float64)
+    unseen, failed, solved = np.isnan(rates), rates == 0.0, rates == 1.0
+    mixed = ~(unseen | failed | solved)
+    budget: Ints = np.full(count, low, dtype=np.int64)
+    budget[unseen] = share
+    left = total - int(budget.sum())
+    if not low <= share <= high or left < 0:
+        raise ValueError(
+            f"unknown must lie in {low}..{high} and leave {low} rollouts for each of the other prompts, got "
+            f"{share} for {int(unseen.sum())} of {count} prompts with a total of {total}"
+        )
+    # first what the mixed prompts need, then those that always failed, then the mixed ones as far as they can
+    gains = _gains(rates[mixed], low, min(high, low + left))
+    need = np.array(
+        [max(math.ceil(min(confident_rollouts(p), high)), low) - low for p in rates[mixed].tolist()]
+    )
+    extra = min(left, int(need.sum())) if failed.any() else left
+    explore = _spread(left - extra, int(failed.sum()), high - low)
+    budget[failed] += explore
+    best = _best(gains, min(left - int(explore.sum()), gains.size))
+    budget[mixed] += best
+    left -= int(explore.sum()) + int(best.sum())
+    for others, room in ((unseen, high - share), (solved, high - low)):
+        more = _spread(left, int(others.sum()), room)
+        budget[others] += more
+        left -= int(more.sum())
+    assert left == 0, left
+    return [int(n) for n in budget]
+
+
+def allocate_tokens(
+    success_rates: Sequence[float],
+    tokens: Sequence[float],
+    total: float,
+    low: int = 2,
+    high: int = 128,
+) -> list[int]:
+    """Rollouts of each prompt when one costs `tokens[i]` tokens and `total` tokens may be spent: approximate.
+
+    The best value per token first, until the next would not fit; at most one rollout's tokens stay unspent
+    unless all prompts are full. Raises ValueError when `low` rollouts of each do not fit.
+    """
+    cost, rates = np.asarray(tokens, dtype=np.float64), np.asarray(success_rates, dtype=np.float64)
+    least = low * float(cost.sum())
+    if low < 1 or low > high or not (cost > 0).all() or least > total:
+        raise ValueError(
+            f"needs 1 <= low <= high, tokens above 0 and a total for low rollouts of each; got low {low}, "
+            f"high {high}, {least:.0f} tokens at the least, total {total:.0f}"
+        )
+    gains = _gains(rates, low, high) / cost[:, None]
+    order = np.argsort(-gains, axis=None, kind="stable")
+    row = order // gains.shape[1]
+    fits = np.searchsorted(np.cumsum(cost[row]), total - least, side="right")
+    return [int(n) for n in low + np.bincount(row[:fits], minlength=len(rates))]
+
+
+class SuccessTracker:
+    """The success rate of every prompt, from its last rewards; prompts are known by their id.
+
+    As in the paper: the mean of the last visit or of the last `window` rewards, whichever are more; None with
+    fewer than `minimum`. With `prior` = (a, b) the mean of the Beta posterior instead, from the first reward
+    on: it is never 0 or 1, so that a prompt seen once is not written off.
+    """
+
+    def __init__(
+        self,
+        *,
+        window: int = 16,
+        minimum: int = 8,
+        threshold: float = 0.5,
+        prior: tuple[float, float] | None = None,
+    ) -> None:
+        if not 1 <= minimum <= window:
+            raise ValueError(f"needs 1 <= minimum <= window, got minimum {minimum}, window {window}")
+        self._window = window
+        self._minimum = minimum
+        self._threshold = threshold
+        self._prior = prior
+        # "1" a success, "0" a failure, the newest last: small in memory and as it is in JSON
+        self._recent: dict[str, str] = {}
+
+    def update(self, prompt_id: str, rewards: Sequence[float]) -> None:
+        """Adds the rewards of one visit; at `threshold` and above they are successes."""
+        visit = "".join("1" if reward >= self._threshold else "0" for reward in rewards)
+        keep = max(self._window, len(visit))
+        self._recent[prompt_id] = (self._recent.get(prompt_id, "") + visit)[-keep:]
+
+    def rate(self, prompt_id: str) -> float | None:
+        """The success rate in 0..1, None if too little is known."""
+        recent = self._recent.get(prompt_id, "")
+        successes = recent.count("1")
+        if self._prior is not None and recent:
+            a, b = self._prior
+            return (successes + a) / (len(recent) + a + b)
+        return successes / len(recent) if len(recent) >= self._minimum else None
+
+    def state_dict(self) -> dict[str, str]:
+        """Plain data, for JSON."""
+        return dict(self._recent)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` gave. Raises ValueError for anything else."""
+        for prompt_id, recent in state.items():
+            if not isinstance(recent, str) or set(recent) - {"0", "1"}:
+                raise ValueError(
+                    f"success history of {prompt_id!r} must be a string of 0 and 1, got {recent!r}"
+                )
+        self._recent = dict(state)
+
+
+def budget_metrics(rewards: Tensor, group: Tensor, *, threshold: float = 0.5) -> Metrics:
+    """What the rollouts of a step were good for; `rewards` and `group` `[S]`, missing rewards NaN.
+
+    `budget/effective_ratio` is the share of rollouts in groups whose rewards differ (std > 0) and
+    `budget/effective_prompts` that of such prompts; `budget/solved_A_B` the share of prompts with a success
+    rate above A and up to B percent, 0 and 100 apart (and 80 belongs to what is above it, as in the paper).
+    """
+    known = ~rewards.isnan()
+    rewards, group = rewards[known].double(), group[known]
+    size = group.bincount()
+    seen = size > 0
+    top = torch.full(size.shape, -math.inf, dtype=torch.float64, device=group.device)
+    top = top.scatter_reduce(0, group, rewards, "amax")
+    bottom = -torch.full_like(top, -math.inf).scatter_reduce(0, group, -rewards, "amax")
+    mixed = (top > bottom) & seen
+    solved = torch.zeros_like(top).index_add(0, group, (rewards >= threshold).double()) / size.clamp(min=1)
+    prompts = int(seen.sum())
+    buckets = {
+        "0": solved == 0,
+        "0_20": (solved > 0) & (solved <= 0.2),
+        "20_80": (solved > 0.2) & (solved < 0.8),
+        "80_100": (solved >= 0.8) & (solved < 1),
+        "100": solved == 1,
+    }
+    return {
+        "budget/effective_ratio": Mean(int(size[mixed].sum()), len(rewards)),
+        "budget/effective_prompts": Mean(int(mixed.sum()), prompts),
+        "budget/largest": Max(int(size.max()) if prompts else 0),
+        **{
+            f"budget/solved_{name}": Mean(int((in_it & seen).sum()), prompts)
+            for name, in_it in buckets.items()
+        },
+    }
+
+
+def _check(success_rates: Sequence[float | None], total: int, low: int, high: int) -> None:
+    count = len(success_rates)
+    if not 1 <= low <= high:
+        raise ValueError(f"a budget needs 1 <= low <= high, got low {low}, high {high}")
+    if not low * count <= total <= high * count or count == 0:
+        raise ValueError(
+            f"{count} prompts of {low}..{high} rollouts take {low * count}..{high * count}, got {total}"
+        )
+    for i, p in enumerate(success_rates):
+        if p is not None and not 0.0 <= p <= 1.0:
+            raise ValueError(f"a success rate must lie in 0..1 or be None, got {p} for prompt {i}")
+
+
+def _gains(p: Floats, low: int, high: int) -> Floats:
+    """What one rollout more is worth, `[prompts, high - low]`: in column k the step from low + k on.
+
+        value(n + 1, p) - value(n, p) = (p^n (1 - p) + (1 - p)^n p) * p (1 - p)^2
+
+    By products alone, so that equal rates have bitwise equal gains wherever they stand.
+    """
+    gains = np.empty((len(p), high - low))
+    q = 1.0 - p
+    up, down = q, p
+    for n in range(high):
+        if n >= low:
+            gains[:, n - low] = (up + down) * p * q * q
+        up, down = up * p, down * q
+    return gains
+
+
+def _best(gains: Floats, take: int) -> Ints:
+    """How many of the `take` largest gains lie in each row; rows fall, equal ones go to the earlier row."""
+    if take == 0:
+        return np.zeros(len(gains), dtype=np.int64)
+    threshold = np.partition(gains, gains.size - take, axis=None)[gains.size - take]
+    above = np.count_nonzero(gains > threshold, axis=1)
+    equal = np.count_nonzero(gains == threshold, axis=1)
+    # those at the threshold, earlier rows first, until `take` are together
+    before = np.cumsum(equal) - equal
+    return above + np.clip(take - int(above.sum()) - before, 0, equal)
+
+
+def _spread(amount: int, among: int, room: int) -> Ints:
+    """`amount` in equal parts, at most `room` each, the remainder to the first; what does not fit is left."""
+    if among == 0:
+        return np.zeros(0, dtype=np.int64)
+    amount = min(amount, among * room)
+    parts = np.full(among, amount // among, dtype=np.int64)
+    parts[: amount % among] += 1
+    return parts
