@@ -36,7 +36,8 @@ def test_run_as_a_file_the_entry_point_does_not_hide_the_types_of_the_standard_l
 def test_without_its_first_lines_the_entry_point_would_hide_them(tmp_path: Path) -> None:
     (tmp_path / "types.py").symlink_to(ROOT / "rlhf" / "types.py")
     (tmp_path / "entry.py").write_text("import torch\n")
-    assert run(tmp_path / "entry.py", cwd=tmp_path, path=(ROOT,)).returncode != 0
+    done = run(tmp_path / "entry.py", cwd=tmp_path, path=(ROOT,))
+    assert done.returncode != 0 and str(tmp_path / "types.py") in done.stderr
 
 
 @pytest.mark.parametrize("foreign_first", [True, False])
