@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from rlhf.algos.algorithm import Algorithm
-from rlhf.algos.kl import k1
 from rlhf.distributed import World
 from rlhf.packing import microbatches
 from rlhf.policy import Policy
@@ -43,7 +42,11 @@ class ExperienceBuilder:
     def build(self, groups: Sequence[Group], *, kl_coef: float) -> Experience:
         """Packs what can be learned from: trajectories with tokens and a reward, of groups that have any."""
         learnable = [replace(g, trajectories=tuple(filter(_learnable, g.trajectories))) for g in groups]
-        experience = self._pack([g for g in learnable if g.trajectories])
+        experience = pack_groups(
+            [g for g in learnable if g.trajectories],
+            device=self.world.device,
+            drop_truncated=self.algorithm.drop_truncated,
+        )
         if self.keep_old:
             experience = replace(experience, old_logprobs=self._logprobs(self.policy, experience))
         if self.reference is not None and self.algorithm.needs_reference:
@@ -51,37 +54,10 @@ class ExperienceBuilder:
         penalty = torch.zeros_like(experience.rollout_logprobs)
         if self.kl_in_reward:
             assert experience.old_logprobs is not None and experience.ref_logprobs is not None
-            penalty = kl_coef * k1(experience.old_logprobs, experience.ref_logprobs)
+            penalty = self.algorithm.token_penalty(experience.old_logprobs, experience.ref_logprobs, kl_coef)
             penalty = penalty.masked_fill(~experience.loss_mask, 0.0)
         inputs = self._scores([t for g in learnable for t in g.trajectories], experience, penalty)
         return replace(experience, advantages=self.algorithm.advantage(inputs))
-
-    def _pack(self, groups: Sequence[Group]) -> Experience:
-        device = self.world.device
-        trajectories = [t for g in groups for t in g.trajectories]
-        lengths = torch.tensor([len(t.token_ids) for t in trajectories], dtype=torch.long)
-        prompt_lengths = [len(g.prompt.token_ids) for g in groups for _ in g.trajectories]
-        positions = [torch.arange(p, p + n) for p, n in zip(prompt_lengths, lengths.tolist(), strict=True)]
-        sizes = torch.tensor([len(g.trajectories) for g in groups], dtype=torch.long)
-        mask = [
-            m and not (self.algorithm.drop_truncated and t.finish_reason == FinishReason.LENGTH)
-            for t in trajectories
-            for m in t.loss_mask
-        ]
-        logprobs = torch.tensor([p for t in trajectories for p in t.rollout_logprobs], dtype=torch.float32)
-        return Experience(
-            prompts=tuple(torch.tensor(g.prompt.token_ids, device=device) for g in groups),
-            token_ids=torch.tensor([i for t in trajectories for i in t.token_ids], dtype=torch.long, device=device),
-            sequence=torch.arange(len(trajectories)).repeat_interleave(lengths).to(device),
-            positions=torch.cat([torch.empty(0, dtype=torch.long), *positions]).to(device),
-            turn=torch.tensor([i for t in trajectories for i in t.turns], dtype=torch.long, device=device),
-            group=torch.arange(len(groups)).repeat_interleave(sizes).to(device),
-            loss_mask=torch.tensor(mask, dtype=torch.bool, device=device),
-            rollout_logprobs=logprobs.to(device),
-            old_logprobs=None,
-            ref_logprobs=None,
-            advantages=torch.zeros_like(logprobs, device=device),
-        )
 
     @torch.no_grad()
     def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:
@@ -107,6 +83,37 @@ class ExperienceBuilder:
             loss_mask=experience.loss_mask,
             all_sum=self.world.all_sum,
         )
+
+
+def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated: bool = False) -> Experience:
+    """The tensors of groups whose trajectories all have tokens; advantages are zeros, nothing is scored yet.
+
+    `drop_truncated` takes trajectories that were cut at their limit out of the loss mask.
+    """
+    trajectories = [t for g in groups for t in g.trajectories]
+    lengths = torch.tensor([len(t.token_ids) for t in trajectories], dtype=torch.long)
+    prompt_lengths = [len(g.prompt.token_ids) for g in groups for _ in g.trajectories]
+    positions = [torch.arange(p, p + n) for p, n in zip(prompt_lengths, lengths.tolist(), strict=True)]
+    sizes = torch.tensor([len(g.trajectories) for g in groups], dtype=torch.long)
+    mask = [
+        m and not (drop_truncated and t.finish_reason == FinishReason.LENGTH)
+        for t in trajectories
+        for m in t.loss_mask
+    ]
+    logprobs = torch.tensor([p for t in trajectories for p in t.rollout_logprobs], dtype=torch.float32)
+    return Experience(
+        prompts=tuple(torch.tensor(g.prompt.token_ids, device=device) for g in groups),
+        token_ids=torch.tensor([i for t in trajectories for i in t.token_ids], dtype=torch.long, device=device),
+        sequence=torch.arange(len(trajectories)).repeat_interleave(lengths).to(device),
+        positions=torch.cat([torch.empty(0, dtype=torch.long), *positions]).to(device),
+        turn=torch.tensor([i for t in trajectories for i in t.turns], dtype=torch.long, device=device),
+        group=torch.arange(len(groups)).repeat_interleave(sizes).to(device),
+        loss_mask=torch.tensor(mask, dtype=torch.bool, device=device),
+        rollout_logprobs=logprobs.to(device),
+        old_logprobs=None,
+        ref_logprobs=None,
+        advantages=torch.zeros_like(logprobs, device=device),
+    )
 
 
 def _learnable(trajectory: Trajectory) -> bool:

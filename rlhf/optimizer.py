@@ -28,7 +28,7 @@ class MasterAdamW:
             if parameter.requires_grad:
                 self.names.append(name)
                 self.weights.append(parameter)
-        if dtype == torch.float32:
+        if all(w.dtype == dtype for w in self.weights):
             self.masters = self.weights
         else:
             self.masters = [nn.Parameter(w.detach().clone()) for w in self.weights]

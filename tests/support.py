@@ -1,0 +1,130 @@
+"""What several tests need: tiny policies in float64, hand-made groups, and a bandit-like task."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.config import LearnerConfig, ModelConfig
+from rlhf.distributed import World
+from rlhf.experience import ExperienceBuilder
+from rlhf.learner import Learner
+from rlhf.optimizer import MasterAdamW
+from rlhf.policy import Policy
+from rlhf.types import FinishReason, Group, Prompt, Trajectory, VersionSpan
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+class ExactRMSNorm(nn.Module):
+    """Hugging Face's norms compute in float32 whatever the model's type; this one keeps float64."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+def policy_of(folder: Path, *, packing: str = "auto", dtype: torch.dtype = torch.float32) -> Policy:
+    section = ModelConfig.model_validate({"path": str(folder), "packing": packing})
+    policy = Policy.load(section, str(folder), ALONE.device)
+    if dtype == torch.float64:
+        make_exact(policy.model)
+    return policy
+
+
+def make_exact(model: nn.Module) -> None:
+    """Float64 throughout, the norms and the rotary table included."""
+    model.double()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                setattr(module, name, ExactRMSNorm(child.weight, float(child.variance_epsilon)))
+
+
+def group(prompt: str, prompt_ids: list[int], completions: list[list[int]], rewards: list[float | None]) -> Group:
+    return Group(
+        Prompt(prompt, tuple(prompt_ids), prompt),
+        tuple(trajectory(ids, reward) for ids, reward in zip(completions, rewards, strict=True)),
+    )
+
+
+def trajectory(ids: list[int], reward: float | None, **changes: Any) -> Trajectory:
+    n = len(ids)
+    fields: dict[str, Any] = {
+        "token_ids": tuple(ids),
+        "loss_mask": (True,) * n,
+        "turns": (0,) * n,
+        "rollout_logprobs": tuple(-4.0 - 0.1 * (i % 7) for i in ids),
+        "finish_reason": FinishReason.STOP,
+        "versions": (VersionSpan(0, 0, n),),
+        "text": "",
+        "reward": reward,
+        "objectives": {} if reward is None else {"right": reward},
+    }
+    return Trajectory(**(fields | changes))
+
+
+def random_groups(seed: int, *, sizes: list[int], vocabulary: int = 99, longest: int = 12) -> list[Group]:
+    """Ragged groups with random tokens and 0/1 rewards, at least one of each a group."""
+    rng = random.Random(seed)
+    groups: list[Group] = []
+    for i, size in enumerate(sizes):
+        ids = [[rng.randrange(3, vocabulary) for _ in range(rng.randint(1, longest))] for _ in range(size)]
+        prompt = [rng.randrange(3, vocabulary) for _ in range(rng.randint(1, longest))]
+        groups.append(group(f"p{i}", prompt, ids, [float(k % 2) for k in range(size)]))
+    return groups
+
+
+def learner_of(
+    policy: Policy, algorithm: Algorithm, reference: Policy | None = None, **section: Any
+) -> tuple[Learner, ExperienceBuilder]:
+    """Both at temperature 1, with everything else as in a run of one rank."""
+    settings = LearnerConfig.model_validate({"lr": 1e-3, "microbatch_tokens": 4096} | section)
+    weights = next(policy.model.parameters()).dtype
+    optimizer = MasterAdamW(policy.model, weights, settings, total_steps=10)
+    learner = Learner(policy, reference, algorithm, optimizer, ALONE, settings, temperature=1.0)
+    builder = ExperienceBuilder(
+        policy,
+        reference,
+        algorithm,
+        ALONE,
+        temperature=1.0,
+        microbatch_tokens=settings.microbatch_tokens,
+        keep_old=settings.epochs * settings.minibatches > 1,
+    )
+    return learner, builder
+
+
+REWARD = '''
+def share_of_a(completions, **_):
+    return [text.count("a") / max(1, len(text)) for text in completions]
+'''
+
+
+def bandit_settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
+    """A run whose reward is the share of the letter a: what a tiny random model can learn in seconds."""
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "train.jsonl").write_text("".join(f'{{"prompt": "say {i}:"}}\n' for i in range(40)))
+    settings: dict[str, Any] = {
+        "run_dir": str(folder / "run"),
+        "steps": 12,
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 32},
+        "reward": {"functions": [{"path": f"{folder}/reward.py:share_of_a"}]},
+        "algorithm": {"name": "grpo", "kl": {"coef": 0.0}},
+        "rollout": {"prompts_per_step": 8, "group_size": 8, "max_completion_tokens": 8},
+        "learner": {"lr": 1e-2, "microbatch_tokens": 2048},
+        "checkpoint": {"export": False},
+        "monitor": {"sinks": []},
+    }
+    for key, value in changes.items():
+        settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
+    return settings
