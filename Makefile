@@ -16,14 +16,14 @@ setup: $(VENV)/.package $(VENV)/.model-package
 	@$(VENV)/bin/python -m rlhf.small_model
 
 quickstart: setup
-	$(VENV)/bin/torchrun --nproc-per-node 1 rlhf/train.py configs/quickstart.yaml $(ARGS)
+	$(VENV)/bin/torchrun --nproc-per-node 1 rlhf/train.py configs/quickstart.yaml \
+		model.path="$$($(VENV)/bin/python -m rlhf.small_model)" $(ARGS)
 
 test: setup $(VENV)/.dev
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check
 
 type: $(VENV)/.dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
