@@ -1,6 +1,6 @@
 # make quickstart · make test · make lint · make type · make clean
 #
-# An ordinary machine without an NVIDIA GPU takes PyTorch's CPU build, a tenth of the download:
+# An ordinary machine without an NVIDIA GPU takes PyTorch's CPU build, without the CUDA libraries:
 #     make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 VENV ?= .venv
