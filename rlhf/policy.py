@@ -8,8 +8,6 @@ this gives what the model's own forward gives, so a model with a head of its own
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +56,7 @@ class Policy:
     def __init__(self, model: PreTrainedModel, *, shared_prefix: bool) -> None:
         self.model = model
         self.head = Head.of(model)
+        self._own_attention = model.config._attn_implementation
         self.shared_prefix = shared_prefix
 
     @classmethod
@@ -86,6 +85,16 @@ class Policy:
                 raise ModelError(f"{path}: log-probs from hidden states and head are not those of the model ({error})")
         return policy
 
+    @property
+    def shared_prefix(self) -> bool:
+        return self._shared_prefix
+
+    @shared_prefix.setter
+    def shared_prefix(self, shared: bool) -> None:
+        """Stays set between passes: a checkpointed backward runs the forward, and with it the attention, again."""
+        self._shared_prefix = shared
+        self.model.set_attn_implementation(SHARED_PREFIX if shared else self._own_attention)
+
     def freeze(self, dtype: torch.dtype) -> None:
         """Makes a reference of it: no gradient, weights in the compute type."""
         for parameter in self.model.parameters():
@@ -104,13 +113,12 @@ class Policy:
             token_ids, mask, rows = padded(packed)
             output = backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
             return output.last_hidden_state.flatten(0, 1)[rows]
-        with attention_implementation(self.model, SHARED_PREFIX):
-            output = backbone(
-                input_ids=packed.token_ids[None],
-                position_ids=packed.positions[None],
-                use_cache=False,
-                spans=packed.spans,
-            )
+        output = backbone(
+            input_ids=packed.token_ids[None],
+            position_ids=packed.positions[None],
+            use_cache=False,
+            spans=packed.spans,
+        )
         return output.last_hidden_state[0, packed.rows]
 
     def statistics(
@@ -140,19 +148,6 @@ class Policy:
             want=want,
             **against,
         )
-
-
-@contextmanager
-def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """The model's attention while the block runs; the rollout engine and the learner use one model in turns."""
-    before = model.config._attn_implementation
-    if before != name:
-        model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        if before != name:
-            model.set_attn_implementation(before)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -207,20 +202,21 @@ def forward_error(policy: Policy) -> str | None:
     The scale of a real difference is what changing the prompt's first token does to the log-probs: they agree when
     they differ by less than a hundredth of that.
     """
-    model = policy.model
-    ids = torch.arange(2, 14, device=model.device) % model.config.get_text_config().vocab_size
-    prompt, first, second = ids[:5], ids[5:12], ids[4:7]
-
-    def expected(prompt: Tensor) -> Tensor:
-        parts: list[Tensor] = []
-        for completion in (first, second):
-            logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
-            parts.append(logits.float().log_softmax(-1).gather(-1, completion[:, None])[:, 0])
-        return torch.cat(parts)
-
-    got = policy.statistics(pack([prompt], [[first, second]]), temperature=1.0, want=("logprob",)).logprob
+    ids = torch.arange(2, 14, device=policy.model.device) % policy.model.config.get_text_config().vocab_size
+    prompt, completions = ids[:5], [ids[5:12], ids[4:7]]
+    got = policy.statistics(pack([prompt], [completions]), temperature=1.0, want=("logprob",)).logprob
     assert got is not None
-    want = expected(prompt)
-    signal = (expected(torch.cat([ids[8:9], prompt[1:]])) - want).abs().max().item()
-    error = (got - want).abs().max().item()
+    shared, policy.shared_prefix = policy.shared_prefix, False
+    want = _full_forward(policy.model, prompt, completions)
+    elsewhere = _full_forward(policy.model, torch.cat([ids[8:9], prompt[1:]]), completions)
+    policy.shared_prefix = shared
+    signal, error = (elsewhere - want).abs().max().item(), (got - want).abs().max().item()
     return None if error <= 0.01 * signal + 1e-5 else f"by {error:.2g} nats, where another prompt makes {signal:.2g}"
+
+
+def _full_forward(model: PreTrainedModel, prompt: Tensor, completions: list[Tensor]) -> Tensor:
+    parts: list[Tensor] = []
+    for completion in completions:
+        logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        parts.append(logits.float().log_softmax(-1).gather(-1, completion[:, None])[:, 0])
+    return torch.cat(parts)

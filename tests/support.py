@@ -109,14 +109,14 @@ def share_of_a(completions, **_):
 '''
 
 
-def bandit_settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
+def bandit_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, Any]:
     """A run whose reward is the share of the letter a: what a tiny random model can learn in seconds."""
     (folder / "reward.py").write_text(REWARD)
     (folder / "train.jsonl").write_text("".join(f'{{"prompt": "say {i}:"}}\n' for i in range(40)))
     settings: dict[str, Any] = {
         "run_dir": str(folder / "run"),
         "steps": 12,
-        "model": {"path": str(model), "dtype": "float32"},
+        "model": {"path": str(model_dir), "dtype": "float32"},
         "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 32},
         "reward": {"functions": [{"path": f"{folder}/reward.py:share_of_a"}]},
         "algorithm": {"name": "grpo", "kl": {"coef": 0.0}},

@@ -1,0 +1,107 @@
+"""Whole runs of a two-layer model: every algorithm raises the reward; a stopped run goes on as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from rlhf.algos.table import ALGORITHMS
+from rlhf.config import make_config
+from rlhf.trainer import Trainer
+from tests.support import bandit_settings
+
+REQUIRED = {"cispo": {"clip_high": 5.0}}
+CLOCKS = ("time/", "throughput/", "memory/")
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clocks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if not k.startswith(CLOCKS)} for record in records]
+
+
+def train(settings: dict[str, Any]) -> None:
+    Trainer(make_config(settings)).run()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path, name: str):
+    algorithm = {"name": name, "kl": {"coef": 0.0}} | REQUIRED.get(name, {})
+    settings = bandit_settings(tmp_path, tiny_model_dir)
+    settings["algorithm"] = algorithm
+    train(settings)
+    rewards = [record["reward/mean"] for record in metrics_of(tmp_path)]
+    assert len(rewards) == 12
+    assert sum(rewards[-3:]) / 3 > 4 * max(0.01, sum(rewards[:3]) / 3), rewards
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"dtype": "bfloat16"}},
+        {"model": {"packing": "padded", "gradient_checkpointing": True}},
+        {"rollout": {"engine": "hf"}},
+        {"learner": {"epochs": 2, "minibatches": 2}},
+        {"algorithm": {"name": "grpo", "kl": {"coef": 0.01, "estimator": "exact"}}},
+        {"algorithm": {"name": "rloo", "kl": {"coef": 0.01, "estimator": "k1", "placement": "reward"}}},
+        {"algorithm": {"name": "grpo", "kl": {"coef": 0.01, "target": 0.05, "horizon": 100}}},
+    ],
+    ids=["bfloat16", "padded-checkpointing", "hf-engine", "inner-epochs", "exact-kl", "kl-in-reward", "adaptive-kl"],
+)
+def test_the_other_paths_raise_the_reward_too(tmp_path: Path, tiny_model_dir: Path, changes: dict[str, Any]):
+    train(bandit_settings(tmp_path, tiny_model_dir, **changes))
+    rewards = [record["reward/mean"] for record in metrics_of(tmp_path)]
+    assert sum(rewards[-3:]) / 3 > 3 * max(0.01, sum(rewards[:3]) / 3), rewards
+
+
+INTERRUPTS = '''
+import os, pathlib, signal
+
+def share_of_a(completions, trainer_state, **_):
+    marker = pathlib.Path(__file__).with_name("interrupted")
+    if trainer_state["step"] == 3 and marker.exists():
+        marker.unlink()
+        os.kill(os.getpid(), signal.SIGINT)
+    return [text.count("a") / max(1, len(text)) for text in completions]
+'''
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
+    tmp_path: Path, tiny_model_dir: Path, updates: int
+):
+    folders = {name: tmp_path / name for name in ("stopped", "straight")}
+    runs: dict[str, dict[str, Any]] = {}
+    for name, folder in folders.items():
+        folder.mkdir()
+        runs[name] = bandit_settings(
+            folder, tiny_model_dir, steps=7, learner={"minibatches": updates}, data={"eval": str(folder / "train.jsonl")}
+        )
+        (folder / "reward.py").write_text(INTERRUPTS)
+    (folders["stopped"] / "interrupted").touch()
+    train(runs["straight"])
+    train(runs["stopped"])
+    assert len(metrics_of(folders["stopped"])) == 3
+    train(runs["stopped"] | {"checkpoint": {"resume": "auto", "export": True}})
+    straight, stopped = (without_clocks(metrics_of(f)) for f in (folders["straight"], folders["stopped"]))
+    assert stopped == straight
+    evaluations = [json.loads((f / "run" / "eval.json").read_text()) for f in folders.values()]
+    assert evaluations[0] == evaluations[1] and [e["step"] for e in evaluations[0]] == [0, 7]
+    exported = AutoModelForCausalLM.from_pretrained(folders["stopped"] / "run" / "model")
+    assert exported.config.num_hidden_layers == 2
+
+
+def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path, tiny_model_dir: Path):
+    results: list[list[dict[str, Any]]] = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        train(bandit_settings(folder, tiny_model_dir, steps=3, seed=seed))
+        results.append(without_clocks(metrics_of(folder)))
+    assert results[0] == results[1] != results[2]

@@ -1,0 +1,115 @@
+"""Packed groups through a model give what separate sequences give: log-probs and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf import attention
+from rlhf.config import ModelConfig
+from rlhf.packing import Packed, pack
+from rlhf.policy import ModelError, Policy, forward_error
+from tests.support import ALONE, policy_of
+
+
+def ragged(seed: int = 0) -> Packed:
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(n: int) -> Tensor:
+        return torch.randint(3, 99, (n,), generator=generator)
+
+    prompts = [tokens(17), tokens(1), tokens(5)]
+    completions = [[tokens(n) for n in lengths] for lengths in ((7, 3, 11), (4,), (1, 6, 6, 2))]
+    return pack(prompts, completions)
+
+
+def loss_and_gradients(policy: Policy, packed: Packed) -> tuple[Tensor, dict[str, Tensor]]:
+    policy.model.zero_grad()
+    statistics = policy.statistics(packed, temperature=0.7, want=("logprob", "entropy"))
+    assert statistics.logprob is not None and statistics.entropy is not None
+    weights = torch.linspace(-1, 1, len(packed.targets), dtype=statistics.logprob.dtype)
+    (statistics.logprob * weights + 0.1 * statistics.entropy).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    return statistics.logprob.detach(), gradients
+
+
+@pytest.fixture(params=[0, 1000], ids=["merged", "concatenated"])
+def concat_below(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(attention, "CONCAT_BELOW", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_prefix_equals_padded_in_float64(
+    tiny_model: Callable[[str], Path], family: str, checkpointing: bool, concat_below: int
+):
+    shared = policy_of(tiny_model(family), packing="shared_prefix", dtype=torch.float64)
+    plain = policy_of(tiny_model(family), packing="padded", dtype=torch.float64)
+    if checkpointing:
+        shared.checkpoint_activations()
+    packed = ragged()
+    logprobs, gradients = loss_and_gradients(shared, packed)
+    expected, expected_gradients = loss_and_gradients(plain, packed)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-10, atol=1e-10)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = expected_gradients[name].abs().max()
+        assert (gradient - expected_gradients[name]).abs().max() <= 1e-10 * scale, name
+
+
+def test_in_float32_shared_prefix_is_no_further_from_the_truth_than_padded(
+    tiny_model_dir: Path, concat_below: int
+):
+    packed = ragged()
+    truth, _ = loss_and_gradients(policy_of(tiny_model_dir, dtype=torch.float64), packed)
+    shared, _ = loss_and_gradients(policy_of(tiny_model_dir, packing="shared_prefix"), packed)
+    plain, _ = loss_and_gradients(policy_of(tiny_model_dir, packing="padded"), packed)
+    assert (shared - truth).abs().max() <= (plain - truth).abs().max() + 1e-6
+
+
+def test_each_group_is_alone_in_its_attention(tiny_model_dir: Path):
+    policy = policy_of(tiny_model_dir, packing="shared_prefix")
+    packed = ragged()
+    together = policy.statistics(packed, temperature=1.0, want=("logprob",)).logprob
+    assert together is not None
+    first = packed.spans[0]
+    prompt, rest = packed.token_ids[: first.prompt], packed.token_ids[first.prompt : first.end]
+    alone = pack([prompt], [list(rest.split(list(first.completions)))])
+    expected = policy.statistics(alone, temperature=1.0, want=("logprob",)).logprob
+    assert expected is not None
+    torch.testing.assert_close(together[: len(expected)], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_softcapped_model_with_sliding_windows_is_padded_and_right(tiny_model: Callable[[str], Path]):
+    policy = policy_of(tiny_model("gemma2"))
+    assert not policy.shared_prefix
+    assert forward_error(policy) is None
+    with pytest.raises(ModelError, match="sliding"):
+        policy_of(tiny_model("gemma2"), packing="shared_prefix")
+
+
+def test_a_head_of_another_kind_is_noticed(tiny_model_dir: Path):
+    policy = policy_of(tiny_model_dir)
+    assert forward_error(policy) is None
+    policy.head.module.register_forward_hook(lambda module, inputs, output: output * 1.1)
+    assert forward_error(policy) is not None
+
+
+def test_exact_kl_of_a_policy_with_itself_is_zero_and_of_another_is_not(tiny_model_dir: Path):
+    policy, reference = policy_of(tiny_model_dir), policy_of(tiny_model_dir)
+    same = policy.statistics(ragged(), temperature=1.0, want=("logprob", "kl"), reference=reference)
+    assert same.kl is not None and same.kl.abs().max() < 1e-6
+    with torch.no_grad():
+        policy.head.module.weight.mul_(1.5)
+    other = policy.statistics(ragged(), temperature=1.0, want=("logprob", "kl"), reference=reference)
+    assert other.kl is not None and other.kl.min() > 0
+
+
+def test_a_missing_folder_says_so_before_anything_loads():
+    with pytest.raises(ModelError, match="there is no model folder"):
+        Policy.load(ModelConfig(path="./nowhere"), "./nowhere", ALONE.device)
