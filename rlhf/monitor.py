@@ -23,6 +23,7 @@ from typing import Any
 
 from rlhf.metrics import Partial
 from rlhf.progress import Display, Nothing, open_display
+from rlhf.report import append_eval, describe_eval
 from rlhf.run_folder import RunFolder
 from rlhf.sinks import Sink, SinkName, make_sink
 from rlhf.types import Group
@@ -60,7 +61,7 @@ class Stream:
 
 
 class Phase:
-    """What `Monitor.phase` returns: a context manager that ends the phase, for whoever wants one."""
+    """What `Monitor.phase` returns. As a context manager it is no part of a step (an evaluation, say)."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.monitor = monitor
@@ -69,7 +70,7 @@ class Phase:
         pass
 
     def __exit__(self, *_: object) -> None:
-        self.monitor.end_phase()
+        self.monitor.end_phase(within_step=False)
 
 
 class Monitor:
@@ -78,6 +79,7 @@ class Monitor:
     def __init__(
         self, run: RunFolder | None, *, sinks: Sequence[Sink], display: Display, samples_per_step: int
     ) -> None:
+        self.run = run
         self.metrics = None if run is None else Stream(run.metrics)
         self.groups = None if run is None else Stream(run.samples)
         self.sinks = list(sinks)
@@ -88,6 +90,7 @@ class Monitor:
         self._phase: str | None = None
         self._phase_since = 0.0
         self._step_since: float | None = None
+        self._outside = 0.0
         self._seconds: dict[str, float] = {}
 
     @classmethod
@@ -132,30 +135,39 @@ class Monitor:
         self.display.enter(name)
         return Phase(self)
 
-    def end_phase(self) -> None:
+    def end_phase(self, *, within_step: bool = True) -> None:
         if self._phase is not None:
             spent = time.monotonic() - self._phase_since
             self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent
+            self._outside += 0.0 if within_step else spent
             self._phase = None
             self.display.enter(None)
 
     def log(self, step: int, metrics: Mapping[str, Partial]) -> None:
         """Records one step, with `time/<phase>` and `time/step` (from its first phase on) where not given.
 
+        An evaluation or a checkpoint, a phase in a `with` block, is timed too, but outside of `time/step`.
         What is no finite number is null in metrics.jsonl and left out elsewhere.
         """
         values = {**self._times(), **{name: float(partial.value) for name, partial in metrics.items()}}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.metrics is not None:
             self._append(self.metrics, {"step": step, **{name: finite.get(name) for name in values}})
-        for sink in tuple(self.sinks):
-            try:
-                sink.write(step, finite)
-            except sink.failures as error:
-                self._drop(sink, error)
+        self._write(step, finite)
         self.display.advance(step, finite)
         for text in self.watch.look(finite):
             self.warn(text)
+
+    def evaluated(self, record: Mapping[str, Any]) -> None:
+        """Records an evaluation (see `rlhf.report`) in RUN/eval.json and as `eval/accuracy`, and says it."""
+        if self.run is None:
+            return
+        try:
+            append_eval(self.run, record)
+        except OSError as error:
+            self.warn(f"{self.run.evaluations} cannot be written, this evaluation is missing there: {error}")
+        self._write(record["step"], {"eval/accuracy": record["accuracy"]})
+        self.note(describe_eval(record))
 
     def samples(self, step: int, groups: Sequence[Group]) -> None:
         """Records the completions of the first `samples_per_step` groups."""
@@ -183,25 +195,34 @@ class Monitor:
         self.display.say(text, warning=True)
 
     def close(self) -> None:
-        """Closes sinks and display; says what could not be written."""
+        """Closes sinks and display, and says what could not be written. A second time does nothing."""
         self.end_phase()
         for sink in tuple(self.sinks):
             try:
                 sink.close()
             except sink.failures as error:
                 self._drop(sink, error)
+        self.sinks.clear()
         for stream in (self.metrics, self.groups):
             if stream is not None and stream.waiting:
                 self.warn(f"{len(stream.waiting)} lines are missing at the end of {stream.path}")
+                stream.waiting.clear()
         self.display.close()
 
     def _times(self) -> dict[str, float]:
         self.end_phase()
         times = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
         if self._step_since is not None:
-            times["time/step"] = time.monotonic() - self._step_since
-        self._seconds, self._step_since = {}, None
+            times["time/step"] = time.monotonic() - self._step_since - self._outside
+        self._seconds, self._step_since, self._outside = {}, None, 0.0
         return times
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        for sink in tuple(self.sinks):
+            try:
+                sink.write(step, values)
+            except sink.failures as error:
+                self._drop(sink, error)
 
     def _append(self, stream: Stream, entry: Mapping[str, Any]) -> None:
         error = stream.append(entry)

@@ -41,7 +41,6 @@ SHOWN = (
     Shown("throughput/tokens_per_second", "", "{:.0f}", " tok/s"),
     Shown("time/step", "", "{:.1f}", " s"),
 )
-ACCURACY = "eval/accuracy"
 
 
 def duration(seconds: float) -> str:
@@ -78,9 +77,7 @@ class Course:
         self.phase, self.phase_since = phase, time.monotonic()
 
     def advance(self, step: int, values: Values) -> None:
-        # evaluations are rare: the last one stays in view
-        accuracy = {name: value for name, value in self.values.items() if name == ACCURACY}
-        self.step, self.values = step, {**accuracy, **values}
+        self.step, self.values = step, values
         if "reward/mean" in values:
             self.rewards.append(values["reward/mean"])
         self._finished = [*self._finished[-RECENT:], time.monotonic()]
@@ -89,7 +86,7 @@ class Course:
     def left(self) -> float | None:
         """Seconds to the last step, at the pace of the last few with all that lay between them."""
         if len(self._finished) < 2:
-            first = self.values.get("time/step") if self.step else None
+            first = self.values.get("time/step")
             return None if first is None else first * (self.total_steps - self.step)
         pace = (self._finished[-1] - self._finished[0]) / (len(self._finished) - 1)
         return pace * (self.total_steps - self.step)
@@ -138,8 +135,6 @@ class Lines:
         fields = [f"step {step:>{len(total)}}/{total}", *self._fields(values)]
         if self.course.left is not None:
             fields.append(f"eta {duration(self.course.left)}")
-        if ACCURACY in values:
-            fields.append(f"accuracy {values[ACCURACY]:.3f}")
         self._print("  ".join(fields))
 
     def say(self, text: str, *, warning: bool) -> None:
@@ -227,8 +222,6 @@ class Panels:
 
     def _cells(self) -> list[Text]:
         cells: list[Text] = []
-        if ACCURACY in self.course.values:
-            cells.append(Text.assemble(("accuracy ", "dim"), f"{self.course.values[ACCURACY]:.3f}"))
         for shown in SHOWN:
             if shown.name in self.course.values and shown.name not in ("reward/mean", "time/step"):
                 number = shown.format.format(self.course.values[shown.name])

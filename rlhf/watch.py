@@ -27,8 +27,6 @@ class Watch:
 
     def look(self, values: Values) -> list[str]:
         """Takes the metrics of one step and returns what is new to tell."""
-        if not values.keys() & {"reward/mean", "length/truncated", "grad_norm"}:
-            return []
         self.steps.append(values)
         self.some_completion_ended |= values.get("length/truncated", 0.0) < 1.0
         if len(self.steps) < (self.steps.maxlen or 1):

@@ -1,0 +1,112 @@
+"""What a run came to: its evaluations, its closing summary, its report page.
+
+RUN/eval.json is a list, one object an evaluation, ordered by step:
+
+    {"step": 20, "accuracy": 0.93, "num_samples": 128, "ci_low": 0.87, "ci_high": 0.96,
+     "samples": [{"prompt": "What is 3 + 5?", "completion": "8", "reward": 1.0, "right": true}, ...]}
+
+`accuracy` is the share of right completions, `ci_low` and `ci_high` bound its 95% interval; `samples` has a
+few completions, of the same prompts each time, and not chosen by how they turned out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from rlhf.files import write_atomically
+from rlhf.run_folder import RunFolder
+from rlhf.verdict import verdict
+
+FIELDS = ("step", "accuracy", "num_samples", "ci_low", "ci_high", "samples")
+SHOWN = 3
+LINE = 100
+
+
+def append_eval(run: RunFolder, record: Mapping[str, Any]) -> None:
+    """Adds an evaluation to RUN/eval.json, in place of an earlier one of the same step."""
+    assert set(record) == set(FIELDS), f"an evaluation has {FIELDS}, got {tuple(record)}"
+    records = [r for r in read_eval(run) if r["step"] != record["step"]]
+    records = sorted([*records, dict(record)], key=lambda r: cast(int, r["step"]))
+    write_atomically(run.evaluations, json.dumps(records, indent=1, ensure_ascii=False))
+
+
+def read_eval(run: RunFolder) -> list[dict[str, Any]]:
+    """The evaluations of a run, oldest first. Raises ValueError when RUN/eval.json does not hold any."""
+    if not run.evaluations.is_file():
+        return []
+    try:
+        records = json.loads(run.evaluations.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{run.evaluations} is not JSON: {error}") from None
+    if not isinstance(records, list) or not all(_is_record(r) for r in cast(list[Any], records)):
+        raise ValueError(f"{run.evaluations} must be a list of objects with {', '.join(FIELDS)}")
+    return cast(list[dict[str, Any]], records)
+
+
+def describe_eval(record: Mapping[str, Any]) -> str:
+    return (
+        f"after step {record['step']}: held-out accuracy {record['accuracy']:.3f}, 95% interval "
+        f"{record['ci_low']:.3f} to {record['ci_high']:.3f}, {record['num_samples']} samples"
+    )
+
+
+def read_metrics(run: RunFolder) -> list[dict[str, float]]:
+    """The steps of a run, oldest first, with the finite values of each. A torn last line is left out."""
+    if not run.metrics.is_file():
+        return []
+    steps: list[dict[str, float]] = []
+    for line in run.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            entry = cast(dict[str, float | None], json.loads(line))
+            steps.append({name: value for name, value in entry.items() if value is not None})
+    return steps
+
+
+def write_report(run: RunFolder) -> None:
+    """Writes RUN/report.html from what the run folder holds; what is missing there is left out, and named.
+
+    Raises OSError when it cannot be written.
+    """
+    # matplotlib takes its time to import, and only a run that has ended needs it
+    from rlhf.report_page import render
+
+    evaluations, steps = read_eval(run), read_metrics(run)
+    config = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
+    page = render(str(run.path), verdict(evaluations, steps), evaluations, steps, config)
+    write_atomically(run.report, page)
+
+
+def closing_summary(run: RunFolder) -> str:
+    """What one wants to read when a run has ended: verdict, accuracy, a few completions, where things are."""
+    evaluations = read_eval(run)
+    said = verdict(evaluations, read_metrics(run))
+    lines = [said.sentence, *(f"  {reason}" for reason in said.reasons), ""]
+    for record in evaluations[:1] + evaluations[1:][-1:]:
+        lines.append(describe_eval(record))
+        lines += _sample_lines(record["samples"][:SHOWN])
+    lines += ["" if evaluations else "no evaluation was made", f"run folder  {run.path}"]
+    if run.report.is_file():
+        lines.append(f"report      {run.report}")
+    return "\n".join(lines)
+
+
+def _is_record(record: object) -> bool:
+    return isinstance(record, dict) and set(FIELDS) <= set(cast(dict[str, Any], record))
+
+
+def _sample_lines(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    prompts = [_shorten(sample["prompt"], LINE // 2) for sample in samples]
+    width = max(map(len, prompts), default=0)
+    return [
+        f"  {'right' if sample['right'] else 'wrong'}  {prompt:<{width}}  ->  "
+        + _shorten(sample["completion"], LINE - width - 15)
+        for prompt, sample in zip(prompts, samples, strict=True)
+    ]
+
+
+def _shorten(text: str, length: int) -> str:
+    """One line of at most `length` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"

@@ -1,0 +1,168 @@
+"""RUN/report.html: one file with everything in it, for a light or dark, wide or narrow screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from rlhf import plots
+from rlhf.verdict import Verdict
+
+Steps = Sequence[Mapping[str, float]]
+Evaluations = Sequence[Mapping[str, Any]]
+
+
+class Plot(NamedTuple):
+    """Curves of one figure."""
+
+    title: str
+    names: tuple[str, ...]
+
+
+PLOTS = (
+    Plot("Reward, mean of a step", ("reward/mean",)),
+    Plot("KL to the reference, nats a token", ("kl/ref",)),
+    Plot("Entropy, nats a token", ("entropy",)),
+    Plot("Length of completions, tokens", ("length/mean",)),
+    Plot("Share of completions cut at the limit", ("length/truncated",)),
+    Plot("Norm of the gradient", ("grad_norm",)),
+    Plot("Engine against learner (k3), nats a token", ("mismatch/k3",)),
+    Plot("Share of tokens clipped", ("clip_fraction",)),
+    Plot("Seconds a step", ("time/rollout", "time/reward", "time/learn", "time/sync")),
+    Plot("Tokens sampled a second", ("throughput/tokens_per_second",)),
+)
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.3rem; font-weight: 600; overflow-wrap: anywhere; }
+h2 { font-size: 1.1rem; margin-top: 2.5rem; }
+.verdict { font-size: 1.25rem; padding: .8rem 1rem; background: var(--soft); }
+.verdict { border-left: .4rem solid #64748b; }
+.rose { border-color: #10b981; } .fell { border-color: #ef4444; } .unchanged { border-color: #f59e0b; }
+.reasons { padding-left: 1.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); }
+.plots { display: grid; gap: 1.5rem; margin-top: 1rem; }
+.plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
+.completions { display: grid; gap: 0 1.5rem; }
+.completions { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
+.question { margin-top: 1.2rem; white-space: pre-wrap; overflow-wrap: anywhere; }
+figure { margin: 0; } figcaption { font-size: .95rem; }
+svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
+blockquote { margin: .2rem 0 .6rem; padding: .4rem .8rem; background: var(--soft); border-radius: .3rem;
+  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 16rem; overflow-y: auto; }
+pre { padding: .8rem; background: var(--soft); overflow-x: auto; font-size: .9rem; }
+.right { color: #0ca678; } .wrong { color: #e5484d; } .note { opacity: .75; }
+"""
+
+
+def render(title: str, said: Verdict, evaluations: Evaluations, steps: Steps, config: str) -> str:
+    """The page. A plot whose metrics are missing is left out, and named."""
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        _verdict(said),
+        _facts(steps),
+        _accuracy(evaluations),
+        _curves(steps),
+        _samples(evaluations),
+        f"<h2>Configuration</h2><pre>{escape(config)}</pre>" if config else "",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</html>\n"
+    )
+
+
+def _verdict(said: Verdict) -> str:
+    page = f'<p class="verdict {said.outcome}">{escape(said.sentence)}</p>'
+    if said.reasons:
+        items = "".join(f"<li>{escape(reason)}</li>" for reason in said.reasons)
+        page += f'<ul class="reasons">{items}</ul>'
+    return page
+
+
+def _facts(steps: Steps) -> str:
+    if not steps:
+        return '<p class="note">No step was recorded.</p>'
+    facts = [f"{len(steps)} steps"]
+    seconds = [values["time/step"] for values in steps if "time/step" in values]
+    if seconds:
+        facts += [
+            f"{sum(seconds) / 60:.1f} minutes of training",
+            f"{sum(seconds) / len(seconds):.1f} s a step",
+        ]
+    peaks = [values["memory/peak_gib"] for values in steps if "memory/peak_gib" in values]
+    if peaks:
+        facts.append(f"{max(peaks):.1f} GiB at most")
+    return f'<p class="note">{", ".join(facts)}</p>'
+
+
+def _accuracy(evaluations: Evaluations) -> str:
+    if not evaluations:
+        return ""
+    heads = "".join(f"<th>{head}</th>" for head in ("after step", "accuracy", "95% interval", "samples"))
+    rows = "".join(
+        f"<tr><td>{e['step']}</td><td>{e['accuracy']:.3f}</td>"
+        f"<td>{e['ci_low']:.3f} to {e['ci_high']:.3f}</td><td>{e['num_samples']}</td></tr>"
+        for e in evaluations
+    )
+    page = f"<h2>Accuracy on held-out prompts</h2><table><tr>{heads}</tr>{rows}</table>"
+    if len(evaluations) > 2:
+        steps, accuracy = [e["step"] for e in evaluations], [e["accuracy"] for e in evaluations]
+        bounds = [(e["ci_low"], e["ci_high"]) for e in evaluations]
+        page += (
+            f'<div class="plots">{plots.intervals("Accuracy, 95% interval", steps, accuracy, bounds)}</div>'
+        )
+    return page
+
+
+def _samples(evaluations: Evaluations) -> str:
+    """Each question once, with what the first and the last evaluation got for it."""
+    answers: dict[str, list[str]] = {}
+    for e in [*evaluations[:1], *evaluations[1:][-1:]]:
+        for sample in e["samples"]:
+            answers.setdefault(sample["prompt"], []).append(_completion(e["step"], sample))
+    if not answers:
+        return ""
+    return "<h2>Completions</h2>" + "".join(
+        f'<div class="question">{escape(question)}</div><div class="completions">{"".join(given)}</div>'
+        for question, given in answers.items()
+    )
+
+
+def _completion(step: int, sample: Mapping[str, Any]) -> str:
+    word = "right" if sample["right"] else "wrong"
+    reward = "no reward" if sample["reward"] is None else f"reward {sample['reward']:.2f}"
+    head = f'after step {step}: <span class="{word}">{word}</span>, {reward}'
+    return f"<div><small>{head}</small><blockquote>{escape(sample['completion'])}</blockquote></div>"
+
+
+def _curves(steps: Steps) -> str:
+    if not steps:
+        return ""
+    drawn: list[str] = []
+    missing: list[str] = []
+    for plot in PLOTS:
+        names = [name for name in plot.names if any(name in values for values in steps)]
+        if names:
+            drawn.append(_draw(plot.title, names, steps))
+        else:
+            missing.append(plot.title)
+    page = f'<h2>Training</h2><div class="plots">{"".join(drawn)}</div>'
+    if missing:
+        page += f'<p class="note">Not recorded in this run: {escape("; ".join(missing))}.</p>'
+    return page
+
+
+def _draw(title: str, names: Sequence[str], steps: Steps) -> str:
+    numbers = [values["step"] for values in steps]
+    if len(names) == 1:
+        return plots.curve(title, numbers, [values.get(names[0], math.nan) for values in steps])
+    parts = [(name.partition("/")[2], [values.get(name, 0.0) for values in steps]) for name in names]
+    return plots.stack(title, numbers, parts)
