@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 
 from rlhf.kernels import backend as backends
 from rlhf.kernels.token_stats import ops, reference
-from rlhf.kernels.token_stats.state import FIELDS, NEEDS_REFERENCE, TokenStats
+from rlhf.kernels.token_stats.inputs import UNKNOWN, check_scaling, wanted_fields
+from rlhf.kernels.token_stats.state import FIELDS, IGNORED, NEEDS_REFERENCE, TokenStats
 
 Memory = Literal["auto", "recompute", "keep"]
 OFFERED = ("reference", "tiled", "triton")
@@ -66,13 +67,14 @@ def token_stats(
 
     Raises ValueError for shapes, precisions, names or backends that cannot work together.
     """
-    wanted = _wanted(want, ref_hidden)
+    wanted = wanted_fields(want, has_reference=ref_hidden is not None)
     weight, bias = _whole(weight), None if bias is None else _whole(bias)
     ref_weight = None if ref_weight is None else _whole(ref_weight)
-    _check(hidden, weight, targets, bias, temperature)
+    _check(hidden, weight, targets, bias)
     if NEEDS_REFERENCE & wanted and ref_hidden is not None:
         _check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
-    check_numbers(temperature, softcap, memory, workspace_bytes)
+    check_scaling(temperature, softcap, len(targets))
+    check_memory(memory, workspace_bytes)
     chosen = backends.resolve(backend, hidden, offered=OFFERED)
     if chosen == "reference" and group is not None:
         raise ValueError("backend 'reference' needs the whole vocabulary on one rank; use 'tiled'")
@@ -105,16 +107,6 @@ def token_stats(
     return TokenStats(*(outputs[i] if name in wanted else None for i, name in enumerate(FIELDS)))
 
 
-def _wanted(want: Sequence[str], ref_hidden: Tensor | None) -> frozenset[str]:
-    wanted = frozenset((want,) if isinstance(want, str) else want)
-    unknown = sorted(wanted - set(FIELDS))
-    if unknown or not wanted:
-        raise ValueError(f"want={tuple(want)!r}: expected one or more of {', '.join(FIELDS)}")
-    if NEEDS_REFERENCE & wanted and ref_hidden is None:
-        raise ValueError(f"want={tuple(want)!r} compares with a reference model: pass ref_hidden")
-    return wanted
-
-
 def _whole(weight: Tensor) -> Tensor:
     """A head that is sharded over ranks by FSDP, gathered; its gradient is scattered again."""
     if type(weight) in (Tensor, torch.nn.Parameter):
@@ -124,9 +116,7 @@ def _whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def _check(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float | Tensor
-) -> None:
+def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
             f"expected hidden [N, H] and weight [V, H], got {_shape(hidden)} and {_shape(weight)}"
@@ -139,8 +129,6 @@ def _check(
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias [{len(weight)}], got {_shape(bias)}")
-    if isinstance(temperature, Tensor) and temperature.shape != targets.shape:
-        raise ValueError(f"expected a number or [{len(targets)}] as temperature, got {_shape(temperature)}")
     others = (weight, targets, *((bias,) if bias is not None else ()))
     if any(t.device != hidden.device for t in others):
         raise ValueError(f"hidden is on {hidden.device}, but another input is not: move them together")
@@ -165,14 +153,8 @@ def _check_reference(
         raise ValueError(f"hidden is {hidden.dtype} and ref_hidden {ref_hidden.dtype}: float64 needs both")
 
 
-def check_numbers(
-    temperature: float | Tensor, softcap: float | None, memory: str, workspace_bytes: int
-) -> None:
-    """Raise ValueError for a number or a name that cannot be meant."""
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}; None is no cap")
+def check_memory(memory: str, workspace_bytes: int) -> None:
+    """Raise ValueError for a memory mode or a workspace that cannot be meant."""
     if memory not in ("auto", "recompute", "keep"):
         raise ValueError(f"unknown memory mode {memory!r}; choose auto, recompute or keep")
     if workspace_bytes <= 0:
@@ -185,8 +167,8 @@ def _count(targets: Tensor, num_kept: int | None) -> int:
             raise ValueError(f"num_kept must lie in [0, {len(targets)}], got {num_kept}")
         return num_kept
     if torch.compiler.is_compiling():
-        return ops.UNKNOWN
-    return int((targets != ops.IGNORED).sum())
+        return UNKNOWN
+    return int((targets != IGNORED).sum())
 
 
 def _keeps(
@@ -194,7 +176,7 @@ def _keeps(
 ) -> bool:
     """Whether the logits stay until backward; never where their number is not known or nothing is learned."""
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if memory == "recompute" or kept == ops.UNKNOWN or not learns:
+    if memory == "recompute" or kept == UNKNOWN or not learns:
         return False
     size = (8 if hidden.dtype is torch.float64 else 4) * kept * len(weight) * (2 if both else 1)
     return memory == "keep" or size <= workspace_bytes

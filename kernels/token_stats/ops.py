@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from rlhf.kernels.token_stats import tiled
+from rlhf.kernels.token_stats.inputs import UNKNOWN, check_targets, gathered, kept_index, spread
 from rlhf.kernels.token_stats.problem import Head, Problem
 from rlhf.kernels.token_stats.rows import Scaling, Upstream, padded
-from rlhf.kernels.token_stats.state import FIELDS, IGNORED, NEEDS_REFERENCE, SAVED_ROWS, finish
-
-UNKNOWN = -1
-"""As `num_kept`: the tokens that are not masked are counted within the operator."""
+from rlhf.kernels.token_stats.state import FIELDS, NEEDS_REFERENCE, SAVED_ROWS, finish
 
 
 class Arguments(NamedTuple):
@@ -69,7 +67,7 @@ def _forward(*values: Any) -> tuple[Tensor, ...]:
         index = kept_index(arguments.targets, arguments.num_kept)
         problem = _problem(arguments, index)
         check_targets(problem.targets, problem.vocabulary, arguments.group)
-        state, kept, ref_kept = tiled.forward(problem, _kernels(arguments.backend), keep=arguments.keep)
+        state, kept, ref_kept = tiled.forward(problem, row_kernels(arguments.backend), keep=arguments.keep)
         if arguments.group:
             from rlhf.kernels.token_stats.parallel import merge_over_ranks
 
@@ -77,7 +75,7 @@ def _forward(*values: Any) -> tuple[Tensor, ...]:
         stats, saved = finish(state, arguments.wanted)
         count = len(arguments.targets)
         fields = [
-            _spread(stats[name], index, count) if name in stats else saved.new_empty(0) for name in FIELDS
+            spread(stats[name], index, count) if name in stats else saved.new_empty(0) for name in FIELDS
         ]
         unused = arguments.rows - saved.shape[1]
         if unused:
@@ -106,12 +104,12 @@ def _backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch.autocast(arguments.hidden.device.type, enabled=False):
         index = kept_index(arguments.targets, arguments.num_kept)
         problem = _problem(arguments, index)
-        gathered = [_gathered(g, index, saved.dtype) for g in upstream]
+        own = [None if g is None else gathered(g, index).to(saved.dtype) for g in upstream]
         gradients = tiled.backward(
             problem,
-            _kernels(arguments.backend),
+            row_kernels(arguments.backend),
             saved[:, : len(problem.targets)],
-            Upstream(*gathered),
+            Upstream(*own),
             (kept, ref_kept),
             tiled.Needs(need_hidden, need_weight, need_bias),
             arguments.group,
@@ -119,7 +117,7 @@ def _backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
         empty = arguments.hidden.new_empty(0)
         d_hidden = empty
         if gradients.hidden is not None:
-            d_hidden = _spread(gradients.hidden, index, len(arguments.targets))
+            d_hidden = spread(gradients.hidden, index, len(arguments.targets))
     return (
         d_hidden,
         empty.clone() if gradients.weight is None else gradients.weight,
@@ -177,38 +175,9 @@ def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, .
 token_stats_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-def kept_index(targets: Tensor, num_kept: int) -> Tensor | None:
-    """The positions of tokens that are not masked, in order; None where every token is kept.
-
-    A known number spares the host from waiting for a GPU. Raises ValueError on a CPU when it is wrong.
-    """
-    if num_kept == len(targets):
-        return None
-    is_kept = targets != IGNORED
-    if num_kept != UNKNOWN and targets.device.type != "cpu":
-        return torch.argsort(is_kept, descending=True, stable=True)[:num_kept]
-    index = is_kept.nonzero()[:, 0]
-    if num_kept not in (UNKNOWN, len(index)):
-        raise ValueError(f"num_kept is {num_kept}, but {len(index)} targets are not {IGNORED}")
-    return None if len(index) == len(targets) else index
-
-
-def check_targets(targets: Tensor, vocabulary: int, group: str) -> None:
-    """Raise ValueError for a target outside the vocabulary; only where looking costs no wait.
-
-    On a GPU, and where the vocabulary is spread over ranks, such a token gets a log-probability of NaN.
-    """
-    if group or targets.device.type != "cpu" or not len(targets):
-        return
-    low, high = torch.aminmax(targets)
-    if low < 0 or high >= vocabulary:
-        wrong = int(low) if low < 0 else int(high)
-        raise ValueError(f"target {wrong} is outside [0, {vocabulary}); mask a token with {IGNORED}")
-
-
 def _problem(arguments: Arguments, index: Tensor | None) -> Problem:
     def rows(tensor: Tensor) -> Tensor:
-        return tensor if index is None else tensor.index_select(0, index)
+        return gathered(tensor, index)
 
     policy = Head(rows(arguments.hidden), arguments.weight, arguments.bias)
     reference = None
@@ -223,6 +192,8 @@ def _problem(arguments: Arguments, index: Tensor | None) -> Problem:
     temperature: float | Tensor = arguments.scalar_temperature
     if arguments.temperature is not None:
         temperature = rows(arguments.temperature).to(policy.wide)
+    elif arguments.backend == "triton":
+        temperature = policy.hidden.new_full((len(policy.hidden),), temperature, dtype=policy.wide)
     return Problem(
         policy,
         reference,
@@ -234,23 +205,10 @@ def _problem(arguments: Arguments, index: Tensor | None) -> Problem:
     )
 
 
-def _kernels(backend: str) -> tiled.RowKernels:
+def row_kernels(backend: str) -> tiled.RowKernels:
+    """The row kernels of a resolved backend."""
     if backend == "triton":
         from rlhf.kernels.token_stats.triton_rows import TritonRows
 
         return TritonRows()
     return tiled.TorchRows()
-
-
-def _spread(values: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """The values of kept tokens at their own places among all N, 0 elsewhere."""
-    if index is None:
-        return values
-    return values.new_zeros(count, *values.shape[1:]).index_copy_(0, index, values)
-
-
-def _gathered(gradient: Tensor | None, index: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if gradient is None:
-        return None
-    kept = gradient if index is None else gradient.index_select(0, index)
-    return kept.to(dtype)

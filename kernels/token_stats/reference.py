@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.kernels.token_stats.ops import Arguments, check_targets, kept_index
+from rlhf.kernels.token_stats.inputs import check_targets, gathered, kept_index, spread
+from rlhf.kernels.token_stats.ops import Arguments
 from rlhf.kernels.token_stats.state import FIELDS, NEEDS_REFERENCE, TokenStats
 
 
@@ -18,7 +19,7 @@ def statistics(arguments: Arguments) -> TokenStats:
     index = kept_index(arguments.targets, arguments.num_kept)
 
     def rows(tensor: Tensor) -> Tensor:
-        return tensor if index is None else tensor[index]
+        return gathered(tensor, index)
 
     vector = arguments.temperature
     temperature = arguments.scalar_temperature if vector is None else rows(vector)
@@ -43,10 +44,8 @@ def statistics(arguments: Arguments) -> TokenStats:
         targets = rows(arguments.targets)
         check_targets(targets, logits.shape[1], arguments.group)
         stats = statistics_of(logits, targets, ref_logits, arguments.wanted)
-    if index is not None:
-        count = len(arguments.targets)
-        stats = {name: value.new_zeros(count).index_copy(0, index, value) for name, value in stats.items()}
-    return TokenStats(*(stats.get(name) for name in FIELDS))
+    count = len(arguments.targets)
+    return TokenStats(*(spread(stats[name], index, count) if name in stats else None for name in FIELDS))
 
 
 def statistics_of(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from rlhf.kernels.token_stats import IGNORED, token_stats
+from rlhf.kernels.token_stats import IGNORED, logit_stats, token_stats
 
 FIELDS = ("logprob", "entropy", "logsumexp", "kl", "kl_reverse", "ref_logprob")
 DIFFERENTIABLE = FIELDS[:5]
@@ -180,3 +180,20 @@ def _with_gradients(stats: dict[str, Tensor], inputs: dict[str, Tensor], case: C
         gradients = torch.autograd.grad(torch.stack(terms).sum(), list(inputs.values()))
         result |= {f"d_{name}": g for name, g in zip(inputs, gradients, strict=True)}
     return result
+
+
+def measured_from_logits(case: Case, *, backend: str) -> dict[str, Tensor]:
+    """As `measured`, where `hidden` and `ref_hidden` hold the logits themselves."""
+    logits = case.hidden.detach().clone().requires_grad_()
+    stats = logit_stats(
+        logits,
+        case.targets,
+        temperature=case.temperature,
+        softcap=case.softcap,
+        logit_scale=case.logit_scale,
+        ref_logits=case.ref_hidden,
+        want=case.want,
+        backend=backend,
+    )
+    present = {k: v for k, v in zip(FIELDS, stats, strict=True) if v is not None}
+    return _with_gradients(present, {"logits": logits}, case)

@@ -36,7 +36,7 @@ def call(**changes: Any) -> None:
         ({"softcap": -1.0}, "softcap must be above 0"),
         ({"want": ("logp",)}, "expected one or more of logprob, entropy"),
         ({"want": ()}, "expected one or more of"),
-        ({"want": ("kl",)}, "pass ref_hidden"),
+        ({"want": ("kl",)}, "pass its side"),
         ({"workspace_bytes": 0}, "workspace_bytes must be above 0"),
         ({"num_kept": 5}, r"num_kept must lie in \[0, 4\]"),
         ({"num_kept": 3}, "num_kept is 3, but 4 targets"),
@@ -69,7 +69,7 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     ):
         resolve("cuda", torch.zeros(1), offered=api.OFFERED)
     with pytest.raises(ValueError, match="unknown memory mode 'all'; choose auto, recompute or keep"):
-        api.check_numbers(1.0, None, "all", 1)
+        api.check_memory("all", 1)
 
 
 def test_triton_refuses_float64_rather_than_lose_it() -> None:

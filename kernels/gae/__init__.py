@@ -1,0 +1,5 @@
+"""Generalised advantage estimation over packed sequences."""
+
+from rlhf.kernels.gae.api import Gae, gae
+
+__all__ = ["Gae", "gae"]
