@@ -224,12 +224,12 @@ def _gradient_block(
     column = lane - head
     valid = (lane >= head) & (lane < span)
     if MASKED:
-        z = tl.load(z_row + lane, mask=valid, other=FLOOR).to(tl.float32)
+        z = tl.load(z_row + lane, mask=valid, other=0.0).to(tl.float32)
     else:
         z = tl.load(z_row + lane).to(tl.float32)
     if HAS_REFERENCE:
         if MASKED:
-            u = tl.load(u_row + lane, mask=valid, other=FLOOR).to(tl.float32)
+            u = tl.load(u_row + lane, mask=valid, other=0.0).to(tl.float32)
         else:
             u = tl.load(u_row + lane).to(tl.float32)
     if IN_PLACE:
@@ -237,11 +237,15 @@ def _gradient_block(
         tl.debug_barrier()
     capped = _capped(z, bias_ptr, column, valid, logit_scale, cap, HAS_BIAS, HAS_CAP)
     d = capped * inverse_temperature - top
+    if MASKED:
+        d = tl.where(valid, d, 0.0)
     weight = tl.exp(d)
     factor = constant + slope * d
     if HAS_REFERENCE:
         u = _capped(u, ref_bias_ptr, column, valid, logit_scale, cap, HAS_REF_BIAS, HAS_CAP)
         e = u * inverse_temperature - ref_top
+        if MASKED:
+            e = tl.where(valid, e, 0.0)
         result = weight * (factor - gap_slope * e) - pull * tl.exp(e)
     else:
         result = weight * factor
