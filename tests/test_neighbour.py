@@ -24,10 +24,12 @@ def run(*arguments: str | Path, cwd: Path, path: tuple[Path, ...] = ()) -> subpr
     )
 
 
+# -S: an editable installation imports the standard library's `types` before the script starts
 def test_run_as_a_file_the_entry_point_does_not_hide_the_types_of_the_standard_library(
     tmp_path: Path,
 ) -> None:
-    done = run(ROOT / "rlhf" / "train.py", "no_such_config.yaml", cwd=tmp_path)
+    installed = tuple(Path(entry) for entry in sys.path if entry.endswith("site-packages"))
+    done = run("-S", ROOT / "rlhf" / "train.py", "no_such_config.yaml", cwd=tmp_path, path=installed)
     assert done.returncode != 0
     assert "no_such_config.yaml" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr, done.stderr
@@ -35,8 +37,8 @@ def test_run_as_a_file_the_entry_point_does_not_hide_the_types_of_the_standard_l
 
 def test_without_its_first_lines_the_entry_point_would_hide_them(tmp_path: Path) -> None:
     (tmp_path / "types.py").symlink_to(ROOT / "rlhf" / "types.py")
-    (tmp_path / "entry.py").write_text("import torch\n")
-    done = run(tmp_path / "entry.py", cwd=tmp_path, path=(ROOT,))
+    (tmp_path / "entry.py").write_text("import enum\n")
+    done = run("-S", tmp_path / "entry.py", cwd=tmp_path)
     assert done.returncode != 0 and str(tmp_path / "types.py") in done.stderr
 
 
