@@ -49,7 +49,7 @@ class Sampler:
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], step: int
     ) -> tuple[list[Group], Metrics]:
         texts = [[self.text(c) for c in group] for group in completions]
-        return self.rewards.score(prompts, completions, texts, trainer_state={"step": step})
+        return self.rewards.score(prompts, completions, texts, trainer_state={"global_step": step})
 
     def text(self, completion: Completion) -> str:
         """What a reward reads: special tokens left out."""

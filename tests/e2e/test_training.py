@@ -65,7 +65,7 @@ import os, pathlib, signal
 
 def share_of_a(completions, trainer_state, **_):
     marker = pathlib.Path(__file__).with_name("interrupted")
-    if trainer_state["step"] == 3 and marker.exists():
+    if trainer_state.global_step == 3 and marker.exists():
         marker.unlink()
         os.kill(os.getpid(), signal.SIGINT)
     return [text.count("a") / max(1, len(text)) for text in completions]

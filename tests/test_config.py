@@ -1,0 +1,190 @@
+"""Settings: every key is known, every mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf.algos.algorithm import KL
+from rlhf.algos.table import ALGORITHMS
+from rlhf.config import ConfigError, load_config, make_config, resolve_algorithm, setting_names
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def settings(**changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "run_dir": "runs/x",
+        "steps": 10,
+        "model": {"path": "m"},
+        "data": {"train": "train.jsonl"},
+        "reward": {"functions": [{"path": "a:b"}]},
+        "algorithm": {"name": "grpo"},
+    }
+    return base | changes
+
+
+def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
+    assert sorted(setting_names()) == [
+        "algorithm",
+        "budget.high",
+        "budget.low",
+        "budget.rule",
+        "checkpoint.every",
+        "checkpoint.export",
+        "checkpoint.keep_last",
+        "checkpoint.resume",
+        "data.eval",
+        "data.long_prompts",
+        "data.max_prompt_tokens",
+        "data.prompt_column",
+        "data.train",
+        "eval.every",
+        "eval.max_prompts",
+        "eval.samples",
+        "learner.betas",
+        "learner.epochs",
+        "learner.eps",
+        "learner.lr",
+        "learner.max_grad_norm",
+        "learner.microbatch_tokens",
+        "learner.minibatches",
+        "learner.schedule",
+        "learner.warmup_steps",
+        "learner.weight_decay",
+        "model.dtype",
+        "model.gradient_checkpointing",
+        "model.packing",
+        "model.path",
+        "model.reference",
+        "monitor.samples_per_step",
+        "monitor.sinks",
+        "reward.functions",
+        "reward.max_failed_share",
+        "reward.success_objective",
+        "reward.success_threshold",
+        "rollout.engine",
+        "rollout.group_size",
+        "rollout.kv_cache_gib",
+        "rollout.max_completion_tokens",
+        "rollout.prompts_per_step",
+        "rollout.stop_token_ids",
+        "rollout.sync_tolerance",
+        "rollout.temperature",
+        "rollout.top_k",
+        "rollout.top_p",
+        "run_dir",
+        "seed",
+        "steps",
+    ]
+
+
+def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
+    keys = {key for name in ALGORITHMS for key in resolve_algorithm(minimal(name), max_tokens=64)} - {"name"}
+    assert sorted(keys) == [
+        "clip_dual",
+        "clip_high",
+        "clip_low",
+        "drop_truncated",
+        "entropy_coef",
+        "kl",
+        "max_tokens",
+        "mismatch",
+        "overlong_cache",
+        "refill",
+        "tau_negative",
+        "tau_positive",
+    ]
+
+
+def minimal(name: str) -> dict[str, Any]:
+    return {"name": name} | ({"clip_high": 5.0} if name == "cispo" else {})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path: Path):
+    config = load_config(path)
+    assert config.build_algorithm() is not None
+    assert len(path.read_text().splitlines()) <= 30
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_picking_a_name_is_picking_the_algorithm(name: str):
+    make_config(settings(algorithm=minimal(name))).build_algorithm()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout": {"group_sise": 4}}, "unknown setting rollout.group_sise; did you mean rollout.group_size?"),
+        ({"learning_rate": 1e-5}, "unknown setting learning_rate"),
+        ({"group_size": 4}, "did you mean rollout.group_size?"),
+        ({"algorithm": {"name": "grpo", "clip_hgh": 0.3}}, "did you mean algorithm.clip_high?"),
+        ({"algorithm": {"name": "grpo", "kl": {"coeff": 0.3}}}, "did you mean algorithm.kl.coef?"),
+        ({"algorithm": {"name": "grpp"}}, "unknown algorithm 'grpp'; did you mean grpo?"),
+        ({"algorithm": {"name": "cispo"}}, "algorithm.clip_high is required"),
+        ({"algorithm": {}}, "needs a name, one of grpo"),
+        ({"algorithm": {"name": "grpo", "kl": {"coef": 0.1, "estimator": "k1"}}}, "k1"),
+        ({"steps": 0}, "steps: Input should be greater than or equal to 1, got 0"),
+        ({"learner": {"lr": -1.0}}, "learner.lr"),
+        ({"rollout": {"temperature": 0.0}}, "rollout.temperature"),
+        ({"rollout": {"engine": "vlm"}}, "rollout.engine"),
+        ({"rollout": {"max_completion_tokens": 99_999}}, "= 101023 tokens"),
+        ({"learner": {"minibatches": 99}}, "rollout.prompts_per_step = 32"),
+        ({"learner": {"warmup_steps": 11}}, "the run has 10 steps"),
+        ({"eval": {"every": 5}}, "there is no data.eval"),
+        ({"budget": {"rule": "knapsack", "low": 9}}, "budget.low = 9"),
+        ({"reward": {"functions": []}}, "reward.functions"),
+        ({"model": {}}, "model.path is required"),
+    ],
+)
+def test_a_mistake_is_named_with_what_was_expected(changes: dict[str, Any], message: str):
+    with pytest.raises(ConfigError) as error:
+        make_config(settings(**changes))
+    assert message in str(error.value)
+
+
+def test_overrides_reach_every_level(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(settings()))
+    config = load_config(path, ["steps=3", "learner.lr=1e-6", "algorithm.kl.coef=0", "rollout.stop_token_ids=[5]"])
+    assert (config.steps, config.learner.lr, config.rollout.stop_token_ids) == (3, 1e-6, (5,))
+    assert config.algorithm["kl"] == KL(coef=0.0)
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "steps.x=3"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(settings()))
+    with pytest.raises(ConfigError):
+        load_config(path, [override])
+
+
+def test_a_missing_or_malformed_file_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="there is no config file"):
+        load_config(tmp_path / "nowhere.yaml")
+    for text in ("[1, 2]", "a: [", ""):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError):
+            load_config(tmp_path / "c.yaml")
+
+
+def test_the_resolved_config_comes_back_from_its_own_yaml(tmp_path: Path):
+    config = make_config(settings(algorithm={"name": "dapo"}))
+    (tmp_path / "c.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "c.yaml") == config
+
+
+def test_an_algorithm_of_a_users_file_is_configured_like_the_others(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from rlhf.algos.algorithm import NO_KL\nfrom rlhf.algos.table import grpo\n\n"
+        "def mine(*, strength: float = 0.5):\n    return grpo(clip_high=strength, kl=NO_KL)\n"
+    )
+    config = make_config(settings(algorithm={"name": f"{file}:mine", "strength": 0.3}))
+    assert not config.build_algorithm().needs_reference
+    with pytest.raises(ConfigError, match="did you mean algorithm.strength"):
+        make_config(settings(algorithm={"name": f"{file}:mine", "strenght": 0.3}))
