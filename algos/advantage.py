@@ -68,7 +68,7 @@ def gdpo(
     """
     columns = [group_normalize(column, group, eps=eps) for column in objectives.unbind(1)]
     summed = torch.stack(columns, dim=1) @ weights.to(objectives.dtype)
-    centered, std = _moments(summed, torch.ones_like(summed, dtype=torch.bool), all_sum)
+    centered, std = _moments(summed, ~objectives.isnan().all(dim=1), all_sum)
     return (centered / (std + eps)).to(objectives.dtype)
 
 
@@ -128,12 +128,13 @@ def gae(
     loss_mask: Bool[Tensor, " N"],
     *,
     gamma: float = 1.0,
-    lam: float = 0.95,
+    lam: float | Float[Tensor, " S"] = 0.95,
 ) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """Advantages A_t = delta_t + gamma lam A_{t+1} and returns A_t + V_t (arXiv:1506.02438 eq. 16).
 
     delta_t = r_t + gamma V_{t+1} - V_t, and V is 0 after the last token. Tokens outside the mask are skipped,
-    as if they were not there: both results are 0 on them.
+    as if they were not there: both results are 0 on them. `lam` may differ by sequence
+    (`value.adaptive_lambda`).
     """
     kept = loss_mask.nonzero().squeeze(1)
     row = sequence[kept]
@@ -144,8 +145,9 @@ def gae(
     v = values.new_zeros(len(counts), width).index_put((row, column), values[kept])
     r = values.new_zeros(len(counts), width).index_put((row, column), rewards[kept])
     scan = r + gamma * torch.cat([v[:, 1:], v.new_zeros(len(counts), 1)], dim=1) - v
+    decay = gamma * (lam[: len(counts)] if isinstance(lam, Tensor) else lam)
     for t in range(width - 2, -1, -1):
-        scan[:, t] += gamma * lam * scan[:, t + 1]
+        scan[:, t] += decay * scan[:, t + 1]
     advantages = torch.zeros_like(values).index_copy(0, kept, scan[row, column])
     return advantages, (advantages + values).masked_fill(~loss_mask, 0.0)
 

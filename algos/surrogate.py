@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlhf.algos.weighted import awr_weights
+
 
 class TokenLoss(NamedTuple):
     """A loss for each token, and what to report of it."""
@@ -114,5 +116,5 @@ def advantage_weighted(
     A negative advantage still has a small positive weight: nothing is unlearned. Here A = 0 is a weight of 1,
     not 0.
     """
-    weight = (advantages / temperature).exp().clamp(max=max_weight)
+    weight = awr_weights(advantages, temperature=temperature, max_weight=max_weight)
     return TokenLoss(-weight * logprobs, {"clip_fraction": weight >= max_weight})

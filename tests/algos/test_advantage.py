@@ -157,6 +157,14 @@ def test_an_objective_without_variance_has_no_part_in_gdpo():
     torch.testing.assert_close(both, gdpo(rewards[:, None], ONE_GROUP, f64(1.0)), rtol=0, atol=0)
 
 
+def test_a_sequence_without_any_objective_does_not_reach_the_batch():
+    rewards = torch.tensor([[1, 0], [0, 1], [1, 1], [0, 0]], dtype=torch.float64)
+    with_missing = torch.cat([rewards, torch.full((1, 2), torch.nan, dtype=torch.float64)])
+    got = gdpo(with_missing, torch.zeros(5, dtype=torch.long), f64(1.0, 1.0))
+    assert got[4] == 0.0
+    torch.testing.assert_close(got[:4], gdpo(rewards, ONE_GROUP, f64(1.0, 1.0)))
+
+
 def test_gdpo_tells_apart_what_the_sum_of_rewards_cannot():
     # sums {0, 1} in one group and {0, 2} in the other: the same to GRPO
     rewards = torch.tensor([[0, 0], [1, 0], [0, 0], [1, 1]], dtype=torch.float64)
