@@ -1,0 +1,87 @@
+"""What a person meets on the command line: the plan of a run, or a sentence that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf.cli import main
+from tests.support import bandit_settings
+
+
+@pytest.fixture
+def write(tmp_path: Path, tiny_model_dir: Path):
+    def write(**changes: Any) -> str:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(bandit_settings(tmp_path, tiny_model_dir, **changes)))
+        return str(path)
+
+    return write
+
+
+def test_check_prints_the_plan_and_loads_no_weights(write, tiny_model_dir: Path, capsys, monkeypatch):
+    def no_weights(*_: object, **__: object) -> None:
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", no_weights)
+    assert main(["check", write()]) == 0
+    plan = capsys.readouterr().out
+    assert "8 prompts x 8 = 64 completions of at most 8 tokens" in plan
+    assert "none: no KL term, not loaded" in plan
+    assert "2.4 passes over the data" in plan
+    assert not (tiny_model_dir / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.group_sise=4"], "did you mean rollout.group_size?"),
+        (["model.path=./nowhere"], "there is no model folder"),
+        (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
+        (["data.prompt_column=question"], "question"),
+        (["data.max_prompt_tokens=4"], "4"),
+        (["rollout.max_completion_tokens=500", "data.max_prompt_tokens=100"], "positions for 512 tokens"),
+        (["rollout.top_p=0.9"], "mismatch"),
+        (["reward.functions=[{path: 'nowhere:f'}]"], "nowhere"),
+        (["reward.functions=[{path: 'rlhf.rewards.builtin:numeric_match'}]"], "answer"),
+        (["reward.functions=[{path: 'rlhf.rewards.builtin:numeric_mach'}]"], "numeric_match"),
+        (["reward.functions=[{path: './nowhere.py:f'}]"], "nowhere.py"),
+        (["steps=many"], "steps"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_bad_input_is_a_sentence_before_weights_are_loaded(
+    write, command: str, overrides: list[str], message: str, capsys, monkeypatch
+):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    assert main([command, write(), *overrides]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"rlhf {command}: ") and message in said, said
+    assert "Traceback" not in said
+
+
+def test_a_run_is_not_overwritten(write, tmp_path: Path, capsys):
+    config = write(steps=1)
+    assert main(["train", config]) == 0
+    assert main(["train", config]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1]
+
+
+def test_a_reward_that_fails_stops_the_run_with_its_name(write, tmp_path: Path, capsys):
+    config = write(steps=1)
+    (tmp_path / "reward.py").write_text("def share_of_a(completions, **_):\n    raise KeyError('gold')\n")
+    assert main(["train", config]) == 2
+    said = capsys.readouterr().err
+    assert "share_of_a" in said and "KeyError" in said
+
+
+def test_no_command_says_which_there_are(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "train" in capsys.readouterr().err
