@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_the_converted_model_is_trainable_and_speaks(cache: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == [NAME], "something was left beside the model"
 
     tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     question = [{"role": "user", "content": "What is the capital of France?"}]
