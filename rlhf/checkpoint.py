@@ -180,7 +180,7 @@ def _write(folder: Path, step: int, tensors: TensorFiles, state: Mapping[str, An
     body = {
         "format": FORMAT,
         "step": step,
-        "world_size": torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1,
+        "world_size": _world_size(),
         "versions": _versions(),
         "files": {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())},
     }
@@ -253,6 +253,11 @@ def _prune(folder: Path, step: int, keep_last: int) -> None:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _world_size() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if ready else 1
 
 
 def _versions() -> dict[str, str]:

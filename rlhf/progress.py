@@ -41,6 +41,7 @@ SHOWN = (
     Shown("throughput/tokens_per_second", "", "{:.0f}", " tok/s"),
     Shown("time/step", "", "{:.1f}", " s"),
 )
+PARTS = ("time/rollout", "time/reward", "time/learn", "time/sync")
 
 
 def duration(seconds: float) -> str:
@@ -187,9 +188,9 @@ class Panels:
         if course.values:
             rows += [self._reward(), Columns(self._cells(), padding=(0, 3))]
             rows += [row for row in (self._split(),) if row is not None]
-        if course.phase is not None:
-            waited = time.monotonic() - course.phase_since
-            rows.append(Spinner("dots", Text.assemble(course.phase, (f"  {duration(waited)}", "dim"))))
+        if course.phase is not None or not course.values:
+            waited = duration(time.monotonic() - course.phase_since)
+            rows.append(Spinner("dots", Text.assemble(course.phase or "starting", (f"  {waited}", "dim"))))
         return Panel(Group(*rows), title=Text(course.name), title_align="left", border_style="dim")
 
     def _bar(self) -> RenderableType:
@@ -229,18 +230,13 @@ class Panels:
         return cells
 
     def _split(self) -> Text | None:
-        times = {
-            name.removeprefix("time/"): s
-            for name, s in self.course.values.items()
-            if name.startswith("time/")
-        }
-        whole = times.pop("step", None)
-        if whole is None:
+        values = self.course.values
+        if "time/step" not in values:
             return None
-        text = Text.assemble(("a step ", "dim"), f"{whole:.1f} s")
-        for i, (name, seconds) in enumerate(times.items()):
+        text = Text.assemble(("a step ", "dim"), f"{values['time/step']:.1f} s")
+        for i, name in enumerate(name for name in PARTS if name in values):
             text.append(" = " if i == 0 else " + ", style="dim")
-            text.append(f"{name} ", style="dim").append(f"{seconds:.1f}")
+            text.append(f"{name.removeprefix('time/')} ", style="dim").append(f"{values[name]:.1f}")
         return text
 
 

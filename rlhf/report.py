@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from rlhf.files import write_atomically
@@ -54,14 +55,8 @@ def describe_eval(record: Mapping[str, Any]) -> str:
 
 def read_metrics(run: RunFolder) -> list[dict[str, float]]:
     """The steps of a run, oldest first, with the finite values of each. A torn last line is left out."""
-    if not run.metrics.is_file():
-        return []
-    steps: list[dict[str, float]] = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n"):
-            entry = cast(dict[str, float | None], json.loads(line))
-            steps.append({name: value for name, value in entry.items() if value is not None})
-    return steps
+    entries = map(json.loads, _whole_lines(run.metrics))
+    return [{name: value for name, value in entry.items() if value is not None} for entry in entries]
 
 
 def write_report(run: RunFolder) -> None:
@@ -73,8 +68,14 @@ def write_report(run: RunFolder) -> None:
     from rlhf.report_page import render
 
     evaluations, steps = read_eval(run), read_metrics(run)
-    config = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
-    page = render(str(run.path), verdict(evaluations, steps), evaluations, steps, config)
+    page = render(
+        str(run.path),
+        verdict(evaluations, steps),
+        evaluations=evaluations,
+        steps=steps,
+        groups=_first_and_last(run),
+        config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
+    )
     write_atomically(run.report, page)
 
 
@@ -90,6 +91,20 @@ def closing_summary(run: RunFolder) -> str:
     if run.report.is_file():
         lines.append(f"report      {run.report}")
     return "\n".join(lines)
+
+
+def _first_and_last(run: RunFolder) -> list[dict[str, Any]]:
+    """The groups of the first and of the last step in RUN/samples.jsonl."""
+    groups = [json.loads(line) for line in _whole_lines(run.samples)]
+    ends = {group["step"] for group in groups[:1] + groups[-1:]}
+    return [group for group in groups if group["step"] in ends]
+
+
+def _whole_lines(stream: Path) -> list[str]:
+    if not stream.is_file():
+        return []
+    # not splitlines, which takes some characters inside of a text for line ends
+    return stream.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
 def _is_record(record: object) -> bool:

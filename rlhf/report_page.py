@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ from rlhf import plots
 from rlhf.verdict import Verdict
 
 Steps = Sequence[Mapping[str, float]]
-Evaluations = Sequence[Mapping[str, Any]]
+Records = Sequence[Mapping[str, Any]]
 
 
 class Plot(NamedTuple):
@@ -59,15 +59,20 @@ pre { padding: .8rem; background: var(--soft); overflow-x: auto; font-size: .9re
 """
 
 
-def render(title: str, said: Verdict, evaluations: Evaluations, steps: Steps, config: str) -> str:
-    """The page. A plot whose metrics are missing is left out, and named."""
+def render(
+    title: str, said: Verdict, *, evaluations: Records, steps: Steps, groups: Records, config: str
+) -> str:
+    """The page. A plot whose metrics are missing is left out, and named; so are evaluations.
+
+    `groups`, some of training, are shown where there are no completions of an evaluation.
+    """
     sections = [
         f"<h1>{escape(title)}</h1>",
         _verdict(said),
         _facts(steps),
         _accuracy(evaluations),
         _curves(steps),
-        _samples(evaluations),
+        _evaluated(evaluations) or _trained_on(groups),
         f"<h2>Configuration</h2><pre>{escape(config)}</pre>" if config else "",
     ]
     return (
@@ -103,7 +108,7 @@ def _facts(steps: Steps) -> str:
     return f'<p class="note">{", ".join(facts)}</p>'
 
 
-def _accuracy(evaluations: Evaluations) -> str:
+def _accuracy(evaluations: Records) -> str:
     if not evaluations:
         return ""
     heads = "".join(f"<th>{head}</th>" for head in ("after step", "accuracy", "95% interval", "samples"))
@@ -122,25 +127,48 @@ def _accuracy(evaluations: Evaluations) -> str:
     return page
 
 
-def _samples(evaluations: Evaluations) -> str:
+def _evaluated(evaluations: Records) -> str:
     """Each question once, with what the first and the last evaluation got for it."""
-    answers: dict[str, list[str]] = {}
+    completions: dict[str, list[str]] = {}
     for e in [*evaluations[:1], *evaluations[1:][-1:]]:
         for sample in e["samples"]:
-            answers.setdefault(sample["prompt"], []).append(_completion(e["step"], sample))
-    if not answers:
-        return ""
-    return "<h2>Completions</h2>" + "".join(
-        f'<div class="question">{escape(question)}</div><div class="completions">{"".join(given)}</div>'
-        for question, given in answers.items()
+            word = "right" if sample["right"] else "wrong"
+            head = f'after step {e["step"]}: <span class="{word}">{word}</span>, {_reward(sample)}'
+            completions.setdefault(sample["prompt"], []).append(_completion(head, sample["completion"]))
+    return _questions("Completions", completions.items())
+
+
+def _trained_on(groups: Records) -> str:
+    """Groups of the first and of the last step, a few completions of each."""
+    questions = [
+        (
+            f"step {group['step']}: {_text(group['prompt'])}",
+            [_completion(_reward(c), c["text"]) for c in group["completions"][:3]],
+        )
+        for group in groups
+    ]
+    return _questions("Completions of the first and the last step", questions)
+
+
+def _questions(title: str, questions: Iterable[tuple[str, list[str]]]) -> str:
+    page = "".join(
+        f'<div class="question">{escape(question)}</div><div class="completions">{"".join(completions)}</div>'
+        for question, completions in questions
     )
+    return f"<h2>{title}</h2>{page}" if page else ""
 
 
-def _completion(step: int, sample: Mapping[str, Any]) -> str:
-    word = "right" if sample["right"] else "wrong"
-    reward = "no reward" if sample["reward"] is None else f"reward {sample['reward']:.2f}"
-    head = f'after step {step}: <span class="{word}">{word}</span>, {reward}'
-    return f"<div><small>{head}</small><blockquote>{escape(sample['completion'])}</blockquote></div>"
+def _completion(head: str, text: str) -> str:
+    return f"<div><small>{head}</small><blockquote>{escape(text)}</blockquote></div>"
+
+
+def _reward(sample: Mapping[str, Any]) -> str:
+    return "no reward" if sample["reward"] is None else f"reward {sample['reward']:.2f}"
+
+
+def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """The last message of a chat."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
 def _curves(steps: Steps) -> str:

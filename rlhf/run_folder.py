@@ -107,7 +107,8 @@ class RunFolder:
         """
         for stream in (self.metrics, self.samples):
             if stream.is_file():
-                lines = stream.read_text(encoding="utf-8", errors="replace").splitlines()
+                # not splitlines, which takes some characters inside of a text for line ends
+                lines = stream.read_text(encoding="utf-8", errors="replace").split("\n")
                 kept = [line for line in lines if (step := _step_of(line)) is not None and step <= after]
                 write_atomically(stream, "".join(line + "\n" for line in kept))
         if self.evaluations.is_file():

@@ -345,7 +345,10 @@ def screen(width: int, steps: int, phase: str | None = None) -> str:
     panel = Panels(Course("runs/quickstart", 40), console)
     for step in range(1, steps + 1):
         values = {name: float(partial.value) for name, partial in METRICS.items()}
-        panel.advance(step, values | {"reward/mean": step / 40, "time/rollout": 6.1, "time/learn": 4.2})
+        panel.advance(
+            step,
+            values | {"reward/mean": step / 40, "time/eval": 9.9, "time/rollout": 6.1, "time/learn": 4.2},
+        )
     panel.enter(phase)
     picture = Console(file=io.StringIO(), width=width, color_system=None)
     picture.print(panel.render())
@@ -376,8 +379,9 @@ def test_the_panel_fits_its_terminal_and_says_it_all(width: int) -> None:
 
 
 def test_the_panel_shows_the_phase_before_the_first_step() -> None:
-    picture = screen(80, steps=0, phase="load")
-    assert "step 0/40" in picture and "load" in picture
+    picture = screen(80, steps=0, phase="eval")
+    assert "step 0/40" in picture and "eval" in picture
+    assert "starting" in screen(80, steps=0)
 
 
 def test_warnings_stay_above_the_panel() -> None:

@@ -176,6 +176,28 @@ def test_a_run_without_evaluations_or_steps_has_a_summary_and_a_page_too(tmp_pat
     assert "No step was recorded" in run.report.read_text()
 
 
+def test_without_evaluations_the_page_shows_completions_of_training(run: RunFolder) -> None:
+    run.evaluations.unlink()
+    entries = [
+        {
+            "step": n,
+            "prompt": [{"role": "user", "content": f"question {n}"}],
+            "completions": [
+                {"text": f"answer {n}\u2028{k}", "reward": None if k else 0.5, "finish_reason": "stop"}
+                for k in range(5)
+            ],
+        }
+        for n in (1, 2, 3)
+    ]
+    run.samples.write_text(
+        "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in entries) + '{"step": 4, "pr'
+    )
+    write_report(run)
+    text = Page(run.report.read_text()).text
+    assert "step 1: question 1" in text and "step 3: question 3" in text and "question 2" not in text
+    assert text.count("reward 0.50") == 2 and text.count("no reward") == 4
+
+
 class Page(HTMLParser):
     """Tags in order, those that are open, and the text outside of drawings."""
 

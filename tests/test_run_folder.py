@@ -113,11 +113,12 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     lines = [json.dumps({"step": step, "reward/mean": step / 10}) for step in range(6)]
     run.metrics.write_text("\n".join(lines) + '\n{"step": 6, "rew')
-    run.samples.write_text('{"step": 2, "prompt": "größer"}\n{"step": 5, "prompt": "b"}\n')
+    # U+2028 ends a line for str.splitlines, not in JSON
+    run.samples.write_text('{"step": 2, "prompt": "größer\u2028als"}\n{"step": 5, "prompt": "b"}\n')
     run.evaluations.write_text(json.dumps([{"step": 0, "accuracy": 0.1}, {"step": 5, "accuracy": 0.4}]))
     run.cut(after=3)
     assert run.metrics.read_text().splitlines() == lines[:4]
-    assert run.samples.read_text() == '{"step": 2, "prompt": "größer"}\n'
+    assert run.samples.read_text() == '{"step": 2, "prompt": "größer\u2028als"}\n'
     assert json.loads(run.evaluations.read_text()) == [{"step": 0, "accuracy": 0.1}]
     run.cut(after=-1)
     assert run.metrics.read_text() == run.samples.read_text() == ""
