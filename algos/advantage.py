@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.algos.segments import sequence_sum
+from rlhf.kernels.gae import gae as gae
 from rlhf.types import AdvantageInputs
 
 Advantage = Callable[[AdvantageInputs], Tensor]
@@ -119,37 +120,6 @@ def whiten(
     """
     centered, std = _moments(x.double(), mask, all_sum)
     return centered * (std.square() + eps).rsqrt()
-
-
-def gae(
-    rewards: Float[Tensor, " N"],
-    values: Float[Tensor, " N"],
-    sequence: Int[Tensor, " N"],
-    loss_mask: Bool[Tensor, " N"],
-    *,
-    gamma: float = 1.0,
-    lam: float | Float[Tensor, " S"] = 0.95,
-) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """Advantages A_t = delta_t + gamma lam A_{t+1} and returns A_t + V_t (arXiv:1506.02438 eq. 16).
-
-    delta_t = r_t + gamma V_{t+1} - V_t, and V is 0 after the last token. Tokens outside the mask are skipped,
-    as if they were not there: both results are 0 on them. `lam` may differ by sequence
-    (`value.adaptive_lambda`).
-    """
-    kept = loss_mask.nonzero().squeeze(1)
-    row = sequence[kept]
-    counts = row.bincount()
-    column = torch.arange(len(kept), device=kept.device) - (counts.cumsum(0) - counts)[row]
-    # one row a sequence, zeros on the right: V is 0 after the last token, and the scan starts from 0
-    width = int(counts.max()) if len(kept) else 1
-    v = values.new_zeros(len(counts), width).index_put((row, column), values[kept])
-    r = values.new_zeros(len(counts), width).index_put((row, column), rewards[kept])
-    scan = r + gamma * torch.cat([v[:, 1:], v.new_zeros(len(counts), 1)], dim=1) - v
-    decay = gamma * (lam[: len(counts)] if isinstance(lam, Tensor) else lam)
-    for t in range(width - 2, -1, -1):
-        scan[:, t] += decay * scan[:, t + 1]
-    advantages = torch.zeros_like(values).index_copy(0, kept, scan[row, column])
-    return advantages, (advantages + values).masked_fill(~loss_mask, 0.0)
 
 
 def per_sequence(normalize: Callable[[Tensor, Tensor], Tensor]) -> Advantage:

@@ -58,7 +58,10 @@ def explained_variance(
 
 
 def adaptive_lambda(lengths: Int[Tensor, " S"], *, alpha: float = 0.05) -> Float[Tensor, " S"]:
-    """lambda = 1 - 1 / (alpha * length), 0 up to a length of 1 / alpha (VAPO, arXiv:2504.05118)."""
+    """lambda = 1 - 1 / (alpha * length), 0 up to a length of 1 / alpha (VAPO, arXiv:2504.05118).
+
+    For `gae(..., lam=adaptive_lambda(lengths)[sequence])`.
+    """
     return (1.0 - 1.0 / (alpha * lengths)).clamp(min=0.0)
 
 

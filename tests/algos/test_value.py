@@ -63,10 +63,10 @@ def test_lambda_grows_with_the_length_as_in_the_paper():
     torch.testing.assert_close(got, torch.tensor([0.0, 0.0, 0.8, 0.98, 0.998]))
 
 
-def test_gae_takes_a_lambda_for_each_sequence():
+def test_gae_takes_a_lambda_of_each_sequence():
     rewards, values = f64(0, 0, 1, 0, 1), f64(0.5, 0.6, 0.7, 0.1, 0.2)
     sequence, ones = torch.tensor([0, 0, 0, 1, 1]), torch.ones(5, dtype=torch.bool)
-    both = gae(rewards, values, sequence, ones, lam=f64(1.0, 0.0))[0]
+    both = gae(rewards, values, sequence, ones, lam=f64(1.0, 0.0)[sequence])[0]
     torch.testing.assert_close(both[:3], gae(rewards, values, sequence, ones, lam=1.0)[0][:3])
     torch.testing.assert_close(both[3:], gae(rewards, values, sequence, ones, lam=0.0)[0][3:])
 
