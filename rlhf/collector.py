@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.algos.algorithm import Algorithm
+from rlhf.budgets import Budgets
 from rlhf.config import RolloutConfig
 from rlhf.data import PromptDataset, order
 from rlhf.distributed import World, derive_seed
@@ -63,6 +64,8 @@ class Collected:
     """The groups of one step on this rank, and where the cursor stands for the next one."""
 
     groups: list[Group]
+    sampled: list[Group]
+    """With those the algorithm did not keep."""
     position: int
     metrics: Metrics
 
@@ -71,9 +74,10 @@ class Collector:
     """Draws prompts in the order of the cursor, a share for each rank, and refills what the algorithm drops."""
 
     def __init__(
-        self, sampler: Sampler, prompts: PromptDataset, algorithm: Algorithm, world: World, seed: int
+        self, sampler: Sampler, prompts: PromptDataset, algorithm: Algorithm, budgets: Budgets, world: World
     ) -> None:
-        self.sampler, self.prompts, self.algorithm, self.world, self.seed = sampler, prompts, algorithm, world, seed
+        self.sampler, self.prompts, self.algorithm, self.world = sampler, prompts, algorithm, world
+        self.budgets = budgets
 
     def collect(
         self, position: int, *, step: int, phase: Callable[[str], object], between: Callable[[], None]
@@ -82,6 +86,7 @@ class Collector:
         section = self.sampler.section
         wanted = self.world.share(section.prompts_per_step)
         kept: list[Group] = []
+        sampled: list[Group] = []
         parts: list[Metrics] = []
         for _ in range(1 + self.algorithm.refill):
             missing = self.world.gather(wanted - len(kept))
@@ -91,19 +96,20 @@ class Collector:
             draws = range(first, first + missing[self.world.rank])
             position += sum(missing)
             groups, metrics = self._rollout(draws, step=step, phase=phase, between=between)
+            sampled += groups
             kept += [g for g in groups if self.algorithm.keep(g)]
             parts.append(metrics)
         metrics = merge(parts) | {"rollout/groups": Sum(float(len(kept)))}
-        return Collected(kept, position, metrics)
+        return Collected(kept, sampled, position, metrics)
 
     def _rollout(
         self, draws: range, *, step: int, phase: Callable[[str], object], between: Callable[[], None]
     ) -> tuple[list[Group], Metrics]:
-        indices = order(self.seed, len(self.prompts), draws.start, len(draws))
+        indices = order(self.sampler.seed, len(self.prompts), draws.start, len(draws))
         prompts = [self.prompts[i] for i in indices]
         requests = [
-            self.sampler.request(prompt, n=self.sampler.section.group_size, label=f"rollout/{draw}")
-            for prompt, draw in zip(prompts, draws, strict=True)
+            self.sampler.request(prompt, n=size, label=f"rollout/{draw}")
+            for prompt, size, draw in zip(prompts, self.budgets.sizes(prompts), draws, strict=True)
         ]
         phase("rollout")
         completions = self.sampler.generate(requests, between)

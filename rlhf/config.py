@@ -96,8 +96,14 @@ class RolloutConfig(Section):
 
 class BudgetConfig(Section):
     rule: Literal["uniform", "knapsack"] = "uniform"
+    """`knapsack` shares the completions of a step out by what each prompt's success rate makes them worth."""
     low: Positive = 2
     high: Positive = 128
+    prior: Annotated[float, Field(gt=0.0)] | None = None
+    """Success rates as means of a Beta posterior with this prior on both sides, known from the first sample on; not
+    given: the plain rate of the last 16 samples, from 8 on, as in the paper."""
+    advantage_clip: Annotated[float, Field(gt=0.0)] = 5.0
+    """Bound of advantages under `knapsack`: rare successes of a large group have a huge one."""
 
 
 class LearnerConfig(Section):

@@ -7,11 +7,12 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.budgets import is_right
 from rlhf.collector import Sampler
 from rlhf.config import Config
 from rlhf.data import PromptDataset
 from rlhf.distributed import World
-from rlhf.types import Group, Trajectory
+from rlhf.types import Group
 
 SHOWN = 8
 
@@ -51,15 +52,8 @@ def evaluate(sampler: Sampler, prompts: PromptDataset, config: Config, world: Wo
     )
 
 
-def is_right(trajectory: Trajectory, config: Config) -> bool:
-    """Whether a completion counts as solved (`reward.success_objective`, `reward.success_threshold`)."""
-    objective = config.reward.success_objective
-    value = trajectory.reward if objective is None else trajectory.objectives.get(objective)
-    return value is not None and value >= config.reward.success_threshold
-
-
 def _record(group: Group, config: Config) -> dict[str, Any]:
-    right = [is_right(t, config) for t in group.trajectories]
+    right = [is_right(t, config.reward) for t in group.trajectories]
     first = group.trajectories[0]
     return {
         "right": sum(right),

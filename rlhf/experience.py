@@ -32,12 +32,14 @@ class ExperienceBuilder:
         temperature: float,
         microbatch_tokens: int,
         keep_old: bool,
+        advantage_clip: float | None = None,
     ) -> None:
         assert reference is not None or not algorithm.needs_reference
         self.policy, self.reference, self.algorithm, self.world = policy, reference, algorithm, world
         self.temperature, self.microbatch_tokens = temperature, microbatch_tokens
         self.kl_in_reward = algorithm.needs_reference and algorithm.kl.placement == "reward"
         self.keep_old = keep_old or self.kl_in_reward
+        self.advantage_clip = advantage_clip
 
     def build(self, groups: Sequence[Group], *, kl_coef: float) -> Experience:
         """Packs what can be learned from: trajectories with tokens and a reward, of groups that have any."""
@@ -57,7 +59,10 @@ class ExperienceBuilder:
             penalty = self.algorithm.token_penalty(experience.old_logprobs, experience.ref_logprobs, kl_coef)
             penalty = penalty.masked_fill(~experience.loss_mask, 0.0)
         inputs = self._scores([t for g in learnable for t in g.trajectories], experience, penalty)
-        return replace(experience, advantages=self.algorithm.advantage(inputs))
+        advantages = self.algorithm.advantage(inputs)
+        if self.advantage_clip is not None:
+            advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        return replace(experience, advantages=advantages)
 
     @torch.no_grad()
     def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from rlhf import checkpoint
+from rlhf.budgets import Budgets
 from rlhf.collector import Collector, Sampler
 from rlhf.config import Config
 from rlhf.distributed import World, world, world_size
@@ -74,7 +75,8 @@ class Trainer:
         self.monitor.phase("sync")
         self.sync.push(self.engine, version=self.steps_done)
         self.monitor.samples(self.steps_done, collected.groups)
-        metrics = self.world.merge(collected.metrics | learned)
+        observed = self.budgets.observe(collected.sampled)
+        metrics = self.world.merge(collected.metrics | observed | learned)
         self._adapt_kl(metrics)
         return metrics
 
@@ -95,7 +97,8 @@ class Trainer:
         )
         sampler = Sampler(self.engine, inputs.rewards, inputs.tokenizer, section, config.seed)
         self.sampler, self.held_out = sampler, inputs.eval
-        self.collector = Collector(sampler, inputs.train, algorithm, self.world, config.seed)
+        self.budgets = Budgets(config.budget, config.reward, section.group_size, self.world)
+        self.collector = Collector(sampler, inputs.train, algorithm, self.budgets, self.world)
         self.experience = ExperienceBuilder(
             self.policy,
             self.reference,
@@ -104,6 +107,7 @@ class Trainer:
             temperature=section.temperature,
             microbatch_tokens=config.learner.microbatch_tokens,
             keep_old=config.learner.epochs * config.learner.minibatches > 1,
+            advantage_clip=config.budget.advantage_clip if config.budget.rule == "knapsack" else None,
         )
         self.learner = Learner(
             self.policy,
@@ -171,7 +175,7 @@ class Trainer:
                 self.folder.checkpoints,
                 step=self.steps_done,
                 tensors=self.optimizer.tensors(),
-                state={"position": self.position, "kl_coef": self.kl_coef},
+                state={"position": self.position, "kl_coef": self.kl_coef, "budgets": self.budgets.state()},
                 keep_last=self.config.checkpoint.keep_last,
             )
 
@@ -182,6 +186,7 @@ class Trainer:
             self.optimizer.load(saved.tensors)
             self.steps_done, self.position = saved.step, saved.state["position"]
             self.kl_coef = saved.state["kl_coef"]
+            self.budgets.load(saved.state["budgets"])
             self.sync.push(self.engine, version=self.steps_done)
             self.monitor.note(f"resumed from {newest} after step {self.steps_done} of {self.config.steps}")
         if self.world.is_main:

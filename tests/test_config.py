@@ -30,8 +30,10 @@ def settings(**changes: Any) -> dict[str, Any]:
 def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
     assert sorted(setting_names()) == [
         "algorithm",
+        "budget.advantage_clip",
         "budget.high",
         "budget.low",
+        "budget.prior",
         "budget.rule",
         "checkpoint.every",
         "checkpoint.export",

@@ -50,9 +50,10 @@ def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path,
         {"learner": {"epochs": 2, "minibatches": 2}},
         {"algorithm": {"name": "grpo", "kl": {"coef": 0.01, "estimator": "exact"}}},
         {"algorithm": {"name": "rloo", "kl": {"coef": 0.01, "estimator": "k1", "placement": "reward"}}},
+        {"budget": {"rule": "knapsack", "high": 32}, "reward": {"success_threshold": 0.1}},
         {"algorithm": {"name": "grpo", "kl": {"coef": 0.01, "target": 0.05, "horizon": 100}}},
     ],
-    ids=["bfloat16", "padded-checkpointing", "hf-engine", "inner-epochs", "exact-kl", "kl-in-reward", "adaptive-kl"],
+    ids=["bfloat16", "padded-checkpointing", "hf-engine", "inner-epochs", "exact-kl", "kl-in-reward", "knapsack", "adaptive-kl"],
 )
 def test_the_other_paths_raise_the_reward_too(tmp_path: Path, tiny_model_dir: Path, changes: dict[str, Any]):
     train(bandit_settings(tmp_path, tiny_model_dir, **changes))
