@@ -237,16 +237,19 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     return {"name": name, **values}
 
 
-def _schema(function: Callable[..., Any]) -> type[BaseModel]:
-    """A pydantic model of a function's or dataclass's keyword arguments; nested dataclasses become models too."""
+def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> type[BaseModel]:
+    """A pydantic model of a function's or dataclass's keyword arguments, with other defaults where given.
+
+    A nested dataclass becomes a model whose defaults are the fields of the argument's default: `kl: {coef: 0.01}`
+    changes one of the algorithm's own KL settings and keeps the others.
+    """
     fields: dict[str, Any] = {}
     hints = typing.get_type_hints(function if not dataclasses.is_dataclass(function) else function.__init__)
     for key, parameter in inspect.signature(function).parameters.items():
-        kind, default = hints[key], parameter.default
-        if dataclasses.is_dataclass(kind):
-            kind = _schema(typing.cast(type, kind))
-            if dataclasses.is_dataclass(default):
-                default = dataclasses.asdict(typing.cast(Any, default))
+        kind, default = hints[key], (defaults or {}).get(key, parameter.default)
+        if dataclasses.is_dataclass(kind) and dataclasses.is_dataclass(default):
+            default = dataclasses.asdict(typing.cast(Any, default))
+            kind = _schema(typing.cast(type, kind), default)
         fields[key] = (kind, ... if default is inspect.Parameter.empty else default)
     name = typing.cast(str, getattr(function, "__name__", "settings"))
     return create_model(name, __config__=ConfigDict(extra="forbid", validate_default=True), **fields)

@@ -6,7 +6,7 @@ a KL goes into the reward), `ref_logprobs` when the algorithm compares with a re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,13 +33,15 @@ class ExperienceBuilder:
         microbatch_tokens: int,
         keep_old: bool,
         advantage_clip: float | None = None,
+        objective_weights: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
+        """`objective_weights` of the reward functions; an objective not among them has weight 1."""
         assert reference is not None or not algorithm.needs_reference
         self.policy, self.reference, self.algorithm, self.world = policy, reference, algorithm, world
         self.temperature, self.microbatch_tokens = temperature, microbatch_tokens
         self.kl_in_reward = algorithm.needs_reference and algorithm.kl.placement == "reward"
         self.keep_old = keep_old or self.kl_in_reward
-        self.advantage_clip = advantage_clip
+        self.advantage_clip, self.objective_weights = advantage_clip, objective_weights
 
     def build(self, groups: Sequence[Group], *, kl_coef: float) -> Experience:
         """Packs what can be learned from: trajectories with tokens and a reward, of groups that have any."""
@@ -74,14 +76,16 @@ class ExperienceBuilder:
         return result
 
     def _scores(self, trajectories: Sequence[Trajectory], experience: Experience, penalty: Tensor) -> AdvantageInputs:
-        names = sorted({name for t in trajectories for name in t.objectives})
+        # the same objectives on every rank, though one may have seen only some of them
+        seen = self.world.gather(sorted({name for t in trajectories for name in t.objectives}))
+        names = sorted({name for part in seen for name in part})
         rewards = [self.algorithm.shape_reward(_reward(t), sum(t.loss_mask)) for t in trajectories]
         objectives = [[t.objectives.get(name, float("nan")) for name in names] for t in trajectories]
-        device = self.world.device
+        weights, device = self.objective_weights(), self.world.device
         return AdvantageInputs(
             rewards=torch.tensor(rewards, dtype=torch.float32, device=device),
             objectives=torch.tensor(objectives, dtype=torch.float32, device=device).view(len(rewards), len(names)),
-            objective_weights=torch.ones(len(names), device=device),
+            objective_weights=torch.tensor([weights.get(name, 1.0) for name in names], device=device),
             group=experience.group,
             token_penalty=penalty,
             sequence=experience.sequence,

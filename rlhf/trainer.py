@@ -108,6 +108,7 @@ class Trainer:
             microbatch_tokens=config.learner.microbatch_tokens,
             keep_old=config.learner.epochs * config.learner.minibatches > 1,
             advantage_clip=config.budget.advantage_clip if config.budget.rule == "knapsack" else None,
+            objective_weights=lambda: inputs.rewards.weights,
         )
         self.learner = Learner(
             self.policy,

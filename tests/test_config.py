@@ -149,6 +149,11 @@ def test_a_mistake_is_named_with_what_was_expected(changes: dict[str, Any], mess
     assert message in str(error.value)
 
 
+def test_one_kl_setting_changes_and_the_algorithms_others_stay():
+    config = make_config(settings(algorithm={"name": "rloo", "kl": {"coef": 0.01}}))
+    assert config.algorithm["kl"] == KL(coef=0.01, estimator="k1", placement="reward")
+
+
 def test_overrides_reach_every_level(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(settings()))
