@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
-import re
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from rich.console import Console
 
 from rlhf.metrics import Max, Mean, Partial, Sum
 from rlhf.monitor import Monitor
-from rlhf.progress import Course, Display, Lines, Nothing, Panels, duration, open_display, sparkline
+from rlhf.progress import Display, Nothing
 from rlhf.run_folder import RunFolder
 from rlhf.sinks import Sink, make_sink
 from rlhf.types import FinishReason, Group, Prompt, Trajectory, VersionSpan
-from rlhf.watch import Watch
 
 METRICS: dict[str, Partial] = {
     "reward/mean": Mean(3.0, 4),
@@ -308,159 +302,6 @@ def test_a_sink_that_is_not_installed_is_a_clear_error_before_training(
     expected = rf"asks for {name}, which is not installed; pip install 'tandem-rl\[{name}\]'"
     with pytest.raises(ValueError, match=expected):
         Monitor.start(RunFolder(tmp_path), sinks=[name], total_steps=1, samples_per_step=0, settings={})
-
-
-def test_without_a_terminal_a_step_is_one_aligned_line(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    with Monitor.start(RunFolder(tmp_path), sinks=[], total_steps=20, samples_per_step=0, settings={}) as m:
-        m.log(3, METRICS)
-        m.warn("look out")
-        m.note("checkpoint of step 3")
-        m.log(10, METRICS | {"length/truncated": Mean(0.0)})
-    third, warning, note, tenth = capsys.readouterr().out.splitlines()
-    expected = (
-        "step  3/20  reward 0.750  kl 0.0021  entropy 1.32  length 9.8  truncated 3%  412 tok/s  11.2 s  eta "
-    )
-    assert third.startswith(expected)
-    assert (warning, note) == ("warning: look out", "checkpoint of step 3")
-    assert tenth.startswith(expected.replace(" 3/", "10/").replace("3%", "0%"))
-
-
-def test_the_time_left_follows_the_pace_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
-    course = Course("run", 100)
-    assert course.left is None
-    course.advance(1, {"time/step": 8.0})
-    assert course.left == 99 * 8.0
-    for step in range(2, 30):
-        clock.wait(4.0)
-        course.advance(step, {})
-    assert course.left == pytest.approx(71 * 4.0)
-
-
-def screen(width: int, steps: int, phase: str | None = None) -> str:
-    """What the panel looks like on a terminal of that width."""
-    console = Console(file=io.StringIO(), width=width, height=30, force_terminal=True, color_system=None)
-    panel = Panels(Course("runs/quickstart", 40), console)
-    for step in range(1, steps + 1):
-        values = {name: float(partial.value) for name, partial in METRICS.items()}
-        panel.advance(
-            step,
-            values | {"reward/mean": step / 40, "time/eval": 9.9, "time/rollout": 6.1, "time/learn": 4.2},
-        )
-    panel.enter(phase)
-    picture = Console(file=io.StringIO(), width=width, color_system=None)
-    picture.print(panel.render())
-    panel.close()
-    assert isinstance(picture.file, io.StringIO)
-    return picture.file.getvalue()
-
-
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_panel_fits_its_terminal_and_says_it_all(width: int) -> None:
-    picture = screen(width, steps=30, phase="rollout")
-    rows = picture.splitlines()
-    assert all(len(row) == width for row in rows) and len(rows) <= 12
-    text = re.sub(r"[\s│]+", " ", picture)
-    for part in (
-        "step 30/40",
-        "reward 0.750",
-        "kl 0.0021",
-        "entropy 1.32",
-        "length 9.8",
-        "truncated 3%",
-        "412 tok/s",
-        "a step 11.2 s = rollout 6.1 + learn 4.2",
-        "rollout 0:00",
-        "left",
-    ):
-        assert part in text, picture
-
-
-def test_the_panel_shows_the_phase_before_the_first_step() -> None:
-    picture = screen(80, steps=0, phase="eval")
-    assert "step 0/40" in picture and "eval" in picture
-    assert "starting" in screen(80, steps=0)
-
-
-def test_warnings_stay_above_the_panel() -> None:
-    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    panel = Panels(Course("runs/quickstart", 40), console)
-    panel.say("look out", warning=True)
-    panel.close()
-    assert isinstance(console.file, io.StringIO)
-    printed = console.file.getvalue()
-    assert printed.index("warning: look out") < printed.rindex("step 0/40")
-
-
-def test_what_is_no_terminal_gets_lines(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    assert isinstance(open_display("run", 3), Lines)
-
-
-def test_durations_read_as_a_clock() -> None:
-    assert [duration(s) for s in (0.4, 59.6, 190, 3723)] == ["0:00", "1:00", "3:10", "1:02:03"]
-
-
-def test_a_sparkline_runs_from_the_least_to_the_largest() -> None:
-    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert sparkline([5.0, 5.0, math.nan], 8) == "▁▁"
-    assert sparkline([9, 0, 7], 2) == "▁█"
-    assert sparkline([], 8) == ""
-
-
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(1, 50))
-def test_a_sparkline_has_a_bar_a_number(numbers: list[float], width: int) -> None:
-    assert len(sparkline(numbers, width)) == min(len(numbers), width)
-
-
-HEALTHY = {
-    "reward/mean": 0.4,
-    "reward/std": 0.5,
-    "advantage/zero_fraction": 0.3,
-    "length/truncated": 0.1,
-    "grad_norm": 0.7,
-}
-
-
-def told(steps: Sequence[Mapping[str, float]], patience: int = 3) -> list[str]:
-    watch = Watch(patience)
-    return [text for values in steps for text in watch.look(values)]
-
-
-@pytest.mark.parametrize(
-    ("dead", "advice"),
-    [
-        ({"reward/mean": 0.0, "reward/std": 0.0}, "every completion gets the same reward"),
-        ({"advantage/zero_fraction": 1.0}, "all advantages are zero"),
-        ({"length/truncated": 1.0}, "every completion is cut at the token limit"),
-        ({"grad_norm": 0.0}, "no parameter changes"),
-    ],
-)
-def test_a_run_that_does_nothing_is_told_once_and_what_to_do(dead: dict[str, float], advice: str) -> None:
-    alive, idle = HEALTHY, HEALTHY | dead
-    assert told([alive] * 10) == []
-    assert told([alive, idle, idle, alive, idle]) == []
-    said = told([alive, idle, idle, idle, idle, alive, idle, idle, idle])
-    assert len(said) == 1 and advice in said[0] and said[0].endswith("(3 steps in a row)")
-
-
-def test_a_reward_that_differs_between_steps_is_not_constant() -> None:
-    steps = [HEALTHY | {"reward/mean": r, "reward/std": 0.0} for r in (0.1, 0.2, 0.1, 0.2)]
-    assert told(steps) == []
-
-
-def test_a_run_where_nothing_ever_ended_is_told_of_its_end_of_sequence() -> None:
-    said = told([HEALTHY | {"length/truncated": 1.0}] * 8)
-    assert len(said) == 1 and "no completion of this run has ended by itself" in said[0]
-
-
-def test_no_gradient_without_advantages_is_one_finding_not_two() -> None:
-    said = told([HEALTHY | {"advantage/zero_fraction": 1.0, "grad_norm": 0.0}] * 8)
-    assert len(said) == 1 and "all advantages are zero" in said[0]
 
 
 def test_a_finding_reaches_the_person(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""A run that goes on without learning is told so, once, with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pytest
+
+from rlhf.watch import Watch
+
+HEALTHY = {
+    "reward/mean": 0.4,
+    "reward/std": 0.5,
+    "advantage/zero_fraction": 0.3,
+    "length/truncated": 0.1,
+    "grad_norm": 0.7,
+}
+
+
+def told(steps: Sequence[Mapping[str, float]], patience: int = 3) -> list[str]:
+    watch = Watch(patience)
+    return [text for values in steps for text in watch.look(values)]
+
+
+@pytest.mark.parametrize(
+    ("dead", "advice"),
+    [
+        ({"reward/mean": 0.0, "reward/std": 0.0}, "every completion gets the same reward"),
+        ({"advantage/zero_fraction": 1.0}, "all advantages are zero"),
+        ({"length/truncated": 1.0}, "every completion is cut at the token limit"),
+        ({"grad_norm": 0.0}, "no parameter changes"),
+    ],
+)
+def test_a_run_that_does_nothing_is_told_once_and_what_to_do(dead: dict[str, float], advice: str) -> None:
+    alive, idle = HEALTHY, HEALTHY | dead
+    assert told([alive] * 10) == []
+    assert told([alive, idle, idle, alive, idle]) == []
+    said = told([alive, idle, idle, idle, idle, alive, idle, idle, idle])
+    assert len(said) == 1 and advice in said[0] and said[0].endswith("(3 steps in a row)")
+
+
+def test_a_reward_that_differs_between_steps_is_not_constant() -> None:
+    steps = [HEALTHY | {"reward/mean": r, "reward/std": 0.0} for r in (0.1, 0.2, 0.1, 0.2)]
+    assert told(steps) == []
+
+
+def test_a_run_where_nothing_ever_ended_is_told_of_its_end_of_sequence() -> None:
+    said = told([HEALTHY | {"length/truncated": 1.0}] * 8)
+    assert len(said) == 1 and "no completion of this run has ended by itself" in said[0]
+
+
+def test_no_gradient_without_advantages_is_one_finding_not_two() -> None:
+    said = told([HEALTHY | {"advantage/zero_fraction": 1.0, "grad_norm": 0.0}] * 8)
+    assert len(said) == 1 and "all advantages are zero" in said[0]
