@@ -5,8 +5,8 @@ A query that sees a prompt and the tokens sampled after it attends to each part 
 
     out = (e^lse1 out1 + e^lse2 out2) / (e^lse1 + e^lse2) = out2 + sigmoid(lse1 - lse2) (out1 - out2)
 
-is the attention over both (the merge of FlashAttention and of cascade inference). Keys of a prompt are thus read
-once for all the completions that share it.
+is the attention over both (the merge of FlashAttention and of cascade inference). Keys of a prompt are
+thus read once for all the completions that share it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def attend(
 ) -> tuple[Heads, LogSumExp]:
     """softmax(scale q k^T + bias) v and the log-sum-exp (nats) of its scores; causal needs T = L.
 
-    The one place where the implementation is chosen: torch's flash kernel on a CPU, plain matrix products elsewhere.
+    The one place where the implementation is chosen: torch's flash kernel on a CPU, plain matrix products
+    elsewhere.
     """
     if query.device.type == "cpu":
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -1,10 +1,10 @@
 """Keys and values of several prompts, each kept once, and of the rows that continue them.
 
     prefix   per layer  [P, Hk, L, D]   one entry a prompt, right-padded to the longest: a bias hides the rest
-    suffix   per layer  [S, Hk, T, D]   one entry a row; every row holds equally many tokens, so nothing is masked
+    suffix   per layer  [S, Hk, T, D]   one entry a row; all hold equally many tokens: no bias
 
-The suffix grows as tokens come. Finished rows, and prompts without rows, are overwritten by the last ones, and the
-storage is halved when half of it is unused.
+The suffix grows as tokens come. Finished rows, and prompts without rows, are overwritten by the last
+ones, and the storage is halved when half of it is unused.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class SharedPrefixCache:
         return grown
 
     def _lay_out(self) -> None:
-        """Row numbers by prompt `[P, G]`, short groups filled up with any row, and the place of each row in it."""
+        """Row numbers by prompt `[P * G]`, short groups filled up with any row; the place of each row."""
         members: list[list[int]] = [[] for _ in self.prompt_lengths]
         for row, prompt in enumerate(self.owner):
             members[prompt].append(row)
@@ -160,7 +160,7 @@ class SharedPrefixCache:
 
 
 def _keep(stored: Tensor, order: Sequence[int]) -> Tensor:
-    """Entries in a new order that `without` gave, in place; in new storage when half of the old one is unused."""
+    """Entries in the order that `without` gave: in place, or in new storage if half of it is unused."""
     if 2 * len(order) <= len(stored):
         return stored[torch.tensor(order, dtype=torch.int64, device=stored.device)]
     holes = [i for i, entry in enumerate(order) if entry != i]

@@ -32,8 +32,8 @@ def causal_model(module: nn.Module) -> PreTrainedModel:
 def sampling_mode(model: PreTrainedModel, attention: str | None) -> Iterator[None]:
     """Evaluation mode, no gradients and the named attention; the learner finds its module as it left it.
 
-    Not `inference_mode`: a module that keeps a tensor between forwards (rotary frequencies that adapt to the length)
-    would hand the learner one that cannot be saved for backward.
+    Not `inference_mode`: a module that keeps a tensor between forwards (rotary frequencies that adapt to
+    the length) would hand the learner one that cannot be saved for backward.
     """
     training = [module for module in model.modules() if module.training]
     before = model.config._attn_implementation
@@ -70,7 +70,8 @@ def _copy(model: PreTrainedModel, source: WeightSource) -> int:
             raise ValueError(f"the learner sends weight {name!r}, which {type(model).__name__} does not have")
         if own[name].shape != tensor.shape:
             raise ValueError(
-                f"weight {name!r} is {tuple(tensor.shape)} in the learner and {tuple(own[name].shape)} in the engine"
+                f"weight {name!r} is {tuple(tensor.shape)} in the learner and {tuple(own[name].shape)} "
+                "in the engine"
             )
         own[name].copy_(tensor)
         missing.pop(id(own[name]), None)

@@ -15,7 +15,7 @@ from rlhf.rollout.native import NativeEngine
 def make_engine(
     name: str, model: nn.Module, *, eos_token_ids: Sequence[int], kv_cache_gib: float = 4.0
 ) -> RolloutEngine:
-    """An engine that holds `model` itself. A model that "native" cannot decode gets "hf" and a warning that says why."""
+    """An engine that holds `model` itself. If "native" cannot decode it: "hf", with a warning why."""
     if name == "native":
         try:
             return NativeEngine(model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib)

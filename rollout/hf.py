@@ -1,7 +1,8 @@
 """The specification of the embedded engines: `model.generate`, one request at a time, nothing shared.
 
-Any causal model that Hugging Face can generate with works here. The n samples of a prompt are n equal rows, so there
-is no padding; a logits processor draws each token by `sampling.sample` and leaves only that one possible.
+Any causal model that Hugging Face can generate with works here. The n samples of a prompt are n equal
+rows, so there is no padding; a logits processor draws each token by `sampling.sample` and leaves only
+that one possible.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _Draw(LogitsProcessor):
 
 @contextmanager
 def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """What a model ships (a repetition penalty, suppressed tokens) would change the distribution sampled from."""
+    """What a model ships (a repetition penalty, suppressed tokens) would change what is sampled from."""
     shipped = model.generation_config
     model.generation_config = config
     try:
@@ -48,7 +49,7 @@ def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> 
 
 
 class HFEngine:
-    """`poll` decodes one request and returns its whole group; between polls nothing is in flight on the device."""
+    """`poll` decodes one request and returns its whole group; nothing is kept between polls."""
 
     def __init__(self, model: nn.Module, *, eos_token_ids: Sequence[int]) -> None:
         self._model = causal_model(model)
@@ -66,7 +67,7 @@ class HFEngine:
         self._waiting.extend(requests)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
-        """One group, however long it takes: `generate` cannot be interrupted, so `timeout` is not looked at."""
+        """One group, however long it takes: `generate` cannot be interrupted by a `timeout`."""
         if self._waiting and not self._finished and not self._paused:
             self._finished = self._generate(self._waiting.pop(0))
         finished, self._finished = self._finished, []
@@ -86,7 +87,7 @@ class HFEngine:
         self._paused = False
 
     def update_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """Copies the weights unless this engine holds the learner's own module. Raises ValueError on a mismatch."""
+        """Copies the weights, unless the learner's own module is held. Raises ValueError on a mismatch."""
         report = take_weights(self._model, source, version)
         self._version = version
         return report

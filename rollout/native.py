@@ -1,16 +1,16 @@
-"""The embedded engine: samples from the learner's very module, in this process, without a copy of its weights.
+"""The embedded engine: samples from the learner's very module, in this process, without a copy of it.
 
 1. A prompt is prefilled once, whatever the size of its group; prompts lie end to end, so nothing is padded.
-2. Each decoding step runs one token of every row through the model. Its attention is replaced: the rows of a prompt
-   attend to the prompt's keys together (they are queries of one attention problem), then each to its own suffix,
-   and the two are merged by their log-sum-exp (`attention.py`, `cache.py`).
+2. Each decoding step runs one token of every row through the model. Its attention is replaced: the rows
+   of a prompt attend to the prompt's keys together (they are queries of one attention problem), then each
+   to its own suffix, and the two are merged by their log-sum-exp (`attention.py`, `cache.py`).
 3. Finished rows leave the batch at once, and prompts with their last row.
-4. A token is a function of its logits and of `(seed, index, position)` (`sampling.py`), so what a row samples does
-   not depend on its neighbours, beyond the rounding of matrix products of another size.
+4. A token is a function of its logits and of `(seed, index, position)` (`sampling.py`), so what a row
+   samples does not depend on its neighbours, beyond the rounding of matrix products of another size.
 
-Requests are admitted in the order of `submit`, as whole groups, while the keys and values they may come to need fit
-in `kv_cache_gib`; the others wait. A weight update while rows are decoded keeps their keys and values (as in-flight
-updates do elsewhere); the versions of a completion say where it happened.
+Requests are admitted in the order of `submit`, as whole groups, while the keys and values they may come
+to need fit in `kv_cache_gib`; the others wait. A weight update while rows are decoded keeps their keys
+and values (as in-flight updates do elsewhere); the versions of a completion say where it happened.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class _Cohort:
 class NativeEngine:
     """`kv_cache_gib`: memory for keys and values, GiB.
 
-    Raises ValueError when the model's attention is more than a softmax over all earlier tokens, or when decoding a
-    few tokens does not reproduce the log-probs of a plain forward.
+    Raises ValueError when the model's attention is more than a softmax over all earlier tokens, or when
+    decoding a few tokens does not reproduce the log-probs of a plain forward.
     """
 
     def __init__(self, model: nn.Module, *, eos_token_ids: Sequence[int], kv_cache_gib: float = 4.0) -> None:
@@ -112,26 +112,27 @@ class NativeEngine:
 
     @staticmethod
     def supports(model: PreTrainedModel) -> str | None:
-        """Why this engine cannot decode `model`, as far as its configuration tells; None: nothing speaks against it."""
+        """Why this engine cannot decode `model`, as far as its configuration tells; None: it may."""
         return why_unsupported(model)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises ValueError for a prompt that is empty, has images, is in flight already or cannot fit in memory."""
+        """Raises ValueError for a prompt that is empty, has images, is in flight, or can never fit."""
         check_requests(requests, self._in_flight(), self._model.get_input_embeddings().weight.shape[0])
         for request in requests:
             needed = _reserve([request]) * self._bytes_per_token
             if needed > self._budget:
                 raise ValueError(
-                    f"prompt {request.prompt.id!r} with {request.params.n} samples of {request.params.max_tokens} "
-                    f"tokens may need {needed / 2**30:.2f} GiB of keys and values, kv_cache_gib is "
-                    f"{self._budget / 2**30:.2f}; raise it, or lower the group size or the token limit"
+                    f"prompt {request.prompt.id!r} with {request.params.n} samples of "
+                    f"{request.params.max_tokens} tokens may need {needed / 2**30:.3g} GiB of keys and "
+                    f"values, kv_cache_gib is {self._budget / 2**30:.3g}; raise it, or lower the group size "
+                    "or the token limit"
                 )
         for request in requests:
             self._waiting.append(rows_of(request, self._eos_token_ids, self._version))
             self._ended[request.prompt.id] = []
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
-        """Decodes until a whole group has finished (or `timeout`), so that it is scored while others are decoded."""
+        """Decodes until a whole group has finished, or `timeout`: it is scored while others are decoded."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if self._ended and not self._finished and not self._paused:
             self._decode_until(deadline)
@@ -139,7 +140,7 @@ class NativeEngine:
         return finished
 
     def pause(self, mode: PauseMode) -> None:
-        """`abort`: rows end where they are. `wait`: all are decoded to their end. `keep`: they go on at `resume`."""
+        """`abort` ends rows where they are, `wait` decodes them to their end, `keep` holds them."""
         if mode == "abort":
             for row in self._rows_in_flight():
                 self._end(row)
@@ -157,7 +158,7 @@ class NativeEngine:
         self._paused = False
 
     def update_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """Copies the weights unless this engine holds the learner's own module. Raises ValueError on a mismatch."""
+        """Copies the weights, unless the learner's own module is held. Raises ValueError on a mismatch."""
         report = take_weights(self._model, source, version)
         self._version = version
         for row in self._rows_in_flight():
@@ -165,7 +166,7 @@ class NativeEngine:
         return report
 
     def release(self) -> None:
-        """Keys and values go with the last row of their cohort; on a GPU this returns the allocator's share."""
+        """Keys and values have gone with the last row of their cohort; a GPU's allocator lets go here."""
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -65,8 +65,8 @@ def check_requests(requests: Sequence[RolloutRequest], in_flight: Iterable[str],
             raise ValueError(f"prompt {prompt.id!r} has no tokens; there is nothing to continue")
         if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocabulary:
             raise ValueError(
-                f"prompt {prompt.id!r} has token ids from {min(prompt.token_ids)} to {max(prompt.token_ids)}, "
-                f"the model has 0 to {vocabulary - 1}; was it tokenised for another model?"
+                f"prompt {prompt.id!r} has token ids from {min(prompt.token_ids)} to "
+                f"{max(prompt.token_ids)}, the model has 0 to {vocabulary - 1}; was it tokenised for another?"
             )
         if prompt.images:
             raise ValueError(f"prompt {prompt.id!r} has images; this engine takes token ids only")

@@ -4,13 +4,13 @@ Token `t` of sample `i` of a request is a function of the logits and of one numb
 
     u = splitmix64(splitmix64(seed) + i, t) / 2^53      next token = the first v with CDF(v) > u * CDF(V)
 
-so it depends neither on the other rows of the batch, nor on what was drawn before, nor on the global generator.
-splitmix64 is the generator of Steele, Lea and Flood (OOPSLA 2014): a counter times an odd constant, finalised by
-two multiply-xorshift rounds. Where this differs from the usual way of sampling:
+so it depends neither on the other rows of the batch, nor on what was drawn before, nor on the global
+generator. splitmix64 is the generator of Steele, Lea and Flood (OOPSLA 2014): a counter times an odd
+constant, finalised by two multiply-xorshift rounds. Where this differs from the usual way of sampling:
 
 1. One uniform a token and the inverse of the CDF, not V Gumbel or exponential variables.
 2. The CDF is summed in two levels (blocks of `BLOCK` tokens, then within the block drawn), both in float64.
-3. Ties at the edge of top-k or top-p are kept together, so the support does not depend on the order of a sort.
+3. Ties at the edge of top-k or top-p are kept together, so that no order of a sort matters.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _shift_right(word: Int64[Tensor, " S"], bits: int) -> Int64[Tensor, " S"]:
 
 
 def splitmix64(state: Int64[Tensor, " S"], counter: Int64[Tensor, " S"] | int = 0) -> Int64[Tensor, " S"]:
-    """Output number `counter` of the splitmix64 generator that starts at `state` (64 bits, kept in an int64)."""
+    """Output number `counter` of the splitmix64 generator that starts at `state`; 64 bits in an int64."""
     word = state + (counter + 1) * _signed(_GOLDEN)
     for bits, factor in _ROUNDS:
         word = (word ^ _shift_right(word, bits)) * _signed(factor)

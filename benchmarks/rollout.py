@@ -1,0 +1,198 @@
+"""How many tokens a second does an engine sample? Groups of 8 for 8 prompts, at most 64 tokens, end of sequence.
+
+    generate   `model.generate` at its best for this work: one left-padded batch of every prompt 8 times, sdpa, no
+               truncation of the distribution, no log-probs asked for
+    native     `rlhf.rollout.native.NativeEngine`, log-probs included
+
+Both run the same module in bfloat16, one after the other in each repeat (the order alternates), with a new seed. A
+completion counts its tokens up to and including the end of sequence. Prompts have 46 tokens (a question) or 446 (the
+question after an irrelevant text). Before anything is timed, log-probs are compared with forwards over the whole
+sequences: within 1e-4 in float32, in bfloat16 within 0.1 in the mean.
+
+Run: `python -m benchmarks.rollout --model MODEL_FOLDER --out benchmarks/results/MACHINE/rollout.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
+from rlhf.rollout.native import NativeEngine
+from rlhf.rollout.support import logprob_errors
+from rlhf.types import Prompt
+
+PROMPTS, GROUP, MAX_TOKENS = 8, 8, 64
+FILLER = {46: 0, 446: 80}
+"""Prompt tokens (of SmolLM2's tokenizer) by repetitions of a sentence of five tokens."""
+
+Contender = Callable[[list[Prompt], int], int]
+"""Samples every group with a seed; the number of tokens sampled."""
+
+
+def prompts_of(tokenizer: Any, length: int) -> list[Prompt]:
+    """Additions, in the model's chat format."""
+    prompts: list[Prompt] = []
+    for a in range(11, 11 + PROMPTS):
+        question = "Here is some context. " * FILLER[length] + f"What is {a} + {a + 8}? Answer with the number only."
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        prompts.append(Prompt(id=f"{a}", token_ids=tuple(tokenizer(text).input_ids), content=question))
+    return prompts
+
+
+def requests_of(prompts: list[Prompt], seed: int) -> list[RolloutRequest]:
+    params = [SamplingParams(n=GROUP, max_tokens=MAX_TOKENS, seed=seed * PROMPTS + i) for i in range(len(prompts))]
+    return [RolloutRequest(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+
+
+def native(model: Any, eos: int) -> Contender:
+    engine = NativeEngine(model, eos_token_ids=[eos])
+
+    def run(prompts: list[Prompt], seed: int) -> int:
+        groups = generate(engine, requests_of(prompts, seed))
+        return sum(len(completion.token_ids) for group in groups for completion in group)
+
+    return run
+
+
+def plain_generate(model: Any, eos: int) -> Contender:
+    def run(prompts: list[Prompt], seed: int) -> int:
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        padding = [longest - len(prompt.token_ids) for prompt in prompts]
+        ids = torch.tensor([(eos,) * pad + p.token_ids for pad, p in zip(padding, prompts, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding])
+        torch.manual_seed(seed)
+        model.set_attn_implementation("sdpa")
+        model.eval()
+        out = model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            num_return_sequences=GROUP,
+            max_new_tokens=MAX_TOKENS,
+            eos_token_id=eos,
+            pad_token_id=eos,
+        )[:, longest:]
+        ended = (out == eos).int().cumsum(-1)
+        # a token counts unless an end of sequence came before it
+        return int(((ended == 0) | ((ended == 1) & (out == eos))).sum())
+
+    return run
+
+
+def verify(model: Any, prompts: list[Prompt], eos: int, largest: float, mean: float) -> dict[str, float]:
+    """Differences of log-probs from those of whole forwards, nats. Raises SystemExit beyond the bounds."""
+    requests = requests_of(prompts[:2], 0)
+    groups = [group[:3] for group in generate(NativeEngine(model, eos_token_ids=[eos]), requests)]
+    errors = logprob_errors(model, requests, groups)
+    found = {"max": max(errors), "mean": statistics.mean(errors), "tokens": len(errors)}
+    if found["max"] > largest or found["mean"] > mean:
+        raise SystemExit(f"the native engine's log-probs are off by {found}; nothing is timed")
+    return found
+
+
+def measure(contenders: dict[str, Contender], prompts: list[Prompt], repeats: int) -> list[dict[str, Any]]:
+    """Every contender once a repeat, after one warm-up each; one row a contender."""
+    for run in contenders.values():
+        run(prompts[:1], 0)
+    samples: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    for repeat in range(repeats):
+        for name in sorted(contenders, reverse=repeat % 2 == 1):
+            start = time.perf_counter()
+            tokens = contenders[name](prompts, 1 + repeat)
+            seconds = time.perf_counter() - start
+            rate = tokens / seconds
+            samples[name].append({"tokens": tokens, "seconds": seconds, "tokens_per_second": rate})
+            sys.stderr.write(f"{repeat} {name}: {tokens} tokens, {seconds:.2f} s, {rate:.0f} tokens/s\n")
+    baseline = statistics.median(s["tokens_per_second"] for s in samples["generate"])
+    rows: list[dict[str, Any]] = []
+    for name, runs in samples.items():
+        rates = [s["tokens_per_second"] for s in runs]
+        rows.append(
+            {
+                "engine": name,
+                "prompt_tokens": len(prompts[0].token_ids),
+                "repeats": repeats,
+                "median_tokens": statistics.median(s["tokens"] for s in runs),
+                "median_seconds": round(statistics.median(s["seconds"] for s in runs), 3),
+                "median_tokens_per_second": round(statistics.median(rates), 1),
+                "range_tokens_per_second": [round(min(rates), 1), round(max(rates), 1)],
+                "times_generate": round(statistics.median(rates) / baseline, 2),
+            }
+        )
+    return rows
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    model_names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "processor": model_names[0] if model_names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of a model with a chat template, e.g. SmolLM2-135M-Instruct")
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=list(FILLER), choices=list(FILLER))
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path, help="where to write the figures, as JSON")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    eos = int(tokenizer.eos_token_id)
+    short = prompts_of(tokenizer, 46)
+    exact = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    checks = {"float32": verify(exact, short, eos, largest=1e-4, mean=1e-4)}
+    del exact
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    checks["bfloat16"] = verify(model, short, eos, largest=float("inf"), mean=0.1)
+    contenders = {"generate": plain_generate(model, eos), "native": native(model, eos)}
+    result: dict[str, Any] = {
+        "command": "python -m benchmarks.rollout " + " ".join(sys.argv[1:]).replace(options.model, "MODEL_FOLDER"),
+        "workload": f"{PROMPTS} prompts x {GROUP} samples x at most {MAX_TOKENS} tokens, bfloat16, end of sequence",
+        "machine": machine(),
+        "logprob_difference_from_whole_forward": checks,
+        "rows": [],
+    }
+    for length in options.prompt_tokens:
+        result["rows"] += measure(contenders, prompts_of(tokenizer, length), options.repeats)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
