@@ -75,5 +75,5 @@ def coefficients(
     has_next = (following < count) & (sequence[there] == sequence)
     next_value = torch.where(has_next, values[there], 0.0)
     d = torch.where(mask, rewards + gamma * next_value - values, 0.0)
-    c = torch.where(mask, gamma * lam, 1.0) * has_next
-    return d, c.to(d.dtype)
+    decay = lam.to(d.dtype) if isinstance(lam, Tensor) else torch.full_like(d, lam)
+    return d, torch.where(mask, gamma * decay, 1.0) * has_next

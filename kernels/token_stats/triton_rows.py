@@ -11,7 +11,9 @@ from rlhf.kernels.token_stats.rows import Coefficients, Scratch, Tile
 from rlhf.kernels.token_stats.triton_kernels import fold_kernel, gradient_kernel
 
 WARPS = 8
-# the largest blocks that leave two programs a multiprocessor, without and with a reference's logits
+# 65536 registers a multiprocessor: two programs of 8 warps
+MOST_REGISTERS = 128
+# the largest blocks that keep to it, without and with a reference's logits
 BLOCK, REFERENCE_BLOCK = 4096, 2048
 
 
@@ -19,9 +21,6 @@ class TritonRows:
     """Row kernels on a GPU (or in the interpreter), fp32 inside; the temperature must be a tensor."""
 
     buffers = 1
-
-    def __init__(self, block: int | None = None) -> None:
-        self._block = block
 
     def fold(self, state: Tensor, tile: Tile, *, entropy: bool, scratch: Scratch) -> None:
         """Fold the tile into its rows' state."""
@@ -45,7 +44,7 @@ class TritonRows:
             HAS_BIAS=tile.bias is not None,
             HAS_REF_BIAS=tile.ref_bias is not None,
             BLOCK=self._block_for(width, reference=reference),
-            **_launch(),
+            **launch_options(),
         )
 
     def gradient(
@@ -99,11 +98,11 @@ class TritonRows:
             HAS_REF_BIAS=tile.ref_bias is not None,
             IN_PLACE=in_place,
             BLOCK=self._block_for(width, reference=reference),
-            **_launch(),
+            **launch_options(),
         )
 
     def _block_for(self, columns: int, *, reference: bool) -> int:
-        most = self._block or (REFERENCE_BLOCK if reference else BLOCK)
+        most = REFERENCE_BLOCK if reference and torch.version.hip is None else BLOCK
         block = 128
         while block < min(columns, most):
             block *= 2
@@ -137,6 +136,11 @@ def _parameters(tile: Tile, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
     return bias, logits if tile.ref_bias is None else tile.ref_bias, tile.targets, temperature
 
 
-def _launch() -> dict[str, Any]:
+def launch_options() -> dict[str, Any]:
+    """How every row kernel is compiled."""
     # Triton's default for the fusion of multiply and add depends on its version
-    return {"num_warps": WARPS, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
+    if torch.version.hip is None:
+        # left to itself, ptxas spills a few bytes of some kernels to fit another program in
+        options["maxnreg"] = MOST_REGISTERS
+    return options

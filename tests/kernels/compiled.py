@@ -12,6 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from rlhf.kernels.token_stats.triton_rows import launch_options
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -49,8 +51,11 @@ def resources(
             if arguments.get(n, "").startswith("*")
         },
     )
-    made = triton.compile(source, target=TARGETS[target], options={"num_warps": 8, "enable_fp_fusion": True})
-    return _nvidia(made, folder) if target.startswith("sm") else _amd(made)
+    options = launch_options()
+    if TARGETS[target].backend == "hip":
+        options.pop("maxnreg", None)
+        return _amd(triton.compile(source, target=TARGETS[target], options=options))
+    return _nvidia(triton.compile(source, target=TARGETS[target], options=options), folder)
 
 
 def _nvidia(made: Any, folder: Path) -> Resources:
