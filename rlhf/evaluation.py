@@ -4,6 +4,7 @@ weights alone."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlhf.distributed import World
 from rlhf.types import Group
 
 SHOWN = 8
+Z = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,17 +41,30 @@ def evaluate(sampler: Sampler, prompts: PromptDataset, config: Config, world: Wo
     parts = world.gather([_record(g, config) for g in groups])
     records = [record for part in parts for record in part]
     shares = [record["right"] / record["count"] for record in records]
-    accuracy = sum(shares) / len(shares)
-    variance = sum((s - accuracy) ** 2 for s in shares) / max(1, len(shares) - 1)
-    margin = 1.96 * math.sqrt(variance / len(shares))
+    low, high = interval(shares)
     return Evaluation(
         step=step,
-        accuracy=accuracy,
+        accuracy=sum(shares) / len(shares),
         num_samples=sum(record["count"] for record in records),
-        ci_low=max(0.0, accuracy - margin),
-        ci_high=min(1.0, accuracy + margin),
+        ci_low=low,
+        ci_high=high,
         samples=[record["sample"] for record in records[:SHOWN]],
     )
+
+
+def interval(shares: Sequence[float]) -> tuple[float, float]:
+    """95% interval of the mean share right, from the shares of single prompts (normal, over prompts).
+
+    Where all prompts agree that has no width, and Wilson's interval with a prompt as one trial stands in for it.
+    """
+    n, mean = len(shares), sum(shares) / len(shares)
+    variance = sum((s - mean) ** 2 for s in shares) / max(1, n - 1)
+    if variance > 0:
+        margin = Z * math.sqrt(variance / n)
+        return max(0.0, mean - margin), min(1.0, mean + margin)
+    centre, shrink = mean + Z**2 / (2 * n), 1 + Z**2 / n
+    margin = Z * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
+    return max(0.0, (centre - margin) / shrink), min(1.0, (centre + margin) / shrink)
 
 
 def _record(group: Group, config: Config) -> dict[str, Any]:

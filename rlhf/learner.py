@@ -48,7 +48,7 @@ class Learner:
     def _update_once(self, experience: Experience, groups: list[int], *, step: int, kl_coef: float) -> list[Metrics]:
         learned = [g for g in groups if self._has_signal(experience, g, kl_coef)]
         if not self._any_rank(bool(learned)):
-            return [{"update/skipped": Sum(1.0 / self.world.size)}]
+            return [{"update/no_signal": Sum(1.0 / self.world.size)}]
         counts = self.counts(experience, groups)
         return [*self.accumulate(experience, learned, counts, kl_coef), self.optimizer.step(step, self.world)]
 

@@ -26,7 +26,7 @@ from rlhf.monitor import Monitor
 from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy
 from rlhf.preflight import Inputs, load_inputs
-from rlhf.report import append_eval, closing_summary, write_report
+from rlhf.report import closing_summary, write_report
 from rlhf.rollout.factory import make_engine
 from rlhf.run_folder import RunFolder
 from rlhf.weights import WeightSync
@@ -49,8 +49,9 @@ class Trainer:
         Raises RunFolderError, ModelError, CheckpointError, RewardError, SyncError; the message says what to do.
         """
         with world() as self.world, self._folder_claimed(), self._monitored() as self.monitor:
-            self._build(self.inputs)
-            self._resume()
+            with self.monitor.phase("load"):
+                self._build(self.inputs)
+                self._resume()
             with Interrupt(self.monitor.warn) as self.interrupt:
                 try:
                     self._train()
@@ -157,11 +158,7 @@ class Trainer:
         with self.monitor.phase("eval"):
             result = evaluate(self.sampler, self.held_out, self.config, self.world, self.steps_done)
         if self.world.is_main:
-            append_eval(self.folder, asdict(result))
-        self.monitor.note(
-            f"held-out accuracy after step {result.step}: {result.accuracy:.3f} "
-            f"(95% interval {result.ci_low:.3f} to {result.ci_high:.3f}, {result.num_samples} samples)"
-        )
+            self.monitor.evaluated(asdict(result))
 
     def _agree_to_stop(self) -> None:
         """A stop that any rank was asked for is everyone's, before an update and never within one."""

@@ -37,7 +37,7 @@ def test_groups_without_any_reward_leave_an_empty_experience(tiny_model_dir: Pat
     learner, builder = learner_of(policy_of(tiny_model_dir), ALGORITHMS["grpo"](kl=KL()))
     experience = builder.build([group("x", [3], [[4]], [None])], kl_coef=0.0)
     assert len(experience.token_ids) == 0
-    assert learner.update(experience, step=0, seed=0, kl_coef=0.0)["update/skipped"].value == 1
+    assert learner.update(experience, step=0, seed=0, kl_coef=0.0)["update/no_signal"].value == 1
 
 
 def test_truncated_trajectories_are_compared_but_not_learned_from_when_asked(tiny_model_dir: Path):

@@ -100,7 +100,7 @@ def test_without_any_signal_nothing_moves_and_it_is_counted(tiny_model_dir: Path
     experience = builder.build([replace(g, trajectories=same) for g in random_groups(1, sizes=[2])], kl_coef=0.0)
     before = [p.clone() for p in policy.model.parameters()]
     metrics = learner.update(experience, step=0, seed=0, kl_coef=0.0)
-    assert metrics["update/skipped"].value == 1
+    assert metrics["update/no_signal"].value == 1
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
