@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf.kernels.token_stats import tiled
 from rlhf.kernels.token_stats.inputs import UNKNOWN, check_targets, gathered, kept_index, spread
+from rlhf.kernels.token_stats.parallel import merge_over_ranks
 from rlhf.kernels.token_stats.problem import Head, Problem
 from rlhf.kernels.token_stats.rows import Scaling, Upstream, padded
 from rlhf.kernels.token_stats.state import FIELDS, NEEDS_REFERENCE, SAVED_ROWS, finish
@@ -69,8 +70,6 @@ def _forward(*values: Any) -> tuple[Tensor, ...]:
         check_targets(problem.targets, problem.vocabulary, arguments.group)
         state, kept, ref_kept = tiled.forward(problem, row_kernels(arguments.backend), keep=arguments.keep)
         if arguments.group:
-            from rlhf.kernels.token_stats.parallel import merge_over_ranks
-
             state = merge_over_ranks(state, arguments.group)
         stats, saved = finish(state, arguments.wanted)
         count = len(arguments.targets)

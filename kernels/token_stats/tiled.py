@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rlhf.kernels.token_stats import rows
-from rlhf.kernels.token_stats.problem import Block, Head, Problem, plan
+from rlhf.kernels.token_stats.parallel import SumOverRanks
+from rlhf.kernels.token_stats.problem import Block, Head, Plan, Problem, plan
 from rlhf.kernels.token_stats.rows import Coefficients, Scratch, Tile, Upstream, padded
 from rlhf.kernels.token_stats.state import empty_state
 
@@ -88,11 +89,11 @@ def forward(problem: Problem, kernels: RowKernels, *, keep: bool) -> tuple[Tenso
             _project(policy, weights.policy, block, out=logits)
             ref_logits = None
             if reference is not None and weights.reference is not None:
-                stored = cut.stored(ref_kept, block) if keep else scratch("ref_logits", *block.shape)
-                ref_logits = _project(reference, weights.reference, block, out=stored)
+                ref_logits = cut.stored(ref_kept, block) if keep else scratch("ref_logits", *block.shape)
+                _project(reference, weights.reference, block, out=ref_logits)
             tile = _tile(problem, block, logits, ref_logits)
-            columns = state[:, block.top : block.bottom]
-            kernels.fold(columns, tile, entropy=problem.entropy, scratch=scratch)
+            part = state[:, block.top : block.bottom]
+            kernels.fold(part, tile, entropy=problem.entropy, scratch=scratch)
     return state, kept, ref_kept
 
 
@@ -121,39 +122,37 @@ def backward(
     upstream: Upstream,
     kept: tuple[Tensor, Tensor],
     needs: Needs,
-    group: str = "",
+    group: str,
 ) -> Gradients:
-    """The gradients, from `forward`'s finished rows `saved` and its kept logits (or empty tensors)."""
+    """The gradients, from `forward`'s finished rows `saved` and its kept logits (or empty tensors).
+
+    With a `group` (by name, else empty) the one by the hidden states is summed over its ranks.
+    """
     cut = plan(problem, kernels.buffers)
     policy = problem.policy.converted()
     reference = _converted(problem.reference) if upstream.needs_reference else None
     scratch = Scratch(cut.rows * padded(cut.columns), policy.wide, problem.targets.device)
     coefficients = rows.coefficients(saved, upstream)
-    sums = _Sums(problem.policy, policy.hidden, needs)
+    sums = _Sums(problem.policy, policy.hidden, needs, group)
     for left, right in cut.slices():
         weights = _Slices(policy, reference, left, right)
         for block in cut.blocks(left, right):
-            keeps = kept[0].numel() > 0
-            logits = cut.stored(kept[0], block) if keeps else scratch("logits", *block.shape)
-            if not keeps:
-                _project(policy, weights.policy, block, out=logits)
+            logits = _stored_or_again(policy, weights.policy, cut, block, kept[0], scratch, "logits")
             ref_logits = None
             if reference is not None and weights.reference is not None:
-                keeps_reference = kept[1].numel() > 0
-                ref_logits = scratch("ref_logits", *block.shape)
-                if keeps_reference:
-                    ref_logits = cut.stored(kept[1], block)
-                else:
-                    _project(reference, weights.reference, block, out=ref_logits)
+                ref_logits = _stored_or_again(
+                    reference, weights.reference, cut, block, kept[1], scratch, "ref_logits"
+                )
             tile = _tile(problem, block, logits, ref_logits)
             gradient = kernels.gradient(
                 tile,
                 coefficients.rows(block.top, block.bottom),
                 scratch=scratch,
                 dtype=policy.hidden.dtype,
-                overwrite=not keeps,
+                overwrite=not kept[0].numel(),
             )
-            sums.add(gradient, weights.policy, block)
+            is_last = (block.bottom, block.right) == (cut.count, cut.vocabulary)
+            sums.add(gradient, weights.policy, block, is_last=is_last)
         sums.store(left, right)
     return sums.result()
 
@@ -172,8 +171,8 @@ class _Slices:
 class _Sums:
     """The gradients as they add up over tiles: of the hidden states over slices, of the head over rows."""
 
-    def __init__(self, policy: Head, hidden: Tensor, needs: Needs) -> None:
-        self._policy, self._hidden, self._needs = policy, hidden, needs
+    def __init__(self, policy: Head, hidden: Tensor, needs: Needs, group: str) -> None:
+        self._policy, self._hidden, self._group = policy, hidden, group
         self._d_hidden: Tensor | None = None
         self._d_weight: Tensor | None = None
         self._d_bias: Tensor | None = None
@@ -185,12 +184,15 @@ class _Sums:
             assert policy.bias is not None
             self._d_bias = torch.zeros(policy.bias.shape, dtype=policy.wide, device=hidden.device)
         self._slice: Tensor | None = None
+        self._sum: SumOverRanks | None = None
 
-    def add(self, gradient: Tensor, weight: Tensor, block: Block) -> None:
-        """Add one tile's part."""
+    def add(self, gradient: Tensor, weight: Tensor, block: Block, *, is_last: bool) -> None:
+        """Add one tile's part; with the last one the sum over ranks begins, under what is left to do."""
         height = slice(block.top, block.bottom)
         if self._d_hidden is not None:
             _add_product(self._d_hidden[height], gradient, weight)
+            if is_last and self._group:
+                self._sum = SumOverRanks(self._d_hidden, self._group)
         if self._d_weight is not None:
             hidden = self._hidden[height]
             if self._slice is None:
@@ -219,6 +221,9 @@ class _Sums:
 
     def result(self) -> Gradients:
         """All sums, rounded once to the precision of what they are the gradient of."""
+        if self._group and self._d_hidden is not None:
+            # a rank without a single tile takes part in the sum all the same
+            (self._sum or SumOverRanks(self._d_hidden, self._group)).wait()
         d_hidden, d_bias, bias = self._d_hidden, self._d_bias, self._policy.bias
         return Gradients(
             None if d_hidden is None else d_hidden.to(self._policy.hidden.dtype),
@@ -238,6 +243,15 @@ def _tile(problem: Problem, block: Block, logits: Tensor, ref_logits: Tensor | N
         ref_logits=ref_logits,
         ref_bias=None if reference is None else reference.bias_slice(block.left, block.right),
     )
+
+
+def _stored_or_again(
+    head: Head, weight: Tensor, cut: Plan, block: Block, kept: Tensor, scratch: Scratch, name: str
+) -> Tensor:
+    """A tile's raw logits: those kept in forward, or the same computed again."""
+    if kept.numel():
+        return cut.stored(kept, block)
+    return _project(head, weight, block, out=scratch(name, *block.shape))
 
 
 def _converted(head: Head | None) -> Head | None:

@@ -1,0 +1,49 @@
+"""What each rank of `test_vocabulary_parallel.py` runs: its shard of the head, all of the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rlhf.kernels.token_stats import token_stats
+from tests.kernels.cases import Case, make_case, measured
+
+# uneven parts of 41 columns, among them one of a single column
+EDGES = {2: [0, 10, 41], 4: [0, 10, 11, 24, 41]}
+
+
+def whole(dtype: torch.dtype) -> Case:
+    """The problem that the ranks share."""
+    return make_case(
+        9, 6, 41, dtype=dtype, bias=True, softcap=5.0, vector_temperature=True, masked=0.3, logit_scale=0.7
+    )
+
+
+def run(rank: int, ranks: int, folder: str, dtype: torch.dtype, memory: str) -> None:
+    """Measure this rank's shard and save what came out."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=60),
+    )
+    group = dist.group.WORLD
+    case = whole(dtype)
+    mine = slice(*EDGES[ranks][rank : rank + 2])
+    parts = {name: getattr(case, name)[mine] for name in ("weight", "bias", "ref_weight", "ref_bias")}
+    got = measured(
+        replace(case, **parts), backend="tiled", memory=memory, group=group, vocab_start=mine.start
+    )
+    torch.save(got, Path(folder) / f"{rank}.pt")
+    outside = token_stats(
+        case.hidden, parts["weight"], torch.full((9,), 41), group=group, vocab_start=mine.start
+    )
+    assert outside.logprob is not None and outside.logprob.isnan().all()
+    assert outside.entropy is not None and outside.entropy.isfinite().all()
+    dist.destroy_process_group()
