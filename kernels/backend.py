@@ -46,6 +46,6 @@ def why_not_triton(tensor: Tensor) -> str | None:
 
 def interpreting() -> bool:
     """Whether Triton kernels run in the interpreter, on CPU tensors."""
-    from triton import knobs
+    from triton import knobs  # pyright: ignore[reportMissingTypeStubs]
 
     return bool(knobs.runtime.interpret)

@@ -14,10 +14,11 @@ def advantages(
     kept = mask.nonzero()[:, 0]
     if not len(kept):
         return result
-    _, row, lengths = torch.unique_consecutive(sequence[kept], return_inverse=True, return_counts=True)
-    ends = lengths.cumsum(0)
+    names = sequence[kept]
+    row = torch.cat([names.new_zeros(1, dtype=torch.long), (names[1:] != names[:-1]).cumsum(0)])
+    lengths = torch.bincount(row)
     # 0 for the last kept token of a sequence, so that every sequence starts its walk there
-    to_end = ends[row] - 1 - torch.arange(len(kept), device=kept.device)
+    to_end = lengths.cumsum(0)[row] - 1 - torch.arange(len(kept), device=kept.device)
     decay = lam[kept] if isinstance(lam, Tensor) else torch.full_like(rewards[kept], lam)
 
     table = rewards.new_zeros(4, int(lengths.max()), len(lengths))

@@ -8,7 +8,7 @@ a time from the last to the first and carries the advantage over from block to b
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from torch import Tensor
 
 BLOCK = 2048
 WARPS = 8
+LAUNCH: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
 @no_type_check
@@ -58,7 +59,7 @@ def advantages(
     if not count:
         return out.to(rewards.dtype)
     d, c = coefficients(rewards.float(), values.float(), sequence, mask, gamma, lam)
-    scan_kernel[(1,)](d, c, out, count, BLOCK=BLOCK, num_warps=WARPS, enable_fp_fusion=True)
+    scan_kernel[(1,)](d, c, out, count, BLOCK=BLOCK, **LAUNCH)
     return torch.where(mask, out, 0.0).to(rewards.dtype)
 
 

@@ -282,12 +282,12 @@ _ARGUMENTS = (
 )
 _OUTPUTS = ", ".join(["Tensor"] * (len(FIELDS) + 1))
 
-logit_stats_op = torch.library.custom_op(
+logit_stats_op: Any = torch.library.custom_op(
     "rlhf::logit_stats", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> ({_OUTPUTS})"
 )
 logit_stats_op.register_fake(_forward_shapes)
 
-logit_stats_backward_op = torch.library.custom_op(
+logit_stats_backward_op: Any = torch.library.custom_op(
     "rlhf::logit_stats_backward",
     _backward,
     mutates_args=(),

@@ -134,12 +134,12 @@ def _backward_shapes(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     return hidden, weight, bias
 
 
-token_stats_op = torch.library.custom_op(
+token_stats_op: Any = torch.library.custom_op(
     "rlhf::token_stats", _forward, mutates_args=(), schema=f"({_ARGUMENTS}) -> ({_OUTPUTS})"
 )
 token_stats_op.register_fake(_forward_shapes)
 
-token_stats_backward_op = torch.library.custom_op(
+token_stats_backward_op: Any = torch.library.custom_op(
     "rlhf::token_stats_backward",
     _backward,
     mutates_args=(),

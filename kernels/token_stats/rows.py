@@ -6,7 +6,7 @@ cache while the few elementwise passes below run over it. `triton_rows` offers t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -209,6 +209,20 @@ class Coefficients:
     def rows(self, start: int, stop: int) -> Coefficients:
         """The coefficients of a block of rows."""
         return Coefficients(self.values[:, start:stop], self.has_slope, self.has_gap, self.has_pull)
+
+
+def magnified(coefficients: Coefficients, upstream: Upstream) -> tuple[Coefficients, Tensor]:
+    """The coefficients of a gradient that fp16 can hold, and the power of 2 that it is larger by.
+
+    A loss divided by its number of tokens has gradients below fp16's smallest number at almost every
+    column; this brings the largest upstream one to between 8 and 16.
+    """
+    given = (upstream.logprob, upstream.entropy, upstream.logsumexp, upstream.kl, upstream.kl_reverse)
+    largest = torch.stack([g.abs().amax() for g in given if g is not None and len(g)]).amax()
+    factor = torch.where(largest > 0, (16 / largest).log2().floor().exp2(), 1.0)
+    scaled = coefficients.values.clone()
+    scaled[CONSTANT:] *= factor
+    return replace(coefficients, values=scaled), factor
 
 
 def coefficients(saved: Tensor, upstream: Upstream) -> Coefficients:

@@ -133,7 +133,10 @@ def backward(
     reference = _converted(problem.reference) if upstream.needs_reference else None
     scratch = Scratch(cut.rows * padded(cut.columns), policy.wide, problem.targets.device)
     coefficients = rows.coefficients(saved, upstream)
-    sums = _Sums(problem.policy, policy.hidden, needs, group)
+    factor = None
+    if problem.policy.hidden.dtype is torch.float16 and cut.count:
+        coefficients, factor = rows.magnified(coefficients, upstream)
+    sums = _Sums(problem.policy, policy.hidden, needs, group, factor)
     for left, right in cut.slices():
         weights = _Slices(policy, reference, left, right)
         for block in cut.blocks(left, right):
@@ -171,8 +174,8 @@ class _Slices:
 class _Sums:
     """The gradients as they add up over tiles: of the hidden states over slices, of the head over rows."""
 
-    def __init__(self, policy: Head, hidden: Tensor, needs: Needs, group: str) -> None:
-        self._policy, self._hidden, self._group = policy, hidden, group
+    def __init__(self, policy: Head, hidden: Tensor, needs: Needs, group: str, factor: Tensor | None) -> None:
+        self._policy, self._hidden, self._group, self._factor = policy, hidden, group, factor
         self._d_hidden: Tensor | None = None
         self._d_weight: Tensor | None = None
         self._d_bias: Tensor | None = None
@@ -216,7 +219,7 @@ class _Sums:
         if self._slice is None:
             self._d_weight[left:right] = 0
         elif self._slice.dtype is not self._d_weight.dtype:
-            self._d_weight[left:right] = self._slice
+            self._d_weight[left:right] = self._reduced(self._slice)
         self._slice = None
 
     def result(self) -> Gradients:
@@ -226,10 +229,13 @@ class _Sums:
             (self._sum or SumOverRanks(self._d_hidden, self._group)).wait()
         d_hidden, d_bias, bias = self._d_hidden, self._d_bias, self._policy.bias
         return Gradients(
-            None if d_hidden is None else d_hidden.to(self._policy.hidden.dtype),
+            None if d_hidden is None else self._reduced(d_hidden).to(self._policy.hidden.dtype),
             self._d_weight,
-            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
+            None if d_bias is None or bias is None else self._reduced(d_bias).to(bias.dtype),
         )
+
+    def _reduced(self, wide: Tensor) -> Tensor:
+        return wide if self._factor is None else wide / self._factor
 
 
 def _tile(problem: Problem, block: Block, logits: Tensor, ref_logits: Tensor | None) -> Tile:

@@ -1,3 +1,5 @@
+# pyright: reportUnknownVariableType=false, reportUnknownMemberType=false
+# Triton is not typed.
 """The same two row kernels as `rows`, run by Triton: the launches and what they assume."""
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.kernels.token_stats import IGNORED, TokenStats, token_stats
+from rlhf.kernels.token_stats import IGNORED, TokenStats, rows, token_stats
 from tests.kernels.cases import (
     DIFFERENTIABLE,
     FIELDS,
@@ -353,3 +353,16 @@ def test_what_is_not_wanted_is_none() -> None:
     stats = token_stats(case.hidden, case.weight, case.targets, want=("entropy",))
     assert isinstance(stats, TokenStats)
     assert [name for name in FIELDS if getattr(stats, name) is not None] == ["entropy"]
+
+
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e4])
+def test_small_upstream_gradients_do_not_vanish_in_fp16(size: float) -> None:
+    gradient = size * torch.randn(6)
+    upstream = rows.Upstream(gradient, None, None, None, None)
+    values = torch.ones(8, 6)
+    coefficients, factor = rows.magnified(rows.Coefficients(values, False, False, False), upstream)
+    largest = gradient.abs().max() * factor
+    assert 8 < largest <= 16
+    assert torch.equal(coefficients.values[:2], values[:2])
+    assert torch.equal(coefficients.values[2:], values[2:] * factor)
+    assert factor.log2() == factor.log2().round()
