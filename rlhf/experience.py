@@ -69,13 +69,16 @@ class ExperienceBuilder:
     @torch.no_grad()
     def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:
         result = torch.zeros_like(experience.rollout_logprobs)
-        for micro in microbatches(experience, range(len(experience.prompts)), self.microbatch_tokens):
+        groups = range(len(experience.prompts))
+        for micro in microbatches(experience, groups, self.microbatch_tokens, share=policy.shared_prefix):
             statistics = policy.statistics(micro.packed, temperature=self.temperature, want=("logprob",))
             assert statistics.logprob is not None
             result[micro.index] = statistics.logprob.to(result.dtype)
         return result
 
-    def _scores(self, trajectories: Sequence[Trajectory], experience: Experience, penalty: Tensor) -> AdvantageInputs:
+    def _scores(
+        self, trajectories: Sequence[Trajectory], experience: Experience, penalty: Tensor
+    ) -> AdvantageInputs:
         # the same objectives on every rank, though one may have seen only some of them
         seen = self.world.gather(sorted({name for t in trajectories for name in t.objectives}))
         names = sorted({name for part in seen for name in part})
@@ -84,7 +87,9 @@ class ExperienceBuilder:
         weights, device = self.objective_weights(), self.world.device
         return AdvantageInputs(
             rewards=torch.tensor(rewards, dtype=torch.float32, device=device),
-            objectives=torch.tensor(objectives, dtype=torch.float32, device=device).view(len(rewards), len(names)),
+            objectives=torch.tensor(objectives, dtype=torch.float32, device=device).view(
+                len(rewards), len(names)
+            ),
             objective_weights=torch.tensor([weights.get(name, 1.0) for name in names], device=device),
             group=experience.group,
             token_penalty=penalty,
@@ -112,7 +117,9 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
     logprobs = torch.tensor([p for t in trajectories for p in t.rollout_logprobs], dtype=torch.float32)
     return Experience(
         prompts=tuple(torch.tensor(g.prompt.token_ids, device=device) for g in groups),
-        token_ids=torch.tensor([i for t in trajectories for i in t.token_ids], dtype=torch.long, device=device),
+        token_ids=torch.tensor(
+            [i for t in trajectories for i in t.token_ids], dtype=torch.long, device=device
+        ),
         sequence=torch.arange(len(trajectories)).repeat_interleave(lengths).to(device),
         positions=torch.cat([torch.empty(0, dtype=torch.long), *positions]).to(device),
         turn=torch.tensor([i for t in trajectories for i in t.turns], dtype=torch.long, device=device),

@@ -45,23 +45,31 @@ class Learner:
                 parts += self._update_once(experience, groups, step=step, kl_coef=kl_coef)
         return merge(parts)
 
-    def _update_once(self, experience: Experience, groups: list[int], *, step: int, kl_coef: float) -> list[Metrics]:
+    def _update_once(
+        self, experience: Experience, groups: list[int], *, step: int, kl_coef: float
+    ) -> list[Metrics]:
         learned = [g for g in groups if self._has_signal(experience, g, kl_coef)]
         if not self._any_rank(bool(learned)):
             return [{"update/no_signal": Sum(1.0 / self.world.size)}]
         counts = self.counts(experience, groups)
         return [*self.accumulate(experience, learned, counts, kl_coef), self.optimizer.step(step, self.world)]
 
-    def accumulate(self, experience: Experience, groups: list[int], counts: Counts, kl_coef: float) -> list[Metrics]:
+    def accumulate(
+        self, experience: Experience, groups: list[int], counts: Counts, kl_coef: float
+    ) -> list[Metrics]:
         """Adds the gradient of these groups' share of an update's loss, microbatch by microbatch."""
         parts: list[Metrics] = []
-        for micro in microbatches(experience, groups, self.section.microbatch_tokens):
+        for micro in microbatches(
+            experience, groups, self.section.microbatch_tokens, share=self.policy.shared_prefix
+        ):
             output = self.algorithm.loss(self._loss_inputs(experience, micro, counts, kl_coef))
             output.loss.backward()
             parts.append(output.metrics)
         return parts
 
-    def _loss_inputs(self, experience: Experience, micro: Microbatch, counts: Counts, kl_coef: float) -> LossInputs:
+    def _loss_inputs(
+        self, experience: Experience, micro: Microbatch, counts: Counts, kl_coef: float
+    ) -> LossInputs:
         statistics = self.policy.statistics(
             micro.packed, temperature=self.temperature, want=self.want, reference=self.reference
         )
@@ -92,8 +100,12 @@ class Learner:
 
     def counts(self, experience: Experience, groups: list[int]) -> Counts:
         """The denominators of an update from these groups of this rank, and those of the other ranks."""
-        member = torch.isin(experience.group, torch.tensor(groups, dtype=torch.long, device=experience.group.device))
-        valid = torch.bincount(experience.sequence[experience.loss_mask], minlength=len(experience.group))[member]
+        member = torch.isin(
+            experience.group, torch.tensor(groups, dtype=torch.long, device=experience.group.device)
+        )
+        valid = torch.bincount(experience.sequence[experience.loss_mask], minlength=len(experience.group))[
+            member
+        ]
         totals = self.world.all_sum(torch.stack([valid.sum(), (valid > 0).sum()]))
         tokens, sequences = totals.tolist()
         return Counts(tokens=tokens, sequences=sequences)

@@ -1,9 +1,9 @@
 """Ragged groups -> packed tensors: a prompt once, its completions behind it, nothing padded.
 
-    group of prompt `p q r` with completions `a b` and `c`:
+group of prompt `p q r` with completions `a b` and `c`:
 
-        token_ids  p q r a b c        positions  0 1 2 3 4 3
-        rows       2 3 2              (where the hidden state stands that predicts a, b and c)
+    token_ids  p q r a b c        positions  0 1 2 3 4 3
+    rows       2 3 2              (where the hidden state stands that predicts a, b and c)
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> 
     targets = torch.cat([c for group in completions for c in group])
     device = targets.device
     return Packed(
-        torch.cat(token_ids), torch.cat(positions).to(device), torch.cat(rows).to(device), targets, tuple(spans)
+        torch.cat(token_ids),
+        torch.cat(positions).to(device),
+        torch.cat(rows).to(device),
+        targets,
+        tuple(spans),
     )
 
 
@@ -91,9 +95,12 @@ class Unit:
     """Tokens of a forward pass: the prompt once and all these sequences."""
 
 
-def cut(experience: Experience, groups: Sequence[int], budget: int) -> list[Unit]:
-    """Groups as units of at most `budget` tokens. A larger group is cut between sequences (its prompt repeated); a
-    single sequence of more than `budget` tokens is a unit of its own."""
+def cut(experience: Experience, groups: Sequence[int], budget: int, *, share: bool) -> list[Unit]:
+    """Groups as units of at most `budget` tokens.
+
+    A larger group is cut between sequences (its prompt repeated), as is every group where prompts are not to be
+    shared; a single sequence of more than `budget` tokens is a unit of its own.
+    """
     lengths = torch.bincount(experience.sequence, minlength=len(experience.group)).tolist()
     members: dict[int, list[int]] = {g: [] for g in groups}
     for sequence, group in enumerate(experience.group.tolist()):
@@ -104,7 +111,7 @@ def cut(experience: Experience, groups: Sequence[int], budget: int) -> list[Unit
         prompt = len(experience.prompts[group])
         first, cost = sequences[0], prompt
         for sequence in sequences:
-            if sequence > first and cost + lengths[sequence] > budget:
+            if sequence > first and (not share or cost + lengths[sequence] > budget):
                 units.append(Unit(group, first, sequence, cost))
                 first, cost = sequence, prompt
             cost += lengths[sequence]
@@ -132,15 +139,21 @@ def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     return [[units[u] for u in sorted(b)] for b in bins]
 
 
-def microbatches(experience: Experience, groups: Sequence[int], budget: int) -> Iterator[Microbatch]:
-    """The given groups of an experience, packed for forward passes of at most `budget` tokens."""
+def microbatches(
+    experience: Experience, groups: Sequence[int], budget: int, *, share: bool = True
+) -> Iterator[Microbatch]:
+    """The given groups of an experience, packed for forward passes of at most `budget` tokens.
+
+    `share` says whether the model computes a prompt once a group, or once a sequence.
+    """
     lengths = torch.bincount(experience.sequence, minlength=len(experience.group))
     starts = [0, *lengths.cumsum(0).tolist()]
     sizes = lengths.tolist()
-    for units in fill(cut(experience, groups, budget), budget):
+    for units in fill(cut(experience, groups, budget, share=share), budget):
         index = torch.cat([torch.arange(starts[u.first], starts[u.last]) for u in units])
         completions = [
-            list(experience.token_ids[starts[u.first] : starts[u.last]].split(sizes[u.first : u.last])) for u in units
+            list(experience.token_ids[starts[u.first] : starts[u.last]].split(sizes[u.first : u.last]))
+            for u in units
         ]
         packed = pack([experience.prompts[u.group] for u in units], completions)
         yield Microbatch(packed, index.to(experience.token_ids.device))

@@ -38,20 +38,34 @@ def test_bins_hold_every_unit_once_and_overflow_only_when_a_unit_is_alone(costs:
 
 
 @given(st.integers(0, 1000), st.lists(st.integers(1, 6), min_size=1, max_size=5), st.integers(1, 80))
-def test_microbatches_hold_every_token_once_and_never_cut_a_sequence(seed: int, sizes: list[int], budget: int):
+def test_microbatches_hold_every_token_once_and_never_cut_a_sequence(
+    seed: int, sizes: list[int], budget: int
+):
     experience = pack_groups(random_groups(seed, sizes=sizes), device=ALONE.device)
     micros = list(microbatches(experience, range(len(sizes)), budget))
     index = torch.cat([m.index for m in micros])
     assert index.sort().values.tolist() == list(range(len(experience.token_ids)))
     for micro in micros:
         assert micro.packed.targets.tolist() == experience.token_ids[micro.index].tolist()
-        assert micro.packed.positions[micro.packed.rows].tolist() == (experience.positions[micro.index] - 1).tolist()
+        assert (
+            micro.packed.positions[micro.packed.rows].tolist()
+            == (experience.positions[micro.index] - 1).tolist()
+        )
     owners = [set(experience.sequence[m.index].tolist()) for m in micros]
     assert sum(map(len, owners)) == len(experience.group)
 
 
 def test_a_group_larger_than_the_budget_is_cut_between_sequences():
     experience = pack_groups(random_groups(3, sizes=[6]), device=ALONE.device)
-    units = cut(experience, [0], budget=20)
+    units = cut(experience, [0], budget=20, share=True)
     assert len(units) > 1
     assert [u.first for u in units[1:]] == [u.last for u in units[:-1]]
+
+
+def test_where_prompts_are_not_shared_every_sequence_pays_for_its_own():
+    experience = pack_groups(random_groups(3, sizes=[4, 2]), device=ALONE.device)
+    units = cut(experience, [0, 1], budget=1000, share=False)
+    assert [u.last - u.first for u in units] == [1] * 6
+    lengths = torch.bincount(experience.sequence).tolist()
+    prompts = [len(experience.prompts[g]) for g in experience.group.tolist()]
+    assert [u.cost for u in units] == [p + n for p, n in zip(prompts, lengths, strict=True)]

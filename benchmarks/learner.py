@@ -1,0 +1,197 @@
+"""What do packing a prompt once a group and a head without logits give? One update, in seconds and peak memory.
+
+    padded, logits   a padded row a sequence, the head on completion rows, log_softmax of float32 logits by autograd
+    padded           the same rows, `token_stats`
+    shared, logits   the prompt once a group, log_softmax of float32 logits by autograd
+    shared           the prompt once a group, `token_stats`: what the learner does
+
+8 groups of 8 completions of 64 tokens, bfloat16 with a float32 master, GRPO without a reference, forward, backward and
+optimizer step. All contenders make the same update: before anything is reported their losses and gradient norms are
+compared (within 2 %, the rounding of bfloat16). Each repeat runs every contender once in turn; peak memory is the
+largest resident size of a process of its own that makes three updates, less that before the first.
+
+Run: `python -m benchmarks.learner --model MODEL_FOLDER --out benchmarks/results/MACHINE/learner.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.algos.algorithm import KL
+from rlhf.algos.table import ALGORITHMS
+from rlhf.config import LearnerConfig, ModelConfig
+from rlhf.distributed import World
+from rlhf.experience import ExperienceBuilder
+from rlhf.kernels.token_stats import TokenStats
+from rlhf.learner import Learner
+from rlhf.metrics import Metrics
+from rlhf.optimizer import MasterAdamW
+from rlhf.packing import Packed
+from rlhf.policy import Policy
+from rlhf.types import Experience, FinishReason, Group, Prompt, Trajectory
+
+GROUPS, SIZE, LENGTH = 8, 8, 64
+CONTENDERS = ("padded, logits", "padded", "shared, logits", "shared")
+
+
+class WithLogits(Policy):
+    """The plain way: all logits of the completion rows at once, in float32."""
+
+    def statistics(
+        self, packed: Packed, *, temperature: float, want: tuple[str, ...], reference: Policy | None = None
+    ) -> TokenStats:
+        assert reference is None
+        logits = self.head.module(self.hidden(packed)).float() / temperature
+        logprobs = logits.log_softmax(-1)
+        logprob = logprobs.gather(-1, packed.targets[:, None])[:, 0]
+        entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
+        return TokenStats(logprob=logprob, entropy=entropy)
+
+
+class Contender:
+    """A learner with its own copy of the model."""
+
+    def __init__(self, name: str, model: str, prompt: int, microbatch_tokens: int) -> None:
+        packing = "shared_prefix" if name.startswith("shared") else "padded"
+        section = ModelConfig.model_validate({"path": model, "packing": packing})
+        world = World(0, 1, torch.device("cpu"))
+        policy = Policy.load(section, model, world.device)
+        if name.endswith("logits"):
+            policy = WithLogits(policy.model, shared_prefix=policy.shared_prefix)
+        learner = LearnerConfig(lr=1e-6, microbatch_tokens=microbatch_tokens)
+        optimizer = MasterAdamW(policy.model, torch.bfloat16, learner, 100)
+        algorithm = ALGORITHMS["grpo"](kl=KL())
+        builder = ExperienceBuilder(
+            policy,
+            None,
+            algorithm,
+            world,
+            temperature=1.0,
+            microbatch_tokens=learner.microbatch_tokens,
+            keep_old=False,
+        )
+        self.learner = Learner(policy, None, algorithm, optimizer, world, learner, temperature=1.0)
+        vocabulary = policy.head.module.weight.shape[0]
+        self.experience: Experience = builder.build(groups(prompt, vocabulary), kl_coef=0.0)
+
+    def update(self) -> Metrics:
+        return self.learner.update(self.experience, step=0, seed=0, kl_coef=0.0)
+
+
+def groups(prompt: int, vocabulary: int) -> list[Group]:
+    rng = random.Random(0)
+
+    def tokens(n: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, vocabulary) for _ in range(n))
+
+    def sample(reward: float) -> Trajectory:
+        ids = tokens(LENGTH)
+        n = len(ids)
+        return Trajectory(ids, (True,) * n, (0,) * n, (-10.0,) * n, FinishReason.STOP, (), "", reward)
+
+    return [
+        Group(Prompt(f"{i}", tokens(prompt), ""), tuple(sample(float(k % 2)) for k in range(SIZE)))
+        for i in range(GROUPS)
+    ]
+
+
+def check(first: dict[str, Metrics]) -> None:
+    """The same update, or nothing is reported."""
+    for name in ("grad_norm", "entropy"):
+        values = {who: metrics[name].value for who, metrics in first.items()}
+        spread = max(values.values()) / min(values.values()) - 1
+        if spread > 0.02:
+            raise SystemExit(f"contenders differ in {name}: {values}")
+
+
+def seconds(model: str, prompt: int, microbatch_tokens: int, repeats: int) -> dict[str, list[float]]:
+    contenders = {name: Contender(name, model, prompt, microbatch_tokens) for name in CONTENDERS}
+    check({name: c.update() for name, c in contenders.items()})
+    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for repeat in range(repeats):
+        order = list(CONTENDERS) if repeat % 2 == 0 else list(reversed(CONTENDERS))
+        for name in order:
+            start = time.perf_counter()
+            contenders[name].update()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def peak_gib(name: str, model: str, prompt: int, microbatch_tokens: int) -> float:
+    """In a process of its own: the resident size that updates add to the loaded model and its optimizer."""
+    arguments = ["--model", model, "--prompt", str(prompt), "--microbatch-tokens", str(microbatch_tokens)]
+    command = [sys.executable, "-m", "benchmarks.learner", "--memory-of", name, *arguments]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def measure_memory(name: str, model: str, prompt: int, microbatch_tokens: int) -> float:
+    contender = Contender(name, model, prompt, microbatch_tokens)
+    contender.learner.optimizer.step(0, contender.learner.world)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024
+    for _ in range(3):
+        contender.update()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # loading may have peaked above what updates reach: then the figure is an upper bound
+    return (max(after, before) - resident) / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--prompt", type=int, nargs="+", default=[46, 128, 256, 512])
+    parser.add_argument("--microbatch-tokens", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--memory-of", choices=CONTENDERS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print(measure_memory(options.memory_of, options.model, options.prompt[0], options.microbatch_tokens))  # noqa: T201
+        return
+    rows: list[dict[str, Any]] = []
+    for prompt in options.prompt:
+        times = seconds(options.model, prompt, options.microbatch_tokens, options.repeats)
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        for name in CONTENDERS:
+            memory = peak_gib(name, options.model, prompt, options.microbatch_tokens)
+            row = {
+                "prompt_tokens": prompt,
+                "contender": name,
+                "median_s": round(medians[name], 3),
+                "speedup_over_padded_logits": round(medians["padded, logits"] / medians[name], 2),
+                "peak_gib_of_updates": round(memory, 2),
+                "all_s": [round(t, 3) for t in times[name]],
+            }
+            rows.append(row)
+            print({k: v for k, v in row.items() if k != "all_s"}, flush=True)  # noqa: T201
+    if options.out:
+        result = {
+            "command": "python -m benchmarks.learner " + " ".join(sys.argv[1:]),
+            "work": {"groups": GROUPS, "completions": SIZE, "tokens": LENGTH, "repeats": options.repeats},
+            "machine": {
+                "processor": platform.processor() or platform.machine(),
+                "threads": torch.get_num_threads(),
+            },
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "rows": rows,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
