@@ -20,7 +20,10 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "product of two digits": ("products", {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}),
     "sum of three digits": ("chain_sum", {"min_terms": 3, "max_terms": 3, "min_digits": 1, "max_digits": 1}),
     "greatest common divisor": ("gcd", {"max_value": 30}),
-    "sum of two-digit numbers": ("chain_sum", {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2}),
+    "sum of two-digit numbers": (
+        "chain_sum",
+        {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
+    ),
 }
 TRAIN, EVAL = 24, 12
 SEED = 0

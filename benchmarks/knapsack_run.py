@@ -1,0 +1,125 @@
+"""Uniform against knapsack budgets in real runs of configs/knapsack.yaml, at equal rollouts: what is learned?
+
+Every arm and seed is one `rlhf/train.py` run in a folder of its own; runs that are there already are not repeated.
+Reported over rollouts used: the share of rollouts in groups with both outcomes (`budget/effective_ratio`), the reward,
+and held-out accuracy before, during and after. The plot has the mean of the seeds and the range between them.
+
+    knapsack   rates of the last 16 samples, from 8 on, as in the paper: uniform until a prompt was seen
+    prior      the same with a Beta(1, 1) prior
+
+Run: `python -m benchmarks.knapsack_run --model MODEL_FOLDER --runs FOLDER --out FILE.json --plot FILE.svg`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+ARMS = {
+    "uniform": ["budget.rule=uniform"],
+    "knapsack": ["budget.rule=knapsack"],
+    "prior": ["budget.rule=knapsack", "budget.prior=1"],
+}
+CURVES = {"budget/effective_ratio": "rollouts in mixed groups", "reward/mean": "reward"}
+Records = list[dict[str, Any]]
+
+
+def train(arm: str, seed: int, options: argparse.Namespace) -> Path:
+    run = options.runs / f"{arm}-{seed}"
+    if not (run / "report.html").is_file():
+        settings = [f"run_dir={run}", f"seed={seed}", f"model.path={options.model}", *ARMS[arm], *options.set]
+        settings += ["checkpoint.export=false", "checkpoint.every=0", "monitor.sinks=[]"]
+        command = ["-m", "torch.distributed.run", "--nproc-per-node", "1", str(ROOT / "rlhf" / "train.py")]
+        subprocess.run([sys.executable, *command, str(options.config), *settings], check=True)
+    return run
+
+
+def read(run: Path) -> tuple[Records, Records]:
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return steps, json.loads((run / "eval.json").read_text())
+
+
+def summary(arm: str, runs: list[tuple[Records, Records]]) -> dict[str, Any]:
+    finals = [evaluations[-1]["accuracy"] for _, evaluations in runs]
+    later = [[s["budget/effective_ratio"] for s in steps[len(steps) // 4 :]] for steps, _ in runs]
+    return {
+        "arm": arm,
+        "seeds": len(runs),
+        "rollouts": [int(sum(s["rollout/samples"] for s in steps)) for steps, _ in runs],
+        "effective_ratio_after_first_quarter": [round(statistics.mean(r), 4) for r in later],
+        "accuracy_before": [round(evaluations[0]["accuracy"], 4) for _, evaluations in runs],
+        "accuracy_after": [round(a, 4) for a in finals],
+        "accuracy_after_mean": round(statistics.mean(finals), 4),
+        "accuracy_after_stdev": round(statistics.stdev(finals), 4) if len(finals) > 1 else None,
+    }
+
+
+def draw(results: dict[str, list[tuple[Records, Records]]], file: Path) -> None:
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    for arm, runs in results.items():
+        used = [sum(s["rollout/samples"] for s in runs[0][0][: i + 1]) for i in range(len(runs[0][0]))]
+        for axis, (name, label) in zip(axes, CURVES.items(), strict=False):
+            band(axis, used, [[s[name] for s in steps] for steps, _ in runs], arm)
+            axis.set(xlabel="rollouts", title=label)
+        at = [0 if e["step"] == 0 else used[e["step"] - 1] for e in runs[0][1]]
+        band(axes[2], at, [[e["accuracy"] for e in evaluations] for _, evaluations in runs], arm)
+    axes[2].set(xlabel="rollouts", title="held-out accuracy")
+    axes[0].legend()
+    figure.savefig(file)
+    plt.close(figure)
+
+
+def band(axis: Any, x: list[float], curves: list[list[float]], label: str) -> None:
+    columns = list(zip(*curves, strict=True))
+    (line,) = axis.plot(x, [statistics.mean(c) for c in columns], label=label)
+    axis.fill_between(
+        x, [min(c) for c in columns], [max(c) for c in columns], alpha=0.15, color=line.get_color()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "knapsack.yaml")
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    # seed by seed, so that what is there when time runs out is comparable
+    runs = {(arm, seed): read(train(arm, seed, options)) for seed in options.seeds for arm in options.arms}
+    results = {arm: [runs[arm, seed] for seed in options.seeds] for arm in options.arms}
+    report = {
+        "command": "python -m benchmarks.knapsack_run " + " ".join(sys.argv[1:]),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "arms": [summary(arm, those) for arm, those in results.items()],
+    }
+    print(json.dumps(report["arms"], indent=1))  # noqa: T201
+    if options.plot:
+        draw(results, options.plot)
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
