@@ -35,6 +35,8 @@ type: $(VENV)/.dev
 bench: setup
 	@mkdir -p $(RESULTS)
 	$(VENV)/bin/python -m benchmarks.knapsack --out $(RESULTS)/knapsack_simulation.json
+	$(VENV)/bin/python -m benchmarks.token_stats --out $(RESULTS)/token_stats.json
+	$(VENV)/bin/python -m benchmarks.learner --model "$(SMALL_MODEL)" --out $(RESULTS)/learner.json
 	$(VENV)/bin/python -m benchmarks.rollout --model "$(SMALL_MODEL)" --out $(RESULTS)/rollout.json
 
 clean:
