@@ -1,7 +1,7 @@
 """Uniform against knapsack budgets in real runs of configs/knapsack.yaml, at equal rollouts: what is learned?
 
-Every arm and seed is one `rlhf/train.py` run in a folder of its own; runs that are there already are not repeated.
-Reported over rollouts used: the share of rollouts in groups with both outcomes (`budget/effective_ratio`), the reward,
+Every arm and seed is one run in a folder of its own; runs that are there already are not repeated. Reported
+over rollouts used: the share of rollouts in groups with both outcomes (`budget/effective_ratio`), the reward,
 and held-out accuracy before, during and after. The plot has the mean of the seeds and the range between them.
 
     knapsack   rates of the last 16 samples, from 8 on, as in the paper: uniform until a prompt was seen
@@ -16,40 +16,30 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.runs import ROOT, Records, read, train
+
+matplotlib.use("Agg")
+
 ARMS = {
     "uniform": ["budget.rule=uniform"],
     "knapsack": ["budget.rule=knapsack"],
     "prior": ["budget.rule=knapsack", "budget.prior=1"],
 }
 CURVES = {"budget/effective_ratio": "rollouts in mixed groups", "reward/mean": "reward"}
-Records = list[dict[str, Any]]
 
 
-def train(arm: str, seed: int, options: argparse.Namespace) -> Path:
+def run_arm(arm: str, seed: int, options: argparse.Namespace) -> tuple[Records, Records]:
     run = options.runs / f"{arm}-{seed}"
-    if not (run / "report.html").is_file():
-        settings = [f"run_dir={run}", f"seed={seed}", f"model.path={options.model}", *ARMS[arm], *options.set]
-        settings += ["checkpoint.export=false", "checkpoint.every=0", "monitor.sinks=[]"]
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", "1", str(ROOT / "rlhf" / "train.py")]
-        subprocess.run([sys.executable, *command, str(options.config), *settings], check=True)
-    return run
-
-
-def read(run: Path) -> tuple[Records, Records]:
-    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return steps, json.loads((run / "eval.json").read_text())
+    train(options.config, run, [f"seed={seed}", f"model.path={options.model}", *ARMS[arm], *options.set])
+    return read(run)
 
 
 def summary(arm: str, runs: list[tuple[Records, Records]]) -> dict[str, Any]:
@@ -104,7 +94,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     # seed by seed, so that what is there when time runs out is comparable
-    runs = {(arm, seed): read(train(arm, seed, options)) for seed in options.seeds for arm in options.arms}
+    runs = {(arm, seed): run_arm(arm, seed, options) for seed in options.seeds for arm in options.arms}
     results = {arm: [runs[arm, seed] for seed in options.seeds] for arm in options.arms}
     report = {
         "command": "python -m benchmarks.knapsack_run " + " ".join(sys.argv[1:]),

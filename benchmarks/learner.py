@@ -1,14 +1,16 @@
-"""What do packing a prompt once a group and a head without logits give? One update, in seconds and peak memory.
+"""What do packing a prompt once a group and a head without logits give? One update, in seconds and peak
+memory.
 
-    padded, logits   a padded row a sequence, the head on completion rows, log_softmax of float32 logits by autograd
-    padded           the same rows, `token_stats`
-    shared, logits   the prompt once a group, log_softmax of float32 logits by autograd
-    shared           the prompt once a group, `token_stats`: what the learner does
+    padded, logits   a padded row a sequence, the head on completion rows, log_softmax of float32 logits by
+    autograd padded           the same rows, `token_stats` shared, logits   the prompt once a group,
+    log_softmax of float32 logits by autograd shared           the prompt once a group, `token_stats`: what
+    the learner does
 
-8 groups of 8 completions of 64 tokens, bfloat16 with a float32 master, GRPO without a reference, forward, backward and
-optimizer step. All contenders make the same update: before anything is reported their losses and gradient norms are
-compared (within 2 %, the rounding of bfloat16). Each repeat runs every contender once in turn; peak memory is the
-largest resident size of a process of its own that makes three updates, less that before the first.
+8 groups of 8 completions of 64 tokens, bfloat16 with a float32 master, GRPO without a reference, forward,
+backward and optimizer step. All contenders make the same update: before anything is reported their losses and
+gradient norms are compared (within 2 %, the rounding of bfloat16). Each repeat runs every contender once in
+turn; peak memory is the largest resident size of a process of its own that makes three updates, less that
+before the first.
 
 Run: `python -m benchmarks.learner --model MODEL_FOLDER --out benchmarks/results/MACHINE/learner.json`.
 """
@@ -160,8 +162,8 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=CONTENDERS)
     options = parser.parse_args()
     if options.memory_of:
-        print(measure_memory(options.memory_of, options.model, options.prompt[0], options.microbatch_tokens))  # noqa: T201
-        return
+        print(measure_memory(options.memory_of, options.model, options.prompt[0], options.microbatch_tokens))
+
     rows: list[dict[str, Any]] = []
     for prompt in options.prompt:
         times = seconds(options.model, prompt, options.microbatch_tokens, options.repeats)

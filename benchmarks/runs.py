@@ -1,0 +1,34 @@
+"""Training runs as measurements: start one if it is not there yet, read what it left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+Records = list[dict[str, Any]]
+
+
+def train(config: Path, run: Path, settings: Sequence[str]) -> None:
+    """One `rlhf/train.py` run to its end; a run that was finished before is not repeated."""
+    if (run / "report.html").is_file():
+        return
+    settings = [
+        f"run_dir={run}",
+        "checkpoint.export=false",
+        "checkpoint.every=0",
+        "monitor.sinks=[]",
+        *settings,
+    ]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "1", str(ROOT / "rlhf" / "train.py")]
+    subprocess.run([sys.executable, *command, str(config), *settings], check=True)
+
+
+def read(run: Path) -> tuple[Records, Records]:
+    """The steps and the evaluations of a run."""
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return steps, json.loads((run / "eval.json").read_text())
