@@ -1,10 +1,9 @@
-"""What do packing a prompt once a group and a head without logits give? One update, in seconds and peak
-memory.
+"""What do a prompt packed once a group and a head without logits give? One update, in seconds and peak memory.
 
-    padded, logits   a padded row a sequence, the head on completion rows, log_softmax of float32 logits by
-    autograd padded           the same rows, `token_stats` shared, logits   the prompt once a group,
-    log_softmax of float32 logits by autograd shared           the prompt once a group, `token_stats`: what
-    the learner does
+    padded, logits   a padded row a sequence, float32 logits of completion rows, log_softmax by autograd
+    padded           the same rows, `token_stats`
+    shared, logits   the prompt once a group, float32 logits, log_softmax by autograd
+    shared           the prompt once a group, `token_stats`: what the learner does
 
 8 groups of 8 completions of 64 tokens, bfloat16 with a float32 master, GRPO without a reference, forward,
 backward and optimizer step. All contenders make the same update: before anything is reported their losses and
@@ -162,7 +161,8 @@ def main() -> None:
     parser.add_argument("--memory-of", choices=CONTENDERS)
     options = parser.parse_args()
     if options.memory_of:
-        print(measure_memory(options.memory_of, options.model, options.prompt[0], options.microbatch_tokens))
+        gib = measure_memory(options.memory_of, options.model, options.prompt[0], options.microbatch_tokens)
+        print(gib)  # noqa: T201
 
     rows: list[dict[str, Any]] = []
     for prompt in options.prompt:
