@@ -1,4 +1,4 @@
-"""What do a prompt packed once a group and a head without logits give? One update, in seconds and peak memory.
+"""What do a prompt packed once a group and a head without logits give? One update: seconds and peak memory.
 
     padded, logits   a padded row a sequence, float32 logits of completion rows, log_softmax by autograd
     padded           the same rows, `token_stats`
