@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from torch import nn
 
 from rlhf.algos.algorithm import Algorithm
-from rlhf.config import LearnerConfig, ModelConfig
+from rlhf.config import LearnerConfig, ModelConfig, make_config
 from rlhf.distributed import World
 from rlhf.experience import ExperienceBuilder
 from rlhf.learner import Learner
 from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy
+from rlhf.trainer import Trainer
 from rlhf.types import FinishReason, Group, Prompt, Trajectory, VersionSpan
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -103,10 +105,10 @@ def learner_of(
     return learner, builder
 
 
-REWARD = '''
+REWARD = """
 def share_of_a(completions, **_):
     return [text.count("a") / max(1, len(text)) for text in completions]
-'''
+"""
 
 
 def bandit_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -128,3 +130,12 @@ def bandit_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, 
     for key, value in changes.items():
         settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
     return settings
+
+
+def train(settings: dict[str, Any]) -> None:
+    Trainer(make_config(settings)).run()
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """One record a step of the run that `bandit_settings(folder, ...)` describes."""
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -10,24 +10,14 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from rlhf.algos.table import ALGORITHMS
-from rlhf.config import make_config
-from rlhf.trainer import Trainer
-from tests.support import bandit_settings
+from tests.support import bandit_settings, metrics_of, train
 
 REQUIRED = {"cispo": {"clip_high": 5.0}}
 CLOCKS = ("time/", "throughput/", "memory/")
 
 
-def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-
-
 def without_clocks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in record.items() if not k.startswith(CLOCKS)} for record in records]
-
-
-def train(settings: dict[str, Any]) -> None:
-    Trainer(make_config(settings)).run()
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
