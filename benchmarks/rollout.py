@@ -1,13 +1,14 @@
-"""How many tokens a second does an engine sample? Groups of 8 for 8 prompts, at most 64 tokens, end of sequence.
+"""How many tokens a second does an engine sample? 8 prompts, groups of 8, at most 64 tokens, end of sequence.
 
-    generate   `model.generate` at its best for this work: one left-padded batch of every prompt 8 times, sdpa, no
-               truncation of the distribution, no log-probs asked for
+    generate   `model.generate` at its best for this work: one left-padded batch of every prompt 8 times,
+               sdpa, no truncation of the distribution, no log-probs asked for
     native     `rlhf.rollout.native.NativeEngine`, log-probs included
 
-Both run the same module in bfloat16, one after the other in each repeat (the order alternates), with a new seed. A
-completion counts its tokens up to and including the end of sequence. Prompts have 46 tokens (a question) or 446 (the
-question after an irrelevant text). Before anything is timed, log-probs are compared with forwards over the whole
-sequences: within 1e-4 in float32, in bfloat16 within 0.1 in the mean.
+Both run the same module in bfloat16, one after the other in each repeat (the order alternates), with a new
+seed. A completion counts its tokens up to and including the end of sequence. Prompts have 46 tokens (a
+question) or 446 (the question after an irrelevant text). Before anything is timed, log-probs are compared
+with forwards over the whole sequences: within 1e-4 in float32, in bfloat16 within 0.1 in the mean. The
+native engine packs its weights anew in every repeat, as it does after every update.
 
 Run: `python -m benchmarks.rollout --model MODEL_FOLDER --out benchmarks/results/MACHINE/rollout.json`.
 """
@@ -46,7 +47,8 @@ def prompts_of(tokenizer: Any, length: int) -> list[Prompt]:
     """Additions, in the model's chat format."""
     prompts: list[Prompt] = []
     for a in range(11, 11 + PROMPTS):
-        question = "Here is some context. " * FILLER[length] + f"What is {a} + {a + 8}? Answer with the number only."
+        filler = "Here is some context. " * FILLER[length]
+        question = f"{filler}What is {a} + {a + 8}? Answer with the number only."
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
         )
@@ -55,14 +57,17 @@ def prompts_of(tokenizer: Any, length: int) -> list[Prompt]:
 
 
 def requests_of(prompts: list[Prompt], seed: int) -> list[RolloutRequest]:
-    params = [SamplingParams(n=GROUP, max_tokens=MAX_TOKENS, seed=seed * PROMPTS + i) for i in range(len(prompts))]
-    return [RolloutRequest(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
+    return [
+        RolloutRequest(prompt, SamplingParams(n=GROUP, max_tokens=MAX_TOKENS, seed=seed * PROMPTS + i))
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def native(model: Any, eos: int) -> Contender:
     engine = NativeEngine(model, eos_token_ids=[eos])
 
     def run(prompts: list[Prompt], seed: int) -> int:
+        engine.release()
         groups = generate(engine, requests_of(prompts, seed))
         return sum(len(completion.token_ids) for group in groups for completion in group)
 
@@ -160,8 +165,8 @@ def machine() -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder of a model with a chat template, e.g. SmolLM2-135M-Instruct")
+    parser = argparse.ArgumentParser(description="Tokens a second of the rollout engines.")
+    parser.add_argument("--model", required=True, help="folder of a chat model")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=list(FILLER), choices=list(FILLER))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, help="where to write the figures, as JSON")
@@ -170,6 +175,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    arguments = " ".join(sys.argv[1:]).replace(options.model, "MODEL_FOLDER")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     eos = int(tokenizer.eos_token_id)
     short = prompts_of(tokenizer, 46)
@@ -180,8 +186,8 @@ def main() -> None:
     checks["bfloat16"] = verify(model, short, eos, largest=float("inf"), mean=0.1)
     contenders = {"generate": plain_generate(model, eos), "native": native(model, eos)}
     result: dict[str, Any] = {
-        "command": "python -m benchmarks.rollout " + " ".join(sys.argv[1:]).replace(options.model, "MODEL_FOLDER"),
-        "workload": f"{PROMPTS} prompts x {GROUP} samples x at most {MAX_TOKENS} tokens, bfloat16, end of sequence",
+        "command": f"python -m benchmarks.rollout {arguments}",
+        "workload": f"{PROMPTS} prompts x {GROUP} samples x <= {MAX_TOKENS} tokens, bfloat16",
         "machine": machine(),
         "logprob_difference_from_whole_forward": checks,
         "rows": [],

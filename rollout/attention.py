@@ -26,18 +26,17 @@ def attend(
     *,
     scale: float,
     bias: Float[Tensor, "B 1 1 L"] | None = None,
-    causal: bool = False,
 ) -> tuple[Heads, LogSumExp]:
-    """softmax(scale q k^T + bias) v and the log-sum-exp (nats) of its scores; causal needs T = L.
+    """softmax(scale q k^T + bias) v and the log-sum-exp (nats) of its scores.
 
     The one place where the implementation is chosen: torch's flash kernel on a CPU, plain matrix products
     elsewhere.
     """
     if query.device.type == "cpu":
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        out, lse = flash(query, key, value, 0.0, False, attn_mask=bias, scale=scale)
         return out, lse
-    return attend_reference(query, key, value, scale=scale, bias=bias, causal=causal)
+    return attend_reference(query, key, value, scale=scale, bias=bias)
 
 
 def attend_reference(
@@ -47,7 +46,6 @@ def attend_reference(
     *,
     scale: float,
     bias: Float[Tensor, "B 1 1 L"] | None = None,
-    causal: bool = False,
 ) -> tuple[Heads, LogSumExp]:
     """What `attend` means, in float32 matrix products."""
     repeats = query.shape[1] // key.shape[1]
@@ -55,9 +53,6 @@ def attend_reference(
     scores = query.float() @ key.mT * scale
     if bias is not None:
         scores = scores + bias.float()
-    if causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
     lse = scores.logsumexp(-1)
     return ((scores - lse[..., None]).exp() @ value).to(query.dtype), lse
 

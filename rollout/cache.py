@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -48,7 +49,7 @@ class SharedPrefixCache:
         self._suffix: list[tuple[Tensor, Tensor]] = []
         self._bias: Tensor | None = None
         self._slots: Tensor | None = None
-        self._row_of: Tensor | None = None
+        self._place: Tensor | None = None
 
     @property
     def reserved_tokens(self) -> int:
@@ -93,7 +94,7 @@ class SharedPrefixCache:
         return grown
 
     def _lay_out(self) -> None:
-        """Row numbers by prompt `[P * G]`, short groups filled up with any row; the place of each row."""
+        """Where the rows of each prompt are, `[P, G]`, short groups filled up; each row's place in that."""
         members: list[list[int]] = [[] for _ in self.prompt_lengths]
         for row, prompt in enumerate(self.owner):
             members[prompt].append(row)
@@ -102,40 +103,39 @@ class SharedPrefixCache:
         for prompt, rows in enumerate(members):
             for slot, row in enumerate(rows):
                 place[row] = prompt * width + slot
-        device = self._suffix[0][0].device
-        slots = [row for rows in members for row in rows + rows[:1] * (width - len(rows))]
-        self._slots = torch.tensor(slots, device=device)
-        self._row_of = torch.tensor(place, device=device)
-        longest = self._prefix[0][0].shape[2]
-        lengths = torch.tensor(self.prompt_lengths, device=device)
-        hidden = torch.arange(longest, device=device) >= lengths[:, None]
-        bias = torch.zeros(hidden.shape, dtype=self._prefix[0][0].dtype, device=device)
+        key = self._prefix[0][0]
+        slots = torch.tensor([rows + rows[:1] * (width - len(rows)) for rows in members], device=key.device)
+        self._place = torch.tensor(place, device=key.device)
+        # P * Hk * G places in queries seen as [S * Hk, r * D]
+        heads = torch.arange(key.shape[1], device=key.device)
+        self._slots = (slots[:, None] * len(heads) + heads[:, None]).flatten()
+        lengths = torch.tensor(self.prompt_lengths, device=key.device)
+        hidden = torch.arange(key.shape[2], device=key.device) >= lengths[:, None]
+        bias = torch.zeros(hidden.shape, dtype=key.dtype, device=key.device)
         self._bias = bias.masked_fill(hidden, float("-inf"))[:, None, None] if hidden.any() else None
 
     def attend_token(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """One new token a row: `[S, Hq, 1, D]` to `[S, Hq, D]`."""
-        assert self._slots is not None and self._row_of is not None
+        """One new token a row: `[S, Hq, 1, D]` to `[S, 1, Hq, D]`."""
+        assert self._slots is not None and self._place is not None
         rows, query_heads, _, dim = query.shape
-        heads = key.shape[1]
-        prompts = len(self.prompt_lengths)
-        end = self.length + 1
+        heads, repeats = key.shape[1], query_heads // key.shape[1]
+        prompts, end = len(self.prompt_lengths), self.length + 1
         suffix_key, suffix_value = self._suffix[layer]
         suffix_key[:rows, :, self.length] = key[:, :, 0]
         suffix_value[:rows, :, self.length] = value[:, :, 0]
         # query heads that share keys, and then rows that share a prompt, are more queries of one attention
-        query = query.reshape(rows, heads, query_heads // heads, dim)
-        by_prompt = query[self._slots].unflatten(0, (prompts, -1)).transpose(1, 2).flatten(2, 3)
-        prefix_key, prefix_value = self._prefix[layer]
-        out1, lse1 = attend(
-            by_prompt, prefix_key[:prompts], prefix_value[:prompts], scale=scale, bias=self._bias
-        )
-        out2, lse2 = attend(query, suffix_key[:rows, :, :end], suffix_value[:rows, :, :end], scale=scale)
-        out1, lse1 = self._by_row(out1, out2.shape), self._by_row(lse1, lse2.shape)
-        return merge(out1, lse1, out2, lse2).reshape(rows, query_heads, dim)
-
-    def _by_row(self, by_prompt: Tensor, shape: torch.Size) -> Tensor:
-        """`[P, Hk, G * r, ...]` to `[S, Hk, r, ...]`."""
-        return by_prompt.unflatten(2, (-1, shape[2])).transpose(1, 2).flatten(0, 1)[self._row_of]
+        flat = query.reshape(rows * heads, repeats * dim)
+        by_prompt = flat.index_select(0, self._slots).view(prompts, heads, -1, dim)
+        prefix_key, prefix_value = (x[:prompts] for x in self._prefix[layer])
+        out1, lse1 = attend(by_prompt, prefix_key, prefix_value, scale=scale, bias=self._bias)
+        by_row = query.reshape(rows, heads, repeats, dim)
+        out2, lse2 = attend(by_row, suffix_key[:rows, :, :end], suffix_value[:rows, :, :end], scale=scale)
+        # the kernel writes [.., query, Hk, D]: merged in that order, which makes the next four lines views
+        out1, lse1 = out1.transpose(1, 2).reshape(-1, query_heads * dim), lse1.mT.reshape(-1, query_heads)
+        out2, lse2 = out2.transpose(1, 2), lse2.mT
+        out1 = out1.index_select(0, self._place).view(out2.shape)
+        lse1 = lse1.index_select(0, self._place).view(lse2.shape)
+        return merge(out1, lse1, out2, lse2).transpose(1, 2).reshape(rows, 1, query_heads, dim)
 
     def end_token(self) -> None:
         """Counts the token that every layer stored."""
@@ -181,7 +181,8 @@ class Prefill:
         lengths = [self._cache.prompt_lengths[prompt] for prompt in self._prompts]
         parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
         for prompt, (q, k, v) in zip(self._prompts, parts, strict=True):
-            outs.append(attend(q, k, v, scale=scale, causal=True)[0].transpose(1, 2))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            outs.append(out.transpose(1, 2))
             self._cache.store_prompt(layer, prompt, k[0], v[0])
         return torch.cat(outs, 1)
 
@@ -194,8 +195,10 @@ class Decode:
         self._sizes = [len(cache.owner) for cache in caches]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if len(self._caches) == 1:
+            return self._caches[0].attend_token(layer, query, key, value, scale)
         parts = zip(self._caches, *(x.split(self._sizes) for x in (query, key, value)), strict=True)
-        return torch.cat([cache.attend_token(layer, q, k, v, scale) for cache, q, k, v in parts])[:, None]
+        return torch.cat([cache.attend_token(layer, q, k, v, scale) for cache, q, k, v in parts])
 
 
 AttentionPass = Prefill | Decode

@@ -28,6 +28,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from rlhf.rollout.cache import AttentionPass, Decode, Prefill, SharedPrefixCache, last_tokens
 from rlhf.rollout.embedded import causal_model, sampling_mode, take_weights
 from rlhf.rollout.engine import PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.packed import PackedLinears
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import RowSampling, sample
 from rlhf.rollout.support import check_decoding, why_unsupported
@@ -107,6 +108,7 @@ class NativeEngine:
         self._paused = False
         self._bytes_per_token = 0
         self._budget = int(kv_cache_gib * 2**30)
+        self._linears = PackedLinears(self._model)
         check_decoding(self, self._model)
         self._eos_token_ids = tuple(eos_token_ids)
 
@@ -166,7 +168,8 @@ class NativeEngine:
         return report
 
     def release(self) -> None:
-        """Keys and values have gone with the last row of their cohort; a GPU's allocator lets go here."""
+        """Drops packed weights and what a GPU's allocator holds; keys and values went with their rows."""
+        self._linears.clear()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -190,7 +193,7 @@ class NativeEngine:
             self._finished.extend(self._ended.pop(prompt_id))
 
     def _decode_until(self, deadline: float | None) -> None:
-        with sampling_mode(self._model, ATTENTION):
+        with sampling_mode(self._model, ATTENTION), self._linears.installed():
             while self._ended and not self._finished:
                 self._admit()
                 self._decode()

@@ -283,3 +283,24 @@ def test_a_peft_model_samples_with_its_adapters() -> None:
     groups = generate(NativeEngine(model, eos_token_ids=[EOS]), [request(9, n=4)])
     assert tokens(groups) != tokens(plain)
     assert max(logprob_errors(model.get_base_model(), [request(9, n=4)], groups)) < 1e-4
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a CPU that computes in bfloat16"
+)
+def test_packed_weights_follow_the_weights_they_were_made_from() -> None:
+    model = tiny("qwen2", torch.bfloat16, initializer_range=0.1)
+    engine = NativeEngine(model, eos_token_ids=[])
+    requests = [request(9, n=4), request(30, n=4)]
+    before = generate(engine, requests)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.3)
+    engine.update_weights(Source(model), 1)
+    after = generate(engine, requests)
+    assert tokens(after) != tokens(before)
+    plain = logprob_errors(model, requests, generate(HFEngine(model, eos_token_ids=[]), requests))
+    assert sum(logprob_errors(model, requests, after)) < 2 * sum(plain) + 0.01 * len(plain)
+    engine.release()
+    same(generate(engine, requests), after)
+    assert not any("forward" in vars(module) for module in model.modules())

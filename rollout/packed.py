@@ -1,0 +1,63 @@
+"""Linear layers in bfloat16 on a CPU, with their weights kept in the blocked layout that oneDNN computes in.
+
+Multiplying few rows, as decoding does, otherwise spends much of its time on bringing the whole weight into
+that layout, for every token. The price is one more copy of these weights while the engine holds them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+_ROWS = 64
+"""A hint to oneDNN; the layout serves every number of rows."""
+
+
+class PackedLinears:
+    """Packs when installed first, and again each layer whose weight has changed since."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # subclasses, and layers whose forward somebody has replaced, do more than a product
+        linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
+        self._linears = [linear for linear in linears if _can_pack(linear.weight)]
+        self._forwards: dict[nn.Linear, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """The layers use their packed weights, and are as before afterwards."""
+        forwards = [self._forward(linear) for linear in self._linears]
+        for linear, forward in zip(self._linears, forwards, strict=True):
+            linear.forward = forward
+        try:
+            yield
+        finally:
+            for linear in self._linears:
+                del linear.forward
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self._forwards.clear()
+
+    def _forward(self, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+        state = linear.weight.data_ptr(), linear.weight._version
+        if linear not in self._forwards or self._forwards[linear][0] != state:
+            packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS)
+            self._forwards[linear] = state, partial(_product, packed, linear)
+        return self._forwards[linear][1]
+
+
+def _product(packed: Tensor, linear: nn.Linear, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, linear.bias, "none", [], "")
+
+
+def _can_pack(weight: Tensor) -> bool:
+    return (
+        type(weight) is nn.Parameter
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
