@@ -53,7 +53,9 @@ AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
 
 def _group(q: Tensor, k: Tensor, v: Tensor, span: GroupSpan, scale: float | None) -> list[Tensor]:
     """One group, `[heads, prompt + completions, D]`: the prompt's part and the completions' part of the output."""
-    (q_p, q_c), (k_p, k_c), (v_p, v_c) = (t.split([span.prompt, sum(span.completions)], dim=1) for t in (q, k, v))
+    (q_p, q_c), (k_p, k_c), (v_p, v_c) = (
+        t.split([span.prompt, sum(span.completions)], dim=1) for t in (q, k, v)
+    )
     prompt = F.scaled_dot_product_attention(q_p, k_p, v_p, is_causal=True, scale=scale)
     rows = _Rows(span.completions, q.device)
     if span.prompt < CONCAT_BELOW:
@@ -96,7 +98,9 @@ def _concatenated(
 
     prompt = keys[0].shape[1]
     mask = torch.ones(rows.longest, prompt + rows.longest, dtype=torch.bool, device=q.device).tril(prompt)
-    output = F.scaled_dot_product_attention(rows.split(q), joined(*keys), joined(*values), attn_mask=mask, scale=scale)
+    output = F.scaled_dot_product_attention(
+        rows.split(q), joined(*keys), joined(*values), attn_mask=mask, scale=scale
+    )
     return rows.join(output)
 
 
@@ -130,17 +134,31 @@ class _Merged(torch.autograd.Function):
         return dq_p[0] + rows.join(dq_c), dk_p[0], dv_p[0], rows.join(dk_c), rows.join(dv_c), None, None
 
 
-def attention_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
     """Output `[B, heads, L, D]` and log-sum-exp `[B, heads, L]` of attention, by the device's flash kernel."""
     if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, scale=scale
+        )
         return out, lse if lse.shape[1] == q.shape[1] else lse.transpose(1, 2)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[
+        :2
+    ]
     return out, lse
 
 
 def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float | None
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given the output and log-sum-exp of the whole softmax (not of this part alone)."""
     if q.device.type == "cpu":

@@ -48,8 +48,12 @@ class Budgets:
         rewards = [float("nan") if t.reward is None else t.reward for g in groups for t in g.trajectories]
         index = [i for i, g in enumerate(groups) for _ in g.trajectories]
         threshold = self.reward.success_threshold
-        metrics = budget_metrics(torch.tensor(rewards), torch.tensor(index, dtype=torch.long), threshold=threshold)
-        return metrics | {"budget/largest": Max(max((float(len(g.trajectories)) for g in groups), default=0.0))}
+        metrics = budget_metrics(
+            torch.tensor(rewards), torch.tensor(index, dtype=torch.long), threshold=threshold
+        )
+        return metrics | {
+            "budget/largest": Max(max((float(len(g.trajectories)) for g in groups), default=0.0))
+        }
 
     def state(self) -> dict[str, str]:
         """For a checkpoint."""

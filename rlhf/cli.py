@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("config", help="a YAML file, see configs/")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the file's")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="settings that replace the file's"
+        )
     options = parser.parse_args(arguments)
     _quiet_libraries()
     try:

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
@@ -185,7 +193,9 @@ class Config(Section):
                 f"rollout.prompts_per_step = {rollout.prompts_per_step} prompts to deal out"
             )
         if learner.warmup_steps > self.steps:
-            raise ValueError(f"learner.warmup_steps is {learner.warmup_steps}, but the run has {self.steps} steps")
+            raise ValueError(
+                f"learner.warmup_steps is {learner.warmup_steps}, but the run has {self.steps} steps"
+            )
         if budget.rule == "knapsack" and not budget.low <= rollout.group_size <= budget.high:
             raise ValueError(
                 f"the knapsack budget shares out rollout.group_size = {rollout.group_size} rollouts a prompt "

@@ -73,7 +73,9 @@ class World:
 def _reduce(bucket: list[Tensor]) -> None:
     flat = torch.cat([g.flatten() for g in bucket])
     dist.all_reduce(flat)
-    torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(flat.split([g.numel() for g in bucket]), bucket)])
+    torch._foreach_copy_(
+        bucket, [p.view_as(g) for p, g in zip(flat.split([g.numel() for g in bucket]), bucket)]
+    )
 
 
 def world_size() -> int:

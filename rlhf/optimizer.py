@@ -21,7 +21,9 @@ from rlhf.metrics import Max, Mean, Metrics, Sum
 class MasterAdamW:
     """Casts `model` (given in float32) to `dtype`, keeps its masters and updates both."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype, section: LearnerConfig, total_steps: int) -> None:
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, section: LearnerConfig, total_steps: int
+    ) -> None:
         self.section, self.total_steps = section, total_steps
         self.names, self.weights = [], []
         for name, parameter in model.named_parameters():
@@ -87,17 +89,21 @@ class MasterAdamW:
         masters, moments = tensors["model"], tensors["optimizer"]
         if set(masters) != set(self.names):
             odd = sorted(set(masters) ^ set(self.names))[:3]
-            raise ValueError(f"the checkpoint is of another model: {', '.join(odd)} is in one of the two only")
+            raise ValueError(
+                f"the checkpoint is of another model: {', '.join(odd)} is in one of the two only"
+            )
         for name, master in zip(self.names, self.masters, strict=True):
             if masters[name].shape != master.shape:
-                raise ValueError(f"{name}: checkpoint {list(masters[name].shape)}, model {list(master.shape)}")
+                raise ValueError(
+                    f"{name}: checkpoint {list(masters[name].shape)}, model {list(master.shape)}"
+                )
             master.copy_(masters[name])
             keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in moments]
             self.adamw.state[master] = {key: moments[f"{name}/{key}"].clone() for key in keys}
         self._copy_to_model()
 
 
-def _move_gradient_to(master: nn.Parameter):  # noqa: ANN202
+def _move_gradient_to(master: nn.Parameter):
     def hook(weight: Tensor) -> None:
         assert weight.grad is not None
         if master.grad is None:

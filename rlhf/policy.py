@@ -40,7 +40,9 @@ class Head:
     def of(cls, model: PreTrainedModel) -> Head:
         module = model.get_output_embeddings()
         if not isinstance(module, nn.Linear):
-            raise ModelError(f"{type(model).__name__} has no linear language-model head, got {type(module).__name__}")
+            raise ModelError(
+                f"{type(model).__name__} has no linear language-model head, got {type(module).__name__}"
+            )
         settings = model.config.get_text_config().to_dict()
         scale = settings.get("logit_scale") or 1.0 / (settings.get("logits_scaling") or 1.0)
         return cls(module, settings.get("final_logit_softcapping"), scale)
@@ -82,7 +84,9 @@ class Policy:
             if section.packing == "auto":
                 log.warning("%s: prompts are not shared within a group, because %s", path, reason)
             if (error := forward_error(policy)) is not None:
-                raise ModelError(f"{path}: log-probs from hidden states and head are not those of the model ({error})")
+                raise ModelError(
+                    f"{path}: log-probs from hidden states and head are not those of the model ({error})"
+                )
         return policy
 
     @property
@@ -211,7 +215,11 @@ def forward_error(policy: Policy) -> str | None:
     elsewhere = _full_forward(policy.model, torch.cat([ids[8:9], prompt[1:]]), completions)
     policy.shared_prefix = shared
     signal, error = (elsewhere - want).abs().max().item(), (got - want).abs().max().item()
-    return None if error <= 0.01 * signal + 1e-5 else f"by {error:.2g} nats, where another prompt makes {signal:.2g}"
+    return (
+        None
+        if error <= 0.01 * signal + 1e-5
+        else f"by {error:.2g} nats, where another prompt makes {signal:.2g}"
+    )
 
 
 def _full_forward(model: PreTrainedModel, prompt: Tensor, completions: list[Tensor]) -> Tensor:

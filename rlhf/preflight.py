@@ -90,7 +90,12 @@ def _eos_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[
     try:
         own = GenerationConfig.from_pretrained(local_or_hub(config.model.path)).eos_token_id
     except OSError:
-        own = AutoConfig.from_pretrained(local_or_hub(config.model.path)).get_text_config().to_dict().get("eos_token_id")
+        own = (
+            AutoConfig.from_pretrained(local_or_hub(config.model.path))
+            .get_text_config()
+            .to_dict()
+            .get("eos_token_id")
+        )
     ids = {*([own] if isinstance(own, int) else own or ()), *config.rollout.stop_token_ids}
     if isinstance(tokenizer.eos_token_id, int):
         ids.add(tokenizer.eos_token_id)
@@ -116,7 +121,9 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         f"data         {len(inputs.train)} prompts of {lengths[0]} to {lengths[-1]} tokens "
         f"(median {statistics.median(lengths):.0f}), {inputs.train.skipped} skipped as too long"
     )
-    held_out = "none" if inputs.eval is None else f"{len(inputs.eval)} prompts x {config.eval.samples} samples"
+    held_out = (
+        "none" if inputs.eval is None else f"{len(inputs.eval)} prompts x {config.eval.samples} samples"
+    )
     yield f"held out     {held_out}"
     yield f"rewards      {', '.join(f'{f.path} x {f.weight:g}' for f in config.reward.functions)}"
     yield (

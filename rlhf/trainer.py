@@ -16,7 +16,7 @@ from rlhf import checkpoint
 from rlhf.budgets import Budgets
 from rlhf.collector import Collector, Sampler
 from rlhf.config import Config
-from rlhf.distributed import World, world, world_size
+from rlhf.distributed import world, world_size
 from rlhf.evaluation import evaluate
 from rlhf.experience import ExperienceBuilder
 from rlhf.interrupt import Interrupt, Interrupted
@@ -88,13 +88,18 @@ class Trainer:
         dtype = getattr(torch, config.model.dtype)
         self.reference = None
         if algorithm.needs_reference:
-            self.reference = Policy.load(config.model, config.model.reference or config.model.path, self.world.device)
+            self.reference = Policy.load(
+                config.model, config.model.reference or config.model.path, self.world.device
+            )
             self.reference.freeze(dtype)
         self.optimizer = MasterAdamW(self.policy.model, dtype, config.learner, config.steps)
         if config.model.gradient_checkpointing:
             self.policy.checkpoint_activations()
         self.engine = make_engine(
-            section.engine, self.policy.model, eos_token_ids=inputs.eos_token_ids, kv_cache_gib=section.kv_cache_gib
+            section.engine,
+            self.policy.model,
+            eos_token_ids=inputs.eos_token_ids,
+            kv_cache_gib=section.kv_cache_gib,
         )
         sampler = Sampler(self.engine, inputs.rewards, inputs.tokenizer, section, config.seed)
         self.sampler, self.held_out = sampler, inputs.eval
@@ -136,7 +141,10 @@ class Trainer:
             started = time.monotonic()
             metrics = self.step()
             tokens, seconds = metrics["rollout/tokens"].value, time.monotonic() - started
-            speed: Metrics = {"throughput/tokens_per_second": Mean(tokens, seconds), "memory/peak_gib": peak_memory()}
+            speed: Metrics = {
+                "throughput/tokens_per_second": Mean(tokens, seconds),
+                "memory/peak_gib": peak_memory(),
+            }
             self.monitor.log(self.steps_done, metrics | speed)
             last = self.steps_done == config.steps
             if last or (config.eval.every and self.steps_done % config.eval.every == 0):
@@ -178,7 +186,9 @@ class Trainer:
             )
 
     def _resume(self) -> None:
-        newest = checkpoint.latest(self.folder.checkpoints) if self.config.checkpoint.resume == "auto" else None
+        newest = (
+            checkpoint.latest(self.folder.checkpoints) if self.config.checkpoint.resume == "auto" else None
+        )
         if newest is not None:
             saved = checkpoint.load(newest, device=self.world.device)
             self.optimizer.load(saved.tensors)

@@ -87,7 +87,10 @@ class Completion:
     versions: tuple[VersionSpan, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.rollout_logprobs), (len(self.token_ids), len(self.rollout_logprobs))
+        assert len(self.token_ids) == len(self.rollout_logprobs), (
+            len(self.token_ids),
+            len(self.rollout_logprobs),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,9 @@ def make_exact(model: nn.Module) -> None:
                 setattr(module, name, ExactRMSNorm(child.weight, float(child.variance_epsilon)))
 
 
-def group(prompt: str, prompt_ids: list[int], completions: list[list[int]], rewards: list[float | None]) -> Group:
+def group(
+    prompt: str, prompt_ids: list[int], completions: list[list[int]], rewards: list[float | None]
+) -> Group:
     return Group(
         Prompt(prompt, tuple(prompt_ids), prompt),
         tuple(trajectory(ids, reward) for ids, reward in zip(completions, rewards, strict=True)),

@@ -121,7 +121,10 @@ def test_picking_a_name_is_picking_the_algorithm(name: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rollout": {"group_sise": 4}}, "unknown setting rollout.group_sise; did you mean rollout.group_size?"),
+        (
+            {"rollout": {"group_sise": 4}},
+            "unknown setting rollout.group_sise; did you mean rollout.group_size?",
+        ),
         ({"learning_rate": 1e-5}, "unknown setting learning_rate"),
         ({"group_size": 4}, "did you mean rollout.group_size?"),
         ({"algorithm": {"name": "grpo", "clip_hgh": 0.3}}, "did you mean algorithm.clip_high?"),
@@ -157,7 +160,9 @@ def test_one_kl_setting_changes_and_the_algorithms_others_stay():
 def test_overrides_reach_every_level(tmp_path: Path):
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(settings()))
-    config = load_config(path, ["steps=3", "learner.lr=1e-6", "algorithm.kl.coef=0", "rollout.stop_token_ids=[5]"])
+    config = load_config(
+        path, ["steps=3", "learner.lr=1e-6", "algorithm.kl.coef=0", "rollout.stop_token_ids=[5]"]
+    )
     assert (config.steps, config.learner.lr, config.rollout.stop_token_ids) == (3, 1e-6, (5,))
     assert config.algorithm["kl"] == KL(coef=0.0)
 

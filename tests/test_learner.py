@@ -58,7 +58,9 @@ def test_microbatches_order_and_packing_change_neither_loss_nor_gradient(
     whole, builder = learner_of(policy, algorithm, reference)
     loss, expected = gradients_of(whole, builder.build(groups, kl_coef=0.04))
 
-    shuffled: list[Group] = [replace(g, trajectories=tuple(order.sample(g.trajectories, len(g.trajectories)))) for g in groups]
+    shuffled: list[Group] = [
+        replace(g, trajectories=tuple(order.sample(g.trajectories, len(g.trajectories)))) for g in groups
+    ]
     order.shuffle(shuffled)
     cut, builder = learner_of(policy, algorithm, reference, microbatch_tokens=budget)
     experience = builder.build(shuffled, kl_coef=0.04)
@@ -97,7 +99,9 @@ def test_without_any_signal_nothing_moves_and_it_is_counted(tiny_model_dir: Path
     policy = policy_of(tiny_model_dir)
     learner, builder = learner_of(policy, ALGORITHMS["grpo"](kl=KL()))
     same = tuple(trajectory([5, 6], 1.0) for _ in range(3))
-    experience = builder.build([replace(g, trajectories=same) for g in random_groups(1, sizes=[2])], kl_coef=0.0)
+    experience = builder.build(
+        [replace(g, trajectories=same) for g in random_groups(1, sizes=[2])], kl_coef=0.0
+    )
     before = [p.clone() for p in policy.model.parameters()]
     metrics = learner.update(experience, step=0, seed=0, kl_coef=0.0)
     assert metrics["update/no_signal"].value == 1

@@ -43,7 +43,16 @@ def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path,
         {"budget": {"rule": "knapsack", "high": 32}, "reward": {"success_threshold": 0.1}},
         {"algorithm": {"name": "grpo", "kl": {"coef": 0.01, "target": 0.05, "horizon": 100}}},
     ],
-    ids=["bfloat16", "padded-checkpointing", "hf-engine", "inner-epochs", "exact-kl", "kl-in-reward", "knapsack", "adaptive-kl"],
+    ids=[
+        "bfloat16",
+        "padded-checkpointing",
+        "hf-engine",
+        "inner-epochs",
+        "exact-kl",
+        "kl-in-reward",
+        "knapsack",
+        "adaptive-kl",
+    ],
 )
 def test_the_other_paths_raise_the_reward_too(tmp_path: Path, tiny_model_dir: Path, changes: dict[str, Any]):
     train(bandit_settings(tmp_path, tiny_model_dir, **changes))
@@ -51,7 +60,7 @@ def test_the_other_paths_raise_the_reward_too(tmp_path: Path, tiny_model_dir: Pa
     assert sum(rewards[-3:]) / 3 > 3 * max(0.01, sum(rewards[:3]) / 3), rewards
 
 
-INTERRUPTS = '''
+INTERRUPTS = """
 import os, pathlib, signal
 
 def share_of_a(completions, trainer_state, **_):
@@ -60,7 +69,7 @@ def share_of_a(completions, trainer_state, **_):
         marker.unlink()
         os.kill(os.getpid(), signal.SIGINT)
     return [text.count("a") / max(1, len(text)) for text in completions]
-'''
+"""
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -72,7 +81,11 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
     for name, folder in folders.items():
         folder.mkdir()
         runs[name] = bandit_settings(
-            folder, tiny_model_dir, steps=7, learner={"minibatches": updates}, data={"eval": str(folder / "train.jsonl")}
+            folder,
+            tiny_model_dir,
+            steps=7,
+            learner={"minibatches": updates},
+            data={"eval": str(folder / "train.jsonl")},
         )
         (folder / "reward.py").write_text(INTERRUPTS)
     (folders["stopped"] / "interrupted").touch()
