@@ -25,7 +25,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {
         {"min_terms": 2, "max_terms": 2, "min_digits": 2, "max_digits": 2},
     ),
 }
-TRAIN, EVAL = 24, 12
+TRAIN, EVAL = 16, 8
 SEED = 0
 
 
