@@ -35,7 +35,7 @@ from rlhf.rollout.support import check_decoding, why_unsupported
 from rlhf.types import Completion
 
 ATTENTION = "tandem_rollout"
-PREFILL_TOKENS = 2048
+PREFILL_TOKENS = 4096
 """Of one forward; a longer prompt gets one of its own."""
 _BEYOND_SOFTMAX = ("sliding_window", "softcap", "s_aux", "position_bias")
 
@@ -52,8 +52,12 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The attention of every layer while the engine runs the model."""
     extra = [name for name in _BEYOND_SOFTMAX if kwargs.get(name) is not None]
-    if extra or attention_mask is not None or rollout_pass is None:
-        raise ValueError(f"attention with {', '.join(extra) or 'a mask of its own'}")
+    if attention_mask is not None:
+        extra.append("a mask of its own")
+    if extra:
+        raise ValueError(f"its attention has {', '.join(extra)}")
+    if rollout_pass is None:
+        raise ValueError("it does not pass keyword arguments on to its attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return rollout_pass.attend(int(module.layer_idx), query, key, value, scale), None
 
@@ -162,6 +166,7 @@ class NativeEngine:
     def update_weights(self, source: WeightSource, version: int) -> SyncReport:
         """Copies the weights, unless the learner's own module is held. Raises ValueError on a mismatch."""
         report = take_weights(self._model, source, version)
+        self._linears.clear()
         self._version = version
         for row in self._rows_in_flight():
             row.versions.append((version, len(row.token_ids)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -43,6 +43,7 @@ def test_the_reference_is_a_softmax() -> None:
     torch.testing.assert_close(out, (query @ key.mT * 0.5).softmax(-1) @ value)
 
 
+@settings(deadline=None)
 @given(split=st.integers(1, 19), seed=st.integers(0, 10**6))
 def test_two_parts_merged_are_the_whole(split: int, seed: int) -> None:
     query, key, value = (normal(2, 3, size, 8, seed=seed + size) for size in (4, 20, 20))
@@ -52,6 +53,7 @@ def test_two_parts_merged_are_the_whole(split: int, seed: int) -> None:
     torch.testing.assert_close(merge(*first, *second), whole, atol=1e-5, rtol=1e-5)
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 30).flatmap(
         lambda n: st.tuples(st.just(n), st.sets(st.integers(0, max(0, n - 1)), max_size=n))
