@@ -1,26 +1,26 @@
-"""Shared-prefix attention for training: a prompt's keys and values are computed, and attended to, once a group.
+"""Shared-prefix attention for training: a prompt's keys and values are computed once a group.
 
-A completion token sees its prompt and what stands before it in its own completion. Its attention is merged from two
-parts by their log-sum-exps, one over the prompt (all completions of the group in one call) and one causal over its
-own completion; the backward calls the kernel's backward twice with the merged output and log-sum-exp, which makes
-both gradients exact. The model is any causal, full-attention one that takes its attention from transformers'
-`AttentionInterface` (name `SHARED_PREFIX`); the layout reaches it as the keyword `spans`.
+A completion token sees its prompt and what stands before it in its own completion. Its attention is merged
+from two parts by their log-sum-exps, one over the prompt (all completions of the group in one call) and one
+causal over its own completion; the backward calls the kernel's backward twice with the merged output and
+log-sum-exp, which makes both gradients exact. The model is any causal, full-attention one that takes its
+attention from transformers' `AttentionInterface` (name `SHARED_PREFIX`); the keyword `spans` is the layout.
 
-For short prompts concatenation is faster than merging (fewer, larger calls): prompts up to `CONCAT_BELOW` tokens are
-put in front of each completion, and the gradient of the copies is added up by autograd.
+For short prompts concatenation is faster than merging (fewer, larger calls): prompts up to `CONCAT_BELOW`
+tokens are put in front of each completion, and the gradient of the copies is added up by autograd.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from rlhf.packing import GroupSpan
+from rlhf.pretrained import register_attention
 
 SHARED_PREFIX = "rlhf_shared_prefix"
 CONCAT_BELOW = 128
@@ -37,7 +37,7 @@ def shared_prefix_attention(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of packed groups: query `[1, heads, T, D]`, key and value `[1, kv_heads, T, D]` -> `[1, T, heads, D]`."""
+    """Packed groups: query `[1, heads, T, D]`, key, value `[1, kv_heads, T, D]` -> `[1, T, heads, D]`."""
     assert query.shape[0] == 1 and attention_mask is None
     repeats = query.shape[1] // key.shape[1]
     outputs: list[Tensor] = []
@@ -48,25 +48,24 @@ def shared_prefix_attention(
     return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
 
 
-AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+register_attention(SHARED_PREFIX, shared_prefix_attention)
 
 
 def _group(q: Tensor, k: Tensor, v: Tensor, span: GroupSpan, scale: float | None) -> list[Tensor]:
-    """One group, `[heads, prompt + completions, D]`: the prompt's part and the completions' part of the output."""
-    (q_p, q_c), (k_p, k_c), (v_p, v_c) = (
-        t.split([span.prompt, sum(span.completions)], dim=1) for t in (q, k, v)
-    )
+    """One group, `[heads, prompt + completions, D]`: the output of the prompt, and of the completions."""
+    parts = [span.prompt, sum(span.completions)]
+    (q_p, q_c), (k_p, k_c), (v_p, v_c) = (torch.split(t, parts, dim=1) for t in (q, k, v))
     prompt = F.scaled_dot_product_attention(q_p, k_p, v_p, is_causal=True, scale=scale)
     rows = _Rows(span.completions, q.device)
     if span.prompt < CONCAT_BELOW:
         completions = _concatenated(q_c, (k_p, k_c), (v_p, v_c), rows, scale)
     else:
-        completions = _Merged.apply(q_c, k_p, v_p, k_c, v_c, rows, scale)
+        completions = cast(Any, _Merged).apply(q_c, k_p, v_p, k_c, v_c, rows, scale)
     return [prompt, completions]
 
 
 class _Rows:
-    """Completions back to back `[heads, sum, D]` <-> one row each `[G, heads, longest, D]`, padded on the right.
+    """Completions back to back `[heads, sum, D]` <-> one right-padded row each `[G, heads, longest, D]`.
 
     Behind a causal mask right padding is never looked at by a real token.
     """
@@ -83,7 +82,7 @@ class _Rows:
 
     def split(self, x: Tensor) -> Tensor:
         x = x if self.even else x[:, self.source]
-        return x.unflatten(1, (self.count, self.longest)).transpose(0, 1)
+        return x.view(x.shape[0], self.count, self.longest, *x.shape[2:]).transpose(0, 1)
 
     def join(self, x: Tensor) -> Tensor:
         x = x.transpose(0, 1).flatten(1, 2)
@@ -98,10 +97,8 @@ def _concatenated(
 
     prompt = keys[0].shape[1]
     mask = torch.ones(rows.longest, prompt + rows.longest, dtype=torch.bool, device=q.device).tril(prompt)
-    output = F.scaled_dot_product_attention(
-        rows.split(q), joined(*keys), joined(*values), attn_mask=mask, scale=scale
-    )
-    return rows.join(output)
+    q, k, v = rows.split(q), joined(*keys), joined(*values)
+    return rows.join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
 
 
 class _Merged(torch.autograd.Function):
@@ -137,15 +134,14 @@ class _Merged(torch.autograd.Function):
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, heads, L, D]` and log-sum-exp `[B, heads, L]` of attention, by the device's flash kernel."""
+    """Output `[B, heads, L, D]` and log-sum-exp `[B, heads, L]`, by the device's flash-attention kernel."""
     if q.device.type == "cpu":
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, causal, scale=scale
-        )
+        forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = forward(q, k, v, 0.0, causal, scale=scale)
         return out, lse if lse.shape[1] == q.shape[1] else lse.transpose(1, 2)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[
-        :2
-    ]
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q, k, v, 0.0, causal, False, scale=scale
+    )
     return out, lse
 
 
@@ -160,7 +156,7 @@ def attention_backward(
     causal: bool,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, given the output and log-sum-exp of the whole softmax (not of this part alone)."""
+    """Gradients of q, k and v, given output and log-sum-exp of the whole softmax (not of this part alone)."""
     if q.device.type == "cpu":
         backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)

@@ -1,4 +1,4 @@
-"""How many completions each prompt of a step gets: the same for all, or where they teach (`rlhf.algos.budget`).
+"""How many completions each prompt of a step gets: all the same, or where they teach (`rlhf.algos.budget`).
 
 One budget for all ranks: whatever the rule, a step samples `group_size` completions a prompt in the mean.
 """
@@ -48,12 +48,10 @@ class Budgets:
         rewards = [float("nan") if t.reward is None else t.reward for g in groups for t in g.trajectories]
         index = [i for i, g in enumerate(groups) for _ in g.trajectories]
         threshold = self.reward.success_threshold
-        metrics = budget_metrics(
-            torch.tensor(rewards), torch.tensor(index, dtype=torch.long), threshold=threshold
-        )
-        return metrics | {
-            "budget/largest": Max(max((float(len(g.trajectories)) for g in groups), default=0.0))
-        }
+        group = torch.tensor(index, dtype=torch.long)
+        metrics = budget_metrics(torch.tensor(rewards), group, threshold=threshold)
+        largest = max((len(g.trajectories) for g in groups), default=0)
+        return metrics | {"budget/largest": Max(float(largest))}
 
     def state(self) -> dict[str, str]:
         """For a checkpoint."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: done, or stopped on request with everything saved. 2: the input is wrong, the message says how."""
+    """Exit status 0: done, or stopped on request with all saved. 2: bad input, the message says what."""
     parser = argparse.ArgumentParser(prog="rlhf", description="Reinforcement learning for language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, summary in (
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("config", help="a YAML file, see configs/")
         command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="settings that replace the file's"
+            "overrides", nargs="*", metavar="key=value", help="instead of the file's setting"
         )
     options = parser.parse_args(arguments)
     _quiet_libraries()
@@ -59,7 +59,7 @@ def _trainer(config: Config) -> Trainer:
 def _run(trainer: Trainer) -> int:
     """What a person can mend is said in a sentence; everything else is a bug and keeps its traceback."""
     from rlhf.checkpoint import CheckpointError
-    from rlhf.policy import ModelError
+    from rlhf.pretrained import ModelError
     from rlhf.rewards import RewardError
     from rlhf.run_folder import RunFolderError
     from rlhf.weights import SyncError

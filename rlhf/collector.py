@@ -13,6 +13,7 @@ from rlhf.config import RolloutConfig
 from rlhf.data import PromptDataset, order
 from rlhf.distributed import World, derive_seed
 from rlhf.metrics import Mean, Metrics, Sum, merge
+from rlhf.pretrained import decoded
 from rlhf.rewards import Rewards
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.types import Completion, FinishReason, Group, Prompt
@@ -54,9 +55,7 @@ class Sampler:
 
     def text(self, completion: Completion) -> str:
         """What a reward reads: special tokens left out."""
-        text = self.tokenizer.decode(list(completion.token_ids), skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
+        return decoded(self.tokenizer, completion.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class Collected:
 
 
 class Collector:
-    """Draws prompts in the order of the cursor, a share for each rank, and refills what the algorithm drops."""
+    """Draws prompts in the cursor's order, a share for each rank, and refills what the algorithm drops."""
 
     def __init__(
         self, sampler: Sampler, prompts: PromptDataset, algorithm: Algorithm, budgets: Budgets, world: World

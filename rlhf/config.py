@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen tree, read from YAML and `key=value` overrides, checked before anything loads.
+"""The settings of a run: one frozen tree, from YAML and `key=value` overrides, checked before anything loads.
 
     config = load_config("configs/quickstart.yaml", ["steps=40", "rollout.group_size=16"])
 
@@ -108,8 +108,8 @@ class BudgetConfig(Section):
     low: Positive = 2
     high: Positive = 128
     prior: Annotated[float, Field(gt=0.0)] | None = None
-    """Success rates as means of a Beta posterior with this prior on both sides, known from the first sample on; not
-    given: the plain rate of the last 16 samples, from 8 on, as in the paper."""
+    """Success rates as means of a Beta posterior with this prior on both sides, known from the first sample
+    on; not given: the plain rate of the last 16 samples, from 8 on, as in the paper."""
     advantage_clip: Annotated[float, Field(gt=0.0)] = 5.0
     """Bound of advantages under `knapsack`: rare successes of a large group have a huge one."""
 
@@ -250,11 +250,11 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
 def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> type[BaseModel]:
     """A pydantic model of a function's or dataclass's keyword arguments, with other defaults where given.
 
-    A nested dataclass becomes a model whose defaults are the fields of the argument's default: `kl: {coef: 0.01}`
-    changes one of the algorithm's own KL settings and keeps the others.
+    A nested dataclass becomes a model whose defaults are the fields of the argument's default:
+    `kl: {coef: 0.01}` changes one of the algorithm's own KL settings and keeps the others.
     """
     fields: dict[str, Any] = {}
-    hints = typing.get_type_hints(function if not dataclasses.is_dataclass(function) else function.__init__)
+    hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
     for key, parameter in inspect.signature(function).parameters.items():
         kind, default = hints[key], (defaults or {}).get(key, parameter.default)
         if dataclasses.is_dataclass(kind) and dataclasses.is_dataclass(default):
@@ -268,8 +268,8 @@ def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = N
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `dotted.key=value` overrides.
 
-    Raises ConfigError: the file is missing or is no YAML mapping, an override is malformed, a key is unknown (its
-    nearest neighbour is named), a value is out of its range, or two settings do not go together.
+    Raises ConfigError: the file is missing or is no YAML mapping, an override is malformed, a key is unknown
+    (its nearest neighbour is named), a value is out of its range, or two settings do not go together.
     """
     path = Path(path)
     if not path.is_file():

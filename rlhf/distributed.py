@@ -1,14 +1,14 @@
-"""Ranks: every rank holds the whole model, samples its share of the prompts and adds its gradient to the others'.
+"""Ranks: each holds the whole model, samples its share of the prompts and adds its gradient to the others'.
 
-One process without torchrun is a world of one. All sums over ranks go through `World`; nothing else in the project
-calls torch.distributed.
+One process without torchrun is a world of one. All sums over ranks go through `World`; nothing else in the
+project calls torch.distributed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,7 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.metrics import Metrics, merge
+from rlhf.typed import copy_all
 
+# its annotations are too incomplete for a strict check
+_dist: Any = dist
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -41,7 +44,7 @@ class World:
         if self.size == 1:
             return tensor
         tensor = tensor.clone()
-        dist.all_reduce(tensor)
+        _dist.all_reduce(tensor)
         return tensor
 
     def sum_gradients(self, gradients: Iterable[Tensor], bucket_bytes: int = 64 << 20) -> None:
@@ -62,7 +65,7 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        _dist.all_gather_object(values, value)
         return values
 
     def merge(self, metrics: Metrics) -> Metrics:
@@ -72,10 +75,9 @@ class World:
 
 def _reduce(bucket: list[Tensor]) -> None:
     flat = torch.cat([g.flatten() for g in bucket])
-    dist.all_reduce(flat)
-    torch._foreach_copy_(
-        bucket, [p.view_as(g) for p, g in zip(flat.split([g.numel() for g in bucket]), bucket)]
-    )
+    _dist.all_reduce(flat)
+    parts = torch.split(flat, [g.numel() for g in bucket])
+    copy_all(bucket, [p.view_as(g) for p, g in zip(parts, bucket, strict=True)])
 
 
 def world_size() -> int:
@@ -84,7 +86,7 @@ def world_size() -> int:
 
 
 @contextmanager
-def world() -> Iterator[World]:
+def world() -> Generator[World]:
     """Joins the ranks that torchrun or `accelerate launch` started, and leaves them at the end."""
     size, rank = world_size(), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
@@ -103,7 +105,7 @@ def world() -> Iterator[World]:
 def derive_seed(*parts: int | str) -> int:
     """A seed of 62 bits from what it belongs to: `derive_seed(run_seed, "rollout", position)`.
 
-    The same on every machine and in every process (unlike `hash`), so nothing about sampling has to be stored.
+    The same on every machine and in every process (unlike `hash`): nothing about sampling has to be stored.
     """
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2

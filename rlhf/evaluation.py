@@ -1,5 +1,5 @@
-"""Accuracy on held-out prompts: always the same prompts, seeds and sampling, so that two evaluations differ by the
-weights alone."""
+"""Accuracy on held-out prompts: always the same prompts, seeds and sampling, so that two evaluations
+differ by the weights alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Evaluation:
 
 
 def evaluate(sampler: Sampler, prompts: PromptDataset, config: Config, world: World, step: int) -> Evaluation:
-    """Samples `eval.samples` completions of each held-out prompt, each rank its share. The same on every rank."""
+    """Samples `eval.samples` completions of each held-out prompt, a share a rank. The same on every rank."""
     total = len(prompts) if config.eval.max_prompts is None else min(len(prompts), config.eval.max_prompts)
     mine = [prompts[i] for i in range(world.rank, total, world.size)]
     requests = [sampler.request(p, n=config.eval.samples, label=f"eval/{p.id}") for p in mine]
@@ -55,7 +55,7 @@ def evaluate(sampler: Sampler, prompts: PromptDataset, config: Config, world: Wo
 def interval(shares: Sequence[float]) -> tuple[float, float]:
     """95% interval of the mean share right, from the shares of single prompts (normal, over prompts).
 
-    Where all prompts agree that has no width, and Wilson's interval with a prompt as one trial stands in for it.
+    Where all prompts agree that has no width; Wilson's interval with a prompt as one trial stands in for it.
     """
     n, mean = len(shares), sum(shares) / len(shares)
     variance = sum((s - mean) ** 2 for s in shares) / max(1, n - 1)

@@ -1,7 +1,7 @@
 """Scored groups -> Experience: everything the loss needs, complete, before the first gradient.
 
-The passes without gradient happen here: `old_logprobs` when more than one update is made from the same experience (or
-a KL goes into the reward), `ref_logprobs` when the algorithm compares with a reference.
+The passes without gradient happen here: `old_logprobs` when more than one update is made from the same
+experience (or a KL goes into the reward), `ref_logprobs` when the algorithm compares with a reference.
 """
 
 from __future__ import annotations
@@ -106,9 +106,13 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
     """
     trajectories = [t for g in groups for t in g.trajectories]
     lengths = torch.tensor([len(t.token_ids) for t in trajectories], dtype=torch.long)
-    prompt_lengths = [len(g.prompt.token_ids) for g in groups for _ in g.trajectories]
-    positions = [torch.arange(p, p + n) for p, n in zip(prompt_lengths, lengths.tolist(), strict=True)]
+    positions = [
+        torch.arange(len(g.prompt.token_ids), len(g.prompt.token_ids) + len(t.token_ids))
+        for g in groups
+        for t in g.trajectories
+    ]
     sizes = torch.tensor([len(g.trajectories) for g in groups], dtype=torch.long)
+    token_ids = [i for t in trajectories for i in t.token_ids]
     mask = [
         m and not (drop_truncated and t.finish_reason == FinishReason.LENGTH)
         for t in trajectories
@@ -117,9 +121,7 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
     logprobs = torch.tensor([p for t in trajectories for p in t.rollout_logprobs], dtype=torch.float32)
     return Experience(
         prompts=tuple(torch.tensor(g.prompt.token_ids, device=device) for g in groups),
-        token_ids=torch.tensor(
-            [i for t in trajectories for i in t.token_ids], dtype=torch.long, device=device
-        ),
+        token_ids=torch.tensor(token_ids, dtype=torch.long, device=device),
         sequence=torch.arange(len(trajectories)).repeat_interleave(lengths).to(device),
         positions=torch.cat([torch.empty(0, dtype=torch.long), *positions]).to(device),
         turn=torch.tensor([i for t in trajectories for i in t.turns], dtype=torch.long, device=device),

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from types import FrameType
 
+Handler = Callable[[int, FrameType | None], object] | int | None
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -19,7 +20,7 @@ class Interrupt:
     def __init__(self, announce: Callable[[str], None]) -> None:
         self.announce = announce
         self.requested = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:
@@ -28,14 +29,15 @@ class Interrupt:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         self.announce(
-            f"{signal.Signals(number).name}: the run is saved and left before the next update; once more: at once"
+            f"{signal.Signals(number).name}: the run is saved and left before the next update; "
+            "once more: at once"
         )
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """Experience -> minibatches -> microbatches -> loss -> backward -> clip -> step.
 
-A minibatch is one update, a microbatch one forward and backward pass. The loss of a microbatch is a sum divided by
-the counts of the whole minibatch over all ranks, so how a minibatch is cut changes nothing but memory.
+A minibatch is one update, a microbatch one forward and backward pass. The loss of a microbatch is a sum
+divided by the counts of the whole minibatch over all ranks, so how it is cut changes nothing but memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rlhf.metrics import Max, Mean, Metrics, Sum, merge
 from rlhf.optimizer import MasterAdamW
 from rlhf.packing import Microbatch, microbatches
 from rlhf.policy import Policy
+from rlhf.typed import integers, run_numbers
 from rlhf.types import Counts, Experience, LossInputs
 
 
@@ -38,7 +39,7 @@ class Learner:
         self.want = ("logprob", "entropy", "kl") if self.reference is not None else ("logprob", "entropy")
 
     def update(self, experience: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
-        """All updates of one step. Groups without any signal skip the forward; they count in every denominator."""
+        """All updates of one step. Groups without signal skip the forward and count in every denominator."""
         parts: list[Metrics] = [_advantage_metrics(experience)]
         for epoch in range(self.section.epochs):
             for groups in self._minibatches(experience, derive_seed(seed, "minibatches", step, epoch)):
@@ -63,7 +64,7 @@ class Learner:
             experience, groups, self.section.microbatch_tokens, share=self.policy.shared_prefix
         ):
             output = self.algorithm.loss(self._loss_inputs(experience, micro, counts, kl_coef))
-            output.loss.backward()
+            torch.autograd.backward(output.loss)
             parts.append(output.metrics)
         return parts
 
@@ -86,7 +87,7 @@ class Learner:
             ref_logprobs=None if ref is None else ref[index],
             advantages=experience.advantages[index],
             loss_mask=experience.loss_mask[index],
-            sequence=torch.unique_consecutive(experience.sequence[index], return_inverse=True)[1],
+            sequence=run_numbers(experience.sequence[index]),
             turn=experience.turn[index],
             counts=counts,
             kl_coef=kl_coef,
@@ -94,20 +95,16 @@ class Learner:
 
     def _minibatches(self, experience: Experience, seed: int) -> Iterator[list[int]]:
         num_groups, parts = len(experience.prompts), self.section.minibatches
-        order = torch.randperm(num_groups, generator=torch.Generator().manual_seed(seed)).tolist()
+        order = integers(torch.randperm(num_groups, generator=torch.Generator().manual_seed(seed)))
         for part in range(parts):
             yield sorted(order[part::parts])
 
     def counts(self, experience: Experience, groups: list[int]) -> Counts:
         """The denominators of an update from these groups of this rank, and those of the other ranks."""
-        member = torch.isin(
-            experience.group, torch.tensor(groups, dtype=torch.long, device=experience.group.device)
-        )
-        valid = torch.bincount(experience.sequence[experience.loss_mask], minlength=len(experience.group))[
-            member
-        ]
-        totals = self.world.all_sum(torch.stack([valid.sum(), (valid > 0).sum()]))
-        tokens, sequences = totals.tolist()
+        group, chosen = experience.group, torch.tensor(groups, dtype=torch.long, device=self.world.device)
+        valid = torch.bincount(experience.sequence[experience.loss_mask], minlength=len(group))
+        valid = valid[torch.isin(group, chosen)]
+        tokens, sequences = integers(self.world.all_sum(torch.stack([valid.sum(), (valid > 0).sum()])))
         return Counts(tokens=tokens, sequences=sequences)
 
     def _has_signal(self, experience: Experience, group: int, kl_coef: float) -> bool:

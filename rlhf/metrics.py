@@ -1,4 +1,4 @@
-"""Metrics travel as partial aggregates and are averaged once, where they are written: a mean of means is a bug.
+"""Metrics travel as partial aggregates and are averaged once, when they are written: no mean of means.
 
 The glossary of names, units and healthy ranges is docs/metrics.md.
 """
@@ -61,7 +61,17 @@ def merge(parts: Iterable[Mapping[str, Partial]]) -> Metrics:
     merged: Metrics = {}
     for part in parts:
         for name, value in part.items():
-            seen = merged.get(name)
-            assert seen is None or type(seen) is type(value), f"{name}: {seen} and {value}"
-            merged[name] = value if seen is None else seen + value  # type: ignore[operator]
+            merged[name] = _add(name, merged[name], value) if name in merged else value
     return merged
+
+
+def _add(name: str, a: Partial, b: Partial) -> Partial:
+    match a, b:
+        case Mean(), Mean():
+            return a + b
+        case Sum(), Sum():
+            return a + b
+        case Max(), Max():
+            return a + b
+        case _:
+            raise AssertionError(f"{name}: {a} and {b}")

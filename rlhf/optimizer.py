@@ -1,14 +1,15 @@
 """AdamW on a float32 master copy; the model itself computes in bfloat16.
 
-A bfloat16 weight has 8 bits: at a learning rate of 1e-6 nearly every update would be rounded away. So the optimizer
-owns float32 masters, gradients of all microbatches are added up in float32, and after each update the masters are
-copied into the model, which is the copy the engine samples from as well. In float32 model and masters are one.
+A bfloat16 weight has 8 bits: at a learning rate of 1e-6 nearly every update would be rounded away. So the
+optimizer owns float32 masters, gradients of all microbatches are added up in float32, and after each update
+the masters are copied into the model, which is the copy the engine samples from as well. In float32 model and
+masters are one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from rlhf.config import LearnerConfig
 from rlhf.distributed import World
 from rlhf.metrics import Max, Mean, Metrics, Sum
+from rlhf.typed import after_gradient, copy_all
 
 
 class MasterAdamW:
@@ -25,7 +27,8 @@ class MasterAdamW:
         self, model: nn.Module, dtype: torch.dtype, section: LearnerConfig, total_steps: int
     ) -> None:
         self.section, self.total_steps = section, total_steps
-        self.names, self.weights = [], []
+        self.names: list[str] = []
+        self.weights: list[nn.Parameter] = []
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 self.names.append(name)
@@ -37,8 +40,8 @@ class MasterAdamW:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(dtype)
             for weight, master in zip(self.weights, self.masters, strict=True):
-                weight.register_post_accumulate_grad_hook(_move_gradient_to(master))
-        self.adamw = torch.optim.AdamW(
+                after_gradient(weight, _move_gradient_to(master))
+        self.adamw: torch.optim.Optimizer = torch.optim.AdamW(
             self.masters,
             lr=section.lr,
             betas=section.betas,
@@ -50,8 +53,8 @@ class MasterAdamW:
     def step(self, step: int, world: World) -> Metrics:
         """One update from the gradients accumulated on every rank; they are gone afterwards.
 
-        Gradients are added over the ranks (losses are already divided by global counts) and clipped by their global
-        norm. An update with a non-finite gradient is skipped and counted.
+        Gradients are added over the ranks (losses are already divided by global counts) and clipped by their
+        global norm. An update with a non-finite gradient is skipped and counted.
         """
         for master in self.masters:
             if master.grad is None:
@@ -72,7 +75,7 @@ class MasterAdamW:
     @torch.no_grad()
     def _copy_to_model(self) -> None:
         if self.masters is not self.weights:
-            torch._foreach_copy_(self.weights, self.masters)
+            copy_all(self.weights, self.masters)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint needs: the masters, and the moments and update counts of each."""
@@ -103,7 +106,7 @@ class MasterAdamW:
         self._copy_to_model()
 
 
-def _move_gradient_to(master: nn.Parameter):
+def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     def hook(weight: Tensor) -> None:
         assert weight.grad is not None
         if master.grad is None:

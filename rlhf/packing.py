@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from rlhf.typed import integers
 from rlhf.types import Experience
 
 
@@ -55,7 +57,7 @@ class Microbatch:
 
 
 def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> Packed:
-    """Packs groups one after another; `completions[i]` are those of `prompts[i]`. No prompt or completion is empty."""
+    """Packs groups one after another; `completions[i]` are those of `prompts[i]`. None of them is empty."""
     token_ids: list[Tensor] = []
     positions: list[Tensor] = []
     rows: list[Tensor] = []
@@ -76,11 +78,11 @@ def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> 
     targets = torch.cat([c for group in completions for c in group])
     device = targets.device
     return Packed(
-        torch.cat(token_ids),
-        torch.cat(positions).to(device),
-        torch.cat(rows).to(device),
-        targets,
-        tuple(spans),
+        token_ids=torch.cat(token_ids),
+        positions=torch.cat(positions).to(device),
+        rows=torch.cat(rows).to(device),
+        targets=targets,
+        spans=tuple(spans),
     )
 
 
@@ -98,12 +100,12 @@ class Unit:
 def cut(experience: Experience, groups: Sequence[int], budget: int, *, share: bool) -> list[Unit]:
     """Groups as units of at most `budget` tokens.
 
-    A larger group is cut between sequences (its prompt repeated), as is every group where prompts are not to be
-    shared; a single sequence of more than `budget` tokens is a unit of its own.
+    A larger group is cut between sequences (its prompt repeated), as is every group where prompts are not to
+    be shared; a single sequence of more than `budget` tokens is a unit of its own.
     """
-    lengths = torch.bincount(experience.sequence, minlength=len(experience.group)).tolist()
+    lengths = _lengths(experience)
     members: dict[int, list[int]] = {g: [] for g in groups}
-    for sequence, group in enumerate(experience.group.tolist()):
+    for sequence, group in enumerate(integers(experience.group)):
         if group in members:
             members[group].append(sequence)
     units: list[Unit] = []
@@ -146,24 +148,28 @@ def microbatches(
 
     `share` says whether the model computes a prompt once a group, or once a sequence.
     """
-    lengths = torch.bincount(experience.sequence, minlength=len(experience.group))
-    starts = [0, *lengths.cumsum(0).tolist()]
-    sizes = lengths.tolist()
+    lengths = _lengths(experience)
+    starts = [0, *accumulate(lengths)]
     for units in fill(cut(experience, groups, budget, share=share), budget):
         index = torch.cat([torch.arange(starts[u.first], starts[u.last]) for u in units])
         completions = [
-            list(experience.token_ids[starts[u.first] : starts[u.last]].split(sizes[u.first : u.last]))
+            torch.split(experience.token_ids[starts[u.first] : starts[u.last]], lengths[u.first : u.last])
             for u in units
         ]
         packed = pack([experience.prompts[u.group] for u in units], completions)
         yield Microbatch(packed, index.to(experience.token_ids.device))
 
 
+def _lengths(experience: Experience) -> list[int]:
+    """Tokens of each sequence."""
+    return integers(torch.bincount(experience.sequence, minlength=len(experience.group)))
+
+
 def padded(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     """The same groups as one right-padded row a sequence: token ids and attention mask `[S, L]`, rows `[N]`.
 
-    The slow form, for models whose attention cannot share a prefix, and the specification of the packed one. `rows`
-    index the flattened `[S * L]` hidden states.
+    The slow form, for models whose attention cannot share a prefix, and the specification of the packed one.
+    `rows` index the flattened `[S * L]` hidden states.
     """
     sequences: list[Tensor] = []
     prompts: list[int] = []

@@ -14,8 +14,8 @@ from typing import Any
 def load_object(spec: str) -> Any:
     """Imports the module or file of `spec` and returns the object named behind the colon.
 
-    Raises ValueError when the spec has no colon, the module or file does not exist, or it has no such name (its
-    nearest neighbour is named). An exception of the imported code itself is passed on.
+    Raises ValueError when the spec has no colon, the module or file does not exist, or it has no such name
+    (its nearest neighbour is named). An exception of the imported code itself is passed on.
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:

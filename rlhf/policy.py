@@ -1,31 +1,36 @@
 """The actor and its frozen reference: packed groups in, statistics of every completion token out.
 
 The language-model head is never called: hidden states of the completion rows and the head's weight go to
-`token_stats`, which returns log-prob, entropy and KL without the logits. `Policy.load` checks on a few tokens that
-this gives what the model's own forward gives, so a model with a head of its own kind is refused, not mistrained.
+`token_stats`, which returns log-prob, entropy and KL without the logits. `Policy.load` checks on a few tokens
+that this gives what the model's own forward gives: another kind of head is refused, not mistrained.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from rlhf.attention import SHARED_PREFIX
 from rlhf.config import ModelConfig
 from rlhf.kernels.token_stats import TokenStats, token_stats
 from rlhf.packing import Packed, pack, padded
+from rlhf.pretrained import (
+    ModelError,
+    attention_of,
+    checkpoint_activations,
+    head_of,
+    load_model,
+    set_attention,
+    takes_attention,
+    text_settings,
+)
 
 log = logging.getLogger(__name__)
-
-
-class ModelError(ValueError):
-    """The model cannot be loaded or trained as asked. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +43,12 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head:
-        module = model.get_output_embeddings()
+        module = head_of(model)
         if not isinstance(module, nn.Linear):
             raise ModelError(
                 f"{type(model).__name__} has no linear language-model head, got {type(module).__name__}"
             )
-        settings = model.config.get_text_config().to_dict()
+        settings = text_settings(model.config)
         scale = settings.get("logit_scale") or 1.0 / (settings.get("logits_scaling") or 1.0)
         return cls(module, settings.get("final_logit_softcapping"), scale)
 
@@ -51,28 +56,24 @@ class Head:
 class Policy:
     """A causal language model and how packed groups go through it.
 
-    `shared_prefix`: the prompt of a group is computed once (rlhf/attention.py); otherwise every sequence is a padded
-    row of its own, which any causal model can do.
+    `shared_prefix`: the prompt of a group is computed once (rlhf/attention.py); otherwise every sequence is a
+    padded row of its own, which any causal model can do.
     """
 
     def __init__(self, model: PreTrainedModel, *, shared_prefix: bool) -> None:
         self.model = model
         self.head = Head.of(model)
-        self._own_attention = model.config._attn_implementation
+        self._own_attention = attention_of(model)
         self.shared_prefix = shared_prefix
 
     @classmethod
     def load(cls, section: ModelConfig, path: str, device: torch.device) -> Policy:
-        """Loads the weights in float32 (the optimizer's master copy is made from them) and checks the forward.
+        """Loads the weights in float32 (the optimizer makes its masters from them) and checks the forward.
 
-        Raises ModelError: the model cannot be loaded, its head is of another kind, or shared-prefix packing was asked
-        for and the model cannot do it (the reason is named).
+        Raises ModelError: the model cannot be loaded, its head is of another kind, or shared-prefix packing
+        was asked for and the model cannot do it (the reason is named).
         """
-        try:
-            model = AutoModelForCausalLM.from_pretrained(local_or_hub(path), dtype=torch.float32)
-        except OSError as error:
-            raise ModelError(f"{path} cannot be loaded: {error}") from error
-        model = model.to(device).eval()
+        model = load_model(path, device)
         without_dropout(model)
         reason = why_no_shared_prefix(model)
         policy = cls(model, shared_prefix=section.packing != "padded" and reason is None)
@@ -95,9 +96,9 @@ class Policy:
 
     @shared_prefix.setter
     def shared_prefix(self, shared: bool) -> None:
-        """Stays set between passes: a checkpointed backward runs the forward, and with it the attention, again."""
+        """Stays set between passes: a checkpointed backward runs the forward, attention included, again."""
         self._shared_prefix = shared
-        self.model.set_attn_implementation(SHARED_PREFIX if shared else self._own_attention)
+        set_attention(self.model, SHARED_PREFIX if shared else self._own_attention)
 
     def freeze(self, dtype: torch.dtype) -> None:
         """Makes a reference of it: no gradient, weights in the compute type."""
@@ -106,8 +107,8 @@ class Policy:
             parameter.data = parameter.data.to(dtype)
 
     def checkpoint_activations(self) -> None:
-        """Trades a second forward for the memory of activations. Training mode differs in nothing else: no dropout."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        """Trades a second forward for the memory of activations. Training mode does no more: no dropout."""
+        checkpoint_activations(self.model)
         self.model.train()
 
     def hidden(self, packed: Packed) -> Tensor:
@@ -128,9 +129,9 @@ class Policy:
     def statistics(
         self, packed: Packed, *, temperature: float, want: tuple[str, ...], reference: Policy | None = None
     ) -> TokenStats:
-        """Per-token statistics `[N]` at `temperature`, of the whole vocabulary; with gradient if it is enabled.
+        """Per-token statistics `[N]` at `temperature`, of the whole vocabulary, with gradient if enabled.
 
-        With a `reference`, also its log-prob and, where wanted, the exact KL against it (no gradient into it).
+        With a `reference`, also its log-prob and, where wanted, the exact KL (no gradient into it).
         """
         head = self.head
         against: dict[str, Any] = {}
@@ -154,27 +155,6 @@ class Policy:
         )
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Raises ModelError when there is none at `path`."""
-    try:
-        return AutoTokenizer.from_pretrained(local_or_hub(path))
-    except OSError as error:
-        raise ModelError(f"{path} has no tokenizer that can be loaded: {error}") from error
-
-
-def local_or_hub(path: str) -> str:
-    """A folder that exists, or a hub name as it is. Raises ModelError for what looks like a folder and is none."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"{folder} is no model folder of the Hugging Face layout: it has no config.json")
-        return str(folder)
-    if path.startswith(("/", "~", ".")) or path.count("/") > 1:
-        hint = " Make it with: python -m rlhf.small_model" if folder.name.startswith("SmolLM2") else ""
-        raise ModelError(f"there is no model folder {folder}.{hint}")
-    return path
-
-
 def without_dropout(model: PreTrainedModel) -> None:
     """Log-probs before and after an update must be those of one function."""
     for module in model.modules():
@@ -186,7 +166,7 @@ def without_dropout(model: PreTrainedModel) -> None:
 
 def why_no_shared_prefix(model: PreTrainedModel) -> str | None:
     """The reason why a model's attention cannot be replaced by the shared-prefix one; None when it can."""
-    settings = model.config.get_text_config().to_dict()
+    settings = text_settings(model.config)
     others = set(settings.get("layer_types") or ()) - {"full_attention"}
     if others:
         return f"it has layers of kind {', '.join(sorted(others))}"
@@ -194,7 +174,7 @@ def why_no_shared_prefix(model: PreTrainedModel) -> str | None:
         return f"it attends to a sliding window of {settings['sliding_window']} tokens"
     if settings.get("attn_logit_softcapping"):
         return "it caps attention logits"
-    if not model._supports_attention_backend:
+    if not takes_attention(model):
         return f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
     return None
 
@@ -203,10 +183,10 @@ def why_no_shared_prefix(model: PreTrainedModel) -> str | None:
 def forward_error(policy: Policy) -> str | None:
     """Compares `policy` with the model's own full forward on a few tokens; None when they agree.
 
-    The scale of a real difference is what changing the prompt's first token does to the log-probs: they agree when
-    they differ by less than a hundredth of that.
+    The scale of a real difference is what changing the prompt's first token does to the log-probs: they agree
+    when they differ by less than a hundredth of that.
     """
-    ids = torch.arange(2, 14, device=policy.model.device) % policy.model.config.get_text_config().vocab_size
+    ids = torch.arange(2, 14, device=policy.model.device) % policy.head.module.out_features
     prompt, completions = ids[:5], [ids[5:12], ids[4:7]]
     got = policy.statistics(pack([prompt], [completions]), temperature=1.0, want=("logprob",)).logprob
     assert got is not None
@@ -215,11 +195,9 @@ def forward_error(policy: Policy) -> str | None:
     elsewhere = _full_forward(policy.model, torch.cat([ids[8:9], prompt[1:]]), completions)
     policy.shared_prefix = shared
     signal, error = (elsewhere - want).abs().max().item(), (got - want).abs().max().item()
-    return (
-        None
-        if error <= 0.01 * signal + 1e-5
-        else f"by {error:.2g} nats, where another prompt makes {signal:.2g}"
-    )
+    if error <= 0.01 * signal + 1e-5:
+        return None
+    return f"by {error:.2g} nats, where another prompt makes {signal:.2g}"
 
 
 def _full_forward(model: PreTrainedModel, prompt: Tensor, completions: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Everything that can be known before weights are loaded: tokenizer, datasets, rewards, the model's own limits.
+"""Everything that can be known before weights are loaded: tokenizer, datasets, rewards, the model's limits.
 
 The trainer begins with it and `rlhf check` is nothing else, so what passes the check starts.
 """
@@ -9,12 +9,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.config import Config, ConfigError
 from rlhf.data import PromptDataset, load_prompts
-from rlhf.policy import load_tokenizer, local_or_hub
+from rlhf.pretrained import eos_token_ids, load_model_config, load_tokenizer, local_or_hub, text_settings
 from rlhf.rewards import Rewards, RewardSpec
 
 
@@ -32,15 +32,16 @@ class Inputs:
 
 
 def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
-    """Raises ConfigError (or the ValueError of the part that is wrong) with what was expected and what came."""
+    """Raises ConfigError, or the ValueError of the part that is wrong: what was expected and what came."""
     if config.rollout.prompts_per_step < world_size:
         raise ConfigError(
-            f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, fewer than the {world_size} ranks"
+            f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, fewer than "
+            f"the {world_size} ranks"
         )
     algorithm = config.build_algorithm()
     _check_sampling(config, algorithm)
     tokenizer = load_tokenizer(config.model.path)
-    model: PretrainedConfig = AutoConfig.from_pretrained(local_or_hub(config.model.path))
+    model = load_model_config(config.model.path)
     if config.model.reference is not None:
         local_or_hub(config.model.reference)
     _check_lengths(config, model)
@@ -68,41 +69,32 @@ def _check_sampling(config: Config, algorithm: Algorithm) -> None:
     rollout = config.rollout
     if (rollout.top_p < 1.0 or rollout.top_k > 0) and algorithm.mismatch.kind != "none":
         raise ConfigError(
-            f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k} truncate the distribution, so the "
-            f"engine's log-probs are not comparable with the learner's: algorithm.mismatch.kind = "
-            f"{algorithm.mismatch.kind} would correct for the truncation, not for a mismatch. Sample with top_p=1 "
-            "and top_k=0, or set algorithm.mismatch.kind=none"
+            f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k} truncate the distribution, so "
+            "the engine's log-probs are not comparable with the learner's: algorithm.mismatch.kind = "
+            f"{algorithm.mismatch.kind} would correct for the truncation, not for a mismatch. Sample with "
+            "top_p=1 and top_k=0, or set algorithm.mismatch.kind=none"
         )
 
 
 def _check_lengths(config: Config, model: PretrainedConfig) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    limit = model.get_text_config().to_dict().get("max_position_embeddings")
+    limit = text_settings(model).get("max_position_embeddings")
     if limit is not None and longest > limit:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but {config.model.path} has "
-            f"positions for {limit} tokens"
+            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but {config.model.path} "
+            f"has positions for {limit} tokens"
         )
 
 
 def _eos_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokenizer's and the model's own end-of-sequence tokens. Raises ConfigError when there is none at all."""
-    try:
-        own = GenerationConfig.from_pretrained(local_or_hub(config.model.path)).eos_token_id
-    except OSError:
-        own = (
-            AutoConfig.from_pretrained(local_or_hub(config.model.path))
-            .get_text_config()
-            .to_dict()
-            .get("eos_token_id")
-        )
-    ids = {*([own] if isinstance(own, int) else own or ()), *config.rollout.stop_token_ids}
+    """The end-of-sequence tokens of tokenizer and model. Raises ConfigError when there is none at all."""
+    ids = eos_token_ids(config.model.path).union(config.rollout.stop_token_ids)
     if isinstance(tokenizer.eos_token_id, int):
         ids.add(tokenizer.eos_token_id)
     if not ids:
         raise ConfigError(
-            f"{config.model.path} has no end-of-sequence token; set rollout.stop_token_ids, or every completion "
-            "is cut at its limit"
+            f"{config.model.path} has no end-of-sequence token; set rollout.stop_token_ids, or every "
+            "completion is cut at its limit"
         )
     return tuple(sorted(ids))
 
@@ -127,8 +119,8 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     yield f"held out     {held_out}"
     yield f"rewards      {', '.join(f'{f.path} x {f.weight:g}' for f in config.reward.functions)}"
     yield (
-        f"a step       {rollout.prompts_per_step} prompts x {rollout.group_size} = {samples} completions of at most "
-        f"{rollout.max_completion_tokens} tokens on {world_size} rank(s)"
+        f"a step       {rollout.prompts_per_step} prompts x {rollout.group_size} = {samples} completions of "
+        f"at most {rollout.max_completion_tokens} tokens on {world_size} rank(s)"
     )
     updates = learner.epochs * learner.minibatches
     yield (
@@ -136,7 +128,10 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         f"microbatches of at most {learner.microbatch_tokens} tokens"
     )
     passes = config.steps * rollout.prompts_per_step / len(inputs.train)
-    yield f"the run      {config.steps} steps, {config.steps * samples} completions, {passes:.1f} passes over the data"
+    yield (
+        f"the run      {config.steps} steps, {config.steps * samples} completions, "
+        f"{passes:.1f} passes over the data"
+    )
     yield f"run folder   {config.run_dir}"
     yield from (f"warning      {text}" for text in warnings(config, inputs))
 
@@ -151,4 +146,5 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
             "some are drawn twice"
         )
     if inputs.train.skipped > len(inputs.train):
-        yield f"{inputs.train.skipped} prompts are skipped as too long, more than are left ({len(inputs.train)})"
+        left = len(inputs.train)
+        yield f"{inputs.train.skipped} prompts are skipped as too long, more than are left ({left})"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -46,7 +46,7 @@ class Trainer:
     def run(self) -> None:
         """Trains from the start or the last checkpoint to the last step, or until interrupted.
 
-        Raises RunFolderError, ModelError, CheckpointError, RewardError, SyncError; the message says what to do.
+        Raises RunFolderError, ModelError, CheckpointError, RewardError or SyncError, which say what to do.
         """
         with world() as self.world, self._folder_claimed(), self._monitored() as self.monitor:
             with self.monitor.phase("load"):
@@ -88,9 +88,8 @@ class Trainer:
         dtype = getattr(torch, config.model.dtype)
         self.reference = None
         if algorithm.needs_reference:
-            self.reference = Policy.load(
-                config.model, config.model.reference or config.model.path, self.world.device
-            )
+            path = config.model.reference or config.model.path
+            self.reference = Policy.load(config.model, path, self.world.device)
             self.reference.freeze(dtype)
         self.optimizer = MasterAdamW(self.policy.model, dtype, config.learner, config.steps)
         if config.model.gradient_checkpointing:
@@ -186,9 +185,8 @@ class Trainer:
             )
 
     def _resume(self) -> None:
-        newest = (
-            checkpoint.latest(self.folder.checkpoints) if self.config.checkpoint.resume == "auto" else None
-        )
+        resume = self.config.checkpoint.resume == "auto"
+        newest = checkpoint.latest(self.folder.checkpoints) if resume else None
         if newest is not None:
             saved = checkpoint.load(newest, device=self.world.device)
             self.optimizer.load(saved.tensors)
@@ -204,8 +202,8 @@ class Trainer:
         """The step under way is given up; it is repeated, the same, when the run is resumed."""
         self._save()
         self.monitor.note(
-            f"stopped after step {self.steps_done} of {self.config.steps}; everything is saved in {self.folder.path}. "
-            "Continue with checkpoint.resume=auto"
+            f"stopped after step {self.steps_done} of {self.config.steps}; everything is saved in "
+            f"{self.folder.path}. Continue with checkpoint.resume=auto"
         )
 
     def _finish(self) -> None:
@@ -218,7 +216,7 @@ class Trainer:
         self.monitor.note(closing_summary(self.folder))
 
     @contextmanager
-    def _folder_claimed(self) -> Iterator[None]:
+    def _folder_claimed(self) -> Generator[None]:
         if not self.world.is_main:
             yield
             return
@@ -226,7 +224,7 @@ class Trainer:
             yield
 
     @contextmanager
-    def _monitored(self) -> Iterator[Monitor]:
+    def _monitored(self) -> Generator[Monitor]:
         if not self.world.is_main:
             yield Monitor.silent()
             return

@@ -74,7 +74,7 @@ class Prompt:
 class Completion:
     """What an engine returns for one sample of a request.
 
-    Example: `Completion("train.jsonl:7", 0, (40, 2), (-0.1, -0.5), FinishReason.STOP, (VersionSpan(3, 0, 2),))`.
+    Example: `Completion("x:7", 0, (40, 2), (-0.1, -0.5), FinishReason.STOP, (VersionSpan(3, 0, 2),))`.
     """
 
     prompt_id: str
@@ -87,10 +87,8 @@ class Completion:
     versions: tuple[VersionSpan, ...]
 
     def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.rollout_logprobs), (
-            len(self.token_ids),
-            len(self.rollout_logprobs),
-        )
+        lengths = len(self.token_ids), len(self.rollout_logprobs)
+        assert lengths[0] == lengths[1], lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +202,9 @@ class Experience:
 class AdvantageInputs:
     """What an advantage function sees: scored sequences of whole groups, and their tokens.
 
-    `rewards` `[S]`, `objectives` `[S, K]`, `group` `[S]` (0..P-1, contiguous), `token_penalty` `[N]` (what a KL in
-    the reward takes off each token, zeros without one), `sequence` `[N]`, `loss_mask` `[N]`, `values` `[N]` or None.
-    `all_sum` adds a tensor up over the ranks (the identity on one rank).
+    `rewards` `[S]`, `objectives` `[S, K]`, `group` `[S]` (0..P-1, contiguous), `token_penalty` `[N]` (what a
+    KL in the reward takes off each token, zeros without one), `sequence` `[N]`, `loss_mask` `[N]`, `values`
+    `[N]` or None. `all_sum` adds a tensor up over the ranks (the identity on one rank).
     """
 
     rewards: Tensor
@@ -222,11 +220,11 @@ class AdvantageInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What a loss sees of one microbatch. All `[N]`; only `logprobs`, `entropy` and `exact_kl` carry gradient."""
+    """What a loss sees of one microbatch. All `[N]`; `logprobs`, `entropy` and `exact_kl` carry gradient."""
 
     logprobs: Tensor
     entropy: Tensor
-    """Of the whole vocabulary, in nats; without gradient unless the algorithm's entropy coefficient is not 0."""
+    """Of the whole vocabulary, in nats; with gradient if the algorithm's entropy coefficient is not 0."""
     exact_kl: Tensor | None
     """KL(policy || reference) of the whole vocabulary, when the algorithm asks for it."""
     old_logprobs: Tensor

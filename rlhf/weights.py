@@ -1,8 +1,8 @@
-"""Learner -> engine: every weight sync ends with a probe of what the engine really does with the weights it holds.
+"""Learner -> engine: every weight sync ends with a probe of what the engine does with the weights it holds.
 
-The engine decodes a few tokens on a fixed prompt, with the run's temperature; the learner scores the same tokens. The
-two log-probs must agree within the rounding of the compute type, or the run stops: a stale head, a skipped layer or
-another temperature would otherwise train on samples of a policy that does not exist.
+The engine decodes a few tokens on a fixed prompt, with the run's temperature; the learner scores the same
+tokens. The two log-probs must agree within the rounding of the compute type, or the run stops: a stale head,
+a skipped layer or another temperature would otherwise train on samples of a policy that does not exist.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class WeightSync:
             raise SyncError(
                 f"{type(engine).__name__} at version {version}: its log-probs differ from the learner's by "
                 f"{difference:.3g} nats in the mean over {PROBE_TOKENS} tokens (rollout.sync_tolerance is "
-                f"{self.tolerance:.3g}); it does not hold the weights it was given, or samples from them differently"
+                f"{self.tolerance:.3g}); it does not hold the weights it was given, or samples from them "
+                "differently"
             )
         return report
 

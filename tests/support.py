@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -48,7 +48,8 @@ def make_exact(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__.endswith("RMSNorm"):
-                setattr(module, name, ExactRMSNorm(child.weight, float(child.variance_epsilon)))
+                weight, eps = child.get_parameter("weight"), cast(float, child.variance_epsilon)
+                setattr(module, name, ExactRMSNorm(weight, eps))
 
 
 def group(

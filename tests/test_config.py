@@ -198,5 +198,5 @@ def test_an_algorithm_of_a_users_file_is_configured_like_the_others(tmp_path: Pa
     )
     config = make_config(settings(algorithm={"name": f"{file}:mine", "strength": 0.3}))
     assert not config.build_algorithm().needs_reference
-    with pytest.raises(ConfigError, match="did you mean algorithm.strength"):
+    with pytest.raises(ConfigError, match=r"did you mean algorithm\.strength"):
         make_config(settings(algorithm={"name": f"{file}:mine", "strenght": 0.3}))

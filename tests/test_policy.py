@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf import attention
 from rlhf.config import ModelConfig
 from rlhf.packing import Packed, pack
-from rlhf.policy import ModelError, Policy, forward_error
+from rlhf.policy import Policy, forward_error
+from rlhf.pretrained import ModelError
 from tests.support import ALONE, policy_of
 
 
@@ -96,7 +97,11 @@ def test_a_softcapped_model_with_sliding_windows_is_padded_and_right(tiny_model:
 def test_a_head_of_another_kind_is_noticed(tiny_model_dir: Path):
     policy = policy_of(tiny_model_dir)
     assert forward_error(policy) is None
-    policy.head.module.register_forward_hook(lambda module, inputs, output: output * 1.1)
+
+    def louder(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output * 1.1
+
+    policy.head.module.register_forward_hook(louder)
     assert forward_error(policy) is not None
 
 

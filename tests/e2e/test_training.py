@@ -1,4 +1,4 @@
-"""Whole runs of a two-layer model: every algorithm raises the reward; a stopped run goes on as if it had not been."""
+"""Whole runs of a two-layer model: each algorithm raises the reward; a stopped run goes on where it was."""
 
 from __future__ import annotations
 

@@ -1,0 +1,98 @@
+"""What transformers is asked for, with types: models, tokenizers, their settings, and how a model attends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# its annotations are too incomplete for a strict check
+_transformers: Any = transformers
+
+
+class ModelError(ValueError):
+    """The model cannot be loaded or trained as asked. The message says why."""
+
+
+def load_model(path: str, device: torch.device) -> PreTrainedModel:
+    """In float32 and evaluation mode. Raises ModelError when there is no causal language model at `path`."""
+    try:
+        model = _transformers.AutoModelForCausalLM.from_pretrained(local_or_hub(path), dtype=torch.float32)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    return model.to(device).eval()
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Raises ModelError when there is none at `path`."""
+    try:
+        return _transformers.AutoTokenizer.from_pretrained(local_or_hub(path))
+    except OSError as error:
+        raise ModelError(f"{path} has no tokenizer that can be loaded: {error}") from error
+
+
+def load_model_config(path: str) -> PretrainedConfig:
+    return _transformers.AutoConfig.from_pretrained(local_or_hub(path))
+
+
+def local_or_hub(path: str) -> str:
+    """A folder that exists, or a hub name as it is. Raises ModelError for a folder that is none."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} is no model folder of the Hugging Face layout: it has no config.json")
+        return str(folder)
+    if path.startswith(("/", "~", ".")) or path.count("/") > 1:
+        hint = " Make it with: python -m rlhf.small_model" if folder.name.startswith("SmolLM2") else ""
+        raise ModelError(f"there is no model folder {folder}.{hint}")
+    return path
+
+
+def text_settings(config: Any) -> dict[str, Any]:
+    """The settings of a model's language part, by name; a model of text alone has no other."""
+    return config.get_text_config().to_dict()
+
+
+def eos_token_ids(path: str) -> set[int]:
+    """Where the model at `path` ends a completion by its own account; it may say nothing."""
+    try:
+        own = _transformers.GenerationConfig.from_pretrained(local_or_hub(path)).eos_token_id
+    except OSError:
+        own = text_settings(load_model_config(path)).get("eos_token_id")
+    return {own} if isinstance(own, int) else set(own or ())
+
+
+def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """Text without the special tokens."""
+    return tokenizer.decode(list(token_ids), skip_special_tokens=True)
+
+
+def head_of(model: Any) -> nn.Module | None:
+    return model.get_output_embeddings()
+
+
+def checkpoint_activations(model: Any) -> None:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def register_attention(name: str, function: Callable[..., tuple[Tensor, None]]) -> None:
+    _transformers.AttentionInterface.register(name, function)
+
+
+def attention_of(model: Any) -> str:
+    """The name under which the model's attention is registered; there is no public way to ask for it."""
+    return model.config._attn_implementation
+
+
+def set_attention(model: Any, name: str) -> None:
+    model.set_attn_implementation(name)
+
+
+def takes_attention(model: Any) -> bool:
+    """Whether the model takes its attention from transformers' AttentionInterface."""
+    return model._supports_attention_backend

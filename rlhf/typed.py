@@ -1,0 +1,31 @@
+"""Calls of torch whose own annotations are incomplete, each with the types it is used with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_torch: Any = torch
+
+
+def integers(tensor: Tensor) -> list[int]:
+    """The elements of an integer tensor `[n]`, on the host."""
+    return _torch.Tensor.tolist(tensor)
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source into its target, whatever their types, in a few kernels for all of them."""
+    _torch._foreach_copy_(list(targets), list(sources))
+
+
+def after_gradient(weight: Tensor, hook: Callable[[Tensor], None]) -> None:
+    """Has `hook(weight)` called whenever a backward pass has added to `weight.grad`."""
+    _torch.Tensor.register_post_accumulate_grad_hook(weight, hook)
+
+
+def run_numbers(tensor: Tensor) -> Tensor:
+    """Numbers the runs of equal elements: `7 7 3 3 3 9` -> `0 0 1 1 1 2`."""
+    return _torch.unique_consecutive(tensor, return_inverse=True)[1]
