@@ -9,7 +9,7 @@ generator. splitmix64 is the generator of Steele, Lea and Flood (OOPSLA 2014): a
 constant, finalised by two multiply-xorshift rounds. Where this differs from the usual way of sampling:
 
 1. One uniform a token and the inverse of the CDF, not V Gumbel or exponential variables.
-2. The CDF is summed in two levels (blocks of `BLOCK` tokens, then within the block drawn), both in float64.
+2. The CDF is cumulated in two levels, in float64: blocks of `BLOCK` tokens, then within the block drawn.
 3. Ties at the edge of top-k or top-p are kept together, so that no order of a sort matters.
 """
 
