@@ -15,12 +15,25 @@ from rlhf.config import LearnerConfig, ModelConfig, make_config
 from rlhf.distributed import World
 from rlhf.experience import ExperienceBuilder
 from rlhf.learner import Learner
+from rlhf.metrics import Max, Mean, Metrics, Sum
 from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy
 from rlhf.trainer import Trainer
 from rlhf.types import FinishReason, Group, Prompt, Trajectory, VersionSpan
 
 ALONE = World(0, 1, torch.device("cpu"))
+STEP: Metrics = {
+    "reward/mean": Mean(3.0, 4),
+    "reward/std": Mean(0.5),
+    "kl/ref": Mean(0.0021),
+    "entropy": Mean(1.32),
+    "length/mean": Mean(98.0, 10),
+    "length/truncated": Mean(3.0, 100),
+    "throughput/tokens_per_second": Sum(412.0),
+    "memory/peak_gib": Max(3.5),
+    "time/step": Mean(11.2),
+}
+"""What a step measures, as a display shows it."""
 
 
 class ExactRMSNorm(nn.Module):

@@ -13,24 +13,13 @@ from typing import Any
 
 import pytest
 
-from rlhf.metrics import Max, Mean, Partial, Sum
+from rlhf.metrics import Mean
 from rlhf.monitor import Monitor
 from rlhf.progress import Display, Nothing
 from rlhf.run_folder import RunFolder
 from rlhf.sinks import Sink, make_sink
 from rlhf.types import FinishReason, Group, Prompt, Trajectory, VersionSpan
-
-METRICS: dict[str, Partial] = {
-    "reward/mean": Mean(3.0, 4),
-    "reward/std": Mean(0.5),
-    "kl/ref": Mean(0.0021),
-    "entropy": Mean(1.32),
-    "length/mean": Mean(98.0, 10),
-    "length/truncated": Mean(3.0, 100),
-    "throughput/tokens_per_second": Sum(412.0),
-    "memory/peak_gib": Max(3.5),
-    "time/step": Mean(11.2),
-}
+from tests.support import STEP
 
 
 class Heard(Nothing):
@@ -55,7 +44,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def test_a_step_is_one_line_of_averages(tmp_path: Path) -> None:
     with monitor(tmp_path) as m:
-        m.log(1, METRICS)
+        m.log(1, STEP)
         m.log(2, {"reward/mean": Mean(1.0), "clip_fraction": Mean(0.0, 0.0), "grad_norm": Mean(math.inf)})
         first, second = lines(tmp_path / "metrics.jsonl")
     assert first["step"] == 1 and first["reward/mean"] == 0.75 and first["length/mean"] == 9.8
@@ -187,7 +176,7 @@ def test_a_sink_that_fails_is_named_once_and_the_run_goes_on(tmp_path: Path) -> 
     heard, sink = Heard(), Failing()
     with monitor(tmp_path, sinks=[sink], display=heard) as m:
         for step in (1, 2, 3):
-            m.log(step, METRICS)
+            m.log(step, STEP)
     assert sink.steps == [1]
     assert heard.said == [
         "warning: Failing failed and is left out from here on: ConnectionError: no route to host"
@@ -219,14 +208,14 @@ def files_no_larger_than(limit: int) -> Iterator[None]:
 def test_lines_that_a_full_disk_refused_are_written_when_there_is_room_again(tmp_path: Path) -> None:
     heard = Heard()
     with monitor(tmp_path, display=heard) as m:
-        m.log(1, METRICS)
+        m.log(1, STEP)
         size = (tmp_path / "metrics.jsonl").stat().st_size
         # room for a part of the next line: what was written of it must not stay
         with files_no_larger_than(size + 20):
-            m.log(2, METRICS)
-            m.log(3, METRICS)
+            m.log(2, STEP)
+            m.log(3, STEP)
             assert (tmp_path / "metrics.jsonl").stat().st_size == size
-        m.log(4, METRICS)
+        m.log(4, STEP)
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert len(heard.said) == 1 and "metrics.jsonl cannot be written" in heard.said[0]
 
@@ -235,8 +224,8 @@ def test_lines_that_never_got_room_are_counted_at_the_end(tmp_path: Path) -> Non
     heard = Heard()
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with monitor(tmp_path, display=heard) as m:
-        m.log(1, METRICS)
-        m.log(2, METRICS)
+        m.log(1, STEP)
+        m.log(2, STEP)
     assert "No space left on device" in heard.said[0]
     assert heard.said[1:] == [f"warning: 2 lines are missing at the end of {tmp_path / 'metrics.jsonl'}"]
 
@@ -272,7 +261,7 @@ def test_a_silent_monitor_writes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with Monitor.silent() as m:
         with m.phase("rollout"):
             m.samples(1, [group("a")])
-        m.log(1, METRICS)
+        m.log(1, STEP)
         m.warn("nobody hears this")
     assert list(tmp_path.iterdir()) == []
 

@@ -13,32 +13,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rlhf.metrics import Max, Mean, Partial, Sum
+from rlhf.metrics import Mean
 from rlhf.monitor import Monitor
 from rlhf.progress import Course, Lines, Panels, duration, open_display, sparkline
 from rlhf.run_folder import RunFolder
-
-METRICS: dict[str, Partial] = {
-    "reward/mean": Mean(3.0, 4),
-    "reward/std": Mean(0.5),
-    "kl/ref": Mean(0.0021),
-    "entropy": Mean(1.32),
-    "length/mean": Mean(98.0, 10),
-    "length/truncated": Mean(3.0, 100),
-    "throughput/tokens_per_second": Sum(412.0),
-    "memory/peak_gib": Max(3.5),
-    "time/step": Mean(11.2),
-}
+from tests.support import STEP
 
 
 def test_without_a_terminal_a_step_is_one_aligned_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     with Monitor.start(RunFolder(tmp_path), sinks=[], total_steps=20, samples_per_step=0, settings={}) as m:
-        m.log(3, METRICS)
+        m.log(3, STEP)
         m.warn("look out")
         m.note("checkpoint of step 3")
-        m.log(10, METRICS | {"length/truncated": Mean(0.0)})
+        m.log(10, STEP | {"length/truncated": Mean(0.0)})
     third, warning, note, tenth = capsys.readouterr().out.splitlines()
     expected = (
         "step  3/20  reward 0.750  kl 0.0021  entropy 1.32  length 9.8  truncated 3%  412 tok/s  11.2 s  eta "
@@ -66,7 +55,7 @@ def screen(width: int, steps: int, phase: str | None = None) -> str:
     console = Console(file=io.StringIO(), width=width, height=30, force_terminal=True, color_system=None)
     panel = Panels(Course("runs/quickstart", 40), console)
     for step in range(1, steps + 1):
-        values = {name: float(partial.value) for name, partial in METRICS.items()}
+        values = {name: float(partial.value) for name, partial in STEP.items()}
         panel.advance(
             step,
             values | {"reward/mean": step / 40, "time/eval": 9.9, "time/rollout": 6.1, "time/learn": 4.2},
