@@ -194,10 +194,10 @@ def main() -> None:
     }
     for length in options.prompt_tokens:
         result["rows"] += measure(contenders, prompts_of(tokenizer, length), options.repeats)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
