@@ -23,7 +23,7 @@ class PackedLinears:
     def __init__(self, model: nn.Module) -> None:
         # subclasses, and layers whose forward somebody has replaced, do more than a product
         linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
-        self._linears = [linear for linear in linears if _can_pack(linear.weight)]
+        self._linears = [linear for linear in linears if can_pack(linear.weight)]
         self._forwards: dict[nn.Linear, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
 
     @contextmanager
@@ -54,10 +54,12 @@ def _product(packed: Tensor, linear: nn.Linear, x: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, linear.bias, "none", [], "")
 
 
-def _can_pack(weight: Tensor) -> bool:
+def can_pack(weight: Tensor) -> bool:
+    """Whether oneDNN computes with this weight in bfloat16, and it is a plain tensor."""
     return (
         type(weight) is nn.Parameter
         and weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
