@@ -23,6 +23,9 @@ from rlhf.kernels.token_stats.rows import Coefficients, Scratch, Tile, Upstream,
 from rlhf.kernels.token_stats.state import empty_state
 
 
+COLLECTED_COLUMNS = 8192
+
+
 @runtime_checkable
 class RowKernels(Protocol):
     """The work on one tile that is not a matmul."""
@@ -136,7 +139,7 @@ def backward(
     factor = None
     if problem.policy.hidden.dtype is torch.float16 and cut.count:
         coefficients, factor = rows.magnified(coefficients, upstream)
-    sums = _Sums(problem.policy, policy.hidden, needs, group, factor)
+    sums = _Sums(problem.policy, needs, group, factor, columns=cut.columns)
     for left, right in cut.slices():
         weights = _Slices(policy, reference, left, right)
         for block in cut.blocks(left, right):
@@ -151,11 +154,11 @@ def backward(
                 tile,
                 coefficients.rows(block.top, block.bottom),
                 scratch=scratch,
-                dtype=policy.hidden.dtype,
+                dtype=problem.policy.hidden.dtype,
                 overwrite=not kept[0].numel(),
             )
             is_last = (block.bottom, block.right) == (cut.count, cut.vocabulary)
-            sums.add(gradient, weights.policy, block, is_last=is_last)
+            sums.add(gradient, block, is_last=is_last)
         sums.store(left, right)
     return sums.result()
 
@@ -172,9 +175,16 @@ class _Slices:
 
 
 class _Sums:
-    """The gradients as they add up over tiles: of the hidden states over slices, of the head over rows."""
+    """The gradients as they add up over tiles: of the hidden states over slices, of the head over rows.
 
-    def __init__(self, policy: Head, hidden: Tensor, needs: Needs, group: str, factor: Tensor | None) -> None:
+    The matmuls take the inputs in their own precision, as those of plain autograd do. Where such a product
+    comes out rounded (16 bits on a CPU), columns are collected for few, long products by the head.
+    """
+
+    def __init__(
+        self, policy: Head, needs: Needs, group: str, factor: Tensor | None, *, columns: int
+    ) -> None:
+        hidden = policy.hidden
         self._policy, self._hidden, self._group, self._factor = policy, hidden, group, factor
         self._d_hidden: Tensor | None = None
         self._d_weight: Tensor | None = None
@@ -188,12 +198,26 @@ class _Sums:
             self._d_bias = torch.zeros(policy.bias.shape, dtype=policy.wide, device=hidden.device)
         self._slice: Tensor | None = None
         self._sum: SumOverRanks | None = None
+        self._collected: Tensor | None = None
+        self._first_collected = 0
+        if needs.hidden and _rounds(hidden, policy.wide):
+            width = min(policy.weight.shape[0], max(COLLECTED_COLUMNS, columns))
+            self._collected = hidden.new_empty(hidden.shape[0], width)
 
-    def add(self, gradient: Tensor, weight: Tensor, block: Block, *, is_last: bool) -> None:
+    def add(self, gradient: Tensor, block: Block, *, is_last: bool) -> None:
         """Add one tile's part; with the last one the sum over ranks begins, under what is left to do."""
         height = slice(block.top, block.bottom)
         if self._d_hidden is not None:
-            _add_product(self._d_hidden[height], gradient, weight)
+            if self._collected is not None:
+                if block.right - self._first_collected > self._collected.shape[1]:
+                    self._multiply_collected(block.left)
+                start = block.left - self._first_collected
+                self._collected[height, start : start + gradient.shape[1]] = gradient
+                if is_last:
+                    self._multiply_collected(block.right)
+            else:
+                weight = self._policy.weight[block.left : block.right].to(gradient.dtype)
+                _add_product(self._d_hidden[height], gradient, weight)
             if is_last and self._group:
                 self._sum = SumOverRanks(self._d_hidden, self._group)
         if self._d_weight is not None:
@@ -204,6 +228,13 @@ class _Sums:
                 _add_product(self._slice, gradient.T, hidden)
         if self._d_bias is not None:
             self._d_bias[block.left : block.right] += gradient.sum(0, dtype=self._d_bias.dtype)
+
+    def _multiply_collected(self, right: int) -> None:
+        """Add the product of the columns collected so far, which end at `right`."""
+        assert self._collected is not None and self._d_hidden is not None
+        left, self._first_collected = self._first_collected, right
+        weight = self._policy.weight[left:right].to(self._collected.dtype)
+        _add_product(self._d_hidden, self._collected[:, : right - left], weight)
 
     def _first(self, gradient: Tensor, hidden: Tensor, block: Block) -> Tensor:
         assert self._d_weight is not None
@@ -273,14 +304,23 @@ def _project(head: Head, weight: Tensor, block: Block, *, out: Tensor) -> Tensor
     return _product(head.hidden[block.top : block.bottom], weight.T, out=out)
 
 
+def _rounds(factor: Tensor, wide: torch.dtype) -> bool:
+    """Whether a product comes out in the precision of its factors, not in the wide one."""
+    return factor.dtype is not wide and not (factor.is_cuda and torch.version.hip is None)
+
+
 def _product(first: Tensor, second: Tensor, *, out: Tensor) -> Tensor:
     if first.dtype is out.dtype:
         return torch.mm(first, second, out=out)
+    if _rounds(first, out.dtype):
+        return out.copy_(torch.mm(first, second))
     return torch.mm(first, second, out_dtype=out.dtype, out=out)
 
 
 def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
     if first.dtype is total.dtype:
         total.addmm_(first, second)
+    elif _rounds(first, total.dtype):
+        total.add_(torch.mm(first, second))
     else:
         torch.addmm(total, first, second, out_dtype=total.dtype, out=total)

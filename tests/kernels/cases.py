@@ -140,6 +140,29 @@ def measured(case: Case, *, backend: str, **options: object) -> dict[str, Tensor
     return _with_gradients(present, inputs, case)
 
 
+def plain(case: Case) -> dict[str, Tensor]:
+    """Plain PyTorch at the precision of the inputs: its own matmuls in backward, after fp32 logits.
+
+    Without bias; the logits of 16-bit inputs are those of a matmul in fp32, which is what `token_stats` offers.
+    """
+    assert case.bias is None and case.ref_hidden is not None and case.ref_weight is not None
+    inputs = _leaves(case)
+    low = (inputs["hidden"] @ inputs["weight"].T).float()
+    wide = inputs["hidden"].detach().float() @ inputs["weight"].detach().float().T
+    stats = logit_stats(
+        low + (wide - low).detach(),
+        case.targets,
+        temperature=case.temperature,
+        softcap=case.softcap,
+        logit_scale=case.logit_scale,
+        ref_logits=case.ref_hidden.float() @ case.ref_weight.float().T,
+        want=case.want,
+        backend="reference",
+    )
+    present = {k: v for k, v in zip(FIELDS, stats, strict=True) if v is not None}
+    return _with_gradients(present, inputs, case)
+
+
 def assert_close(
     got: dict[str, Tensor], truth: dict[str, Tensor], *, relative: float, absolute: float = 0.0
 ) -> None:
