@@ -10,8 +10,8 @@ from torch import Tensor
 
 from rlhf.kernels.token_stats.rows import Scaling, padded
 
-CPU_TILE_BYTES = 2 << 20
-CPU_WEIGHT_BYTES = 4 << 20
+CPU_TILE_BYTES = 4 << 20
+CPU_WEIGHT_BYTES = 2 << 20
 CPU_ROWS = 1024
 GPU_ROWS = 32768
 COLUMN_STEP = 256

@@ -143,7 +143,7 @@ def measured(case: Case, *, backend: str, **options: object) -> dict[str, Tensor
 def plain(case: Case) -> dict[str, Tensor]:
     """Plain PyTorch at the precision of the inputs: its own matmuls in backward, after fp32 logits.
 
-    Without bias; the logits of 16-bit inputs are those of a matmul in fp32, which is what `token_stats` offers.
+    Without bias; the logits of 16-bit inputs are those of a matmul in fp32, as `token_stats` offers them.
     """
     assert case.bias is None and case.ref_hidden is not None and case.ref_weight is not None
     inputs = _leaves(case)

@@ -41,9 +41,13 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def check(case: Case, *, slack: float = 6e-6) -> None:
     truth = exact(case)
     plain = measured(case, backend="reference")
+    statistics = {name: truth[name] for name in case.want}
+    # logit gradients enter a bf16 matmul in bf16, and the interpreter cuts where it should round
+    loose = slack if case.hidden.dtype is torch.float32 else 4 * torch.finfo(case.hidden.dtype).eps
     for memory in ("keep", "recompute"):
         got = measured(case, backend="triton", memory=memory)
-        assert_no_worse(got, plain, truth, slack=slack)
+        assert_no_worse(got, plain, statistics, slack=slack)
+        assert_no_worse(got, plain, truth, slack=loose)
 
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
