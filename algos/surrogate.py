@@ -12,6 +12,7 @@ bound.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,16 @@ class TokenLoss(NamedTuple):
 
 Surrogate = Callable[[Tensor, Tensor, Tensor], TokenLoss]
 """`(logprobs[N], ratio[N], advantages[N]) -> TokenLoss`."""
+
+
+def clipped(*, low: float, high: float, dual: float | None = None) -> Surrogate:
+    """`clip` with its bounds. Raises ValueError when they do not enclose a ratio of 1."""
+    if not (0 <= low and 0 <= high and (dual is None or dual > 1)):
+        raise ValueError(
+            "the ratio is kept in [1 - clip_low, 1 + clip_high]: both must be 0 or more, and clip_dual above 1; "
+            f"got {low}, {high}, {dual}"
+        )
+    return partial(clip, low=low, high=high, dual=dual)
 
 
 def clip(

@@ -47,7 +47,7 @@ def grpo(
     return Algorithm(
         advantage=per_sequence(group_normalize),
         ratio=token_ratio,
-        surrogate=partial(surrogate.clip, low=clip_low, high=clip_high, dual=clip_dual),
+        surrogate=surrogate.clipped(low=clip_low, high=clip_high, dual=clip_dual),
         reduction=sequence_mean_token_mean,
         kl=kl, mismatch=mismatch, entropy_coef=entropy_coef,
     )
@@ -140,6 +140,8 @@ def gdpo(
     kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
     """GRPO with every objective of the reward normalised by itself, arXiv:2601.05242."""
+    if kl.coef and kl.placement == "reward":
+        raise ValueError("gdpo compares single objectives, a KL is none of them: kl.placement must be loss")
     base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
                 kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     return replace(base, advantage=gdpo_advantage)

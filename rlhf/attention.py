@@ -57,7 +57,7 @@ def _group(q: Tensor, k: Tensor, v: Tensor, span: GroupSpan, scale: float | None
     (q_p, q_c), (k_p, k_c), (v_p, v_c) = (torch.split(t, parts, dim=1) for t in (q, k, v))
     prompt = F.scaled_dot_product_attention(q_p, k_p, v_p, is_causal=True, scale=scale)
     rows = _Rows(span.completions, q.device)
-    if span.prompt < CONCAT_BELOW:
+    if span.prompt < CONCAT_BELOW or not can_merge(q):
         completions = _concatenated(q_c, (k_p, k_c), (v_p, v_c), rows, scale)
     else:
         completions = cast(Any, _Merged).apply(q_c, k_p, v_p, k_c, v_c, rows, scale)
@@ -126,9 +126,18 @@ class _Merged(torch.autograd.Function):
         prompt = (q[None], k_p[None], v_p[None], out[None], lse[None])
         dq_p, dk_p, dv_p = attention_backward(grad[None], *prompt, causal=False, scale=scale)
         grad_rows = rows.split(grad) * rows.real[:, None, :, None]
-        own = (q_rows, k_rows, v_rows, rows.split(out).contiguous(), rows.split(lse).contiguous())
+        # a row of padding belongs to no softmax: without this its weight could overflow before it is dropped
+        lse_rows = rows.split(lse).masked_fill(~rows.real[:, None], float("inf"))
+        own = (q_rows, k_rows, v_rows, rows.split(out).contiguous(), lse_rows.contiguous())
         dq_c, dk_c, dv_c = attention_backward(grad_rows.contiguous(), *own, causal=True, scale=scale)
         return dq_p[0] + rows.join(dq_c), dk_p[0], dv_p[0], rows.join(dk_c), rows.join(dv_c), None, None
+
+
+def can_merge(q: Tensor) -> bool:
+    """Whether the device has a flash kernel for these heads: it is what gives the log-sum-exp."""
+    if q.device.type == "cpu":
+        return True
+    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def attention_forward(

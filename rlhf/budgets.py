@@ -13,7 +13,8 @@ import torch
 from rlhf.algos.budget import SuccessTracker, allocate, budget_metrics
 from rlhf.config import BudgetConfig, RewardConfig
 from rlhf.distributed import World
-from rlhf.metrics import Max, Metrics
+from rlhf.metrics import Metrics
+from rlhf.rewards import RewardError
 from rlhf.types import Group, Prompt, Trajectory
 
 
@@ -41,6 +42,7 @@ class Budgets:
 
     def observe(self, groups: Sequence[Group]) -> Metrics:
         """Learns from the outcomes of a step, on every rank from those of all of them."""
+        check_objective(groups, self.reward)
         mine = [(g.prompt.id, [float(is_right(t, self.reward)) for t in g.trajectories]) for g in groups]
         for part in self.world.gather(mine):
             for name, outcomes in part:
@@ -49,9 +51,7 @@ class Budgets:
         index = [i for i, g in enumerate(groups) for _ in g.trajectories]
         threshold = self.reward.success_threshold
         group = torch.tensor(index, dtype=torch.long)
-        metrics = budget_metrics(torch.tensor(rewards), group, threshold=threshold)
-        largest = max((len(g.trajectories) for g in groups), default=0)
-        return metrics | {"budget/largest": Max(float(largest))}
+        return budget_metrics(torch.tensor(rewards), group, threshold=threshold)
 
     def state(self) -> dict[str, str]:
         """For a checkpoint."""
@@ -59,6 +59,16 @@ class Budgets:
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.tracker.load_state_dict(state)
+
+
+def check_objective(groups: Sequence[Group], section: RewardConfig) -> None:
+    """Raises RewardError when rewards were given and none of them is of `reward.success_objective`."""
+    given = {name for g in groups for t in g.trajectories for name in t.objectives}
+    if given and section.success_objective is not None and section.success_objective not in given:
+        raise RewardError(
+            f"no reward function gave reward.success_objective = {section.success_objective!r}; there are "
+            f"{', '.join(sorted(given))}"
+        )
 
 
 def is_right(trajectory: Trajectory, section: RewardConfig) -> bool:

@@ -61,13 +61,17 @@ def _run(trainer: Trainer) -> int:
     from rlhf.checkpoint import CheckpointError
     from rlhf.pretrained import ModelError
     from rlhf.rewards import RewardError
+    from rlhf.rollout.engine import EngineError
     from rlhf.run_folder import RunFolderError
     from rlhf.weights import SyncError
 
     try:
         trainer.run()
-    except (CheckpointError, ModelError, RewardError, RunFolderError, SyncError) as error:
+    except (CheckpointError, EngineError, ModelError, RewardError, RunFolderError, SyncError) as error:
         return _refuse("train", error)
+    except KeyboardInterrupt:
+        sys.stderr.write("rlhf train: stopped at once; what the last checkpoint holds is kept\n")
+        return 130
     return 0
 
 

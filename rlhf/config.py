@@ -34,6 +34,7 @@ from rlhf.plugins import load_object
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class ConfigError(ValueError):
@@ -116,7 +117,7 @@ class BudgetConfig(Section):
 
 class LearnerConfig(Section):
     lr: Annotated[float, Field(gt=0.0)] = 1e-6
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     warmup_steps: Count = 0
@@ -172,7 +173,7 @@ class Config(Section):
     @field_validator("algorithm")
     @classmethod
     def has_a_name(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        if "name" not in settings:
+        if not isinstance(settings.get("name"), str):
             raise ValueError(f"needs a name, one of {', '.join(ALGORITHMS)} or path/file.py:function")
         return settings
 
@@ -222,7 +223,7 @@ def algorithm_factory(name: str) -> Callable[..., Algorithm]:
     if ":" in name:
         return load_object(name)
     near = difflib.get_close_matches(name, ALGORITHMS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(f"unknown algorithm {name!r}{hint} There are: {', '.join(ALGORITHMS)}")
 
 
@@ -254,14 +255,18 @@ def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = N
     `kl: {coef: 0.01}` changes one of the algorithm's own KL settings and keeps the others.
     """
     fields: dict[str, Any] = {}
+    name = typing.cast(str, getattr(function, "__name__", "settings"))
     hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
     for key, parameter in inspect.signature(function).parameters.items():
+        if key not in hints:
+            raise ValueError(
+                f"argument {key!r} of {name} has no annotation; its type is what the config checks"
+            )
         kind, default = hints[key], (defaults or {}).get(key, parameter.default)
         if dataclasses.is_dataclass(kind) and dataclasses.is_dataclass(default):
             default = dataclasses.asdict(typing.cast(Any, default))
             kind = _schema(typing.cast(type, kind), default)
         fields[key] = (kind, ... if default is inspect.Parameter.empty else default)
-    name = typing.cast(str, getattr(function, "__name__", "settings"))
     return create_model(name, __config__=ConfigDict(extra="forbid", validate_default=True), **fields)
 
 

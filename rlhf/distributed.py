@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
+import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from datetime import timedelta
@@ -38,6 +40,14 @@ class World:
     def share(self, total: int) -> int:
         """How many of `total` things fall to this rank; the shares of all ranks add up to `total`."""
         return total // self.size + (self.rank < total % self.size)
+
+    def peak_memory_gib(self) -> float:
+        """Of the device where there is one, else the resident memory of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        # ru_maxrss is in KiB on Linux and in bytes on macOS
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place on a copy, the same on each of them."""

@@ -4,11 +4,11 @@ differ by the weights alone."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.budgets import is_right
+from rlhf.budgets import check_objective, is_right
 from rlhf.collector import Sampler
 from rlhf.config import Config
 from rlhf.data import PromptDataset
@@ -32,12 +32,20 @@ class Evaluation:
     samples: list[dict[str, Any]]
 
 
-def evaluate(sampler: Sampler, prompts: PromptDataset, config: Config, world: World, step: int) -> Evaluation:
+def evaluate(
+    sampler: Sampler,
+    prompts: PromptDataset,
+    config: Config,
+    world: World,
+    step: int,
+    between: Callable[[], None] | None = None,
+) -> Evaluation:
     """Samples `eval.samples` completions of each held-out prompt, a share a rank. The same on every rank."""
     total = len(prompts) if config.eval.max_prompts is None else min(len(prompts), config.eval.max_prompts)
     mine = [prompts[i] for i in range(world.rank, total, world.size)]
     requests = [sampler.request(p, n=config.eval.samples, label=f"eval/{p.id}") for p in mine]
-    groups, _ = sampler.score(mine, sampler.generate(requests), step)
+    groups, _ = sampler.score(mine, sampler.generate(requests, between), step)
+    check_objective(groups, config.reward)
     parts = world.gather([_record(g, config) for g in groups])
     records = [record for part in parts for record in part]
     shares = [record["right"] / record["count"] for record in records]

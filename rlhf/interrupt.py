@@ -17,8 +17,9 @@ class Interrupted(Exception):
 class Interrupt:
     """While the context lasts, a signal is a request, answered where `check` is called."""
 
-    def __init__(self, announce: Callable[[str], None]) -> None:
-        self.announce = announce
+    def __init__(self, announce: Callable[[str], None], *, alone: bool) -> None:
+        """`alone`: there are no other ranks, which would wait for this one in their next collective."""
+        self.announce, self.alone = announce, alone
         self.requested = False
         self._before: dict[int, Handler] = {}
 
@@ -41,6 +42,6 @@ class Interrupt:
         )
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came."""
-        if self.requested:
+        """Raises Interrupted if a signal came, and no other rank has to agree to it first."""
+        if self.requested and self.alone:
             raise Interrupted

@@ -108,9 +108,9 @@ class Learner:
         return Counts(tokens=tokens, sequences=sequences)
 
     def _has_signal(self, experience: Experience, group: int, kl_coef: float) -> bool:
-        if self.algorithm.entropy_coef or (kl_coef and self.algorithm.kl.placement == "loss"):
-            return True
         tokens = (experience.group[experience.sequence] == group) & experience.loss_mask
+        if self.algorithm.entropy_coef or (kl_coef and self.algorithm.kl.placement == "loss"):
+            return bool(tokens.any())
         return bool((experience.advantages[tokens] != 0).any())
 
     def _any_rank(self, flag: bool) -> bool:

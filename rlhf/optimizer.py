@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from rlhf.checkpoint import CheckpointError
 from rlhf.config import LearnerConfig
 from rlhf.distributed import World
 from rlhf.metrics import Max, Mean, Metrics, Sum
@@ -88,16 +89,16 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Inverse of `tensors`. Raises ValueError when they are of another model."""
+        """Inverse of `tensors`. Raises CheckpointError when they are of another model."""
         masters, moments = tensors["model"], tensors["optimizer"]
         if set(masters) != set(self.names):
             odd = sorted(set(masters) ^ set(self.names))[:3]
-            raise ValueError(
+            raise CheckpointError(
                 f"the checkpoint is of another model: {', '.join(odd)} is in one of the two only"
             )
         for name, master in zip(self.names, self.masters, strict=True):
             if masters[name].shape != master.shape:
-                raise ValueError(
+                raise CheckpointError(
                     f"{name}: checkpoint {list(masters[name].shape)}, model {list(master.shape)}"
                 )
             master.copy_(masters[name])

@@ -141,6 +141,17 @@ def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
     return [[units[u] for u in sorted(b)] for b in bins]
 
 
+def fill_rows(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
+    """Deals units of one sequence each to bins of at most `budget` tokens, padding included, longest first."""
+    bins: list[list[Unit]] = []
+    for unit in sorted(units, key=lambda u: -u.cost):
+        if bins and bins[-1][0].cost * (len(bins[-1]) + 1) <= budget:
+            bins[-1].append(unit)
+        else:
+            bins.append([unit])
+    return bins
+
+
 def microbatches(
     experience: Experience, groups: Sequence[int], budget: int, *, share: bool = True
 ) -> Iterator[Microbatch]:
@@ -150,7 +161,7 @@ def microbatches(
     """
     lengths = _lengths(experience)
     starts = [0, *accumulate(lengths)]
-    for units in fill(cut(experience, groups, budget, share=share), budget):
+    for units in (fill if share else fill_rows)(cut(experience, groups, budget, share=share), budget):
         index = torch.cat([torch.arange(starts[u.first], starts[u.last]) for u in units])
         completions = [
             torch.split(experience.token_ids[starts[u.first] : starts[u.last]], lengths[u.first : u.last])

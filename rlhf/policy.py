@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.attention import SHARED_PREFIX
+from rlhf.attention import CONCAT_BELOW, SHARED_PREFIX
 from rlhf.config import ModelConfig
 from rlhf.kernels.token_stats import TokenStats, token_stats
 from rlhf.packing import Packed, pack, padded
@@ -29,6 +29,8 @@ from rlhf.pretrained import (
     takes_attention,
     text_settings,
 )
+
+LONG_PROMPT = CONCAT_BELOW + 2
 
 log = logging.getLogger(__name__)
 
@@ -160,8 +162,9 @@ def without_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    if "attention_dropout" in model.config.to_dict():
-        model.config.attention_dropout = 0.0
+        # attention modules keep a copy of the config's
+        if "attention_dropout" in vars(module):
+            module.attention_dropout = 0.0
 
 
 def why_no_shared_prefix(model: PreTrainedModel) -> str | None:
@@ -186,13 +189,18 @@ def forward_error(policy: Policy) -> str | None:
     The scale of a real difference is what changing the prompt's first token does to the log-probs: they agree
     when they differ by less than a hundredth of that.
     """
-    ids = torch.arange(2, 14, device=policy.model.device) % policy.head.module.out_features
-    prompt, completions = ids[:5], [ids[5:12], ids[4:7]]
-    got = policy.statistics(pack([prompt], [completions]), temperature=1.0, want=("logprob",)).logprob
+    room = text_settings(policy.model.config).get("max_position_embeddings") or LONG_PROMPT + 7
+    ids = torch.arange(2, LONG_PROMPT + 9, device=policy.model.device) % policy.head.module.out_features
+    # one prompt that is put before each completion, and one whose attention is merged
+    prompts = [ids[:5], ids[: min(LONG_PROMPT, room - 7)]]
+    completions = [ids[5:12], ids[4:7]]
+    packed = pack(prompts, [completions] * 2)
+    got = policy.statistics(packed, temperature=1.0, want=("logprob",)).logprob
     assert got is not None
     shared, policy.shared_prefix = policy.shared_prefix, False
-    want = _full_forward(policy.model, prompt, completions)
-    elsewhere = _full_forward(policy.model, torch.cat([ids[8:9], prompt[1:]]), completions)
+    want = torch.cat([_full_forward(policy.model, p, completions) for p in prompts])
+    others = [torch.cat([ids[8:9], p[1:]]) for p in prompts]
+    elsewhere = torch.cat([_full_forward(policy.model, p, completions) for p in others])
     policy.shared_prefix = shared
     signal, error = (elsewhere - want).abs().max().item(), (got - want).abs().max().item()
     if error <= 0.01 * signal + 1e-5:

@@ -5,9 +5,11 @@ The trainer begins with it and `rlhf check` is nothing else, so what passes the 
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -16,6 +18,9 @@ from rlhf.config import Config, ConfigError
 from rlhf.data import PromptDataset, load_prompts
 from rlhf.pretrained import eos_token_ids, load_model_config, load_tokenizer, local_or_hub, text_settings
 from rlhf.rewards import Rewards, RewardSpec
+
+
+SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +43,18 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, fewer than "
             f"the {world_size} ranks"
         )
+    mine = config.rollout.prompts_per_step // world_size
+    if config.learner.minibatches > mine:
+        raise ConfigError(
+            f"learner.minibatches is {config.learner.minibatches}, but with {world_size} ranks one of them has only "
+            f"{mine} of the {config.rollout.prompts_per_step} prompts of a step to deal out"
+        )
+    for sink in config.monitor.sinks:
+        package = SINK_PACKAGES[sink]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"monitor.sinks has {sink}, but {package} is not installed: pip install {package}"
+            )
     algorithm = config.build_algorithm()
     _check_sampling(config, algorithm)
     tokenizer = load_tokenizer(config.model.path)
@@ -47,16 +64,24 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     _check_lengths(config, model)
     train = _prompts(config, config.data.train, tokenizer)
     held_out = None if config.data.eval is None else _prompts(config, config.data.eval, tokenizer)
-    specs = [RewardSpec(f.path, f.weight, f.params) for f in config.reward.functions]
-    columns = set(train.columns) if held_out is None else set(train.columns) & set(held_out.columns)
-    rewards = Rewards(specs, sorted(columns), max_failed_share=config.reward.max_failed_share)
+    rewards = _rewards(config, train)
+    if held_out is not None:
+        try:
+            _rewards(config, held_out)
+        except ValueError as error:
+            raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
     return Inputs(tokenizer, model, train, held_out, rewards, algorithm, _eos_token_ids(config, tokenizer))
+
+
+def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
+    specs = [RewardSpec(f.path, f.weight, f.params) for f in config.reward.functions]
+    return Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
 
 
 def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
     data = config.data
     return load_prompts(
-        path,
+        Path(path).expanduser(),
         tokenizer,
         prompt_column=data.prompt_column,
         max_prompt_tokens=data.max_prompt_tokens,

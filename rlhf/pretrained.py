@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,7 +24,7 @@ def load_model(path: str, device: torch.device) -> PreTrainedModel:
     """In float32 and evaluation mode. Raises ModelError when there is no causal language model at `path`."""
     try:
         model = _transformers.AutoModelForCausalLM.from_pretrained(local_or_hub(path), dtype=torch.float32)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
     return model.to(device).eval()
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import math
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from rlhf.metrics import Max, Mean, Metrics
 from rlhf.monitor import Monitor
 from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy
-from rlhf.preflight import Inputs, load_inputs
+from rlhf.preflight import Inputs, load_inputs, warnings
 from rlhf.report import closing_summary, write_report
 from rlhf.rollout.factory import make_engine
 from rlhf.run_folder import RunFolder
@@ -52,13 +51,16 @@ class Trainer:
             with self.monitor.phase("load"):
                 self._build(self.inputs)
                 self._resume()
-            with Interrupt(self.monitor.warn) as self.interrupt:
+                for text in warnings(self.config, self.inputs):
+                    self.monitor.warn(text)
+            with Interrupt(self.monitor.warn, alone=self.world.size == 1) as self.interrupt:
                 try:
                     self._train()
                 except Interrupted:
                     self._leave()
                     return
             self._finish()
+            self.engine.close()
 
     def step(self) -> Metrics:
         """One round: rollouts, rewards, updates, weight sync."""
@@ -68,6 +70,7 @@ class Trainer:
         self.monitor.phase("learn")
         experience = self.experience.build(collected.groups, kl_coef=self.kl_coef)
         self._agree_to_stop()
+        self.engine.release()
         learned = self.learner.update(
             experience, step=self.steps_done, seed=self.config.seed, kl_coef=self.kl_coef
         )
@@ -142,7 +145,7 @@ class Trainer:
             tokens, seconds = metrics["rollout/tokens"].value, time.monotonic() - started
             speed: Metrics = {
                 "throughput/tokens_per_second": Mean(tokens, seconds),
-                "memory/peak_gib": peak_memory(),
+                "memory/peak_gib": Max(self.world.peak_memory_gib()),
             }
             self.monitor.log(self.steps_done, metrics | speed)
             last = self.steps_done == config.steps
@@ -153,17 +156,19 @@ class Trainer:
 
     def _adapt_kl(self, metrics: Metrics) -> None:
         """Moves the KL coefficient towards the target, if there is one and this step measured a KL."""
-        if self.kl_controller is not None and "kl/ref" in metrics:
+        observed = metrics["kl/ref"].value if "kl/ref" in metrics else math.nan
+        if self.kl_controller is not None and math.isfinite(observed):
             controller = replace(self.kl_controller, coef=self.kl_coef)
-            samples = int(metrics["rollout/samples"].value)
-            self.kl_coef = controller.update(metrics["kl/ref"].value, samples).coef
+            self.kl_coef = controller.update(observed, int(metrics["rollout/samples"].value)).coef
             metrics["kl/coef"] = Max(self.kl_coef)
 
     def _evaluate(self) -> None:
         if self.held_out is None:
             return
         with self.monitor.phase("eval"):
-            result = evaluate(self.sampler, self.held_out, self.config, self.world, self.steps_done)
+            # a later one is part of its step: given up, it would not be repeated
+            between = self.interrupt.check if self.steps_done == 0 else None
+            result = evaluate(self.sampler, self.held_out, self.config, self.world, self.steps_done, between)
         if self.world.is_main:
             self.monitor.evaluated(asdict(result))
 
@@ -238,12 +243,3 @@ class Trainer:
             settings=settings,
         ) as monitor:
             yield monitor
-
-
-def peak_memory() -> Max:
-    """GiB: of the device where there is one, else resident memory of this process."""
-    if torch.cuda.is_available():
-        return Max(torch.cuda.max_memory_allocated() / 2**30)
-    # ru_maxrss is in KiB on Linux and in bytes on macOS
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30)

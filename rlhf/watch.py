@@ -75,6 +75,11 @@ FINDINGS = (
         "every completion is cut at the token limit; raise rollout.max_completion_tokens, or ask for less",
     ),
     Finding(
+        "broken",
+        lambda steps: all(values.get("update/skipped", 0.0) > 0 for values in steps),
+        "updates are skipped because their gradient is not finite; lower learner.lr, or try model.dtype=float32",
+    ),
+    Finding(
         "gradient",
         _nothing_moves,
         "the gradient is exactly zero although there are advantages, so no parameter changes; check that "

@@ -7,6 +7,7 @@ a skipped layer or another temperature would otherwise train on samples of a pol
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -42,6 +43,11 @@ class WeightSync:
         """Hands the weights over and probes them. Raises SyncError with the size of the difference."""
         report = engine.update_weights(self, version)
         difference = self.probe(engine)
+        if not math.isfinite(difference):
+            raise SyncError(
+                f"after update {version} the log-probs are not finite: the weights have diverged. Go on from an "
+                "earlier checkpoint with a lower learner.lr"
+            )
         if difference > self.tolerance:
             raise SyncError(
                 f"{type(engine).__name__} at version {version}: its log-probs differ from the learner's by "

@@ -13,6 +13,10 @@ from rlhf.types import Completion, Prompt
 PauseMode = Literal["abort", "wait", "keep"]
 
 
+class EngineError(ValueError):
+    """An engine cannot serve a request, or samples nonsense. The message says why and what to do."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is sampled.
@@ -32,7 +36,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_tokens < 1:
-            raise ValueError(f"n and max_tokens must be at least 1, got n={self.n}, max_tokens={self.max_tokens}")
+            raise ValueError(
+                f"n and max_tokens must be at least 1, got n={self.n}, max_tokens={self.max_tokens}"
+            )
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
                 "sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, "

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from rlhf.rollout.cache import AttentionPass, Decode, Prefill, SharedPrefixCache, last_tokens
 from rlhf.rollout.embedded import causal_model, sampling_mode, take_weights
-from rlhf.rollout.engine import PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.packed import PackedLinears
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import RowSampling, sample
@@ -127,7 +127,7 @@ class NativeEngine:
         for request in requests:
             needed = _reserve([request]) * self._bytes_per_token
             if needed > self._budget:
-                raise ValueError(
+                raise EngineError(
                     f"prompt {request.prompt.id!r} with {request.params.n} samples of "
                     f"{request.params.max_tokens} tokens may need {needed / 2**30:.3g} GiB of keys and "
                     f"values, kv_cache_gib is {self._budget / 2**30:.3g}; raise it, or lower the group size "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from rlhf.rollout.engine import RolloutRequest
+from rlhf.rollout.engine import EngineError, RolloutRequest
 from rlhf.types import Completion, FinishReason, VersionSpan
 
 
@@ -54,19 +54,19 @@ def rows_of(request: RolloutRequest, eos_token_ids: Iterable[int], version: int)
 
 
 def check_requests(requests: Sequence[RolloutRequest], in_flight: Iterable[str], vocabulary: int) -> None:
-    """Raises ValueError for what an engine of this process cannot sample; nothing has been submitted then."""
+    """Raises EngineError for what an engine of this process cannot sample; nothing has been submitted then."""
     seen = set(in_flight)
     for request in requests:
         prompt = request.prompt
         if prompt.id in seen:
-            raise ValueError(f"a request for prompt {prompt.id!r} is in flight already; ids must be unique")
+            raise EngineError(f"a request for prompt {prompt.id!r} is in flight already; ids must be unique")
         seen.add(prompt.id)
         if not prompt.token_ids:
-            raise ValueError(f"prompt {prompt.id!r} has no tokens; there is nothing to continue")
+            raise EngineError(f"prompt {prompt.id!r} has no tokens; there is nothing to continue")
         if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocabulary:
-            raise ValueError(
+            raise EngineError(
                 f"prompt {prompt.id!r} has token ids from {min(prompt.token_ids)} to "
                 f"{max(prompt.token_ids)}, the model has 0 to {vocabulary - 1}; was it tokenised for another?"
             )
         if prompt.images:
-            raise ValueError(f"prompt {prompt.id!r} has images; this engine takes token ids only")
+            raise EngineError(f"prompt {prompt.id!r} has images; this engine takes token ids only")

@@ -157,7 +157,8 @@ def _inverse_cdf(
     columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=probs.device)
     inside = probs.gather(1, columns.clamp(max=size - 1)).masked_fill_(columns >= size, 0.0)
     offset, _ = _first_above(inside.cumsum(-1, dtype=torch.float64), rest)
-    return block * BLOCK + offset, mass[:, -1]
+    # beyond the vocabulary only where a logit is not a number: then the log-prob is none either, and tells
+    return (block * BLOCK + offset).clamp(max=size - 1), mass[:, -1]
 
 
 def _first_above(
@@ -169,6 +170,6 @@ def _first_above(
     """
     whole = mass[:, -1]
     target = torch.minimum(target, torch.nextafter(whole, torch.zeros_like(whole)))
-    column = torch.searchsorted(mass, target[:, None], right=True)[:, 0]
+    column = torch.searchsorted(mass, target[:, None], right=True)[:, 0].clamp(max=mass.shape[-1] - 1)
     before = mass.gather(1, (column - 1).clamp(min=0)[:, None])[:, 0].masked_fill_(column == 0, 0.0)
     return column, target - before

@@ -51,6 +51,10 @@ def test_check_prints_the_plan_and_loads_no_weights(write, tiny_model_dir: Path,
         (["reward.functions=[{path: 'rlhf.rewards.builtin:numeric_mach'}]"], "numeric_match"),
         (["reward.functions=[{path: './nowhere.py:f'}]"], "nowhere.py"),
         (["steps=many"], "steps"),
+        (["algorithm.name=5"], "needs a name"),
+        (["algorithm.clip_low=-3"], "clip_low"),
+        (["algorithm={name: gdpo, kl: {coef: 0.1, estimator: k1, placement: reward}}"], "gdpo"),
+        (["learner.betas=[0.9, 1.5]"], "learner.betas"),
     ],
 )
 @pytest.mark.parametrize("command", ["check", "train"])
@@ -79,6 +83,41 @@ def test_a_reward_that_fails_stops_the_run_with_its_name(write, tmp_path: Path, 
     assert main(["train", config]) == 2
     said = capsys.readouterr().err
     assert "share_of_a" in said and "KeyError" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": {"success_objective": "nosuch"}, "data": {"eval": "train.jsonl"}}, "nosuch"),
+        ({"rollout": {"kv_cache_gib": 1e-9}}, "kv_cache_gib"),
+        ({"learner": {"lr": 1e30}}, "lower learner.lr"),
+    ],
+)
+def test_what_shows_only_while_running_is_a_sentence_too(
+    write, tmp_path: Path, changes: dict[str, Any], message: str, capsys
+):
+    if "data" in changes:
+        changes = changes | {"data": {"eval": str(tmp_path / "train.jsonl")}}
+    assert main(["train", write(steps=3, **changes)]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+
+
+def test_a_held_out_set_without_the_column_is_named(write, tmp_path: Path, capsys):
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "x"}\n')
+    (tmp_path / "with.jsonl").write_text('{"prompt": "x", "answer": 1}\n')
+    overrides = [f"data.eval={tmp_path}/held_out.jsonl", f"data.train={tmp_path}/with.jsonl"]
+    overrides += ["reward.functions=[{path: 'rlhf.rewards.builtin:numeric_match'}]"]
+    assert main(["check", write(), *overrides]) == 2
+    assert "held_out.jsonl" in capsys.readouterr().err
+
+
+def test_resuming_with_another_model_is_refused(write, tiny_model, tmp_path: Path, capsys):
+    config = write(steps=1)
+    assert main(["train", config]) == 0
+    other = [f"model.path={tiny_model('qwen3')}", "checkpoint.resume=auto", "steps=2"]
+    assert main(["train", config, *other]) == 2
+    assert "another model" in capsys.readouterr().err
 
 
 def test_no_command_says_which_there_are(capsys):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.experience import pack_groups
-from rlhf.packing import Unit, cut, fill, microbatches, pack, padded
+from rlhf.packing import Unit, cut, fill, fill_rows, microbatches, pack, padded
 from tests.support import ALONE, random_groups
 
 
@@ -60,6 +60,14 @@ def test_a_group_larger_than_the_budget_is_cut_between_sequences():
     units = cut(experience, [0], budget=20, share=True)
     assert len(units) > 1
     assert [u.first for u in units[1:]] == [u.last for u in units[:-1]]
+
+
+@given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 200))
+def test_padded_bins_hold_the_budget_with_their_padding(costs: list[int], budget: int):
+    units = [Unit(i, 0, 1, cost) for i, cost in enumerate(costs)]
+    bins = fill_rows(units, budget)
+    assert sorted(u.group for b in bins for u in b) == list(range(len(costs)))
+    assert all(len(b) * max(u.cost for u in b) <= budget or len(b) == 1 for b in bins)
 
 
 def test_where_prompts_are_not_shared_every_sequence_pays_for_its_own():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf import attention
 from rlhf.config import ModelConfig
-from rlhf.packing import Packed, pack
+from rlhf.packing import GroupSpan, Packed, pack
 from rlhf.policy import Policy, forward_error
 from rlhf.pretrained import ModelError
 from tests.support import ALONE, policy_of
@@ -71,6 +73,31 @@ def test_in_float32_shared_prefix_is_no_further_from_the_truth_than_padded(
     shared, _ = loss_and_gradients(policy_of(tiny_model_dir, packing="shared_prefix"), packed)
     plain, _ = loss_and_gradients(policy_of(tiny_model_dir, packing="padded"), packed)
     assert (shared - truth).abs().max() <= (plain - truth).abs().max() + 1e-6
+
+
+def test_padding_beside_huge_scores_leaves_no_nan():
+    """A ragged group: padded rows would weigh real keys by exp(score - another row's normaliser)."""
+    lengths, prompt = (40, 3), attention.CONCAT_BELOW + 1
+    span = GroupSpan(0, prompt, lengths)
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 1, prompt + sum(lengths), 8)
+    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
+    k[0, 0, prompt : prompt + 3], q[0, 0, prompt + 40 :] = 20.0, 20.0
+    k[0, 0, prompt + 40 :] = 20.0
+    tensors = [t.requires_grad_() for t in (q, k, v)]
+    output, _ = attention.shared_prefix_attention(torch.nn.Identity(), *tensors, None, spans=[span])
+    output.sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in tensors if t.grad is not None)
+
+
+def test_dropout_is_off_in_training_mode_too(tiny_model: Callable[[str], Path], tmp_path: Path):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"attention_dropout": 0.5}))
+    policy = policy_of(folder, packing="padded")
+    policy.checkpoint_activations()
+    one, two = (policy.statistics(ragged(), temperature=1.0, want=("logprob",)).logprob for _ in range(2))
+    assert one is not None and two is not None and torch.equal(one, two)
 
 
 def test_each_group_is_alone_in_its_attention(tiny_model_dir: Path):

@@ -101,6 +101,24 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
     assert exported.config.num_hidden_layers == 2
 
 
+def test_a_step_without_any_token_to_learn_from_leaves_the_kl_coefficient_alone(
+    tmp_path: Path, tiny_model_dir: Path
+):
+    kl = {"coef": 0.01, "target": 0.05, "horizon": 100}
+    settings = bandit_settings(tmp_path, tiny_model_dir, steps=3, rollout={"max_completion_tokens": 2})
+    settings["algorithm"] = {
+        "name": "dapo",
+        "drop_truncated": True,
+        "refill": 0,
+        "overlong_cache": 0,
+        "kl": kl,
+    }
+    train(settings)
+    assert next(record["length/truncated"] for record in metrics_of(tmp_path)) > 0.5
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step_000003" / "state.json").read_text())
+    assert 0 < state["kl_coef"] < 1
+
+
 def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path, tiny_model_dir: Path):
     results: list[list[dict[str, Any]]] = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
