@@ -35,9 +35,9 @@ Surrogate = Callable[[Tensor, Tensor, Tensor], TokenLoss]
 
 def clipped(*, low: float, high: float, dual: float | None = None) -> Surrogate:
     """`clip` with its bounds. Raises ValueError when they do not enclose a ratio of 1."""
-    if not (0 <= low and 0 <= high and (dual is None or dual > 1)):
+    if low < 0 or high < 0 or (dual is not None and dual <= 1):
         raise ValueError(
-            "the ratio is kept in [1 - clip_low, 1 + clip_high]: both must be 0 or more, and clip_dual above 1; "
+            "the ratio is kept in [1 - clip_low, 1 + clip_high]: both must be 0 or more, clip_dual above 1; "
             f"got {low}, {high}, {dual}"
         )
     return partial(clip, low=low, high=high, dual=dual)

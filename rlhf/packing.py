@@ -142,7 +142,7 @@ def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
 
 
 def fill_rows(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
-    """Deals units of one sequence each to bins of at most `budget` tokens, padding included, longest first."""
+    """Deals units of one sequence each to bins of at most `budget` tokens with padding, longest first."""
     bins: list[list[Unit]] = []
     for unit in sorted(units, key=lambda u: -u.cost):
         if bins and bins[-1][0].cost * (len(bins[-1]) + 1) <= budget:

@@ -19,7 +19,6 @@ from rlhf.data import PromptDataset, load_prompts
 from rlhf.pretrained import eos_token_ids, load_model_config, load_tokenizer, local_or_hub, text_settings
 from rlhf.rewards import Rewards, RewardSpec
 
-
 SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -46,8 +45,8 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     mine = config.rollout.prompts_per_step // world_size
     if config.learner.minibatches > mine:
         raise ConfigError(
-            f"learner.minibatches is {config.learner.minibatches}, but with {world_size} ranks one of them has only "
-            f"{mine} of the {config.rollout.prompts_per_step} prompts of a step to deal out"
+            f"learner.minibatches is {config.learner.minibatches}, but with {world_size} ranks one has "
+            f"only {mine} of the {config.rollout.prompts_per_step} prompts of a step to deal out"
         )
     for sink in config.monitor.sinks:
         package = SINK_PACKAGES[sink]

@@ -77,7 +77,8 @@ FINDINGS = (
     Finding(
         "broken",
         lambda steps: all(values.get("update/skipped", 0.0) > 0 for values in steps),
-        "updates are skipped because their gradient is not finite; lower learner.lr, or try model.dtype=float32",
+        "updates are skipped because their gradient is not finite; lower learner.lr, or try "
+        "model.dtype=float32",
     ),
     Finding(
         "gradient",

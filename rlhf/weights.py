@@ -45,8 +45,8 @@ class WeightSync:
         difference = self.probe(engine)
         if not math.isfinite(difference):
             raise SyncError(
-                f"after update {version} the log-probs are not finite: the weights have diverged. Go on from an "
-                "earlier checkpoint with a lower learner.lr"
+                f"after update {version} the log-probs are not finite: the weights have diverged. Go on from "
+                "an earlier checkpoint with a lower learner.lr"
             )
         if difference > self.tolerance:
             raise SyncError(

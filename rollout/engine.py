@@ -1,4 +1,4 @@
-"""The rollout engine protocol: token ids in, token ids with log-probs out; one request a prompt, of any group size."""
+"""The rollout engine protocol: token ids in, token ids with log-probs out; one request a prompt."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ class EngineError(ValueError):
 class SamplingParams:
     """How one request is sampled.
 
-    Sample `i` of a request, at token `t`, uses the uniform number `hash(seed, i, t)`: what it draws depends neither
-    on the other requests of the batch nor on what was sampled before. `top_p=1` and `top_k=0` switch truncation off.
+    Sample `i` of a request, at token `t`, uses the uniform number `hash(seed, i, t)`: what it draws depends
+    neither on the other requests of the batch nor on what was sampled before. `top_p=1` and `top_k=0` switch
+    truncation off.
     """
 
     n: int
@@ -91,8 +92,11 @@ class RolloutEngine(Protocol):
         ...
 
     def pause(self, mode: PauseMode) -> None:
-        """Stops decoding. `abort` ends what is in flight (`poll` returns the tokens so far, marked ABORT), `wait`
-        finishes it first, `keep` holds it for `resume`."""
+        """Stops decoding.
+
+        `abort` ends what is in flight (`poll` returns the tokens so far, marked ABORT), `wait` finishes it
+        first, `keep` holds it for `resume`.
+        """
         ...
 
     def resume(self) -> None: ...

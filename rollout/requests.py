@@ -54,7 +54,7 @@ def rows_of(request: RolloutRequest, eos_token_ids: Iterable[int], version: int)
 
 
 def check_requests(requests: Sequence[RolloutRequest], in_flight: Iterable[str], vocabulary: int) -> None:
-    """Raises EngineError for what an engine of this process cannot sample; nothing has been submitted then."""
+    """Raises EngineError for what an engine of this process cannot sample; nothing is submitted then."""
     seen = set(in_flight)
     for request in requests:
         prompt = request.prompt
