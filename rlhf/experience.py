@@ -53,7 +53,8 @@ class ExperienceBuilder:
         )
         if self.keep_old:
             experience = replace(experience, old_logprobs=self._logprobs(self.policy, experience))
-        if self.reference is not None and self.algorithm.needs_reference:
+        # an exact KL has the reference in every pass of the learner, which gives its log-probs too
+        if self.reference is not None and not self.algorithm.needs_exact_kl:
             experience = replace(experience, ref_logprobs=self._logprobs(self.reference, experience))
         penalty = torch.zeros_like(experience.rollout_logprobs)
         if self.kl_in_reward:

@@ -36,7 +36,8 @@ class Learner:
         self.policy, self.algorithm, self.optimizer, self.world = policy, algorithm, optimizer, world
         self.reference = reference if algorithm.needs_exact_kl else None
         self.section, self.temperature = section, temperature
-        self.want = ("logprob", "entropy", "kl") if self.reference is not None else ("logprob", "entropy")
+        exact = () if self.reference is None else ("kl", "ref_logprob")
+        self.want = ("logprob", "entropy", *exact)
 
     def update(self, experience: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
         """All updates of one step. Groups without signal skip the forward and count in every denominator."""
@@ -77,14 +78,16 @@ class Learner:
         index = micro.index
         logprobs, entropy = statistics.logprob, statistics.entropy
         assert logprobs is not None and entropy is not None
-        old, ref = experience.old_logprobs, experience.ref_logprobs
+        old, ref = experience.old_logprobs, statistics.ref_logprob
+        if experience.ref_logprobs is not None:
+            ref = experience.ref_logprobs[index]
         return LossInputs(
             logprobs=logprobs,
             entropy=entropy if self.algorithm.entropy_coef else entropy.detach(),
             exact_kl=statistics.kl,
             old_logprobs=logprobs.detach() if old is None else old[index],
             rollout_logprobs=experience.rollout_logprobs[index],
-            ref_logprobs=None if ref is None else ref[index],
+            ref_logprobs=ref,
             advantages=experience.advantages[index],
             loss_mask=experience.loss_mask[index],
             sequence=run_numbers(experience.sequence[index]),

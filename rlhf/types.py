@@ -193,6 +193,7 @@ class Experience:
     old_logprobs: Tensor | None
     """None: there is one update a step, and the first pass of the learner, detached, stands for it."""
     ref_logprobs: Tensor | None
+    """None: no reference is needed, or the learner's own passes give them (exact KL)."""
     advantages: Tensor
     critic: CriticTargets | None = None
     perception: PerceptionInputs | None = None
