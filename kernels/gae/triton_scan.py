@@ -59,7 +59,8 @@ def advantages(
     if not count:
         return out.to(rewards.dtype)
     d, c = coefficients(rewards.float(), values.float(), sequence, mask, gamma, lam)
-    scan_kernel[(1,)](d, c, out, count, BLOCK=BLOCK, **LAUNCH)
+    with torch.cuda.device_of(out):
+        scan_kernel[(1,)](d, c, out, count, BLOCK=BLOCK, **LAUNCH)
     return torch.where(mask, out, 0.0).to(rewards.dtype)
 
 

@@ -71,7 +71,8 @@ def merge(first: Tensor, second: Tensor) -> Tensor:
     merged = torch.empty_like(first)
     top = torch.maximum(first[MAX], second[MAX])
     ref_top = torch.maximum(first[REF_MAX], second[REF_MAX])
-    merged[[OTHERS, SHIFTED, GAP, REF_OTHERS, REF_GAP]] = 0
+    merged[OTHERS:REF_MAX] = 0
+    merged[REF_OTHERS:TARGET] = 0
     for part in (first, second):
         down, ref_down = part[MAX] - top, part[REF_MAX] - ref_top
         share, ref_share = down.exp(), ref_down.exp()

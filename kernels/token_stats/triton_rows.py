@@ -29,25 +29,26 @@ class TritonRows:
         logits, ref_logits = _same_layout(tile)
         height, width = logits.shape
         reference = tile.ref_logits is not None
-        fold_kernel[(height,)](
-            logits,
-            ref_logits,
-            logits.stride(0),
-            *_parameters(tile, logits),
-            state,
-            state.stride(0),
-            tile.first,
-            width,
-            tile.scaling.logit_scale,
-            tile.scaling.softcap or 1.0,
-            HAS_REFERENCE=reference,
-            HAS_ENTROPY=entropy,
-            HAS_CAP=tile.scaling.softcap is not None,
-            HAS_BIAS=tile.bias is not None,
-            HAS_REF_BIAS=tile.ref_bias is not None,
-            BLOCK=self._block_for(width, reference=reference),
-            **launch_options(),
-        )
+        with torch.cuda.device_of(logits):
+            fold_kernel[(height,)](
+                logits,
+                ref_logits,
+                logits.stride(0),
+                *_parameters(tile, logits),
+                state,
+                state.stride(0),
+                tile.first,
+                width,
+                tile.scaling.logit_scale,
+                tile.scaling.softcap or 1.0,
+                HAS_REFERENCE=reference,
+                HAS_ENTROPY=entropy,
+                HAS_CAP=tile.scaling.softcap is not None,
+                HAS_BIAS=tile.bias is not None,
+                HAS_REF_BIAS=tile.ref_bias is not None,
+                BLOCK=self._block_for(width, reference=reference),
+                **launch_options(),
+            )
 
     def gradient(
         self,
@@ -81,27 +82,28 @@ class TritonRows:
         height, width = logits.shape
         assert (logits.stride(0) - out.stride(0)) % 16 == 0
         reference = tile.ref_logits is not None and (coefficients.has_gap or coefficients.has_pull)
-        gradient_kernel[(height,)](
-            logits,
-            ref_logits,
-            logits.stride(0),
-            out,
-            out.stride(0),
-            *_parameters(tile, logits),
-            coefficients.values,
-            coefficients.values.stride(0),
-            tile.first,
-            width,
-            tile.scaling.logit_scale,
-            tile.scaling.softcap or 1.0,
-            HAS_REFERENCE=reference,
-            HAS_CAP=tile.scaling.softcap is not None,
-            HAS_BIAS=tile.bias is not None,
-            HAS_REF_BIAS=tile.ref_bias is not None,
-            IN_PLACE=in_place,
-            BLOCK=self._block_for(width, reference=reference),
-            **launch_options(),
-        )
+        with torch.cuda.device_of(logits):
+            gradient_kernel[(height,)](
+                logits,
+                ref_logits,
+                logits.stride(0),
+                out,
+                out.stride(0),
+                *_parameters(tile, logits),
+                coefficients.values,
+                coefficients.values.stride(0),
+                tile.first,
+                width,
+                tile.scaling.logit_scale,
+                tile.scaling.softcap or 1.0,
+                HAS_REFERENCE=reference,
+                HAS_CAP=tile.scaling.softcap is not None,
+                HAS_BIAS=tile.bias is not None,
+                HAS_REF_BIAS=tile.ref_bias is not None,
+                IN_PLACE=in_place,
+                BLOCK=self._block_for(width, reference=reference),
+                **launch_options(),
+            )
 
     def _block_for(self, columns: int, *, reference: bool) -> int:
         most = REFERENCE_BLOCK if reference and torch.version.hip is None else BLOCK
