@@ -3,10 +3,11 @@
     python benchmarks/token_stats.py                                  # every shape of this device
     python benchmarks/token_stats.py --shape 512,576,49152 --dtype bf16 --out results.json
 
-Every contender gets the same hidden states `[N, H]`, head `[V, H]` and targets, and works from fp32
-logits: 16-bit inputs are converted first for those that would round their logits (and the ones that then
-run as shipped too, marked so). Timed is one forward and one backward for given gradients of both
-statistics. Before anything is printed, ours are checked against float64, block by block of tokens.
+Every contender gets the same hidden states `[N, H]`, head `[V, H]` and targets. On a CPU all work from
+fp32 logits: 16-bit inputs are converted first for those that would round their logits (TRL's runs as it is
+shipped, too). On a GPU all run as they are shipped, and the errors show who rounds. Timed is one forward
+and one backward for given gradients of both statistics. Before anything is printed, ours are checked
+against float64, block by block of tokens.
 
 Peers are measured where they import; one that does not is named with the reason. They are installed
 beside the project, so that none of their dependencies comes along:
@@ -72,7 +73,7 @@ def tandem(memory: str) -> Callable[[str], Method]:
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Statistics:
     """What one writes without thinking of memory."""
-    logprobs = torch.log_softmax(hidden.float() @ weight.float().T, -1)
+    logprobs = torch.log_softmax((hidden @ weight.T).float(), -1)
     return logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
 
@@ -83,16 +84,17 @@ def compiled_chunks(device: str) -> Method:
 
     def method(hidden: Tensor, weight: Tensor, targets: Tensor) -> Statistics:
         blocks = zip(hidden.split(size), targets.split(size), strict=True)
-        wide = weight.float()
-        parts = [checkpoint(compiled, h, wide, t, use_reentrant=False) for h, t in blocks]
+        parts = [checkpoint(compiled, h, weight, t, use_reentrant=False) for h, t in blocks]
         logprob, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
         return logprob, entropy
 
-    return method
+    return widened(method, device)
 
 
-def widened(method: Method) -> Method:
-    """With inputs converted to fp32, for a method that would round its logits to the inputs' precision."""
+def widened(method: Method, device: str) -> Method:
+    """On a CPU with inputs converted to fp32, for a method that would round its logits to their precision."""
+    if device == "cuda":
+        return method
     return lambda hidden, weight, targets: method(hidden.float(), weight.float(), targets)
 
 
@@ -111,7 +113,7 @@ def liger(device: str) -> Method:
         nll, entropy = module._FusedLinearPPOFallbackFunction.apply(hidden, weight, targets, 1.0, -100, True)
         return -nll, entropy
 
-    return widened(method)
+    return widened(method, device)
 
 
 def cut_cross_entropy(device: str) -> Method:
@@ -122,13 +124,13 @@ def cut_cross_entropy(device: str) -> Method:
     def method(hidden: Tensor, weight: Tensor, targets: Tensor) -> Statistics:
         return -function(hidden, weight, targets, **options), None
 
-    return method if device == "cuda" else widened(method)
+    return widened(method, device)
 
 
 def verl_torch(device: str) -> Method:
     """verl 0.9.1's default, in plain PyTorch by blocks of 512 tokens."""
     function = verl_module("experimental.torch_functional").FusedLinearForPPOFunction
-    return widened(lambda hidden, weight, targets: function.apply(hidden, weight, targets, 1.0, 512))
+    return widened(lambda hidden, weight, targets: function.apply(hidden, weight, targets, 1.0, 512), device)
 
 
 def verl_triton(device: str) -> Method:
@@ -160,9 +162,9 @@ def verl_module(name: str) -> Any:
 CONTENDERS: dict[str, tuple[Callable[[str], Method], int]] = {
     "tandem": (tandem("auto"), 6),
     "tandem, recompute": (tandem("recompute"), 8),
-    "eager": (lambda device: eager, 6),
+    "eager": (lambda device: widened(eager, device), 6),
     "torch.compile, chunked": (compiled_chunks, 8),
-    "TRL 1.16": (lambda device: widened(trl(device)), 8),
+    "TRL 1.16": (lambda device: widened(trl(device), device), 8),
     "Liger 0.8.5": (liger, 8),
     "verl 0.9.1 torch": (verl_torch, 8),
     "verl 0.9.1 Triton": (verl_triton, 8),
@@ -425,7 +427,7 @@ def main() -> None:
         for name in given.dtype or (["fp32", "bf16"] if given.device == "cpu" else ["bf16"]):
             print(f"\nN, H, V = {shape}, {name} inputs, {given.device}", flush=True)
             problem = make_problem(shape, DTYPES[name], given.device)
-            rows, missing = measure(problem, repeats, as_shipped=name == "bf16")
+            rows, missing = measure(problem, repeats, as_shipped=(given.device, name) == ("cpu", "bf16"))
             promises = verdict(rows, given.device, shape)
             report(rows, missing, promises)
             results.append(
