@@ -108,12 +108,14 @@ def token_stats(
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """A head that is sharded over ranks by FSDP, gathered; its gradient is scattered again."""
+    """A head that is sharded over ranks, gathered; its gradient is summed over them and scattered again."""
     if type(weight) in (Tensor, torch.nn.Parameter):
         return weight
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import DTensor, Partial
 
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    if not isinstance(weight, DTensor):
+        return weight
+    return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
 
 
 def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:

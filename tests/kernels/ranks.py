@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from rlhf.kernels.token_stats import token_stats
 from tests.kernels.cases import Case, make_case, measured
@@ -46,4 +48,22 @@ def run(rank: int, ranks: int, folder: str, dtype: torch.dtype, memory: str) -> 
     )
     assert outside.logprob is not None and outside.logprob.isnan().all()
     assert outside.entropy is not None and outside.entropy.isfinite().all()
+    sharded_as_a_whole(rank, ranks)
     dist.destroy_process_group()
+
+
+def sharded_as_a_whole(rank: int, ranks: int) -> None:
+    """FSDP's way: every rank has tokens of its own and a shard of the head, gathered for the call."""
+    case = make_case(2 * ranks, 6, 41, bias=True)
+    mesh = init_device_mesh("cpu", (ranks,))
+    weight = distribute_tensor(case.weight, mesh, [Shard(0)]).requires_grad_()
+    own = slice(2 * rank, 2 * rank + 2)
+    stats = token_stats(case.hidden[own], weight, case.targets[own])
+    assert stats.logprob is not None
+    stats.logprob.sum().backward()
+    assert isinstance(weight.grad, DTensor)
+    plain = case.weight.clone().requires_grad_()
+    expected = token_stats(case.hidden, plain, case.targets).logprob
+    assert expected is not None and plain.requires_grad
+    expected.sum().backward()
+    torch.testing.assert_close(weight.grad.full_tensor(), plain.grad)
