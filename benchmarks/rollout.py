@@ -10,6 +10,8 @@ question) or 446 (the question after an irrelevant text). Before anything is tim
 with forwards over the whole sequences: within 1e-4 in float32, in bfloat16 within 0.1 in the mean. The
 native engine packs its weights anew in every repeat, as it does after every update.
 
+A run that was interrupted goes on where it stopped.
+
 Run: `python -m benchmarks.rollout --model MODEL_FOLDER --out benchmarks/results/MACHINE/rollout.json`.
 """
 
@@ -41,6 +43,8 @@ FILLER = {46: 0, 446: 80}
 
 Contender = Callable[[list[Prompt], int], int]
 """Samples every group with a seed; the number of tokens sampled."""
+Repeat = dict[str, dict[str, float]]
+"""Tokens and seconds of each contender."""
 
 
 def prompts_of(tokenizer: Any, length: int) -> list[Prompt]:
@@ -113,36 +117,38 @@ def verify(model: Any, prompts: list[Prompt], eos: int, largest: float, mean: fl
     return found
 
 
-def measure(contenders: dict[str, Contender], prompts: list[Prompt], repeats: int) -> list[dict[str, Any]]:
-    """Every contender once a repeat, after one warm-up each; one row a contender."""
-    for run in contenders.values():
-        run(prompts[:1], 0)
-    samples: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    for repeat in range(repeats):
-        for name in sorted(contenders, reverse=repeat % 2 == 1):
-            start = time.perf_counter()
-            tokens = contenders[name](prompts, 1 + repeat)
-            seconds = time.perf_counter() - start
-            rate = tokens / seconds
-            samples[name].append({"tokens": tokens, "seconds": seconds, "tokens_per_second": rate})
-            sys.stderr.write(f"{repeat} {name}: {tokens} tokens, {seconds:.2f} s, {rate:.0f} tokens/s\n")
-    baseline = statistics.median(s["tokens_per_second"] for s in samples["generate"])
-    rows: list[dict[str, Any]] = []
-    for name, runs in samples.items():
-        rates = [s["tokens_per_second"] for s in runs]
-        rows.append(
-            {
-                "engine": name,
-                "prompt_tokens": len(prompts[0].token_ids),
-                "repeats": repeats,
-                "median_tokens": statistics.median(s["tokens"] for s in runs),
-                "median_seconds": round(statistics.median(s["seconds"] for s in runs), 3),
-                "median_tokens_per_second": round(statistics.median(rates), 1),
-                "range_tokens_per_second": [round(min(rates), 1), round(max(rates), 1)],
-                "times_generate": round(statistics.median(rates) / baseline, 2),
-            }
+def one_repeat(contenders: dict[str, Contender], prompts: list[Prompt], repeat: int) -> Repeat:
+    """Every contender once, in an order that alternates."""
+    times: Repeat = {}
+    for name in sorted(contenders, reverse=repeat % 2 == 1):
+        start = time.perf_counter()
+        tokens = contenders[name](prompts, 1 + repeat)
+        seconds = time.perf_counter() - start
+        times[name] = {"tokens": tokens, "seconds": round(seconds, 3)}
+        sys.stderr.write(
+            f"{repeat} {name}: {tokens} tokens, {seconds:.2f} s, {tokens / seconds:.0f} tokens/s\n"
         )
-    return rows
+    return times
+
+
+def summary(repeats: list[Repeat], prompt_tokens: int) -> list[dict[str, Any]]:
+    """One row a contender."""
+    rates = {
+        name: [r[name]["tokens"] / r[name]["seconds"] for r in repeats] for name in ("generate", "native")
+    }
+    baseline = statistics.median(rates["generate"])
+    return [
+        {
+            "engine": name,
+            "prompt_tokens": prompt_tokens,
+            "repeats": len(repeats),
+            "median_seconds": round(statistics.median(r[name]["seconds"] for r in repeats), 2),
+            "median_tokens_per_second": round(statistics.median(rates[name]), 1),
+            "range_tokens_per_second": [round(min(rates[name]), 1), round(max(rates[name]), 1)],
+            "times_generate": round(statistics.median(rates[name]) / baseline, 2),
+        }
+        for name in rates
+    ]
 
 
 def machine() -> dict[str, Any]:
@@ -173,6 +179,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def interrupted(out: Path | None, result: dict[str, Any]) -> dict[str, list[Repeat]]:
+    """The repeats of the same command on the same machine that did not come to its end."""
+    if out is None or not out.exists():
+        return {}
+    found = json.loads(out.read_text())
+    unfinished = not found["rows"] or len(found["rows"]) < 2 * len(found["samples"])
+    same = all(found[key] == result[key] for key in ("command", "machine"))
+    return found["samples"] if same and unfinished else {}
+
+
 def main() -> None:
     options = parse()
     arguments = " ".join(sys.argv[1:]).replace(options.model, "MODEL_FOLDER")
@@ -192,12 +208,23 @@ def main() -> None:
         "logprob_difference_from_whole_forward": checks,
         "rows": [],
     }
+    samples = interrupted(options.out, result)
     for length in options.prompt_tokens:
-        result["rows"] += measure(contenders, prompts_of(tokenizer, length), options.repeats)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        prompts = prompts_of(tokenizer, length)
+        repeats = samples.setdefault(str(length), [])
+        if len(repeats) < options.repeats:
+            for run in contenders.values():
+                run(prompts[:1], 0)
+        while len(repeats) < options.repeats:
+            repeats.append(one_repeat(contenders, prompts, len(repeats)))
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps({**result, "samples": samples}, indent=1) + "\n")
+        result["rows"] += summary(repeats, length)
+    text = json.dumps({**result, "samples": samples}, indent=1) + "\n"
+    sys.stdout.write(text)
+    if options.out:
+        options.out.write_text(text)
 
 
 if __name__ == "__main__":
