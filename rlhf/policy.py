@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +164,7 @@ def without_dropout(model: PreTrainedModel) -> None:
             module.p = 0.0
         # attention modules keep a copy of the config's
         if "attention_dropout" in vars(module):
-            module.attention_dropout = 0.0
+            cast(Any, module).attention_dropout = 0.0
 
 
 def why_no_shared_prefix(model: PreTrainedModel) -> str | None:

@@ -50,6 +50,10 @@ def _constant_reward(steps: Sequence[Values]) -> bool:
     return same and all(values.get("reward/std", 0.0) == 0.0 for values in steps)
 
 
+def _always_skipped(steps: Sequence[Values]) -> bool:
+    return all(values.get("update/skipped", 0.0) > 0 for values in steps)
+
+
 def _nothing_moves(steps: Sequence[Values]) -> bool:
     """Without any advantage there is rightly no gradient, and that has its own finding."""
     has_signal = any(values.get("advantage/zero_fraction", 0.0) < 1.0 for values in steps)
@@ -76,7 +80,7 @@ FINDINGS = (
     ),
     Finding(
         "broken",
-        lambda steps: all(values.get("update/skipped", 0.0) > 0 for values in steps),
+        _always_skipped,
         "updates are skipped because their gradient is not finite; lower learner.lr, or try "
         "model.dtype=float32",
     ),

@@ -179,7 +179,7 @@ class Prefill:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         outs: list[Tensor] = []
         lengths = [self._cache.prompt_lengths[prompt] for prompt in self._prompts]
-        parts = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+        parts = zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
         for prompt, (q, k, v) in zip(self._prompts, parts, strict=True):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
             outs.append(out.transpose(1, 2))
@@ -197,7 +197,7 @@ class Decode:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if len(self._caches) == 1:
             return self._caches[0].attend_token(layer, query, key, value, scale)
-        parts = zip(self._caches, *(x.split(self._sizes) for x in (query, key, value)), strict=True)
+        parts = zip(self._caches, *(torch.split(x, self._sizes) for x in (query, key, value)), strict=True)
         return torch.cat([cache.attend_token(layer, q, k, v, scale) for cache, q, k, v in parts])
 
 

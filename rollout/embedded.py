@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,11 @@ from transformers import PreTrainedModel
 
 from rlhf.rollout.engine import SyncReport, WeightSource
 
+Model = Any
+"""A PreTrainedModel; the annotations of transformers are too incomplete for a strict check."""
 
-def causal_model(module: nn.Module) -> PreTrainedModel:
+
+def causal_model(module: nn.Module) -> Model:
     """The Hugging Face model itself, also inside a PEFT wrapper (its adapters are layers of that model)."""
     if "peft" in sys.modules:
         from peft import PeftModel
@@ -29,7 +33,7 @@ def causal_model(module: nn.Module) -> PreTrainedModel:
 
 
 @contextmanager
-def sampling_mode(model: PreTrainedModel, attention: str | None) -> Iterator[None]:
+def sampling_mode(model: Model, attention: str | None) -> Generator[None]:
     """Evaluation mode, no gradients and the named attention; the learner finds its module as it left it.
 
     Not `inference_mode`: a module that keeps a tensor between forwards (rotary frequencies that adapt to
@@ -50,7 +54,7 @@ def sampling_mode(model: PreTrainedModel, attention: str | None) -> Iterator[Non
             module.training = True
 
 
-def take_weights(model: PreTrainedModel, source: WeightSource, version: int) -> SyncReport:
+def take_weights(model: Model, source: WeightSource, version: int) -> SyncReport:
     """Copies every weight, unless `model` is the source's own module: then they are there already."""
     start = time.perf_counter()
     copied = 0
@@ -60,7 +64,7 @@ def take_weights(model: PreTrainedModel, source: WeightSource, version: int) -> 
 
 
 @torch.no_grad()
-def _copy(model: PreTrainedModel, source: WeightSource) -> int:
+def _copy(model: Model, source: WeightSource) -> int:
     # with both names of a tied weight, which a source may give under either
     own = model.state_dict(keep_vars=True)
     missing = {id(parameter): name for name, parameter in model.named_parameters()}

@@ -7,14 +7,15 @@ that one possible.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from rlhf.rollout.embedded import causal_model, sampling_mode, take_weights
+from rlhf.rollout.embedded import Model, causal_model, sampling_mode, take_weights
 from rlhf.rollout.engine import PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import RowSampling, sample
@@ -38,7 +39,7 @@ class _Draw(LogitsProcessor):
 
 
 @contextmanager
-def _own_generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def _own_generation_config(model: Model, config: GenerationConfig) -> Generator[None]:
     """What a model ships (a repetition penalty, suppressed tokens) would change what is sampled from."""
     shipped = model.generation_config
     model.generation_config = config
@@ -119,7 +120,8 @@ class HFEngine:
                 attention_mask=torch.ones_like(prompts),
                 logits_processor=LogitsProcessorList([draw]),
             )
-        tokens, logprobs = torch.stack(draw.tokens, 1).tolist(), torch.stack(draw.logprobs, 1).tolist()
+        drawn: tuple[Any, Any] = torch.stack(draw.tokens, 1), torch.stack(draw.logprobs, 1)
+        tokens, logprobs = (x.tolist() for x in drawn)
         for row, row_tokens, row_logprobs in zip(rows, tokens, logprobs, strict=True):
             # a row that stopped is padded until the last one has
             any(map(row.append, row_tokens, row_logprobs))

@@ -18,15 +18,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
 from rlhf.rollout.cache import AttentionPass, Decode, Prefill, SharedPrefixCache, last_tokens
-from rlhf.rollout.embedded import causal_model, sampling_mode, take_weights
+from rlhf.rollout.embedded import Model, causal_model, sampling_mode, take_weights
 from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.packed import PackedLinears
 from rlhf.rollout.requests import Row, check_requests, rows_of
@@ -59,10 +59,10 @@ def _attention(
     if rollout_pass is None:
         raise ValueError("it does not pass keyword arguments on to its attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return rollout_pass.attend(int(module.layer_idx), query, key, value, scale), None
+    return rollout_pass.attend(int(cast(Any, module).layer_idx), query, key, value, scale), None
 
 
-AttentionInterface.register(ATTENTION, _attention)
+cast(Any, AttentionInterface).register(ATTENTION, _attention)
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +78,8 @@ class _Cohort:
 
     def record(self, tokens: Int64[Tensor, " S"], logprobs: Float[Tensor, " S"]) -> list[Row]:
         """Appends one token to every row; the rows it finishes leave."""
-        sampled = zip(self.rows, tokens.tolist(), logprobs.tolist(), strict=True)
+        drawn: tuple[Any, Any] = tokens, logprobs
+        sampled = zip(self.rows, *(x.tolist() for x in drawn), strict=True)
         finished = [i for i, (row, token, logprob) in enumerate(sampled) if row.append(token, logprob)]
         self.tokens, self.positions = tokens, self.positions + 1
         gone = [self.rows[i] for i in finished]
@@ -117,7 +118,7 @@ class NativeEngine:
         self._eos_token_ids = tuple(eos_token_ids)
 
     @staticmethod
-    def supports(model: PreTrainedModel) -> str | None:
+    def supports(model: Model) -> str | None:
         """Why this engine cannot decode `model`, as far as its configuration tells; None: it may."""
         return why_unsupported(model)
 
@@ -266,7 +267,7 @@ class NativeEngine:
 
     def _record(self, cohorts: list[_Cohort], sampled: tuple[Tensor, Tensor]) -> None:
         sizes = [len(cohort.rows) for cohort in cohorts]
-        for cohort, tokens, logprobs in zip(cohorts, *(x.split(sizes) for x in sampled), strict=True):
+        for cohort, tokens, logprobs in zip(cohorts, *(torch.split(x, sizes) for x in sampled), strict=True):
             for row in cohort.record(tokens, logprobs):
                 self._sampling = None
                 self._end(row)

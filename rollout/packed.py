@@ -6,9 +6,10 @@ that layout, for every token. The price is one more copy of these weights while 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +28,11 @@ class PackedLinears:
         self._forwards: dict[nn.Linear, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
+    def installed(self) -> Generator[None]:
         """The layers use their packed weights, and are as before afterwards."""
         forwards = [self._forward(linear) for linear in self._linears]
         for linear, forward in zip(self._linears, forwards, strict=True):
-            linear.forward = forward
+            cast(Any, linear).forward = forward
         try:
             yield
         finally:

@@ -149,9 +149,11 @@ def _inverse_cdf(
     """The first token whose cumulative mass exceeds `u` times the whole, and the whole (float64)."""
     size = probs.shape[-1]
     full = size // BLOCK * BLOCK
-    blocks = [probs[:, :full].unflatten(1, (-1, BLOCK)).sum(-1)] if full else []
+    blocks: list[Tensor] = []
+    if full:
+        blocks.append(torch.sum(probs[:, :full].reshape(len(probs), -1, BLOCK), -1))
     if full < size:
-        blocks.append(probs[:, full:].sum(-1, keepdim=True))
+        blocks.append(torch.sum(probs[:, full:], -1, keepdim=True))
     mass = torch.cat(blocks, -1).cumsum(-1, dtype=torch.float64)
     block, rest = _first_above(mass, u * mass[:, -1])
     columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=probs.device)

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from statistics import mean
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
-from rlhf.rollout.embedded import sampling_mode
+from rlhf.rollout.embedded import Model, causal_model, sampling_mode
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.rollout.hf import HFEngine
 from rlhf.types import Completion, Prompt
@@ -20,7 +18,7 @@ NOISE_FACTOR = 3.0
 """Below float32: how much worse than plain cached decoding the engine may be."""
 
 
-def why_unsupported(model: PreTrainedModel) -> str | None:
+def why_unsupported(model: Model) -> str | None:
     """The reason, read from class and configuration; None when there is none."""
     config = model.config
     text = config.get_text_config()
@@ -41,13 +39,13 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def check_decoding(engine: RolloutEngine, model: PreTrainedModel) -> None:
+def check_decoding(engine: RolloutEngine, model: Model) -> None:
     """Decodes 8 tokens after two prompts of different length; compares with forwards over whole sequences.
 
     Raises ValueError if the mean |difference| of log-probs is above `TOLERANCE`; below float32, if it is also
     above `NOISE_FACTOR` times that of plain cached decoding in the same precision.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
     params = SamplingParams(n=2, max_tokens=8, seed=0)
     requests = [
         RolloutRequest(
@@ -78,10 +76,10 @@ def check_decoding(engine: RolloutEngine, model: PreTrainedModel) -> None:
 
 
 def logprob_errors(
-    model: nn.Module, requests: Sequence[RolloutRequest], groups: Sequence[Sequence[Completion]]
+    model: Model, requests: Sequence[RolloutRequest], groups: Sequence[Sequence[Completion]]
 ) -> list[float]:
     """|rollout log-prob - log-prob by one forward over prompt and completion|, every token; no truncation."""
-    assert isinstance(model, PreTrainedModel)
+    model = causal_model(model)
     errors: list[float] = []
     with sampling_mode(model, "sdpa" if model._supports_sdpa else None):
         for request, completions in zip(requests, groups, strict=True):
