@@ -17,6 +17,7 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def draw(results: dict[str, list[tuple[Records, Records]]], file: Path) -> None:
     plt.close(figure)
 
 
-def band(axis: Any, x: list[float], curves: list[list[float]], label: str) -> None:
+def band(axis: Any, x: Sequence[float], curves: list[list[float]], label: str) -> None:
     columns = list(zip(*curves, strict=True))
     (line,) = axis.plot(x, [statistics.mean(c) for c in columns], label=label)
     axis.fill_between(

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from rlhf.kernels.backend import Backend
 from rlhf.kernels.token_stats import IGNORED, logit_stats, token_stats
+from rlhf.kernels.token_stats.api import Memory
 
 FIELDS = ("logprob", "entropy", "logsumexp", "kl", "kl_reverse", "ref_logprob")
 DIFFERENTIABLE = FIELDS[:5]
+
+
+class Options(TypedDict, total=False):
+    """What `token_stats` takes beside a case and a backend."""
+
+    memory: Memory
+    workspace_bytes: int
+    group: ProcessGroup | None
+    vocab_start: int
+    num_kept: int | None
 
 
 @dataclass(frozen=True)
@@ -107,8 +121,8 @@ def exact(case: Case) -> dict[str, Tensor]:
         "logsumexp": a.logsumexp(-1),
     }
     if case.ref_hidden is not None:
-        shared = case.ref_weight is None
-        head = (case.weight, case.bias) if shared else (case.ref_weight, case.ref_bias)
+        shared = (case.weight, case.bias)
+        head = shared if case.ref_weight is None else (case.ref_weight, case.ref_bias)
         lq = logprobs(case.ref_hidden, *head).log_softmax(-1)
         stats["kl"] = _weighted(lp.exp(), lp - lq)
         stats["kl_reverse"] = _weighted(lq.exp(), lq - lp)
@@ -117,7 +131,7 @@ def exact(case: Case) -> dict[str, Tensor]:
     return _with_gradients({k: stats[k] for k in case.want}, inputs, case)
 
 
-def measured(case: Case, *, backend: str, **options: object) -> dict[str, Tensor]:
+def measured(case: Case, *, backend: Backend, **options: Unpack[Options]) -> dict[str, Tensor]:
     """Every statistic and gradient as `token_stats` gives them."""
     inputs = _leaves(case)
     stats = token_stats(
@@ -205,7 +219,7 @@ def _with_gradients(stats: dict[str, Tensor], inputs: dict[str, Tensor], case: C
     return result
 
 
-def measured_from_logits(case: Case, *, backend: str) -> dict[str, Tensor]:
+def measured_from_logits(case: Case, *, backend: Backend) -> dict[str, Tensor]:
     """As `measured`, where `hidden` and `ref_hidden` hold the logits themselves."""
     logits = case.hidden.detach().clone().requires_grad_()
     stats = logit_stats(

@@ -64,7 +64,9 @@ def _nvidia(made: Any, folder: Path) -> Resources:
     text = subprocess.run(
         [CUOBJDUMP, "-res-usage", binary], capture_output=True, text=True, check=True, timeout=60
     ).stdout
-    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text).groups()
+    usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    assert usage is not None, text
+    registers, stack, local = usage.groups()
     ptx = made.asm["ptx"]
     loads = len(re.findall(r"ld\.global[\w.:]*\.v4\.b32|ld\.global[\w.:]*\.v8\.b32", ptx))
     stores = len(re.findall(r"st\.global[\w.:]*\.v4\.b32|st\.global[\w.:]*\.v8\.b32", ptx))
@@ -75,7 +77,9 @@ def _amd(made: Any) -> Resources:
     text = made.asm["amdgcn"]
 
     def number(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        assert found is not None, name
+        return int(found[1])
 
     spilled = number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size")
     loads = len(re.findall(r"(?:global|buffer)_load_dwordx4", text))

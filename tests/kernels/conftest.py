@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic  # its class, with the property, is swapped in at import
+    assert settings.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
 

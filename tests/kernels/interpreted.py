@@ -94,6 +94,7 @@ def test_each_statistic_can_be_had_alone(name: str) -> None:
 @pytest.mark.parametrize("offset", [-300.0, 300.0])
 def test_a_constant_added_to_all_logits_costs_no_more_than_in_plain_pytorch(offset: float) -> None:
     case = make_case(4, 8, 140, dtype=torch.float32, bias=True)
+    assert case.bias is not None
     check(replace(case, bias=case.bias + offset), slack=6e-5)
 
 
@@ -110,6 +111,7 @@ def test_columns_of_minus_infinity_are_never_chosen() -> None:
     case = make_case(3, 5, 300, dtype=torch.float32, bias=True)
     closed = torch.arange(300) % 3 == 1
     closed[:140], closed[290:] = True, True
+    assert case.bias is not None
     bias = torch.where(closed, -torch.inf, case.bias)
     case = replace(case, bias=bias, ref_bias=bias.clone(), targets=torch.tensor([200, 201, 203]))
     got = measured(case, backend="triton")
@@ -198,8 +200,10 @@ def _of_logits(logits: Tensor, targets: Tensor) -> Case:
 def _random_logits(tokens: int, vocabulary: int, dtype: torch.dtype, *, reference: bool) -> Case:
     case = make_case(tokens, 4, vocabulary, dtype=torch.float32, vector_temperature=True, reference=reference)
     logits = (case.hidden @ case.weight.T).to(dtype)
-    ref_logits = (case.ref_hidden @ case.ref_weight.T).to(dtype) if reference else None
-    return replace(case, hidden=logits, ref_hidden=ref_logits)
+    if not reference:
+        return replace(case, hidden=logits, ref_hidden=None)
+    assert case.ref_hidden is not None and case.ref_weight is not None
+    return replace(case, hidden=logits, ref_hidden=(case.ref_hidden @ case.ref_weight.T).to(dtype))
 
 
 def _tile(columns: int) -> tuple[Tile, Tensor, Upstream]:

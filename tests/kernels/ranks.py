@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from rlhf.kernels.token_stats import token_stats
+from rlhf.kernels.token_stats.api import Memory
 from tests.kernels.cases import Case, make_case, measured
 
 # uneven parts of 41 columns, among them one of a single column
@@ -25,7 +26,7 @@ def whole(dtype: torch.dtype) -> Case:
     )
 
 
-def run(rank: int, ranks: int, folder: str, dtype: torch.dtype, memory: str) -> None:
+def run(rank: int, ranks: int, folder: str, dtype: torch.dtype, memory: Memory) -> None:
     """Measure this rank's shard and save what came out."""
     torch.set_num_threads(1)
     dist.init_process_group(

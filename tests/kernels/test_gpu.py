@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from rlhf.kernels.backend import Backend
 from rlhf.kernels.gae import gae
 from rlhf.kernels.token_stats import IGNORED, token_stats
 from tests.kernels.cases import FIELDS, Case, assert_close, assert_no_worse, exact, make_case, measured
@@ -41,7 +42,7 @@ def to_cpu(result: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("vocabulary", [1, 97, 4096, 4097, 10007])
 @pytest.mark.parametrize("everything", [False, True])
 def test_it_is_never_further_from_the_truth_than_plain_pytorch(
-    backend: str, dtype: torch.dtype, vocabulary: int, everything: bool
+    backend: Backend, dtype: torch.dtype, vocabulary: int, everything: bool
 ) -> None:
     case = make_case(
         33,

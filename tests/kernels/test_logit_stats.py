@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf.kernels.backend import Backend
 from rlhf.kernels.token_stats import IGNORED, logit_stats
 from tests.kernels.cases import Case, assert_close, make_case, measured, measured_from_logits
 
@@ -19,7 +20,10 @@ each_backend = pytest.mark.parametrize("backend", ["reference", "tiled"])
 def of_logits(case: Case) -> tuple[Case, Case]:
     """The case with its logits in place of hidden states, and with the identity as its head."""
     logits = case.hidden @ case.weight.T
-    ref_logits = None if case.ref_hidden is None else case.ref_hidden @ case.ref_weight.T
+    ref_logits = None
+    if case.ref_hidden is not None:
+        assert case.ref_weight is not None
+        ref_logits = case.ref_hidden @ case.ref_weight.T
     head = torch.eye(logits.shape[1], dtype=logits.dtype)
     ref_head = None if ref_logits is None else head
     plain = replace(case, hidden=logits, ref_hidden=ref_logits, bias=None, ref_bias=None)
@@ -38,7 +42,7 @@ def of_logits(case: Case) -> tuple[Case, Case]:
     masked=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_they_are_the_statistics_of_a_head_that_is_the_identity(
-    backend: str,
+    backend: Backend,
     seed: int,
     tokens: int,
     vocabulary: int,
@@ -78,7 +82,7 @@ def test_low_precision_logits_get_fp32_statistics(dtype: torch.dtype) -> None:
 
 
 @each_backend
-def test_a_masked_row_is_never_read(backend: str) -> None:
+def test_a_masked_row_is_never_read(backend: Backend) -> None:
     logits = torch.randn(3, 40)
     logits[1] = torch.nan
     targets = torch.tensor([3, IGNORED, 5])
@@ -90,7 +94,7 @@ def test_a_masked_row_is_never_read(backend: str) -> None:
 
 
 @each_backend
-def test_a_logit_of_minus_infinity_is_never_chosen(backend: str) -> None:
+def test_a_logit_of_minus_infinity_is_never_chosen(backend: Backend) -> None:
     logits = torch.randn(2, 40)
     logits[:, 5:30] = -torch.inf
     case = Case(

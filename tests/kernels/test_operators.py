@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.kernels.token_stats import logit_stats, token_stats
+from rlhf.kernels.token_stats.api import Memory
 from tests.kernels.cases import FIELDS, Case, make_case
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
@@ -24,7 +25,7 @@ def as_in_production() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def loss_of(hidden: Tensor, weight: Tensor, case: Case, *, num_kept: int | None, memory: str) -> Tensor:
+def loss_of(hidden: Tensor, weight: Tensor, case: Case, *, num_kept: int | None, memory: Memory) -> Tensor:
     stats = token_stats(
         hidden * 2.0,
         weight,
@@ -44,15 +45,15 @@ def loss_of(hidden: Tensor, weight: Tensor, case: Case, *, num_kept: int | None,
 
 @pytest.mark.parametrize("memory", ["auto", "recompute"])
 @pytest.mark.parametrize("counted", [False, True])
-def test_it_compiles_into_one_graph_with_the_same_gradients(memory: str, counted: bool) -> None:
+def test_it_compiles_into_one_graph_with_the_same_gradients(memory: Memory, counted: bool) -> None:
     case = make_case(7, 5, 40, masked=0.3, seed=3, vector_temperature=True)
     number = int((case.targets != -100).sum()) if counted else None
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     results = []
     for function in (loss_of, compiled):
-        inputs = [t.clone().requires_grad_() for t in (case.hidden, case.weight)]
-        loss = function(*inputs, case, num_kept=number, memory=memory)
-        results.append([loss.detach(), *torch.autograd.grad(loss, inputs)])
+        hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
+        loss = function(hidden, weight, case, num_kept=number, memory=memory)
+        results.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
     for plain, traced in zip(*results, strict=True):
         torch.testing.assert_close(plain, traced, rtol=1e-12, atol=1e-12)
 

@@ -11,7 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf.kernels.backend import Backend
 from rlhf.kernels.token_stats import IGNORED, TokenStats, rows, token_stats
+from rlhf.kernels.token_stats.api import Memory
 from tests.kernels.cases import (
     DIFFERENTIABLE,
     FIELDS,
@@ -48,7 +50,7 @@ cases = st.builds(
 @settings(max_examples=40, deadline=None)
 @given(case=cases)
 def test_every_statistic_and_gradient_is_the_one_of_float64_autograd(
-    backend: str, memory: str, case: Case
+    backend: Backend, memory: Memory, case: Case
 ) -> None:
     assert_close(measured(case, backend=backend, memory=memory), exact(case), relative=1e-10)
 
@@ -78,8 +80,9 @@ def test_it_is_no_further_from_the_truth_than_plain_pytorch(
 
 @each_backend
 @pytest.mark.parametrize("offset", [-300.0, 300.0])
-def test_a_constant_added_to_all_logits_costs_no_digits(backend: str, offset: float) -> None:
+def test_a_constant_added_to_all_logits_costs_no_digits(backend: Backend, offset: float) -> None:
     case = make_case(6, 8, 97, dtype=torch.float32, bias=True)
+    assert case.bias is not None
     shifted = measured(replace(case, bias=case.bias + offset), backend=backend)
     truth = exact(replace(case, bias=case.bias + offset))
     # a logit near 300 carries an error of 2e-5 itself, before any statistic is taken
@@ -91,6 +94,7 @@ def test_a_constant_added_to_all_logits_costs_no_digits(backend: str, offset: fl
 def test_offsets_cost_the_tiled_backend_no_more_than_plain_pytorch() -> None:
     for offset in (-300.0, 300.0):
         case = make_case(6, 8, 97, dtype=torch.float32, bias=True)
+        assert case.bias is not None
         case = replace(case, bias=case.bias + offset)
         fast, plain = measured(case, backend="tiled"), measured(case, backend="reference")
         assert_no_worse(fast, plain, exact(case), slack=2e-5)
@@ -109,7 +113,7 @@ def test_a_confident_token_keeps_its_small_log_probability(margin: float) -> Non
 
 
 @each_backend
-def test_equal_logits_are_a_uniform_distribution(backend: str) -> None:
+def test_equal_logits_are_a_uniform_distribution(backend: Backend) -> None:
     stats = token_stats(torch.zeros(2, 4), torch.ones(50, 4), torch.tensor([0, 49]), backend=backend)
     expected = torch.tensor(50.0).log().expand(2)
     torch.testing.assert_close(stats.entropy, expected)
@@ -118,7 +122,7 @@ def test_equal_logits_are_a_uniform_distribution(backend: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("target", [1, 40, 7])
-def test_two_equal_maxima_share_the_probability(backend: str, target: int) -> None:
+def test_two_equal_maxima_share_the_probability(backend: Backend, target: int) -> None:
     case = make_case(1, 1, 50, reference=False, bias=True)
     bias = torch.zeros(50, dtype=torch.float64)
     bias[1], bias[40] = 20.0, 20.0
@@ -128,8 +132,9 @@ def test_two_equal_maxima_share_the_probability(backend: str, target: int) -> No
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_columns_of_minus_infinity_are_never_chosen(backend: str, dtype: torch.dtype) -> None:
+def test_columns_of_minus_infinity_are_never_chosen(backend: Backend, dtype: torch.dtype) -> None:
     case = make_case(4, 5, 40, dtype=dtype, bias=True)
+    assert case.bias is not None and case.ref_bias is not None
     bias, ref_bias = case.bias.clone(), case.ref_bias.clone()
     closed = torch.arange(40) % 3 == 1
     closed[:17] = True
@@ -146,7 +151,7 @@ def test_columns_of_minus_infinity_are_never_chosen(backend: str, dtype: torch.d
 
 
 @each_backend
-def test_a_target_of_minus_infinity_has_no_probability(backend: str) -> None:
+def test_a_target_of_minus_infinity_has_no_probability(backend: Backend) -> None:
     bias = torch.zeros(20)
     bias[4] = -torch.inf
     stats = token_stats(torch.ones(1, 2), torch.ones(20, 2), torch.tensor([4]), bias=bias, backend=backend)
@@ -154,7 +159,7 @@ def test_a_target_of_minus_infinity_has_no_probability(backend: str) -> None:
 
 
 @each_backend
-def test_a_nan_stays_visible(backend: str) -> None:
+def test_a_nan_stays_visible(backend: Backend) -> None:
     hidden = torch.ones(2, 3)
     hidden[0, 1] = torch.nan
     stats = token_stats(hidden, torch.randn(40, 3), torch.tensor([0, 1]), backend=backend)
@@ -164,7 +169,7 @@ def test_a_nan_stays_visible(backend: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_policy_equal_to_its_reference_has_no_divergence(backend: str, dtype: torch.dtype) -> None:
+def test_a_policy_equal_to_its_reference_has_no_divergence(backend: Backend, dtype: torch.dtype) -> None:
     case = make_case(5, 8, 97, dtype=dtype, upstream=("kl", "kl_reverse"), vector_temperature=True)
     case = replace(case, ref_hidden=case.hidden, ref_weight=None, ref_bias=None)
     got = measured(case, backend=backend)
@@ -176,15 +181,16 @@ def test_a_policy_equal_to_its_reference_has_no_divergence(backend: str, dtype: 
 
 
 @each_backend
-def test_a_shared_head_brings_its_bias(backend: str) -> None:
+def test_a_shared_head_brings_its_bias(backend: Backend) -> None:
     case = make_case(5, 8, 40, bias=True)
+    assert case.ref_hidden is not None
     shared = replace(case, ref_hidden=case.ref_hidden[:, :8], ref_weight=None, ref_bias=None)
     spelled = replace(shared, ref_weight=case.weight, ref_bias=case.bias)
     assert_close(measured(shared, backend=backend), measured(spelled, backend=backend), relative=1e-14)
 
 
 @each_backend
-def test_the_gradient_by_all_logits_of_a_token_adds_up_to_the_one_of_logsumexp(backend: str) -> None:
+def test_the_gradient_by_all_logits_of_a_token_adds_up_to_the_one_of_logsumexp(backend: Backend) -> None:
     case = make_case(6, 5, 40, bias=True)
     case = replace(case, temperature=1.0)
     got = measured(case, backend=backend)
@@ -194,7 +200,7 @@ def test_the_gradient_by_all_logits_of_a_token_adds_up_to_the_one_of_logsumexp(b
 
 @each_backend
 @pytest.mark.parametrize("name", FIELDS)
-def test_each_statistic_can_be_had_alone(backend: str, name: str) -> None:
+def test_each_statistic_can_be_had_alone(backend: Backend, name: str) -> None:
     case = make_case(5, 6, 40, bias=True)
     together = exact(replace(case, upstream={k: v for k, v in case.upstream.items() if k == name}))
     alone = replace(case, want=(name,), upstream={k: v for k, v in case.upstream.items() if k == name})
@@ -204,15 +210,16 @@ def test_each_statistic_can_be_had_alone(backend: str, name: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("names", list(itertools.combinations(DIFFERENTIABLE, 2)))
-def test_any_mix_of_upstream_gradients(backend: str, names: tuple[str, ...]) -> None:
+def test_any_mix_of_upstream_gradients(backend: Backend, names: tuple[str, ...]) -> None:
     case = make_case(5, 6, 40, upstream=names)
     assert_close(measured(case, backend=backend), exact(case), relative=1e-10)
 
 
 @each_backend
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
-def test_only_the_gradients_asked_for_are_made(backend: str, needs: tuple[bool, ...]) -> None:
+def test_only_the_gradients_asked_for_are_made(backend: Backend, needs: tuple[bool, ...]) -> None:
     case = make_case(5, 6, 40, bias=True)
+    assert case.bias is not None
     truth = exact(case)
     inputs = [
         t.clone().requires_grad_(n) for t, n in zip((case.hidden, case.weight, case.bias), needs, strict=True)
@@ -223,8 +230,9 @@ def test_only_the_gradients_asked_for_are_made(backend: str, needs: tuple[bool, 
     if not any(needs):
         assert not any(s.requires_grad for s in stats if s is not None)
         return
-    loss = sum((case.upstream[k] * v).sum() for k, v in zip(FIELDS[:3], stats, strict=False))
-    loss.backward()
+    got = [value for value in stats if value is not None]
+    terms = [(case.upstream[k] * v).sum() for k, v in zip(FIELDS[:3], got, strict=True)]
+    torch.stack(terms).sum().backward()
     truth = exact(replace(case, upstream={k: case.upstream[k] for k in FIELDS[:3]}))
     for name, tensor, need in zip(("hidden", "weight", "bias"), inputs, needs, strict=True):
         assert (tensor.grad is not None) == need
@@ -234,6 +242,7 @@ def test_only_the_gradients_asked_for_are_made(backend: str, needs: tuple[bool, 
 
 def test_the_reference_gets_no_gradient() -> None:
     case = make_case(3, 4, 20)
+    assert case.ref_hidden is not None and case.ref_weight is not None
     for backend in BACKENDS:
         side = [t.clone().requires_grad_() for t in (case.ref_hidden, case.ref_weight)]
         stats = token_stats(
@@ -251,7 +260,7 @@ def test_the_reference_gets_no_gradient() -> None:
 
 
 @each_backend
-def test_masked_tokens_are_not_computed(backend: str) -> None:
+def test_masked_tokens_are_not_computed(backend: Backend) -> None:
     case = make_case(8, 5, 40, masked=0.5, seed=3)
     masked = case.targets == IGNORED
     assert masked.any() and not masked.all()
@@ -264,14 +273,14 @@ def test_masked_tokens_are_not_computed(backend: str) -> None:
 
 @each_backend
 @pytest.mark.parametrize("tokens", [0, 3])
-def test_no_token_to_learn_from_gives_zeros(backend: str, tokens: int) -> None:
+def test_no_token_to_learn_from_gives_zeros(backend: Backend, tokens: int) -> None:
     case = make_case(tokens, 5, 40, masked=1.0, bias=True)
     for value in measured(case, backend=backend).values():
         assert (value == 0).all()
 
 
 @each_backend
-def test_a_known_number_of_kept_tokens_changes_nothing(backend: str) -> None:
+def test_a_known_number_of_kept_tokens_changes_nothing(backend: Backend) -> None:
     case = make_case(8, 5, 40, masked=0.5, seed=3)
     number = int((case.targets != IGNORED).sum())
     plain, counted = measured(case, backend=backend), measured(case, backend=backend, num_kept=number)
@@ -289,6 +298,7 @@ def test_keeping_the_logits_gives_the_same_bits_as_computing_them_again() -> Non
 def test_permuting_tokens_permutes_the_statistics_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(9, 24, 131, dtype=torch.float32, vector_temperature=True)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    assert isinstance(case.temperature, torch.Tensor) and case.ref_hidden is not None
     moved = replace(
         case,
         hidden=case.hidden[order],
@@ -309,7 +319,7 @@ def test_two_runs_give_the_same_bits() -> None:
 
 
 @each_backend
-def test_backward_may_run_twice_over_a_kept_graph(backend: str) -> None:
+def test_backward_may_run_twice_over_a_kept_graph(backend: Backend) -> None:
     case = make_case(5, 6, 40)
     hidden = case.hidden.clone().requires_grad_()
     stats = token_stats(hidden, case.weight, case.targets, backend=backend, memory="keep")
@@ -329,7 +339,7 @@ def test_differentiating_twice_is_an_error() -> None:
 
 
 @each_backend
-def test_hidden_states_may_be_a_view_with_any_strides(backend: str) -> None:
+def test_hidden_states_may_be_a_view_with_any_strides(backend: Backend) -> None:
     case = make_case(6, 5, 40)
     base = torch.full((12, 11), torch.nan, dtype=torch.float64)
     view = base.T[1:11:2, ::2].T
@@ -343,7 +353,7 @@ def test_hidden_states_may_be_a_view_with_any_strides(backend: str) -> None:
 
 
 @each_backend
-def test_autocast_does_not_lower_the_precision(backend: str) -> None:
+def test_autocast_does_not_lower_the_precision(backend: Backend) -> None:
     case = make_case(6, 32, 97, dtype=torch.float32)
     plain = measured(case, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):

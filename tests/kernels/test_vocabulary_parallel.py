@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 
+from rlhf.kernels.token_stats.api import Memory
 from rlhf.kernels.token_stats.state import STATE_ROWS, finish, merge
 from tests.kernels import ranks
 from tests.kernels.cases import FIELDS, assert_close, exact
@@ -20,9 +21,9 @@ from tests.kernels.cases import FIELDS, assert_close, exact
     [(2, torch.float64, "keep", 1e-10), (4, torch.float32, "recompute", 2e-6)],
 )
 def test_shards_on_ranks_give_what_one_rank_gives(
-    count: int, dtype: torch.dtype, memory: str, tolerance: float, tmp_path: Path
+    count: int, dtype: torch.dtype, memory: Memory, tolerance: float, tmp_path: Path
 ) -> None:
-    mp.spawn(ranks.run, args=(count, str(tmp_path), dtype, memory), nprocs=count)
+    spawn(ranks.run, args=(count, str(tmp_path), dtype, memory), nprocs=count)
     results: list[dict[str, Tensor]] = [
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)
     ]
