@@ -5,7 +5,7 @@
     shared, logits   the prompt once a group, float32 logits, log_softmax by autograd
     shared           the prompt once a group, `token_stats`: what the learner does
 
-8 groups of 8 completions of 64 tokens, bfloat16 with a float32 master, GRPO without a reference, forward,
+Groups of 8 completions of 64 tokens, bfloat16 with a float32 master, GRPO without a reference, forward,
 backward and optimizer step. All contenders make the same update: before anything is reported their losses and
 gradient norms are compared (within 2 %, the rounding of bfloat16). Each repeat runs every contender once in
 turn; peak memory is the largest resident size of a process of its own that makes three updates, less that
@@ -43,7 +43,7 @@ from rlhf.packing import Packed
 from rlhf.policy import Policy
 from rlhf.types import Experience, FinishReason, Group, Prompt, Trajectory
 
-GROUPS, SIZE, LENGTH = 8, 8, 64
+SIZE, LENGTH = 8, 64
 CONTENDERS = ("padded, logits", "padded", "shared, logits", "shared")
 
 
@@ -64,7 +64,7 @@ class WithLogits(Policy):
 class Contender:
     """A learner with its own copy of the model."""
 
-    def __init__(self, name: str, model: str, prompt: int, microbatch_tokens: int) -> None:
+    def __init__(self, name: str, model: str, prompt: int, microbatch_tokens: int, count: int) -> None:
         packing = "shared_prefix" if name.startswith("shared") else "padded"
         section = ModelConfig.model_validate({"path": model, "packing": packing})
         world = World(0, 1, torch.device("cpu"))
@@ -85,13 +85,13 @@ class Contender:
         )
         self.learner = Learner(policy, None, algorithm, optimizer, world, learner, temperature=1.0)
         vocabulary = policy.head.module.weight.shape[0]
-        self.experience: Experience = builder.build(groups(prompt, vocabulary), kl_coef=0.0)
+        self.experience: Experience = builder.build(groups(count, prompt, vocabulary), kl_coef=0.0)
 
     def update(self) -> Metrics:
         return self.learner.update(self.experience, step=0, seed=0, kl_coef=0.0)
 
 
-def groups(prompt: int, vocabulary: int) -> list[Group]:
+def groups(count: int, prompt: int, vocabulary: int) -> list[Group]:
     rng = random.Random(0)
 
     def tokens(n: int) -> tuple[int, ...]:
@@ -104,7 +104,7 @@ def groups(prompt: int, vocabulary: int) -> list[Group]:
 
     return [
         Group(Prompt(f"{i}", tokens(prompt), ""), tuple(sample(float(k % 2)) for k in range(SIZE)))
-        for i in range(GROUPS)
+        for i in range(count)
     ]
 
 
@@ -117,8 +117,10 @@ def check(first: dict[str, Metrics]) -> None:
             raise SystemExit(f"contenders differ in {name}: {values}")
 
 
-def seconds(model: str, prompt: int, microbatch_tokens: int, repeats: int) -> dict[str, list[float]]:
-    contenders = {name: Contender(name, model, prompt, microbatch_tokens) for name in CONTENDERS}
+def seconds(
+    model: str, prompt: int, microbatch_tokens: int, count: int, repeats: int
+) -> dict[str, list[float]]:
+    contenders = {name: Contender(name, model, prompt, microbatch_tokens, count) for name in CONTENDERS}
     check({name: c.update() for name, c in contenders.items()})
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for repeat in range(repeats):
@@ -130,15 +132,16 @@ def seconds(model: str, prompt: int, microbatch_tokens: int, repeats: int) -> di
     return times
 
 
-def peak_gib(name: str, model: str, prompt: int, microbatch_tokens: int) -> float:
+def peak_gib(name: str, model: str, prompt: int, microbatch_tokens: int, count: int) -> float:
     """In a process of its own: the resident size that updates add to the loaded model and its optimizer."""
     arguments = ["--model", model, "--prompt", str(prompt), "--microbatch-tokens", str(microbatch_tokens)]
+    arguments += ["--groups", str(count)]
     command = [sys.executable, "-m", "benchmarks.learner", "--memory-of", name, *arguments]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def measure_memory(name: str, model: str, prompt: int, microbatch_tokens: int) -> float:
-    contender = Contender(name, model, prompt, microbatch_tokens)
+def measure_memory(name: str, model: str, prompt: int, microbatch_tokens: int, count: int) -> float:
+    contender = Contender(name, model, prompt, microbatch_tokens, count)
     contender.learner.optimizer.step(0, contender.learner.world)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024
@@ -157,19 +160,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--prompt", type=int, nargs="+", default=[46, 128, 256, 512])
     parser.add_argument("--microbatch-tokens", type=int, default=4096)
+    parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-of", choices=CONTENDERS)
     options = parser.parse_args()
     if options.memory_of:
-        gib = measure_memory(options.memory_of, options.model, options.prompt[0], options.microbatch_tokens)
+        gib = measure_memory(
+            options.memory_of, options.model, options.prompt[0], options.microbatch_tokens, options.groups
+        )
         print(gib)  # noqa: T201
 
     rows: list[dict[str, Any]] = []
     for prompt in options.prompt:
-        times = seconds(options.model, prompt, options.microbatch_tokens, options.repeats)
+        times = seconds(options.model, prompt, options.microbatch_tokens, options.groups, options.repeats)
         medians = {name: statistics.median(t) for name, t in times.items()}
         for name in CONTENDERS:
-            memory = peak_gib(name, options.model, prompt, options.microbatch_tokens)
+            memory = peak_gib(name, options.model, prompt, options.microbatch_tokens, options.groups)
             row = {
                 "prompt_tokens": prompt,
                 "contender": name,
@@ -183,7 +189,12 @@ def main() -> None:
     if options.out:
         result = {
             "command": "python -m benchmarks.learner " + " ".join(sys.argv[1:]),
-            "work": {"groups": GROUPS, "completions": SIZE, "tokens": LENGTH, "repeats": options.repeats},
+            "work": {
+                "groups": options.groups,
+                "completions": SIZE,
+                "tokens": LENGTH,
+                "repeats": options.repeats,
+            },
             "machine": {
                 "processor": platform.processor() or platform.machine(),
                 "threads": torch.get_num_threads(),
