@@ -17,8 +17,8 @@ beside the project, so that none of their dependencies comes along:
 
 The bare GEMMs are the matmuls alone into buffers that exist: 2 N H V FLOP for the logits, once or (with
 recomputation) twice, and as much for each of the two gradients; the share compares the fastest runs of
-both, times are medians. A CPU's peak memory is the growth of the
-process's resident memory, a GPU's that of its allocator; both without the inputs and their gradients.
+both, times are medians. A CPU's peak memory is the growth of the process's resident memory, a GPU's that of
+its allocator; both without the inputs and their gradients.
 """
 
 # ruff: noqa: T201
@@ -236,11 +236,11 @@ def run(method: Method, problem: Problem) -> tuple[dict[str, Tensor], float, flo
 
 
 def exact(problem: Problem, *, entropy: bool) -> dict[str, Tensor]:
-    """The same in float64, by definition, 64 tokens at a time."""
+    """The same in float64, by definition, 128 tokens at a time."""
     weight = problem.weight.detach().double().requires_grad_()
     total = torch.zeros_like(weight)
     parts: dict[str, list[Tensor]] = {"logprob": [], "entropy": [], "d_hidden": []}
-    for rows in torch.arange(len(problem.targets), device=problem.targets.device).split(64):
+    for rows in torch.arange(len(problem.targets), device=problem.targets.device).split(128):
         hidden = problem.hidden.detach()[rows].double().requires_grad_()
         logprobs = torch.log_softmax(hidden @ weight.T, -1)
         logprob = logprobs.gather(1, problem.targets[rows, None])[:, 0]
@@ -268,21 +268,23 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
     return result
 
 
-def peak_mib(method: Method, problem: Problem) -> float:
-    """The most memory taken at once, beyond the inputs and their gradients."""
+def measured(method: Method, problem: Problem) -> tuple[float, float, float]:
+    """Seconds of forward and of both, and the most memory taken at once beyond inputs and their gradients."""
     gradients = sum(t.numel() * t.element_size() for t in (problem.hidden, problem.weight))
     gc.collect()
     if problem.device == "cuda":
-        torch.cuda.synchronize()
+        problem.wait()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run(method, problem)
-        return (torch.cuda.max_memory_allocated() - before - gradients) / MIB
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = resident("VmRSS")
-    run(method, problem)
-    return (resident("VmHWM") - before - gradients) / MIB
+        _, forward, total = run(method, problem)
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = resident("VmRSS")
+        _, forward, total = run(method, problem)
+        peak = resident("VmHWM")
+    return forward, total, (peak - before - gradients) / MIB
 
 
 def resident(name: str) -> int:
@@ -346,16 +348,15 @@ def measure(
         found[name] = errors(results, truths["entropy" in results])
     del truths
     check(found, problem)
-    peaks = {name: peak_mib(method, problem) for name, method in methods.items()}
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
+    times: dict[str, list[tuple[float, float, float]]] = {name: [] for name in methods}
     for turn in range(repeats):
         names = list(methods)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(run(methods[name], problem)[1:])
+            times[name].append(measured(methods[name], problem))
     unit = bare_gemms(problem, repeats)
     rows: list[Results] = []
     for name, taken in times.items():
-        forwards, totals = ([1e3 * t for t in column] for column in zip(*taken, strict=True))
+        forwards, totals = ([1e3 * t for t in column] for column in list(zip(*taken, strict=True))[:2])
         total = statistics.median(totals)
         rows.append(
             {
@@ -363,7 +364,7 @@ def measure(
                 "forward_ms": statistics.median(forwards),
                 "total_ms": total,
                 "spread_ms": [min(totals), max(totals)],
-                "peak_mib": peaks[name],
+                "peak_mib": statistics.median(peak for *_, peak in taken),
                 "share_of_bare": contenders[name][1] / 2 * unit * 1e3 / min(totals),
                 "errors": found[name],
             }
