@@ -15,10 +15,11 @@ from rlhf.config import BudgetConfig, RewardConfig
 from rlhf.distributed import World
 from rlhf.metrics import Metrics
 from rlhf.rewards import RewardError
+from rlhf.state import Stateful, TensorFiles
 from rlhf.types import Group, Prompt, Trajectory
 
 
-class Budgets:
+class Budgets(Stateful):
     """Success rates of the prompts seen so far, and what they are worth sampling."""
 
     def __init__(self, section: BudgetConfig, reward: RewardConfig, group_size: int, world: World) -> None:
@@ -53,11 +54,10 @@ class Budgets:
         group = torch.tensor(index, dtype=torch.long)
         return budget_metrics(torch.tensor(rewards), group, threshold=threshold)
 
-    def state(self) -> dict[str, str]:
-        """For a checkpoint."""
-        return self.tracker.state_dict()
+    def state(self) -> dict[str, Any]:
+        return dict(self.tracker.state_dict())
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         self.tracker.load_state_dict(state)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,11 @@ from rlhf.checkpoint import CheckpointError
 from rlhf.config import LearnerConfig
 from rlhf.distributed import World
 from rlhf.metrics import Max, Mean, Metrics, Sum
+from rlhf.state import Stateful, TensorFiles
 from rlhf.typed import after_gradient, copy_all
 
 
-class MasterAdamW:
+class MasterAdamW(Stateful):
     """Casts `model` (given in float32) to `dtype`, keeps its masters and updates both."""
 
     def __init__(
@@ -88,7 +90,7 @@ class MasterAdamW:
         return {"model": masters, "optimizer": moments}
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         """Inverse of `tensors`. Raises CheckpointError when they are of another model."""
         masters, moments = tensors["model"], tensors["optimizer"]
         if set(masters) != set(self.names):

@@ -54,5 +54,5 @@ def test_the_state_brings_everything_back():
     one, other = budgets(), budgets()
     seen = prompts(3)
     one.observe([group(p, i, 9 - i) for i, p in enumerate(seen)])
-    other.load(one.state())
+    other.load(one.state(), one.tensors())
     assert one.sizes(seen) == other.sizes(seen)

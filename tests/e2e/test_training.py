@@ -116,7 +116,7 @@ def test_a_step_without_any_token_to_learn_from_leaves_the_kl_coefficient_alone(
     train(settings)
     assert next(record["length/truncated"] for record in metrics_of(tmp_path)) > 0.5
     state = json.loads((tmp_path / "run" / "checkpoints" / "step_000003" / "state.json").read_text())
-    assert 0 < state["kl_coef"] < 1
+    assert 0 < state["kl"]["value"] < 1
 
 
 def test_the_same_seed_gives_the_same_run_and_another_one_another(tmp_path: Path, tiny_model_dir: Path):

@@ -1,0 +1,116 @@
+"""Every part of a run, built from its settings. The trainer is the loop over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlhf.budgets import Budgets
+from rlhf.collector import Collector, Sampler
+from rlhf.config import Config
+from rlhf.distributed import World
+from rlhf.experience import ExperienceBuilder
+from rlhf.learner import Learner
+from rlhf.optimizer import MasterAdamW
+from rlhf.policy import Policy
+from rlhf.preflight import Inputs
+from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.factory import make_engine
+from rlhf.state import Cursor, KLCoefficient, Stateful
+from rlhf.weights import WeightSync
+
+TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    policy: Policy
+    engine: RolloutEngine
+    sampler: Sampler
+    budgets: Budgets
+    collector: Collector
+    experience: ExperienceBuilder
+    learner: Learner
+    sync: WeightSync
+    cursor: Cursor
+    kl: KLCoefficient
+    stateful: dict[str, Stateful]
+    """What a checkpoint holds, by name."""
+
+
+def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
+    """Loads weights. Raises ModelError."""
+    policy, reference = _models(config, inputs, world)
+    optimizer = MasterAdamW(policy.model, _dtype(config), config.learner, config.steps)
+    if config.model.gradient_checkpointing:
+        policy.checkpoint_activations()
+    budgets = Budgets(config.budget, config.reward, config.rollout.group_size, world)
+    engine, sampler = _rollout(config, inputs, policy)
+    experience, learner = _learning(config, inputs, world, policy, reference, optimizer)
+    tolerance = config.rollout.sync_tolerance or TOLERANCE[config.model.dtype]
+    cursor, kl = Cursor(), KLCoefficient(inputs.algorithm.kl)
+    return Parts(
+        policy=policy,
+        engine=engine,
+        sampler=sampler,
+        budgets=budgets,
+        collector=Collector(sampler, inputs.train, inputs.algorithm, budgets, world),
+        experience=experience,
+        learner=learner,
+        sync=WeightSync(
+            policy, inputs.train[0], temperature=config.rollout.temperature, tolerance=tolerance
+        ),
+        cursor=cursor,
+        kl=kl,
+        stateful={"cursor": cursor, "policy": optimizer, "kl": kl, "budgets": budgets},
+    )
+
+
+def _models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Policy | None]:
+    section = config.model
+    policy = Policy.load(section, section.path, world.device)
+    if not inputs.algorithm.needs_reference:
+        return policy, None
+    reference = Policy.load(section, section.reference or section.path, world.device)
+    reference.freeze(_dtype(config))
+    return policy, reference
+
+
+def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEngine, Sampler]:
+    section = config.rollout
+    engine = make_engine(
+        section.engine,
+        policy.model,
+        eos_token_ids=inputs.eos_token_ids,
+        kv_cache_gib=section.kv_cache_gib,
+    )
+    return engine, Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed)
+
+
+def _learning(
+    config: Config,
+    inputs: Inputs,
+    world: World,
+    policy: Policy,
+    reference: Policy | None,
+    optimizer: MasterAdamW,
+) -> tuple[ExperienceBuilder, Learner]:
+    algorithm, section, temperature = inputs.algorithm, config.learner, config.rollout.temperature
+    experience = ExperienceBuilder(
+        policy,
+        reference,
+        algorithm,
+        world,
+        temperature=temperature,
+        microbatch_tokens=section.microbatch_tokens,
+        keep_old=section.epochs * section.minibatches > 1,
+        advantage_clip=config.budget.advantage_clip if config.budget.rule == "knapsack" else None,
+        objective_weights=lambda: inputs.rewards.weights,
+    )
+    learner = Learner(policy, reference, algorithm, optimizer, world, section, temperature=temperature)
+    return experience, learner
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return getattr(torch, config.model.dtype)
