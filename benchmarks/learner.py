@@ -169,6 +169,7 @@ def main() -> None:
             options.memory_of, options.model, options.prompt[0], options.microbatch_tokens, options.groups
         )
         print(gib)  # noqa: T201
+        return
 
     rows: list[dict[str, Any]] = []
     for prompt in options.prompt:
