@@ -1,4 +1,4 @@
-"""Shapes and types are checked while tests run; tiny models of four families, without a network."""
+"""Shapes and types are checked while tests run; tiny models of several families, without a network."""
 
 from __future__ import annotations
 
@@ -41,14 +41,27 @@ SIZES: dict[str, Any] = {
 }
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "llama": {},
+    "llama-tied": {"tie_word_embeddings": True},
     "qwen2": {"tie_word_embeddings": True},
+    "qwen2-untied": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 16},
+    # embeddings scaled by the root of their size, norms around 1, heads of 256
+    "gemma": {"head_dim": 256},
+    # a window in every layer
+    "mistral": {"sliding_window": 16},
     # soft-capped logits, sliding and full attention in turn
     "gemma2": {
         "head_dim": 8,
         "query_pre_attn_scalar": 8,
         "sliding_window": 16,
         "final_logit_softcapping": 30.0,
+    },
+    # sliding windows, full attention in the last layer, a rotary table for each kind
+    "gemma3_text": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
     },
 }
 
@@ -84,13 +97,13 @@ def save_tiny_tokenizer(folder: Path) -> int:
     return len(tokenizer)
 
 
-def save_tiny_model(folder: Path, family: str) -> None:
+def save_tiny_model(folder: Path, shape: str) -> None:
     """Two layers of random weights (seed 0, float32) with the tiny tokenizer, in the Hugging Face layout."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     vocab_size = save_tiny_tokenizer(folder)
     config = AutoConfig.for_model(
-        family, vocab_size=vocab_size, dtype="float32", **{**SIZES, **OWN_SIZES[family]}
+        shape.partition("-")[0], vocab_size=vocab_size, dtype="float32", **{**SIZES, **OWN_SIZES[shape]}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -99,12 +112,12 @@ def save_tiny_model(folder: Path, family: str) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model("llama" | "qwen2" | "qwen3" | "gemma2")`: the folder of one, made once a session."""
+    """`tiny_model("llama")`, or another of `OWN_SIZES`: the folder of one, made once a session."""
 
     @cache
-    def folder(family: str) -> Path:
-        path = tmp_path_factory.mktemp(f"tiny-{family}")
-        save_tiny_model(path, family)
+    def folder(shape: str) -> Path:
+        path = tmp_path_factory.mktemp(f"tiny-{shape}")
+        save_tiny_model(path, shape)
         return path
 
     return folder

@@ -55,14 +55,23 @@ def policy_of(folder: Path, *, packing: str = "auto", dtype: torch.dtype = torch
     return policy
 
 
+class ExactGemmaNorm(ExactRMSNorm):
+    """Gemma's weights are counted from 1."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(x, (x.shape[-1],), 1.0 + self.weight, self.eps)
+
+
 def make_exact(model: nn.Module) -> None:
     """Float64 throughout, the norms and the rotary table included."""
     model.double()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child).__name__.endswith("RMSNorm"):
-                weight, eps = child.get_parameter("weight"), cast(float, child.variance_epsilon)
-                setattr(module, name, ExactRMSNorm(weight, eps))
+            kind = type(child).__name__
+            if kind.endswith("RMSNorm"):
+                weight, gemma = child.get_parameter("weight"), kind.startswith("Gemma")
+                eps = cast(float, child.eps if gemma else child.variance_epsilon)
+                setattr(module, name, (ExactGemmaNorm if gemma else ExactRMSNorm)(weight, eps))
 
 
 def group(
