@@ -126,7 +126,7 @@ def per_sequence(normalize: Callable[[Tensor, Tensor], Tensor]) -> Advantage:
     """R_i less the penalties of its tokens, by `normalize(rewards[S], group[S])`, given to all its tokens."""
 
     def advantage(inputs: AdvantageInputs) -> Tensor:
-        return _to_tokens(normalize(_penalized(inputs), inputs.group), inputs)
+        return to_tokens(normalize(without_penalty(inputs), inputs.group), inputs)
 
     return advantage
 
@@ -134,7 +134,7 @@ def per_sequence(normalize: Callable[[Tensor, Tensor], Tensor]) -> Advantage:
 def gdpo_advantage(inputs: AdvantageInputs) -> Tensor:
     """`gdpo`, given to all tokens of a sequence."""
     x = inputs
-    return _to_tokens(gdpo(x.objectives, x.group, x.objective_weights, all_sum=x.all_sum), x)
+    return to_tokens(gdpo(x.objectives, x.group, x.objective_weights, all_sum=x.all_sum), x)
 
 
 def reinforce_pp_advantage(inputs: AdvantageInputs) -> Tensor:
@@ -146,16 +146,17 @@ def reinforce_pp_advantage(inputs: AdvantageInputs) -> Tensor:
 def reinforce_pp_baseline_advantage(inputs: AdvantageInputs) -> Tensor:
     """`reinforce_pp_baseline`."""
     x = inputs
-    return reinforce_pp_baseline(_penalized(x), x.group, x.sequence, x.loss_mask, all_sum=x.all_sum)
+    return reinforce_pp_baseline(without_penalty(x), x.group, x.sequence, x.loss_mask, all_sum=x.all_sum)
 
 
-def _penalized(inputs: AdvantageInputs) -> Tensor:
+def without_penalty(inputs: AdvantageInputs) -> Tensor:
     """Rewards `[S]` less what a KL in the reward takes off their tokens."""
     penalty = inputs.token_penalty.masked_fill(~inputs.loss_mask, 0.0)
     return inputs.rewards.index_add(0, inputs.sequence, penalty.to(inputs.rewards.dtype), alpha=-1)
 
 
-def _to_tokens(x: Tensor, inputs: AdvantageInputs) -> Tensor:
+def to_tokens(x: Tensor, inputs: AdvantageInputs) -> Tensor:
+    """What each sequence has `[S]`, given to all its learned tokens `[N]`; 0 elsewhere."""
     return x[inputs.sequence].masked_fill(~inputs.loss_mask, 0.0)
 
 

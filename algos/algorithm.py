@@ -128,10 +128,21 @@ class Algorithm:
     """How many more rounds of sampling may replace the groups that were not kept."""
     drop_truncated: bool = False
     """Completions cut at the length limit are compared, but not learned from (overlong filtering)."""
+    anchor: Literal["old", "reference"] = "old"
+    """What the ratio compares the policy with: itself before the update, or the reference, which stands for
+    whatever made completions that nobody recorded log-probs of (A-LoL)."""
+    imitates: bool = False
+    """May learn from completions of any origin; otherwise they must be the policy's own."""
+    pointwise: bool = False
+    """What a completion weighs does not depend on the others of its group: it may come without them."""
+    needs_prompt_value: bool = False
+    """Rewards are compared with a frozen value of the prompt (`AdvantageInputs.prompt_values`)."""
+    silent_at_zero: bool = True
+    """A token whose advantage is 0 has no policy gradient."""
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl.coef > 0
+        return self.kl.coef > 0 or self.anchor == "reference"
 
     @property
     def needs_exact_kl(self) -> bool:
@@ -150,16 +161,22 @@ class Algorithm:
         def reduce(x: Tensor) -> Tensor:
             return self.reduction(x, mask, sequence, batch.counts)
 
-        ratio = self.ratio(batch.logprobs, batch.old_logprobs, mask, sequence)
-        weight = self.mismatch.weight(batch.old_logprobs - batch.rollout_logprobs, mask, sequence)
+        ratio = self.ratio(batch.logprobs, self._anchor_logprobs(batch), mask, sequence)
+        weight = self.mismatch.weight(_log_mismatch(batch), mask, sequence)
         tokens = self.surrogate(batch.logprobs, ratio, batch.advantages)
         policy = reduce(weight * tokens.loss)
         loss = policy
-        if self.needs_reference and self.kl.placement == "loss":
+        if self.kl.coef and self.kl.placement == "loss":
             loss = loss + batch.kl_coef * reduce(self._kl(batch))
         if self.entropy_coef:
             loss = loss - self.entropy_coef * reduce(batch.entropy)
         return LossOutput(loss, _report(batch, policy.detach(), ratio.detach(), weight, tokens.metrics))
+
+    def _anchor_logprobs(self, batch: LossInputs) -> Tensor:
+        if self.anchor == "old":
+            return batch.old_logprobs
+        assert batch.ref_logprobs is not None
+        return batch.ref_logprobs
 
     def _kl(self, batch: LossInputs) -> Tensor:
         if self.kl.estimator == "exact":
@@ -187,12 +204,18 @@ def _silence(batch: LossInputs) -> LossInputs:
     )
 
 
+def _log_mismatch(batch: LossInputs) -> Tensor:
+    """log old policy - log engine; 0, which is no correction, where the engine's log-prob is not known."""
+    difference = batch.old_logprobs - batch.rollout_logprobs
+    return difference if batch.recorded is None else difference.masked_fill(~batch.recorded, 0.0)
+
+
 @torch.no_grad()
 def _report(
     batch: LossInputs, policy: Tensor, ratio: Tensor, weight: Tensor, extra: dict[str, Tensor]
 ) -> Metrics:
     """Metrics of one microbatch; all numbers leave the device in one transfer."""
-    mismatch = batch.old_logprobs - batch.rollout_logprobs
+    mismatch = _log_mismatch(batch)
     means = {
         "entropy": batch.entropy,
         "kl/old": batch.old_logprobs - batch.logprobs,
@@ -208,12 +231,21 @@ def _report(
         means["kl/exact"] = batch.exact_kl
     largest = {"ratio/max": ratio, "mismatch/ratio_max": mismatch.clamp(-20.0, 20.0).exp()}
     mask = batch.loss_mask
-    sums = [x.to(ratio.dtype).masked_fill(~mask, 0.0).sum() for x in means.values()]
-    tops = [x.masked_fill(~mask, 0.0).max() for x in largest.values()]
-    at_once = torch.stack([mask.sum().to(ratio.dtype), policy, *sums, *tops]).cpu()
-    count, loss, *numbers = (float(x) for x in at_once.unbind())
-    metrics: Metrics = {name: Mean(total, count) for name, total in zip(means, numbers, strict=False)}
+    # only where an engine's log-prob is known is there anything to say about it
+    sampled = mask if batch.recorded is None else mask & batch.recorded
+    masks = {name: sampled if name.startswith("mismatch/") else mask for name in (*means, *largest)}
+    sums = [x.to(ratio.dtype).masked_fill(~masks[name], 0.0).sum() for name, x in means.items()]
+    tops = [x.masked_fill(~masks[name], 0.0).max() for name, x in largest.items()]
+    sizes = [mask.sum().to(ratio.dtype), sampled.sum().to(ratio.dtype)]
+    at_once = torch.stack([*sizes, policy, *sums, *tops]).cpu()
+    count, engines, loss, *numbers = (float(x) for x in at_once.unbind())
+    metrics: Metrics = {
+        name: Mean(total, engines if masks[name] is sampled else count)
+        for name, total in zip(means, numbers, strict=False)
+    }
     metrics |= {name: Max(top) for name, top in zip(largest, numbers[len(means) :], strict=True)}
+    if count and not engines:
+        metrics = {name: value for name, value in metrics.items() if masks[name] is not sampled}
     # shares of an update's loss add up to it, and their weights to 1
     metrics["loss/policy"] = Mean(loss, count / max(batch.counts.tokens, 1))
     return metrics

@@ -48,6 +48,20 @@ def sequence_ratio(
     return mean.clamp(max=10.0).exp() * (logprobs - logprobs.detach()).exp()
 
 
+def product_ratio(
+    logprobs: Float[Tensor, " N"],
+    old_logprobs: Float[Tensor, " N"],
+    loss_mask: Bool[Tensor, " N"],
+    sequence: Int[Tensor, " N"],
+) -> Float[Tensor, " N"]:
+    """exp(sum over the sequence of d_t), for every token of it: a completion as one action (A-LoL).
+
+    The sum is kept in [-20, 20].
+    """
+    log_ratio = (logprobs - old_logprobs).masked_fill(~loss_mask, 0.0)
+    return sequence_sum(log_ratio, sequence).clamp(-20.0, 20.0).exp()
+
+
 def token_tis(log_ratio: Tensor, mask: Tensor, sequence: Tensor, low: float, high: float) -> Tensor:
     """min(rho_t, high): truncated importance sampling, token by token."""
     return log_ratio.clamp(-20.0, 20.0).exp().clamp(low, high)

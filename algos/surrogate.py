@@ -114,6 +114,37 @@ def reinforce(
     return TokenLoss(-advantages * logprobs, {})
 
 
+def gold(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    *,
+    floor: float = 0.1,
+) -> TokenLoss:
+    """-max(p, floor) A logprob with p the policy's probability, a constant (GOLD, arXiv:2009.07839).
+
+    Tokens that the policy holds likely already weigh more: their probability stands for the ratio to data
+    whose own probabilities nobody knows.
+    """
+    weight = logprobs.detach().exp().clamp(min=floor)
+    return TokenLoss(-weight * advantages * logprobs, {"clip_fraction": weight <= floor})
+
+
+def reinforce_against(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    *,
+    coef: float,
+) -> TokenLoss:
+    """-A logprob + coef log r, the second whatever the advantage (A-LoL KL, arXiv:2305.14718).
+
+    With r the ratio to the reference, and samples of the policy, coef log r is a KL. With samples of the data
+    its gradient only makes them less likely: coef must be small beside the advantages.
+    """
+    return TokenLoss(-advantages * logprobs + coef * ratio.log(), {})
+
+
 def advantage_weighted(
     logprobs: Float[Tensor, " N"],
     ratio: Float[Tensor, " N"],

@@ -21,6 +21,7 @@ from rlhf.algos.advantage import (
     reinforce_pp_baseline_advantage,
 )
 from rlhf.algos.algorithm import KL, NO_KL, TOKEN_TIS, Algorithm, Mismatch
+from rlhf.algos.imitation import IMITATION
 from rlhf.algos.ratio import sequence_ratio, token_ratio
 from rlhf.algos.reduction import (
     sequence_mean_constant,
@@ -160,4 +161,5 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
     "gdpo": gdpo,
+    **IMITATION,
 }

@@ -81,14 +81,16 @@ class Completion:
     index: int
     """Position in its group, `0 .. n-1`."""
     token_ids: tuple[int, ...]
-    rollout_logprobs: tuple[float, ...]
-    """One a token, of the distribution really sampled from (temperature, top-p, top-k applied)."""
+    rollout_logprobs: tuple[float, ...] | None
+    """One a token, of the distribution really sampled from (temperature, top-p, top-k applied); an engine
+    always gives them. None: no engine made this completion, it was read from a file."""
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
 
     def __post_init__(self) -> None:
-        lengths = len(self.token_ids), len(self.rollout_logprobs)
-        assert lengths[0] == lengths[1], lengths
+        if self.rollout_logprobs is not None:
+            lengths = len(self.token_ids), len(self.rollout_logprobs)
+            assert lengths[0] == lengths[1], lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +104,8 @@ class Trajectory:
     token_ids: tuple[int, ...]
     loss_mask: tuple[bool, ...]
     turns: tuple[int, ...]
-    rollout_logprobs: tuple[float, ...]
-    """0.0 where `loss_mask` is False."""
+    rollout_logprobs: tuple[float, ...] | None
+    """0.0 where `loss_mask` is False. None: nobody recorded them, as for data that came from elsewhere."""
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
     text: str
@@ -195,6 +197,8 @@ class Experience:
     ref_logprobs: Tensor | None
     """None: no reference is needed, or the learner's own passes give them (exact KL)."""
     advantages: Tensor
+    recorded: Tensor | None = None
+    """bool `[N]`: where `rollout_logprobs` is known (it is 0.0 elsewhere). None: everywhere."""
     critic: CriticTargets | None = None
     perception: PerceptionInputs | None = None
 
@@ -216,6 +220,8 @@ class AdvantageInputs:
     sequence: Tensor
     loss_mask: Tensor
     values: Tensor | None = None
+    prompt_values: Tensor | None = None
+    """`[S]`: the frozen value of each sequence's prompt, when the algorithm asks for it."""
     all_sum: Callable[[Tensor], Tensor] = lambda t: t
 
 
@@ -239,3 +245,5 @@ class LossInputs:
     counts: Counts
     kl_coef: float
     """The coefficient in force (an adaptive controller moves it)."""
+    recorded: Tensor | None = None
+    """bool: where `rollout_logprobs` is known; None: everywhere. Elsewhere no mismatch is corrected."""
