@@ -95,8 +95,7 @@ def exponential(
     """
 
     def advantage(inputs: AdvantageInputs) -> Tensor:
-        compared = compare(inputs)
-        known = ~compared.isnan()
+        compared, known = compare(inputs), ~inputs.rewards.isnan()
         if standardize:
             compared = whiten(compared, known, all_sum=inputs.all_sum, eps=1e-10)
         weights = awr_weights(compared, temperature=temperature, max_weight=max_weight)
@@ -192,9 +191,10 @@ def a_lol_ref_free(
 
 
 def a_lol_kl(
-    *, ratio_penalty: float, kl: KL = NO_KL, mismatch: Mismatch = NO_MISMATCH, entropy_coef: float = 0.0,
+    *, ratio_penalty: float = 0.0,
+    kl: KL = NO_KL, mismatch: Mismatch = NO_MISMATCH, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """Reference-free A-LoL plus `ratio_penalty` (log policy - log reference) of the data, arXiv:2305.14718."""
+    """Reference-free A-LoL plus `ratio_penalty` log(policy / reference) of the data, arXiv:2305.14718."""
     base = a_lol_ref_free(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     return replace(base, ratio=token_ratio, anchor="reference", silent_at_zero=ratio_penalty == 0.0,
                    surrogate=partial(surrogate.reinforce_against, coef=ratio_penalty))

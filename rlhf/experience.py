@@ -16,6 +16,7 @@ from rlhf.algos.algorithm import Algorithm
 from rlhf.distributed import World
 from rlhf.packing import microbatches
 from rlhf.policy import Policy
+from rlhf.typed import numbers
 from rlhf.types import AdvantageInputs, Experience, FinishReason, Group, Trajectory
 
 
@@ -34,14 +35,20 @@ class ExperienceBuilder:
         keep_old: bool,
         advantage_clip: float | None = None,
         objective_weights: Callable[[], Mapping[str, float]] = dict,
+        prompt_values: Mapping[str, float] | None = None,
     ) -> None:
-        """`objective_weights` of the reward functions; an objective not among them has weight 1."""
+        """`objective_weights` of the reward functions; an objective not among them has weight 1.
+
+        `prompt_values` by the prompt's id, when the algorithm compares rewards with them.
+        """
         assert reference is not None or not algorithm.needs_reference
+        assert prompt_values is not None or not algorithm.needs_prompt_value
         self.policy, self.reference, self.algorithm, self.world = policy, reference, algorithm, world
         self.temperature, self.microbatch_tokens = temperature, microbatch_tokens
-        self.kl_in_reward = algorithm.needs_reference and algorithm.kl.placement == "reward"
+        self.kl_in_reward = algorithm.kl.coef > 0 and algorithm.kl.placement == "reward"
         self.keep_old = keep_old or self.kl_in_reward
         self.advantage_clip, self.objective_weights = advantage_clip, objective_weights
+        self.prompt_values = prompt_values
 
     def build(self, groups: Sequence[Group], *, kl_coef: float) -> Experience:
         """Packs what can be learned from: trajectories with tokens and a reward, of groups that have any."""
@@ -61,11 +68,30 @@ class ExperienceBuilder:
             assert experience.old_logprobs is not None and experience.ref_logprobs is not None
             penalty = self.algorithm.token_penalty(experience.old_logprobs, experience.ref_logprobs, kl_coef)
             penalty = penalty.masked_fill(~experience.loss_mask, 0.0)
-        inputs = self._scores([t for g in learnable for t in g.trajectories], experience, penalty)
+        inputs = self._scores(learnable, experience, penalty)
         advantages = self.algorithm.advantage(inputs)
         if self.advantage_clip is not None:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
         return replace(experience, advantages=advantages)
+
+    def weights(self, groups: Sequence[Group]) -> list[float]:
+        """The largest advantage of each trajectory, all of them one batch; 0 for one that has no reward.
+
+        No model is asked: a KL in the reward, which needs one, is left out.
+        """
+        learnable = [replace(g, trajectories=tuple(filter(_learnable, g.trajectories))) for g in groups]
+        experience = pack_groups(
+            [g for g in learnable if g.trajectories],
+            device=self.world.device,
+            drop_truncated=self.algorithm.drop_truncated,
+        )
+        inputs = self._scores(learnable, experience, torch.zeros_like(experience.rollout_logprobs))
+        advantages = self.algorithm.advantage(inputs).masked_fill(~experience.loss_mask, -torch.inf)
+        largest = torch.full_like(inputs.rewards, -torch.inf, dtype=advantages.dtype).scatter_reduce(
+            0, experience.sequence, advantages, "amax"
+        )
+        found = iter(numbers(largest))
+        return [next(found) if _learnable(t) else 0.0 for g in groups for t in g.trajectories]
 
     @torch.no_grad()
     def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:
@@ -77,15 +103,15 @@ class ExperienceBuilder:
             result[micro.index] = statistics.logprob.to(result.dtype)
         return result
 
-    def _scores(
-        self, trajectories: Sequence[Trajectory], experience: Experience, penalty: Tensor
-    ) -> AdvantageInputs:
+    def _scores(self, groups: Sequence[Group], experience: Experience, penalty: Tensor) -> AdvantageInputs:
+        trajectories = [t for g in groups for t in g.trajectories]
         # the same objectives on every rank, though one may have seen only some of them
         seen = self.world.gather(sorted({name for t in trajectories for name in t.objectives}))
         names = sorted({name for part in seen for name in part})
         rewards = [self.algorithm.shape_reward(_reward(t), sum(t.loss_mask)) for t in trajectories]
         objectives = [[t.objectives.get(name, float("nan")) for name in names] for t in trajectories]
         weights, device = self.objective_weights(), self.world.device
+        known = self.prompt_values if self.algorithm.needs_prompt_value else None
         return AdvantageInputs(
             rewards=torch.tensor(rewards, dtype=torch.float32, device=device),
             objectives=torch.tensor(objectives, dtype=torch.float32, device=device).view(
@@ -96,6 +122,9 @@ class ExperienceBuilder:
             token_penalty=penalty,
             sequence=experience.sequence,
             loss_mask=experience.loss_mask,
+            prompt_values=None
+            if known is None
+            else torch.tensor([known[g.prompt.id] for g in groups for _ in g.trajectories], device=device),
             all_sum=self.world.all_sum,
         )
 
@@ -119,7 +148,10 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
         for t in trajectories
         for m in t.loss_mask
     ]
-    logprobs = torch.tensor([p for t in trajectories for p in t.rollout_logprobs], dtype=torch.float32)
+    unknown = [t.rollout_logprobs is None for t in trajectories]
+    stated = [p for t in trajectories for p in t.rollout_logprobs or (0.0,) * len(t.token_ids)]
+    logprobs = torch.tensor(stated, dtype=torch.float32)
+    recorded = ~torch.tensor(unknown).repeat_interleave(lengths).to(device) if any(unknown) else None
     return Experience(
         prompts=tuple(torch.tensor(g.prompt.token_ids, device=device) for g in groups),
         token_ids=torch.tensor(token_ids, dtype=torch.long, device=device),
@@ -132,6 +164,7 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
         old_logprobs=None,
         ref_logprobs=None,
         advantages=torch.zeros_like(logprobs, device=device),
+        recorded=recorded,
     )
 
 

@@ -94,6 +94,7 @@ class Learner:
             turn=experience.turn[index],
             counts=counts,
             kl_coef=kl_coef,
+            recorded=None if experience.recorded is None else experience.recorded[index],
         )
 
     def _minibatches(self, experience: Experience, seed: int) -> Iterator[list[int]]:
@@ -112,7 +113,9 @@ class Learner:
 
     def _has_signal(self, experience: Experience, group: int, kl_coef: float) -> bool:
         tokens = (experience.group[experience.sequence] == group) & experience.loss_mask
-        if self.algorithm.entropy_coef or (kl_coef and self.algorithm.kl.placement == "loss"):
+        algorithm = self.algorithm
+        kl_in_loss = kl_coef and algorithm.kl.placement == "loss"
+        if algorithm.entropy_coef or kl_in_loss or not algorithm.silent_at_zero:
             return bool(tokens.any())
         return bool((experience.advantages[tokens] != 0).any())
 

@@ -16,6 +16,11 @@ def integers(tensor: Tensor) -> list[int]:
     return _torch.Tensor.tolist(tensor)
 
 
+def numbers(tensor: Tensor) -> list[float]:
+    """The elements of a tensor of any floating type `[n]`, on the host."""
+    return _torch.Tensor.tolist(tensor)
+
+
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copies each source into its target, whatever their types, in a few kernels for all of them."""
     _torch._foreach_copy_(list(targets), list(sources))

@@ -87,18 +87,26 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
 def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
     keys = {key for name in ALGORITHMS for key in resolve_algorithm(minimal(name), max_tokens=64)} - {"name"}
     assert sorted(keys) == [
+        "baseline",
+        "clip",
         "clip_dual",
         "clip_high",
         "clip_low",
         "drop_truncated",
         "entropy_coef",
+        "floor",
         "kl",
         "max_tokens",
+        "max_weight",
         "mismatch",
+        "normalize",
         "overlong_cache",
+        "ratio_penalty",
         "refill",
+        "standardize",
         "tau_negative",
         "tau_positive",
+        "temperature",
     ]
 
 

@@ -107,7 +107,8 @@ def test_neither_the_cut_into_microbatches_nor_the_order_of_sequences_changes_an
 
 def on_policy(rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return [
-        row | {key: row["logprobs"].detach() for key in ("old_logprobs", "rollout_logprobs")} for row in rows
+        row | {key: row["logprobs"].detach() for key in ("old_logprobs", "rollout_logprobs", "ref_logprobs")}
+        for row in rows
     ]
 
 
@@ -118,7 +119,11 @@ def test_on_policy_the_gradient_is_minus_the_advantage_reduced(name: str, length
     rows, counts = random_rows(lengths, seed)
     algorithm = make(name, kl=KL())
     batch = pack(on_policy(rows), counts, 0.0)
-    plain = algorithm.reduction(-batch.advantages * batch.logprobs, batch.loss_mask, batch.sequence, counts)
+    # GOLD's weight stands for a ratio to data whose own probabilities nobody knows: it is never 1
+    weight = batch.logprobs.detach().exp().clamp(min=0.1) if name == "r_gold" else 1.0
+    plain = algorithm.reduction(
+        -weight * batch.advantages * batch.logprobs, batch.loss_mask, batch.sequence, counts
+    )
     got = gradients(algorithm.loss(batch).loss, rows)
     torch.testing.assert_close(got, gradients(plain, rows), rtol=0, atol=1e-12)
 

@@ -12,12 +12,14 @@ import torch
 
 from rlhf.algos import surrogate
 from rlhf.algos.algorithm import KL, Algorithm, Mismatch
+from rlhf.algos.imitation import IMITATION
 from rlhf.algos.ratio import sequence_ratio
 from rlhf.algos.reduction import sequence_mean_constant, token_mean
 from rlhf.algos.shaping import keep_all, keep_mixed
 from rlhf.algos.table import ALGORITHMS, cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, rloo, sapo
 from rlhf.types import AdvantageInputs
 
+# settings of a few words are Literals
 LEAVES = {float, int, bool, str, type(None), KL, Mismatch}
 every_algorithm = pytest.mark.parametrize("name", list(ALGORITHMS))
 
@@ -30,7 +32,7 @@ def test_settings_are_keywords_of_plain_types(name: str):
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY, key
         hint = hints[key]
         leaves = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        assert set(leaves) <= LEAVES, key
+        assert {str if typing.get_origin(leaf) is typing.Literal else leaf for leaf in leaves} <= LEAVES, key
 
 
 @every_algorithm
@@ -57,8 +59,9 @@ def test_defaults_are_those_of_the_papers():
     for name, build in ALGORITHMS.items():
         required = {"max_tokens": 8} if name in ("dr_grpo", "dapo", "cispo") else {}
         built = build(**required, **({"clip_high": 5.0} if name == "cispo" else {}))
-        assert built.mismatch == Mismatch("token_tis"), name
-        assert built.mismatch.bounds == (0.0, 2.0), name
+        # imitation does not ask who made a completion
+        assert built.mismatch == (Mismatch("none") if built.imitates else Mismatch("token_tis")), name
+        assert built.imitates or built.mismatch.bounds == (0.0, 2.0), name
 
 
 def test_the_upper_bound_of_cispo_was_never_published_and_must_be_given():
@@ -93,10 +96,16 @@ def test_relatives_share_what_they_do_not_change():
         token_penalty=torch.zeros(3),
         sequence=tokens,
         loss_mask=torch.tensor([True, True, False]),
+        prompt_values=torch.tensor([0.5, 0.5]),
     )
     signs = {name: build_on(name).advantage(inputs).sign().tolist() for name in ALGORITHMS}
     # reinforce_pp has no group, but two rewards for a batch are a group too
-    assert signs == {name: [1.0, -1.0, 0.0] for name in ALGORITHMS}
+    assert signs == {name: [1.0, -1.0, 0.0] if name not in IMITATION else signs[name] for name in ALGORITHMS}
+    # sft takes all alike, awr takes the worse one a little; the others leave it out
+    some = {"sft", "awr"}
+    assert {name: signs[name] for name in IMITATION} == {
+        name: [1.0, float(name in some), 0.0] for name in IMITATION
+    }
 
 
 def build_on(name: str) -> Algorithm:
