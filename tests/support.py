@@ -164,3 +164,11 @@ def train(settings: dict[str, Any]) -> None:
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
     """One record a step of the run that `bandit_settings(folder, ...)` describes."""
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+CLOCKS = ("time/", "throughput/", "memory/")
+
+
+def without_clocks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What must be the same bit for bit in two runs of the same settings."""
+    return [{k: v for k, v in record.items() if not k.startswith(CLOCKS)} for record in records]

@@ -11,15 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.table import ALGORITHMS
-from tests.support import bandit_settings, metrics_of, train
+from tests.support import bandit_settings, metrics_of, train, without_clocks
 
 REQUIRED = {"cispo": {"clip_high": 5.0}}
-CLOCKS = ("time/", "throughput/", "memory/")
-
-
-def without_clocks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in record.items() if not k.startswith(CLOCKS)} for record in records]
-
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in IMITATION])
 def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path, name: str):

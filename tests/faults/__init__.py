@@ -1,0 +1,1 @@
+"""Runs that are killed, frozen, starved or lied to, in processes of their own."""

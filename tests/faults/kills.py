@@ -1,0 +1,92 @@
+"""Where a run is killed: phase by phase, the calls at which it ends without a word."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rlhf.checkpoint import latest
+from tests.faults.processes import EVERY, Fault, assert_same, launch, logged_steps, result, settings_of
+
+ALONE: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+    "load": [("rlhf.policy:Policy.load", (0, 1)), ("rlhf.optimizer:MasterAdamW.__init__", (0,))],
+    "sync": [("rlhf.weights:WeightSync.push", (0, 2, 4)), ("rlhf.weights:WeightSync.probe", (3,))],
+    "eval": [("rlhf.trainer:evaluate", (0, 1))],
+    "rollout": [
+        ("rlhf.rollout.native:NativeEngine._decode", (0, 40, 80)),
+        ("rlhf.rollout.native:NativeEngine._prefill", (4, 7)),
+    ],
+    "reward": [("rlhf.rewards.scoring:Rewards.score", (0, 2, 4))],
+    "experience": [("rlhf.experience:ExperienceBuilder.build", (0, 3))],
+    "backward": [("torch.autograd:backward", (0, 3, 6, 9))],
+    "optimizer": [
+        ("rlhf.optimizer:MasterAdamW.step", (0, 1, 7)),
+        ("torch.optim:AdamW.step", (2, 5)),
+        ("torch.nn.utils:clip_grad_norm_", (3, 8)),
+    ],
+    "metrics": [("rlhf.monitor:Stream.append", (0, 3, 8)), ("rlhf.monitor:Monitor.evaluated", (0, 1))],
+    "save": [
+        ("rlhf.checkpoint:save_file", (0, 1, 2, 3)),
+        ("rlhf.checkpoint:write_atomically", (0, 1, 2, 5)),
+        ("rlhf.checkpoint:_prune", (0, 2)),
+    ],
+    "rename": [("os:rename", (0, 1, 2)), ("os:replace", (5, 7)), ("os:fsync", (6, 14))],
+    "finish": [("rlhf.trainer:write_report", (0,))],
+}
+TOGETHER: dict[str, list[tuple[str, tuple[int, ...]]]] = {
+    "load": [("rlhf.policy:Policy.load", (0,))],
+    "rollout": [("rlhf.rollout.native:NativeEngine._decode", (30,))],
+    "reward": [("rlhf.rewards.scoring:Rewards.score", (3,))],
+    "backward": [("torch.autograd:backward", (3,))],
+    "optimizer": [("torch.optim:AdamW.step", (4,))],
+    "collective": [
+        ("torch.distributed:all_reduce", (2, 9)),
+        ("torch.distributed:all_gather_object", (1, 14)),
+    ],
+    "sync": [("rlhf.weights:WeightSync.push", (4,))],
+}
+SAVING = [
+    Fault("rlhf.checkpoint:save_file", 1),
+    Fault("os:rename", 1),
+    Fault("os:rename", 0, after=True),
+]
+
+
+def alone() -> list[Fault]:
+    """On one rank; some calls are also struck when they have returned."""
+    before = [Fault(where, call) for points in ALONE.values() for where, calls in points for call in calls]
+    behind = [
+        Fault(where, 1, after=True)
+        for where in (
+            "torch.optim:AdamW.step",
+            "rlhf.checkpoint:save_file",
+            "os:rename",
+            "os:replace",
+            "rlhf.weights:WeightSync.push",
+        )
+    ]
+    return before + behind
+
+
+def together() -> list[Fault]:
+    """On two ranks: each is the one that is killed; only the first of them saves."""
+    points = [(where, call) for points in TOGETHER.values() for where, calls in points for call in calls]
+    return [Fault(where, call, rank=rank) for rank in (0, 1) for where, call in points] + SAVING
+
+
+def killed_and_resumed(folder: Path, model: Path, fault: Fault, ranks: int, straight: dict[str, Any]) -> None:
+    """One kill and one resumption: the same result, and no step repeated that a checkpoint held."""
+    settings = settings_of(folder, model)
+    killed = launch(settings, folder / "killed", ranks=ranks, fault=fault)
+    assert killed[fault.rank].code == -9, f"it was not killed: {killed[fault.rank].said}"
+    for rank, other in enumerate(killed):
+        if rank != fault.rank:
+            assert other.code not in (0, -9), other.said
+            assert other.seconds < 30, f"rank {rank} took {other.seconds:.0f} s to notice: {other.said}"
+    done = logged_steps(folder)
+    newest = latest(folder / "run" / "checkpoints")
+    saved = 0 if newest is None else int(newest.name.removeprefix("step_"))
+    assert saved >= done - EVERY, f"{done} steps were done, the last checkpoint has {saved}"
+    for ended in launch(settings, folder / "resumed", ranks=ranks):
+        assert ended.code == 0, ended.said
+    assert_same(result(folder), straight)

@@ -1,0 +1,224 @@
+"""Ranks of a run, forked from a process that has imported everything already, with a fault in one of them.
+
+Importing torch and transformers takes seconds; a fork of a process that has takes none, so that a run which
+is killed and resumed costs about two seconds.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from tests.support import bandit_settings, without_clocks
+
+Action = Literal["kill", "freeze", "term", "no space", "raise", "nan", "little memory"]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at call number `call` (from 0) of `where`: `module:name` or `module:Class.method`."""
+
+    where: str
+    call: int = 0
+    action: Action = "kill"
+    after: bool = False
+    """When the call has returned instead of before it."""
+    rank: int = 0
+
+    def __str__(self) -> str:
+        name = self.where.replace("rlhf.", "").replace("torch.", "").replace(":", ".")
+        return f"{name}-{self.call}{'-after' if self.after else ''}{f'-rank{self.rank}' if self.rank else ''}"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one rank ended."""
+
+    code: int
+    """Exit status, or minus the number of the signal that ended it."""
+    said: str
+    seconds: float
+
+
+def launch(
+    settings: Mapping[str, Any],
+    log: Path,
+    *,
+    ranks: int = 1,
+    fault: Fault | None = None,
+    limits: Mapping[str, int] | None = None,
+    deadline: float = 60.0,
+) -> list[Ended]:
+    """Runs `rlhf train` with these settings to its end. A rank that outlives the deadline fails the test."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.faults.preloaded"])
+    port = free_port()
+    begin = time.monotonic()
+    started: list[Any] = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
+        process = context.Process(
+            target=_run_rank, args=(dict(settings), place, fault, dict(limits or {}), f"{log}.{rank}")
+        )
+        process.start()
+        started.append(process)
+    frozen = fault is not None and fault.action == "freeze"
+    ended: list[Ended] = []
+    try:
+        for rank, process in enumerate(started):
+            if frozen and fault is not None and rank == fault.rank:
+                ended.append(Ended(0, "", 0.0))
+                continue
+            process.join(max(0.0, begin + deadline - time.monotonic()))
+            said = Path(f"{log}.{rank}").read_text(errors="replace")
+            assert process.exitcode is not None, f"rank {rank} hangs {deadline:.0f} s after the start: {said}"
+            ended.append(Ended(process.exitcode, said, time.monotonic() - begin))
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+    return ended
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _run_rank(
+    settings: dict[str, Any],
+    place: dict[str, int],
+    fault: Fault | None,
+    limits: dict[str, int],
+    log: str,
+) -> None:
+    """In the forked process."""
+    with open(log, "wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    if place["WORLD_SIZE"] > 1:
+        os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    for name, value in limits.items():
+        number = getattr(resource, name)
+        resource.setrlimit(number, (value, resource.getrlimit(number)[1]))
+    if fault is not None and fault.rank == place["RANK"]:
+        plant(fault)
+    from rlhf.cli import main
+
+    config = Path(f"{log}.json")
+    config.write_text(json.dumps(settings))
+    code = main(["train", str(config)])
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def plant(fault: Fault) -> None:
+    """Wraps the function in the module or class that owns it."""
+    module_name, _, path = fault.where.partition(":")
+    owner: Any = importlib.import_module(module_name)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    original = getattr(owner, name)
+    static = isinstance(vars(owner).get(name), classmethod | staticmethod)
+    calls = -1
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        hit = calls == fault.call
+        if hit and not fault.after:
+            strike(fault.action)
+        result = original(*args, **kwargs)
+        if hit and fault.after:
+            strike(fault.action)
+        return result
+
+    setattr(owner, name, staticmethod(wrapper) if static else wrapper)
+
+
+def strike(action: Action) -> None:
+    match action:
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "term":
+            os.kill(os.getpid(), signal.SIGTERM)
+        case "no space":
+            raise OSError(28, "No space left on device")
+        case "raise":
+            raise ArithmeticError("an accident")
+        case "little memory":
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * os.sysconf("SC_PAGE_SIZE") + (4 << 20)
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+        case "nan":
+            pass
+
+
+STEPS, EVERY = 5, 2
+
+
+def settings_of(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
+    """Five steps of two updates with a reference, evaluations, and a checkpoint every second step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = bandit_settings(
+        folder,
+        model,
+        steps=STEPS,
+        rollout={"prompts_per_step": 4, "group_size": 4, "max_completion_tokens": 6},
+        data={"eval": str(folder / "train.jsonl")},
+        eval={"every": 3, "samples": 1, "max_prompts": 4},
+        learner={"minibatches": 2},
+        checkpoint={"every": EVERY, "resume": "auto"},
+    )
+    settings["algorithm"] = {"name": "grpo", "kl": {"coef": 0.01, "target": 0.05, "horizon": 100}}
+    for key, value in changes.items():
+        settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
+    return settings
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """All that a finished run leaves, clocks excepted, for comparison bit for bit."""
+    run = folder / "run"
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    (newest,) = (run / "checkpoints").glob(f"step_{STEPS:06d}")
+    return {
+        "metrics": without_clocks([json.loads(line) for line in lines]),
+        "samples": (run / "samples.jsonl").read_text(),
+        "evaluations": json.loads((run / "eval.json").read_text()),
+        "state": json.loads((newest / "state.json").read_text()),
+        "tensors": {
+            f"{file.name}/{name}": tensor.flatten().view(torch.uint8).numpy().tobytes()
+            for file in newest.glob("*.safetensors")
+            for name, tensor in load_file(file).items()
+        },
+    }
+
+
+def assert_same(got: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    for name, value in expected.items():
+        assert got[name] == value, f"{name} differ from those of the run that was never stopped"
+
+
+def logged_steps(folder: Path) -> int:
+    metrics = folder / "run" / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.is_file() else 0
