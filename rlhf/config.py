@@ -9,10 +9,8 @@ The keys of `algorithm` are the keyword arguments of its function in `algos/tabl
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,14 +20,13 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
-    create_model,
     field_validator,
     model_validator,
 )
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
-from rlhf.plugins import load_object
+from rlhf.settings import algorithm_factory, explain, resolve_algorithm
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -216,60 +213,6 @@ class Config(Section):
         return yaml.safe_dump(plain, sort_keys=False, width=110)
 
 
-def algorithm_factory(name: str) -> Callable[..., Algorithm]:
-    """The function behind `algorithm.name`: of the table, or of a user's file."""
-    if name in ALGORITHMS:
-        return ALGORITHMS[name]
-    if ":" in name:
-        return load_object(name)
-    near = difflib.get_close_matches(name, ALGORITHMS, n=1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise ValueError(f"unknown algorithm {name!r}{hint} There are: {', '.join(ALGORITHMS)}")
-
-
-def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[str, Any]:
-    """`algorithm` with every default filled in; `max_tokens` is the completion limit unless given."""
-    name = settings["name"]
-    schema = _schema(algorithm_factory(name))
-    given = {key: value for key, value in settings.items() if key != "name"}
-    if "max_tokens" in schema.model_fields:
-        given.setdefault("max_tokens", max_tokens)
-    try:
-        resolved = schema.model_validate(given)
-    except ValidationError as error:
-        raise ValueError("\n".join(_explain(error, prefix="algorithm", schema=schema))) from None
-    values = {key: getattr(resolved, key) for key in schema.model_fields}
-    factory = algorithm_factory(name)
-    hints = typing.get_type_hints(factory)
-    for key, value in values.items():
-        if isinstance(value, BaseModel):
-            values[key] = hints[key](**value.model_dump())
-    factory(**values)
-    return {"name": name, **values}
-
-
-def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> type[BaseModel]:
-    """A pydantic model of a function's or dataclass's keyword arguments, with other defaults where given.
-
-    A nested dataclass becomes a model whose defaults are the fields of the argument's default:
-    `kl: {coef: 0.01}` changes one of the algorithm's own KL settings and keeps the others.
-    """
-    fields: dict[str, Any] = {}
-    name = typing.cast(str, getattr(function, "__name__", "settings"))
-    hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
-    for key, parameter in inspect.signature(function).parameters.items():
-        if key not in hints:
-            raise ValueError(
-                f"argument {key!r} of {name} has no annotation; its type is what the config checks"
-            )
-        kind, default = hints[key], (defaults or {}).get(key, parameter.default)
-        if dataclasses.is_dataclass(kind) and dataclasses.is_dataclass(default):
-            default = dataclasses.asdict(typing.cast(Any, default))
-            kind = _schema(typing.cast(type, kind), default)
-        fields[key] = (kind, ... if default is inspect.Parameter.empty else default)
-    return create_model(name, __config__=ConfigDict(extra="forbid", validate_default=True), **fields)
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `dotted.key=value` overrides.
 
@@ -296,17 +239,7 @@ def make_config(settings: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(error, prefix="", schema=Config))) from None
-
-
-def setting_names(schema: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key there is, algorithms' own excepted."""
-    for key, info in schema.model_fields.items():
-        kind = info.annotation
-        if inspect.isclass(kind) and issubclass(kind, BaseModel):
-            yield from setting_names(kind, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+        raise ConfigError("\n".join(explain(error, prefix="", schema=Config))) from None
 
 
 def _apply(settings: dict[str, Any], override: str) -> None:
@@ -324,34 +257,6 @@ def _apply(settings: dict[str, Any], override: str) -> None:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
-
-
-def _explain(error: ValidationError, *, prefix: str, schema: type[BaseModel]) -> Iterator[str]:
-    for problem in error.errors():
-        where = ".".join([prefix, *map(str, problem["loc"])] if prefix else map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            hint = _nearest(where, prefix, schema)
-            yield f"unknown setting {where}" + (f"; did you mean {hint}?" if hint else "")
-        elif problem["type"] == "missing":
-            yield f"{where} is required"
-        elif problem["type"] == "value_error":
-            yield f"{where}: {message}" if where and not message.startswith(where) else message
-        else:
-            yield f"{where}: {message}, got {problem['input']!r}"
-
-
-def _nearest(where: str, prefix: str, schema: type[BaseModel]) -> str | None:
-    names = list(setting_names(schema, f"{prefix}." if prefix else ""))
-    parent, _, last = where.rpartition(".")
-    siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == parent}
-    leaves = {n.rpartition(".")[2]: n for n in names}
-    for candidates in (siblings, leaves):
-        near = difflib.get_close_matches(last, candidates, n=1)
-        if near:
-            return candidates[near[0]]
-    near = difflib.get_close_matches(where, names, n=1)
-    return near[0] if near else None
 
 
 def _plain(value: Any) -> Any:
