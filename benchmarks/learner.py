@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,33 +63,43 @@ class WithLogits(Policy):
 
 
 class Contender:
-    """A learner with its own copy of the model."""
+    """A way to compute updates. All share one model and one optimizer, or memory for four would be needed."""
 
-    def __init__(self, name: str, model: str, prompt: int, microbatch_tokens: int, count: int) -> None:
-        packing = "shared_prefix" if name.startswith("shared") else "padded"
-        section = ModelConfig.model_validate({"path": model, "packing": packing})
-        world = World(0, 1, torch.device("cpu"))
-        policy = Policy.load(section, model, world.device)
+    def __init__(self, name: str, learner: Learner, experience: Experience) -> None:
+        self.shared = name.startswith("shared")
+        policy = learner.policy
         if name.endswith("logits"):
-            policy = WithLogits(policy.model, shared_prefix=policy.shared_prefix)
-        learner = LearnerConfig(lr=1e-6, microbatch_tokens=microbatch_tokens)
-        optimizer = MasterAdamW(policy.model, torch.bfloat16, learner, 100)
-        algorithm = ALGORITHMS["grpo"](kl=KL())
-        builder = ExperienceBuilder(
-            policy,
-            None,
-            algorithm,
-            world,
-            temperature=1.0,
-            microbatch_tokens=learner.microbatch_tokens,
-            keep_old=False,
-        )
-        self.learner = Learner(policy, None, algorithm, optimizer, world, learner, temperature=1.0)
-        vocabulary = policy.head.module.weight.shape[0]
-        self.experience: Experience = builder.build(groups(count, prompt, vocabulary), kl_coef=0.0)
+            policy = WithLogits(policy.model, shared_prefix=self.shared)
+        self.policy, self.learner, self.experience = policy, learner, experience
 
     def update(self) -> Metrics:
+        self.policy.shared_prefix = self.shared
+        self.learner.policy = self.policy
         return self.learner.update(self.experience, step=0, seed=0, kl_coef=0.0)
+
+
+def contenders(
+    names: Sequence[str], model: str, prompt: int, microbatch_tokens: int, count: int
+) -> dict[str, Contender]:
+    world = World(0, 1, torch.device("cpu"))
+    policy = Policy.load(ModelConfig(path=model), model, world.device)
+    # so small that the weights stay where they are
+    section = LearnerConfig(lr=1e-12, microbatch_tokens=microbatch_tokens)
+    optimizer = MasterAdamW(policy.model, torch.bfloat16, section, 100)
+    algorithm = ALGORITHMS["grpo"](kl=KL())
+    builder = ExperienceBuilder(
+        policy,
+        None,
+        algorithm,
+        world,
+        temperature=1.0,
+        microbatch_tokens=microbatch_tokens,
+        keep_old=False,
+    )
+    learner = Learner(policy, None, algorithm, optimizer, world, section, temperature=1.0)
+    vocabulary = policy.head.module.weight.shape[0]
+    experience = builder.build(groups(count, prompt, vocabulary), kl_coef=0.0)
+    return {name: Contender(name, learner, experience) for name in names}
 
 
 def groups(count: int, prompt: int, vocabulary: int) -> list[Group]:
@@ -120,14 +131,14 @@ def check(first: dict[str, Metrics]) -> None:
 def seconds(
     model: str, prompt: int, microbatch_tokens: int, count: int, repeats: int
 ) -> dict[str, list[float]]:
-    contenders = {name: Contender(name, model, prompt, microbatch_tokens, count) for name in CONTENDERS}
-    check({name: c.update() for name, c in contenders.items()})
+    ways = contenders(CONTENDERS, model, prompt, microbatch_tokens, count)
+    check({name: way.update() for name, way in ways.items()})
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for repeat in range(repeats):
         order = list(CONTENDERS) if repeat % 2 == 0 else list(reversed(CONTENDERS))
         for name in order:
             start = time.perf_counter()
-            contenders[name].update()
+            ways[name].update()
             times[name].append(time.perf_counter() - start)
     return times
 
@@ -141,7 +152,7 @@ def peak_gib(name: str, model: str, prompt: int, microbatch_tokens: int, count: 
 
 
 def measure_memory(name: str, model: str, prompt: int, microbatch_tokens: int, count: int) -> float:
-    contender = Contender(name, model, prompt, microbatch_tokens, count)
+    contender = contenders([name], model, prompt, microbatch_tokens, count)[name]
     contender.learner.optimizer.step(0, contender.learner.world)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024

@@ -1,0 +1,263 @@
+"""A whole GRPO step, this project's and that of TRL 1.16's GRPOTrainer: seconds, tokens, peak memory.
+
+8 prompts x 8 samples, a KL of 0.04 against a reference, one update, SmolLM2-135M in bfloat16, a reward that
+both compute in well under a millisecond. The model folder is copied with another end-of-sequence token, one
+that it never writes: every completion is cut at the limit, so both sides sample and learn from the same
+number of tokens, and what they counted is compared before anything is reported. Each side is a process of its
+own; steps alternate, one side waiting while the other one works. Peak memory is the largest resident size of
+the process.
+
+    tandem   rlhf.trainer.Trainer, native engine; float32 master weights, so it holds more of them
+    trl      GRPOTrainer at its fastest here: bfloat16 weights and optimizer, no gradient checkpointing, one
+             microbatch where memory allows (`--microbatch`); its rollouts by `generate`
+
+A run that was interrupted goes on where it stopped (delete the case in the file to repeat it). A case is
+prompt tokens : new tokens.
+
+Run: `python -m benchmarks.grpo_step --model FOLDER --trl-python ENV/bin/python --case 46:32 --out F.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from rlhf.config import make_config
+from rlhf.metrics import Metrics
+from rlhf.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+PROMPTS, GROUP, KL_COEF, LR = 8, 8, 0.04, 1e-6
+FILLER = "Here is some context. "
+UNUSED_TOKEN = 5
+"""Of SmolLM2's vocabulary: a marker of its pretraining data that no chat ever contains."""
+Record = dict[str, float]
+
+
+def distinct_characters(completions: list[Any], **_: Any) -> list[float]:
+    return [len(set(c if isinstance(c, str) else c[0]["content"])) / 50 for c in completions]
+
+
+class Paced(Trainer):
+    """Takes a step for each line "step" on standard input and prints its figures."""
+
+    def step(self) -> Metrics:
+        if sys.stdin.readline().strip() != "step":
+            sys.exit()
+        marks: list[tuple[str, float]] = []
+        phase = self.monitor.phase
+
+        def marked(name: str) -> Any:
+            marks.append((name, time.perf_counter()))
+            return phase(name)
+
+        self.monitor.phase = marked
+        start = time.perf_counter()
+        metrics = super().step()
+        end = time.perf_counter()
+        self.monitor.phase = phase
+        record = {
+            "step_s": end - start,
+            "completion_tokens": metrics["rollout/tokens"].value,
+            "prompt_tokens": GROUP * sum(len(p.token_ids) for p in self.inputs.train.prompts),
+            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+        for (name, begun), (_, ended) in zip(marks, [*marks[1:], ("", end)], strict=True):
+            record[f"{name}_s"] = record.get(f"{name}_s", 0.0) + ended - begun
+        print("STEP " + json.dumps(record), flush=True)  # noqa: T201
+        return metrics
+
+
+def run_tandem(settings: dict[str, Any]) -> None:
+    folder = Path(settings["folder"])
+    config = {
+        "run_dir": str(folder / "tandem"),
+        "steps": settings["steps"],
+        "model": {"path": settings["model"]},
+        "data": {"train": str(folder / "prompts.jsonl")},
+        "reward": {"functions": [{"path": f"{__file__}:distinct_characters"}]},
+        "algorithm": {"name": "grpo", "kl": {"coef": KL_COEF}},
+        "rollout": {
+            "prompts_per_step": PROMPTS,
+            "group_size": GROUP,
+            "max_completion_tokens": settings["max_tokens"],
+        },
+        "learner": {"lr": LR, "microbatch_tokens": settings["microbatch_tokens"]},
+        "checkpoint": {"every": 0, "export": False},
+        "monitor": {"sinks": []},
+    }
+    Paced(make_config(config)).run()
+
+
+class Side:
+    """A process that takes one step when asked to."""
+
+    def __init__(self, command: list[str], settings: dict[str, Any], log: Path) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        self.log = log.open("a")
+        self.process = subprocess.Popen(
+            [*command, json.dumps(settings)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=environment,
+            cwd=ROOT,
+        )
+
+    def step(self) -> Record:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("STEP "):
+                return json.loads(line[5:])
+        raise SystemExit(f"a side ended; what it said is in {self.log.name}")
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+def work(folder: Path, model: Path, prompt_tokens: int) -> Path:
+    """Writes prompts of about so many tokens, and the model that never ends; returns its folder."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    per_filler = len(tokenizer(FILLER).input_ids)
+    with (folder / "prompts.jsonl").open("w") as file:
+        for a in range(11, 11 + PROMPTS):
+            filler = FILLER * max(0, round((prompt_tokens - 46) / per_filler))
+            question = f"{filler}What is {a} + {a + 8}? Answer with the number only."
+            file.write(json.dumps({"prompt": [{"role": "user", "content": question}]}) + "\n")
+    endless = folder / "model"
+    shutil.copytree(model, endless)
+    unused = tokenizer.convert_ids_to_tokens(UNUSED_TOKEN)
+    for name, key, value in (
+        ("config.json", "eos_token_id", UNUSED_TOKEN),
+        ("generation_config.json", "eos_token_id", UNUSED_TOKEN),
+        ("tokenizer_config.json", "eos_token", unused),
+    ):
+        file = endless / name
+        if file.is_file():
+            file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    return endless
+
+
+def measure(case: str, options: argparse.Namespace, taken: dict[str, list[Record]]) -> None:
+    """Adds steps to `taken` until there are enough, one of each side in turn, and saves after each."""
+    prompt_tokens, max_tokens = map(int, case.split(":"))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = work(folder, options.model, prompt_tokens)
+        settings = {
+            "folder": name,
+            "model": str(model),
+            "prompts": PROMPTS,
+            "group_size": GROUP,
+            "max_tokens": max_tokens,
+            "steps": 1000,
+            "kl_coef": KL_COEF,
+            "lr": LR,
+            "microbatch": options.microbatch,
+            "microbatch_tokens": options.microbatch_tokens,
+        }
+        log = Path(tempfile.gettempdir()) / "grpo_step.log"
+        own = [sys.executable, "-m", "benchmarks.grpo_step", "--side"]
+        sides = {
+            "tandem": Side(own, settings, log),
+            "trl": Side([options.trl_python, str(ROOT / "benchmarks" / "grpo_step_trl.py")], settings, log),
+        }
+        try:
+            for _ in range(options.warmup):
+                check({who: side.step() for who, side in sides.items()})
+            while min(len(records) for records in taken.values()) < options.steps:
+                new = {who: side.step() for who, side in sides.items()}
+                check(new)
+                for who, record in new.items():
+                    taken[who].append(record)
+                print(case, {who: round(r["step_s"], 2) for who, r in new.items()}, flush=True)  # noqa: T201
+                options.save()
+        finally:
+            for side in sides.values():
+                side.close()
+
+
+def check(records: dict[str, Record]) -> None:
+    for key in ("prompt_tokens", "completion_tokens"):
+        counts = {who: int(record[key]) for who, record in records.items()}
+        if len(set(counts.values())) != 1:
+            raise SystemExit(f"the sides did not do the same work: {key} {counts}")
+
+
+def summary(case: str, taken: dict[str, list[Record]]) -> dict[str, Any]:
+    def median(who: str, key: str) -> float:
+        return round(statistics.median(r[key] for r in taken[who] if key in r), 3)
+
+    rows = {
+        who: {
+            "step_s": median(who, "step_s"),
+            "tokens_per_second": round(median(who, "completion_tokens") / median(who, "step_s"), 1),
+            "peak_gib": round(max(r["peak_gib"] for r in records), 2),
+            "split_s": {key: median(who, f"{key}_s") for key in ("rollout", "reward", "learn", "sync")},
+            "steps": len(records),
+        }
+        for who, records in taken.items()
+    }
+    return {
+        "case": case,
+        **rows,
+        "times_faster": round(rows["trl"]["step_s"] / rows["tandem"]["step_s"], 2),
+        "share_of_peak": round(rows["tandem"]["peak_gib"] / rows["trl"]["peak_gib"], 2),
+    }
+
+
+def main() -> None:
+    if sys.argv[1] == "--side":
+        run_tandem(json.loads(sys.argv[2]))
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--trl-python", required=True)
+    parser.add_argument("--case", required=True)
+    parser.add_argument("--microbatch", type=int, default=64, help="of TRL, sequences")
+    parser.add_argument("--microbatch-tokens", type=int, default=4096, help="of tandem")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    cases = json.loads(options.out.read_text())["cases"] if options.out.is_file() else {}
+    entry = cases.setdefault(options.case, {"records": {"tandem": [], "trl": []}})
+
+    def save() -> None:
+        entry["command"] = "python -m benchmarks.grpo_step " + " ".join(sys.argv[1:])
+        entry["summary"] = summary(options.case, entry["records"])
+        machine = {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+
+    options.save = save
+    measure(options.case, options, entry["records"])
+    print(json.dumps(entry["summary"], indent=1))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
