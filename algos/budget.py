@@ -153,18 +153,21 @@ class SuccessTracker:
 
     def update(self, prompt_id: str, rewards: Sequence[float]) -> None:
         """Adds the rewards of one visit; at `threshold` and above they are successes."""
-        visit = "".join("1" if reward >= self._threshold else "0" for reward in rewards)
+        visit = self._outcomes(rewards)
         keep = max(self._window, len(visit))
         self._recent[prompt_id] = (self._recent.get(prompt_id, "") + visit)[-keep:]
 
-    def rate(self, prompt_id: str) -> float | None:
-        """The success rate in 0..1, None if too little is known."""
-        recent = self._recent.get(prompt_id, "")
+    def rate(self, prompt_id: str, also: Sequence[float] = ()) -> float | None:
+        """The success rate in 0..1, None if too little is known; `also`: outcomes to count in."""
+        recent = self._recent.get(prompt_id, "") + self._outcomes(also)
         successes = recent.count("1")
         if self._prior is not None and recent:
             a, b = self._prior
             return (successes + a) / (len(recent) + a + b)
         return successes / len(recent) if len(recent) >= self._minimum else None
+
+    def _outcomes(self, rewards: Sequence[float]) -> str:
+        return "".join("1" if reward >= self._threshold else "0" for reward in rewards)
 
     def state_dict(self) -> dict[str, str]:
         """Plain data, for JSON."""
@@ -185,7 +188,8 @@ def budget_metrics(rewards: Tensor, group: Tensor, *, threshold: float = 0.5) ->
 
     `budget/effective_ratio` is the share of rollouts in groups whose rewards differ (std > 0) and
     `budget/effective_prompts` that of such prompts; `budget/solved_A_B` the share of prompts with a success
-    rate above A and up to B percent, 0 and 100 apart (and 80 belongs to what is above it, as in the paper).
+    rate above A and up to B percent, 0 and 100 apart (and 80 belongs to what is above it, as in the paper);
+    `budget/size_A_B` is the mean number of rollouts of those.
     """
     known = ~rewards.isnan()
     rewards, group = rewards[known].double(), group[known]
@@ -210,6 +214,10 @@ def budget_metrics(rewards: Tensor, group: Tensor, *, threshold: float = 0.5) ->
         "budget/largest": Max(int(size.max()) if prompts else 0),
         **{
             f"budget/solved_{name}": Mean(int((in_it & seen).sum()), prompts)
+            for name, in_it in buckets.items()
+        },
+        **{
+            f"budget/size_{name}": Mean(int(size[in_it & seen].sum()), int((in_it & seen).sum()))
             for name, in_it in buckets.items()
         },
     }

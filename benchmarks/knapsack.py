@@ -8,6 +8,7 @@ in a straight line over the steps, the same for every rule, so that only the bud
     uniform    8 rollouts for each of the 256 prompts of a step
     knapsack   `allocate` on the rates a `SuccessTracker` has seen: an epoch late
     prior      the same with a Beta(1, 1) prior, so rates are there after one visit and are never 0 or 1
+    probes     2 of the 8 rollouts first, the other 6 on the posterior after them, in every epoch
     oracle     `allocate` on the true rates
 
 What counts is the share of rollouts in groups with both outcomes.
@@ -22,7 +23,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from rlhf.metrics import merge
 
 PROMPTS, PER_STEP, SHARE, EPOCHS = 2048, 256, 8, 16
 SPREAD, SKILL_FIRST, SKILL_LAST = 4.5, -1.7, 1.3
+PROBES = 2
 SEEDS = range(5)
 Rates = list[float | None]
 
@@ -42,7 +44,7 @@ def simulate(rule: str, seed: int) -> dict[str, Any]:
     """One run: metrics of every epoch, how many prompts were ever solved, and the seconds `allocate` took."""
     random = np.random.default_rng(seed)
     difficulty = random.normal(0.0, SPREAD, PROMPTS)
-    tracker = SuccessTracker(prior=(1.0, 1.0) if rule == "prior" else None)
+    tracker = SuccessTracker(prior=(1.0, 1.0) if rule in ("prior", "probes") else None)
     steps = EPOCHS * PROMPTS // PER_STEP
     epochs: list[dict[str, float]] = []
     solved: set[int] = set()
@@ -53,15 +55,19 @@ def simulate(rule: str, seed: int) -> dict[str, Any]:
         chosen = range(first, first + PER_STEP)
         skill = SKILL_FIRST + (SKILL_LAST - SKILL_FIRST) * step / (steps - 1)
         truth = 1.0 / (1.0 + np.exp(difficulty[first : first + PER_STEP] - skill))
+        probes = [draw(random, PROBES if rule == "probes" else 0, p) for p in truth]
         rates: dict[str, Callable[[], Rates]] = {
             "uniform": lambda: [None] * PER_STEP,
             "oracle": lambda truth=truth: [float(p) for p in truth],
         }
-        known = rates.get(rule, lambda chosen=chosen: [tracker.rate(str(i)) for i in chosen])()
+        known = rates.get(rule, lambda chosen=chosen, probes=probes: known_to(tracker, chosen, probes))()
         start = time.perf_counter()
         budgets = allocate(known, PER_STEP * SHARE)
         seconds.append(time.perf_counter() - start)
-        rewards = [(random.random(n) < p).astype(np.float32) for n, p in zip(budgets, truth, strict=True)]
+        rewards = [
+            np.concatenate([probe, draw(random, n - len(probe), p)])
+            for probe, n, p in zip(probes, budgets, truth, strict=True)
+        ]
         for i, reward in zip(chosen, rewards, strict=True):
             tracker.update(str(i), [float(r) for r in reward])
             solved |= {i} if reward.any() else set()
@@ -75,8 +81,19 @@ def simulate(rule: str, seed: int) -> dict[str, Any]:
     return {"epochs": epochs, "ever_solved": len(solved), "seconds": statistics.median(seconds)}
 
 
+def draw(random: np.random.Generator, n: int, p: float) -> np.ndarray:
+    """Rewards of `n` rollouts."""
+    return (random.random(n) < p).astype(np.float32)
+
+
+def known_to(tracker: SuccessTracker, chosen: range, probes: Sequence[np.ndarray]) -> Rates:
+    return [
+        tracker.rate(str(i), also=[float(r) for r in probe]) for i, probe in zip(chosen, probes, strict=True)
+    ]
+
+
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds; the first epoch is the same for all rules and left out of the totals."""
+    """Means over the seeds. The totals leave out the first epoch, the same for most rules."""
 
     def mean(key: str, epochs: slice) -> float:
         return statistics.mean(epoch[key] for run in runs for epoch in run["epochs"][epochs])
@@ -104,7 +121,7 @@ def main() -> None:
     out = parser.parse_args().out
     rules = {
         rule: summarise([simulate(rule, seed) for seed in SEEDS])
-        for rule in ("uniform", "knapsack", "prior", "oracle")
+        for rule in ("uniform", "knapsack", "prior", "probes", "oracle")
     }
     base = rules["uniform"]["effective_ratio"]
     result = {

@@ -69,6 +69,15 @@ class Collected:
     metrics: Metrics
 
 
+@dataclass(frozen=True, slots=True)
+class _Hooks:
+    """What the trainer gives for one step: its number, how to name a phase, what to call while waiting."""
+
+    step: int
+    phase: Callable[[str], object]
+    between: Callable[[], None]
+
+
 class Collector:
     """Draws prompts in the cursor's order, a share for each rank, and refills what the algorithm drops."""
 
@@ -94,27 +103,43 @@ class Collector:
             first = position + sum(missing[: self.world.rank])
             draws = range(first, first + missing[self.world.rank])
             position += sum(missing)
-            groups, metrics = self._rollout(draws, step=step, phase=phase, between=between)
+            groups, metrics = self._rollout(draws, _Hooks(step, phase, between))
             sampled += groups
             kept += [g for g in groups if self.algorithm.keep(g)]
             parts.append(metrics)
         metrics = merge(parts) | {"rollout/groups": Sum(float(len(kept)))}
         return Collected(kept, sampled, position, metrics)
 
-    def _rollout(
-        self, draws: range, *, step: int, phase: Callable[[str], object], between: Callable[[], None]
-    ) -> tuple[list[Group], Metrics]:
+    def _rollout(self, draws: range, hooks: _Hooks) -> tuple[list[Group], Metrics]:
         indices = order(self.sampler.seed, len(self.prompts), draws.start, len(draws))
         prompts = [self.prompts[i] for i in indices]
-        requests = [
-            self.sampler.request(prompt, n=size, label=f"rollout/{draw}")
-            for prompt, size, draw in zip(prompts, self.budgets.sizes(prompts), draws, strict=True)
-        ]
-        phase("rollout")
-        completions = self.sampler.generate(requests, between)
-        phase("reward")
-        groups, metrics = self.sampler.score(prompts, completions, step)
+        labels = [f"rollout/{draw}" for draw in draws]
+        groups, metrics = self._sample(prompts, self.budgets.sizes(prompts), labels, hooks)
+        rest = self.budgets.rest(groups)
+        if any(any(sizes) for sizes in self.world.gather(rest)):
+            labels = [f"{label}/rest" for label in labels]
+            others, more = self._sample(prompts, rest, labels, hooks)
+            groups = [
+                Group(g.prompt, g.trajectories + h.trajectories)
+                for g, h in zip(groups, others, strict=True)
+            ]
+            metrics = merge([metrics, more])
         return groups, metrics | length_metrics(groups)
+
+    def _sample(
+        self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: _Hooks
+    ) -> tuple[list[Group], Metrics]:
+        """A group of each prompt, without completions where its size is 0."""
+        requests = [
+            self.sampler.request(prompt, n=size, label=label)
+            for prompt, size, label in zip(prompts, sizes, labels, strict=True)
+            if size
+        ]
+        hooks.phase("rollout")
+        sampled = iter(self.sampler.generate(requests, hooks.between))
+        completions = [next(sampled) if size else [] for size in sizes]
+        hooks.phase("reward")
+        return self.sampler.score(prompts, completions, hooks.step)
 
 
 def length_metrics(groups: Sequence[Group]) -> Metrics:

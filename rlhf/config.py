@@ -108,8 +108,26 @@ class BudgetConfig(Section):
     prior: Annotated[float, Field(gt=0.0)] | None = None
     """Success rates as means of a Beta posterior with this prior on both sides, known from the first sample
     on; not given: the plain rate of the last 16 samples, from 8 on, as in the paper."""
+    probes: Count = 0
+    """Above 0: this many completions a prompt first, then the rest of the step where the posterior says."""
+    cost: Literal["completions", "tokens"] = "completions"
+    """What a step may spend. `tokens`: a completion costs its prompt's mean length so far, and the best value
+    per token is taken first, which is approximate; the number of completions a step then varies."""
     advantage_clip: Annotated[float, Field(gt=0.0)] = 5.0
     """Bound of advantages under `knapsack`: rare successes of a large group have a huge one."""
+
+    @model_validator(mode="after")
+    def check_knapsack(self) -> BudgetConfig:
+        if self.prior is None and (self.probes or self.cost == "tokens"):
+            setting = "budget.probes" if self.probes else "budget.cost = tokens"
+            raise ValueError(f"{setting} needs the posterior of every prompt: set budget.prior, perhaps to 1")
+        if self.probes > self.low:
+            raise ValueError(
+                f"budget.probes is {self.probes}, more than the budget.low = {self.low} of a prompt"
+            )
+        if self.probes and self.cost == "tokens":
+            raise ValueError("budget.probes shares out completions: budget.cost must be completions")
+        return self
 
 
 class LearnerConfig(Section):

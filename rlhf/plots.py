@@ -29,13 +29,21 @@ def curve(title: str, steps: Numbers, values: Numbers) -> str:
     return _as_html(figure, title)
 
 
+def lines(title: str, steps: Numbers, parts: Sequence[tuple[str, Numbers]]) -> str:
+    """Several named curves; NaN leaves a gap, which a mark on each side makes visible."""
+    figure, axes = _new_figure()
+    marker = "o" if len(steps) < FEW else ""
+    for color, (name, values) in zip(COLORS, parts, strict=False):
+        axes.plot(steps, values, color=color, marker=marker, markersize=3, label=name)
+    _legend(axes, len(parts))
+    return _as_html(figure, title)
+
+
 def stack(title: str, steps: Numbers, parts: Sequence[tuple[str, Numbers]]) -> str:
     """Named parts on top of each other."""
     figure, axes = _new_figure()
     axes.stackplot(steps, [values for _, values in parts], labels=[name for name, _ in parts], colors=COLORS)
-    axes.legend(
-        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(parts), frameon=False, labelcolor=INK
-    )
+    _legend(axes, len(parts))
     return _as_html(figure, title)
 
 
@@ -60,6 +68,10 @@ def _new_figure() -> tuple[Figure, Axes]:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step", color=INK)
     return figure, axes
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, labelcolor=INK)
 
 
 def _as_html(figure: Figure, title: str) -> str:

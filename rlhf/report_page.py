@@ -14,11 +14,16 @@ Steps = Sequence[Mapping[str, float]]
 Records = Sequence[Mapping[str, Any]]
 
 
+SOLVED = {"0": "0 %", "0_20": "to 20 %", "20_80": "to 80 %", "80_100": "below 100 %", "100": "100 %"}
+
+
 class Plot(NamedTuple):
-    """Curves of one figure."""
+    """Curves of one figure: parts of a whole, or each by itself."""
 
     title: str
     names: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    whole: bool = True
 
 
 PLOTS = (
@@ -30,6 +35,13 @@ PLOTS = (
     Plot("Norm of the gradient", ("grad_norm",)),
     Plot("Engine against learner (k3), nats a token", ("mismatch/k3",)),
     Plot("Share of tokens clipped", ("clip_fraction",)),
+    Plot("Share of rollouts in groups whose rewards differ", ("budget/effective_ratio",)),
+    Plot(
+        "Rollouts a prompt, by the share of them that was right",
+        tuple(f"budget/size_{bucket}" for bucket in SOLVED),
+        tuple(SOLVED.values()),
+        whole=False,
+    ),
     Plot("Seconds a step", ("time/rollout", "time/reward", "time/learn", "time/sync")),
     Plot("Tokens sampled a second", ("throughput/tokens_per_second",)),
 )
@@ -177,9 +189,14 @@ def _curves(steps: Steps) -> str:
     drawn: list[str] = []
     missing: list[str] = []
     for plot in PLOTS:
-        names = [name for name in plot.names if any(name in values for values in steps)]
-        if names:
-            drawn.append(_draw(plot.title, names, steps))
+        labels = plot.labels or [name.partition("/")[2] for name in plot.names]
+        named = [
+            (name, label)
+            for name, label in zip(plot.names, labels, strict=True)
+            if any(name in values for values in steps)
+        ]
+        if named:
+            drawn.append(_draw(plot, named, steps))
         else:
             missing.append(plot.title)
     page = f'<h2>Training</h2><div class="plots">{"".join(drawn)}</div>'
@@ -188,9 +205,10 @@ def _curves(steps: Steps) -> str:
     return page
 
 
-def _draw(title: str, names: Sequence[str], steps: Steps) -> str:
+def _draw(plot: Plot, named: Sequence[tuple[str, str]], steps: Steps) -> str:
     numbers = [values["step"] for values in steps]
-    if len(names) == 1:
-        return plots.curve(title, numbers, [values.get(names[0], math.nan) for values in steps])
-    parts = [(name.partition("/")[2], [values.get(name, 0.0) for values in steps]) for name in names]
-    return plots.stack(title, numbers, parts)
+    gap = math.nan if len(named) == 1 or not plot.whole else 0.0
+    parts = [(label, [values.get(name, gap) for values in steps]) for name, label in named]
+    if len(parts) == 1:
+        return plots.curve(plot.title, numbers, parts[0][1])
+    return (plots.stack if plot.whole else plots.lines)(plot.title, numbers, parts)

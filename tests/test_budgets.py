@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
 from rlhf.budgets import Budgets, is_right
-from rlhf.config import BudgetConfig, RewardConfig
+from rlhf.config import BudgetConfig, ConfigError, RewardConfig, make_config
 from rlhf.types import Group, Prompt
-from tests.support import ALONE, trajectory
+from tests.support import ALONE, bandit_settings, metrics_of, train, trajectory
 
 REWARD = RewardConfig.model_validate({"functions": [{"path": "a:b"}]})
 
@@ -41,6 +45,69 @@ def test_with_a_prior_one_visit_is_enough():
     rule.observe([group(easy, 2, 0), group(hard, 0, 2)])
     sizes = rule.sizes([easy, hard])
     assert sum(sizes) == 16 and sizes[1] > sizes[0]
+
+
+def test_with_probes_the_rest_goes_where_the_posterior_says_and_the_total_stays():
+    rule = budgets(prior=1.0, probes=2)
+    seen = prompts(4)
+    assert rule.sizes(seen) == [2] * 4
+    rest = rule.rest([group(seen[0], 2, 0), group(seen[1], 1, 1), group(seen[2], 0, 2), group(seen[3], 0, 2)])
+    assert sum(rest) + 8 == 32 and min(rest) >= 0
+    # posterior means 3/4, 1/2, 1/4, 1/4
+    assert rest[0] <= rest[1] and rest[0] < rest[2] == rest[3]
+    assert budgets().rest([group(seen[0], 2, 0)]) == [0]
+
+
+def test_probes_are_judged_together_with_what_was_seen_before_and_counted_once():
+    rule = budgets(prior=1.0, probes=2)
+    easy, hard = prompts(2)
+    rule.observe([group(easy, 9, 1), group(hard, 1, 9)])
+    probes = [group(easy, 1, 1), group(hard, 1, 1)]
+    assert rule.rest(probes) == rule.rest(probes)
+    assert rule.rest(probes)[1] > rule.rest(probes)[0]
+
+
+def test_with_a_cost_in_tokens_short_completions_are_sampled_more():
+    rule = budgets(prior=1.0, cost="tokens")
+    short, long = prompts(2)
+    brief = Group(short, tuple(trajectory([4] * 5, r) for r in (1.0, 0.0)))
+    wordy = Group(long, tuple(trajectory([4] * 50, r) for r in (1.0, 0.0)))
+    rule.observe([brief, wordy])
+    sizes = rule.sizes([short, long])
+    assert sizes[0] > sizes[1]
+    # no more than a uniform step would be expected to take, short of one completion at the most
+    assert 8 * 55 - 50 <= 5 * sizes[0] + 50 * sizes[1] <= 8 * 55
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"probes": 2}, "budget.probes needs the posterior"),
+        ({"cost": "tokens"}, "budget.cost = tokens needs the posterior"),
+        ({"probes": 4, "low": 2, "prior": 1.0}, "more than the budget.low = 2"),
+        ({"probes": 2, "cost": "tokens", "prior": 1.0}, "budget.cost must be completions"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused_when_the_config_is_read(
+    tmp_path: Path, tiny_model_dir: Path, settings: dict[str, object], message: str
+):
+    tree = bandit_settings(tmp_path, tiny_model_dir, budget={"rule": "knapsack"} | settings)
+    with pytest.raises(ConfigError, match=message):
+        make_config(tree)
+
+
+@pytest.mark.parametrize("settings", [{"probes": 2}, {"cost": "tokens"}])
+def test_a_run_with_it_spends_what_a_uniform_one_would(
+    tmp_path: Path, tiny_model_dir: Path, settings: dict[str, object]
+):
+    budget = {"rule": "knapsack", "prior": 1.0, "high": 16} | settings
+    tree = bandit_settings(tmp_path, tiny_model_dir, steps=3, budget=budget)
+    train(tree)
+    config = make_config(tree)
+    uniform = config.rollout.prompts_per_step * config.rollout.group_size
+    spent = [record["rollout/samples"] for record in metrics_of(tmp_path)]
+    assert spent[0] == uniform
+    assert settings == {"cost": "tokens"} or spent == [uniform] * 3
 
 
 def test_success_is_what_the_config_says():

@@ -32,9 +32,11 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
     assert sorted(setting_names(Config)) == [
         "algorithm",
         "budget.advantage_clip",
+        "budget.cost",
         "budget.high",
         "budget.low",
         "budget.prior",
+        "budget.probes",
         "budget.rule",
         "checkpoint.every",
         "checkpoint.export",
