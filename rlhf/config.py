@@ -64,10 +64,21 @@ class DataConfig(Section):
 
 
 class RewardFunction(Section):
+    """One of several: `rlhf.rewards.RewardSpec` says what each setting means."""
+
     path: str
-    """`package.module:function` or `path/file.py:function`."""
+    """`package.module:function`, `path/file.py:function`, or a name (see docs/rewards.md)."""
     weight: float = 1.0
     params: dict[str, Any] = Field(default_factory=dict)
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    weights: dict[str, float] = Field(default_factory=dict)
+    timeout: Annotated[float, Field(gt=0.0)] = 10.0
+    workers: Positive | None = None
+    batch: Positive | Literal["group", "step"] = 1
+    concurrency: Positive = 16
+    memory_gib: Annotated[float, Field(gt=0.0)] = 4.0
+    processes: Positive = 128
+    gpu: bool = False
 
 
 class RewardConfig(Section):

@@ -66,14 +66,14 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     rewards = _rewards(config, train)
     if held_out is not None:
         try:
-            _rewards(config, held_out)
+            rewards.check_columns(held_out.columns)
         except ValueError as error:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
     return Inputs(tokenizer, model, train, held_out, rewards, algorithm, _eos_token_ids(config, tokenizer))
 
 
 def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
-    specs = [RewardSpec(f.path, f.weight, f.params) for f in config.reward.functions]
+    specs = [RewardSpec(**function.model_dump()) for function in config.reward.functions]
     return Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -36,7 +36,12 @@ class Trainer:
 
         Raises RunFolderError, ModelError, CheckpointError, RewardError or SyncError, which say what to do.
         """
-        with world() as self.world, self._folder_claimed(), self._monitored() as self.monitor:
+        with (
+            closing(self.inputs.rewards),
+            world() as self.world,
+            self._folder_claimed(),
+            self._monitored() as self.monitor,
+        ):
             with self.monitor.phase("load"):
                 self.parts = build_parts(self.config, self.inputs, self.world)
                 self._resume()

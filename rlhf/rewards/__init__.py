@@ -1,6 +1,30 @@
-"""Reward functions: loading them by name, calling them on a batch, and what counts when one fails."""
+"""Reward functions: found by name, run in workers that can be killed, and what counts when one fails.
 
-from rlhf.rewards.plugin import RewardSpec, load_reward
-from rlhf.rewards.scoring import RewardError, Rewards
+Importing the package imports nothing else: the workers import it too, and must start quickly.
+"""
 
-__all__ = ["RewardError", "RewardSpec", "Rewards", "load_reward"]
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf.rewards.plugin import RewardSpec, load_reward
+    from rlhf.rewards.pool import RewardError
+    from rlhf.rewards.scoring import Rewards, Scoring
+
+HOME = {
+    "RewardError": "rlhf.rewards.pool",
+    "RewardSpec": "rlhf.rewards.plugin",
+    "Rewards": "rlhf.rewards.scoring",
+    "Scoring": "rlhf.rewards.scoring",
+    "load_reward": "rlhf.rewards.plugin",
+}
+
+__all__ = ["RewardError", "RewardSpec", "Rewards", "Scoring", "load_reward"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(HOME[name]), name)

@@ -2,26 +2,34 @@
 
     def reward(prompts, completions, **columns) -> list[float | dict[str, float] | None]
 
-This is the signature of TRL: a function written for it works unchanged. It is called by keyword, once for a
-whole batch, each argument a list with one entry a completion: `prompts` and `completions` (text, or lists of
-messages for chat prompts), `completion_ids`, and the columns of the dataset; `trainer_state` alone is one
-object. A function gets what it declares, and everything when it takes `**kwargs`. It may be `async`.
+This is the signature of TRL: a function written for it works unchanged. It is called by keyword, each
+argument a list with one entry a completion: `prompts` and `completions` (text, or lists of messages for chat
+prompts), `completion_ids`, and the columns of the dataset; `trainer_state` alone is one object. A function
+gets what it declares, and everything when it takes `**kwargs`. It may be `async`. It may be a class, made
+once with `params` in each worker, whose objects are called like this. And it may be the `compute_score` of
+verl (`verl.py`).
+
+A call has one sample, unless `batch` asks for more: a deadline, an exception and a crash belong to a sample.
 """
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import inspect
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from rlhf.plugins import load_object
+from rlhf.rewards.verl import VerlReward, is_compute_score
 
 ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state")
 ENTRY_POINTS = "rlhf.rewards"
+BUILT_IN = {
+    "numeric_match": "rlhf.rewards.builtin:numeric_match",
+    "exact_match": "rlhf.rewards.builtin:exact_match",
+    "format_match": "rlhf.rewards.builtin:format_match",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,85 +40,133 @@ class RewardSpec:
     """
 
     path: str
-    """`package.module:function`, `path/file.py:function`, or a name of the entry-point group."""
+    """`package.module:function`, `path/file.py:function`, a built-in's name, or one of the entry points."""
     weight: float = 1.0
     params: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Keyword arguments of every call."""
+    """Keyword arguments of every call; of a class, of its construction."""
+    name: str | None = None
+    """Of the objective, instead of the function's own."""
+    weights: Mapping[str, float] = field(default_factory=dict[str, float])
+    """Of single objectives of a function that returns dicts, instead of `weight`."""
+    timeout: float = 10.0
+    """Seconds a sample may take."""
+    workers: int | None = None
+    """Processes; not given: as many as there are cores for this rank, at most 8, and one of a class."""
+    batch: int | Literal["group", "step"] = 1
+    """Samples of one call: a number, whole groups, or all that are scored at once."""
+    concurrency: int = 16
+    """Calls of an async function that a worker has under way at once."""
+    memory_gib: float = 4.0
+    """Of a worker with all it starts."""
+    processes: int = 128
+    """Of a worker with all it starts."""
+    gpu: bool = False
+    """Whether it may see the GPUs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What the trainer has to know of a reward function that it does not import itself.
+
+    Example: `Signature(("completions", "answer"), (("answer",),), is_async=False, is_class=False)`.
+    """
+
+    accepts: tuple[str, ...] | None
+    """None: any keyword."""
+    requires: tuple[tuple[str, ...], ...]
+    """What must come from the batch, each with what may stand for it."""
+    is_async: bool
+    is_class: bool
+
+    def check_columns(self, name: str, columns: Iterable[str]) -> None:
+        """Raises ValueError when reward `name` needs a column that a dataset with `columns` does not have."""
+        columns = tuple(columns)
+        missing = [any_of for any_of in self.requires if not {*ALWAYS_GIVEN, *columns}.intersection(any_of)]
+        if missing:
+            needs = ", ".join(
+                f"{' or '.join(map(repr, any_of))}{_did_you_mean(any_of[0], columns)}" for any_of in missing
+            )
+            has = ", ".join(repr(column) for column in columns) or "none beside the prompt"
+            raise ValueError(
+                f"reward function {name} needs what the dataset does not have: {needs}. "
+                f"Its columns: {has}. Add the column, or set the argument in params"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
     """A reward function, found and understood; call it with a batch's arguments."""
 
-    name: str
-    weight: float
     function: Callable[..., Any]
     params: Mapping[str, Any]
-    accepts: frozenset[str] | None
-    """None: any keyword."""
-    requires: frozenset[str]
-    """What must come from the batch: keywords without default that `params` does not set."""
+    """Of each call."""
+    signature: Signature
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
-        wanted = {k: v for k, v in arguments.items() if self.accepts is None or k in self.accepts}
-        result = self.function(**{**wanted, **self.params})
-        if inspect.iscoroutine(result):
-            return asyncio.run(cast(Coroutine[Any, Any, Any], result))
-        return result
-
-    def check_columns(self, columns: Iterable[str]) -> None:
-        """Raises ValueError when the function needs a column that a dataset with `columns` does not have."""
-        columns = tuple(columns)
-        missing = sorted(self.requires.difference(ALWAYS_GIVEN, columns))
-        if missing:
-            needs = ", ".join(f"{name!r}{_did_you_mean(name, columns)}" for name in missing)
-            has = ", ".join(repr(name) for name in columns) or "none beside the prompt"
-            raise ValueError(
-                f"reward function {self.name} needs what the dataset does not have: {needs}. "
-                f"Its columns: {has}. Add the column, or set the argument in params"
-            )
+        """What the function returns: a coroutine if it is async."""
+        accepts = self.signature.accepts
+        wanted = {k: v for k, v in arguments.items() if accepts is None or k in accepts}
+        return self.function(**{**wanted, **self.params})
 
 
 def load_reward(spec: RewardSpec) -> Reward:
-    """Imports the function behind a spec and reads its signature.
+    """Imports the function behind a spec, reads its signature, and makes the object if it is a class.
 
     Raises ValueError when there is no such function (its nearest neighbour is named), it cannot be called, or
-    it does not take one of `params`. An exception of the imported module itself is passed on.
+    it does not take one of `params`. An exception of the imported module or of the class is passed on.
     """
-    function = load_object(spec.path) if ":" in spec.path else _load_entry_point(spec.path)
-    name = spec.path.rpartition(":")[2]
-    if not callable(function) or inspect.isclass(function):
-        raise ValueError(f"{spec.path} must be a function, got {function!r:.80}")
-    parameters = inspect.signature(function).parameters.values()
-    if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
-        raise ValueError(
-            f"reward function {spec.path} is called by keyword, but has positional-only parameters"
-        )
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    for key in spec.params:
+    found = load_object(spec.path) if ":" in spec.path else _load_by_name(spec.path)
+    if not callable(found):
+        raise ValueError(f"{spec.path} must be a function or a class, got {found!r:.80}")
+    params = dict(spec.params)
+    for key in params:
         if key in ALWAYS_GIVEN:
             raise ValueError(f"reward function {spec.path}: {key!r} is given by the trainer, not by params")
+    is_class = inspect.isclass(found)
+    if is_class:
+        _check_params(spec.path, found, params)
+        found, params = found(**params), {}
+        if not callable(found):
+            raise ValueError(f"{spec.path} is a class without __call__: its objects score nothing")
+    called = found if inspect.isroutine(found) else cast(Any, found).__call__
+    named, takes_any = _check_params(spec.path, called, params)
+    if is_compute_score(named):
+        verl = VerlReward(found, named)
+        requires = tuple(any_of for any_of in verl.requires if not params.keys() & set(any_of))
+        return Reward(verl, params, Signature(verl.accepts, requires, is_async=False, is_class=is_class))
+    accepts = None if takes_any else tuple(named)
+    requires = tuple((key,) for key, p in named.items() if p.default is p.empty and key not in params)
+    is_async = inspect.iscoroutinefunction(called)
+    return Reward(found, params, Signature(accepts, requires, is_async=is_async, is_class=is_class))
+
+
+def _check_params(
+    path: str, called: Callable[..., Any], params: Mapping[str, Any]
+) -> tuple[dict[str, inspect.Parameter], bool]:
+    """The parameters by name, and whether any other keyword is taken too."""
+    parameters = inspect.signature(called).parameters.values()
+    if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
+        raise ValueError(f"reward function {path} is called by keyword, but has positional-only parameters")
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for key in params:
         if key not in named and not takes_any:
-            raise ValueError(f"reward function {spec.path} does not take {key!r}{_did_you_mean(key, named)}")
-    required = {key for key, p in named.items() if p.default is p.empty and key not in spec.params}
-    return Reward(
-        name=name,
-        weight=spec.weight,
-        function=function,
-        params=dict(spec.params),
-        accepts=None if takes_any else frozenset(named),
-        requires=frozenset(required),
-    )
+            raise ValueError(f"reward function {path} does not take {key!r}{_did_you_mean(key, named)}")
+    return named, takes_any
 
 
-def _load_entry_point(name: str) -> Any:
+def _load_by_name(name: str) -> Any:
+    if name in BUILT_IN:
+        return load_object(BUILT_IN[name])
+    # as slow to import as all the rest of a worker
+    from importlib.metadata import entry_points
+
     offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in offered:
+        known = sorted({*BUILT_IN, *offered})
         raise ValueError(
-            f"no installed package offers a reward function {name!r}{_did_you_mean(name, offered)}; "
-            "expected package.module:function, path/file.py:function or one of: "
-            f"{', '.join(sorted(offered)) or 'none'}"
+            f"no installed package offers a reward function {name!r}{_did_you_mean(name, known)}; "
+            f"expected package.module:function, path/file.py:function or one of: {', '.join(known)}"
         )
     return offered[name].load()
 
@@ -118,3 +174,15 @@ def _load_entry_point(name: str) -> Any:
 def _did_you_mean(name: str, candidates: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(candidates), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def name_apart(names: Sequence[str]) -> list[str]:
+    """The same function twice, with other parameters, is two objectives: `match` and `match_2`."""
+    apart: list[str] = []
+    for name in names:
+        number, unique = 1, name
+        while unique in apart:
+            number += 1
+            unique = f"{name}_{number}"
+        apart.append(unique)
+    return apart

@@ -1,84 +1,109 @@
-"""Completions become scored groups: every function once for the whole batch, weighted and added up.
+"""Completions become scored groups: what every function says of each sample, weighted and added up.
 
 A function that says None for a sample does not apply to it. A sample on which one fails (NaN, infinity, an
-exception), or to which none applies, has no reward: it is not learned from, which is not the same as a reward
-of 0.
+exception, a deadline, the end of its process), or to which none applies, has no reward: it is not learned
+from, which is not the same as a reward of 0.
+
+    handle = rewards.submit(prompts, completions, texts, trainer_state=state)     # the workers begin
+    groups, metrics = handle.result()
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import numbers
 import statistics
+import threading
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, cast
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
-import numpy as np
-from torch import Tensor
-
-from rlhf.metrics import Mean, Metrics
-from rlhf.rewards.plugin import ALWAYS_GIVEN, Reward, RewardSpec, load_reward
+from rlhf.metrics import Max, Mean, Metrics
+from rlhf.rewards.plugin import ALWAYS_GIVEN, RewardSpec, name_apart
+from rlhf.rewards.pool import Call, Failure, Outcome, Pool, RewardError
+from rlhf.rewards.values import Scores
 from rlhf.types import Completion, Group, Prompt, Trajectory
 
 logger = logging.getLogger(__name__)
 
-Scores = dict[str, float]
-"""Objective to value; empty: the function does not apply."""
-
-
-class RewardError(RuntimeError):
-    """A reward function returns what is no reward, or too many samples got none."""
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The samples of a step, end to end: sample `i` belongs to `prompts[i]`."""
+    """Samples end to end: sample `i` belongs to `prompts[i]`; `groups` has the samples of each prompt."""
 
+    groups: list[tuple[Prompt, range]]
     prompts: list[Prompt]
     completions: list[Completion]
     texts: list[str]
 
-    def arguments(self, trainer_state: Mapping[str, Any]) -> dict[str, Any]:
-        """What a reward function may ask for. New lists at each call: a function may change its own."""
-        is_text = [isinstance(p.content, str) for p in self.prompts]
-        columns = self.prompts[0].columns
-        return {
-            **{name: [p.columns[name] for p in self.prompts] for name in columns},
-            "prompts": [p.content if isinstance(p.content, str) else list(p.content) for p in self.prompts],
-            "completions": [
-                text if plain else [{"role": "assistant", "content": text}]
-                for text, plain in zip(self.texts, is_text, strict=True)
-            ],
-            "completion_ids": [list(c.token_ids) for c in self.completions],
-            "trainer_state": SimpleNamespace(**trainer_state),
+    def arguments(
+        self, samples: Sequence[int], wanted: Iterable[str] | None, trainer_state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What a call with some of the samples gets. `completions` is always among it."""
+        prompts = [self.prompts[i] for i in samples]
+        chats = [not isinstance(p.content, str) for p in prompts]
+        given: dict[str, Any] = {
+            **{name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
+            "prompts": [p.content if isinstance(p.content, str) else list(p.content) for p in prompts],
+            "completion_ids": [list(self.completions[i].token_ids) for i in samples],
+            "trainer_state": dict(trainer_state),
         }
+        completions = [
+            [{"role": "assistant", "content": self.texts[i]}] if chat else self.texts[i]
+            for i, chat in zip(samples, chats, strict=True)
+        ]
+        kept = given if wanted is None else {name: given[name] for name in wanted if name in given}
+        return {**kept, "completions": completions}
+
+    def name(self, sample: int) -> str:
+        """For people: the prompt's id and the place in its group."""
+        return f"{self.prompts[sample].id}#{self.completions[sample].index}"
 
 
-@dataclass(frozen=True, slots=True)
 class Verdict:
-    """What one function said of every sample; None where it failed."""
+    """What one function said of every sample of a submission, filled in as answers come."""
 
-    reward: Reward
-    scores: list[Scores | None]
-    cause: Exception | str | None = None
-    """Of the first failure."""
+    def __init__(self, count: int) -> None:
+        self.scores: list[Scores | None] = [None] * count
+        self.seconds: list[float] = []
+        self.failures: list[tuple[int, Failure]] = []
+        """Samples that got no scores, each with the reason."""
 
-    def failures(self) -> str:
-        """For people. Empty when there were none."""
-        failed = self.scores.count(None)
-        if not failed:
-            return ""
-        cause = (
-            f"{type(self.cause).__name__}: {self.cause}" if isinstance(self.cause, Exception) else self.cause
-        )
-        return f"{self.reward.name} failed on {failed} ({cause})"
+    def add(self, samples: Sequence[int], outcome: Outcome) -> list[tuple[int, Failure]]:
+        """Returns the new failures."""
+        failed: list[tuple[int, Failure]] = []
+        for i, scores in zip(samples, outcome.scores, strict=True):
+            self.scores[i] = scores
+            if scores is None:
+                assert outcome.failure is not None
+                failed.append((i, outcome.failure))
+        self.seconds += [outcome.seconds / len(samples)] * len(samples)
+        self.failures += failed
+        return failed
+
+
+class Scoring:
+    """Samples on their way through the workers: `Rewards.submit` makes it, `result` waits for it."""
+
+    def __init__(self, rewards: Rewards, batch: Batch, of: int) -> None:
+        self.rewards, self.batch, self.of = rewards, batch, of
+        self.verdicts = [Verdict(len(batch.texts)) for _ in rewards.pools]
+        self.left = len(batch.texts) * len(rewards.pools)
+        """Answers still to come, one a sample and function."""
+
+    @property
+    def done(self) -> bool:
+        return self.left == 0
+
+    def result(self) -> tuple[list[Group], Metrics]:
+        """The groups as they were submitted. Raises RewardError, as `Rewards.gather` does."""
+        return self.rewards.gather([self])
 
 
 class Rewards:
-    """Every reward function of a run.
+    """Every reward function of a run, each with its workers.
 
     `columns` are those of the dataset, beside the prompt. Raises ValueError for a function that cannot be
     loaded, and for one that needs a column not among them.
@@ -87,23 +112,48 @@ class Rewards:
     def __init__(
         self, specs: Sequence[RewardSpec], columns: Iterable[str], *, max_failed_share: float = 0.1
     ) -> None:
+        names = name_apart([spec.name or spec.path.rpartition(":")[2] for spec in specs])
+        self.pools = [Pool(name, spec) for name, spec in zip(names, specs, strict=True)]
+        self._max_failed_share = max_failed_share
+        self._owner: dict[str, Pool] = {}
+        self._logged: set[tuple[str, str]] = set()
+        self._changed = threading.Condition()
+        self._failed = [0] * len(specs)
+        """Samples since the last `gather`, a function."""
+        self._given_up: str | None = None
+        self._end = weakref.finalize(self, _close, self.pools)
+        try:
+            for pool in self.pools:
+                pool.start()
+            for pool in self.pools:
+                pool.wait_ready()
+            self.check_columns(columns)
+        except ValueError:
+            self.close()
+            raise
+
+    def check_columns(self, columns: Iterable[str]) -> None:
+        """Raises ValueError when a dataset with `columns` does not have what a function needs."""
         columns = tuple(columns)
         taken = sorted(set(columns).intersection(ALWAYS_GIVEN))
         if taken:
             raise ValueError(
                 f"the dataset's column {taken[0]!r} has a name that reward functions get otherwise"
             )
-        self._rewards = _name_apart(load_reward(spec) for spec in specs)
-        for reward in self._rewards:
-            reward.check_columns(columns)
-        self._max_failed_share = max_failed_share
-        self._has_raised: set[str] = set()
-        self._owner: dict[str, Reward] = {}
+        for pool in self.pools:
+            pool.wait_ready().check_columns(pool.name, columns)
 
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each objective seen so far: a function that returns dicts names them when called."""
-        return {objective: reward.weight for objective, reward in self._owner.items()}
+        return {
+            objective: pool.spec.weights.get(objective, pool.spec.weight)
+            for objective, pool in self._owner.items()
+        }
+
+    def close(self) -> None:
+        """Ends every worker. What is submitted later starts new ones."""
+        _close(self.pools)
 
     def score(
         self,
@@ -113,129 +163,194 @@ class Rewards:
         *,
         trainer_state: Mapping[str, Any],
     ) -> tuple[list[Group], Metrics]:
-        """Scores the completions of each prompt; `texts` are the completions decoded, without special tokens.
+        """`submit`, and the result."""
+        return self.submit(prompts, completions, texts, trainer_state=trainer_state).result()
 
-        A trajectory's reward is the sum over its objectives of the function's weight times the value.
+    def submit(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        texts: Sequence[Sequence[str]],
+        *,
+        trainer_state: Mapping[str, Any],
+        of: int | None = None,
+    ) -> Scoring:
+        """Has the completions of each prompt scored; `texts` are they decoded, without special tokens.
 
-        Raises RewardError, which names the function, when one returns the wrong length or type, and when more
-        than `max_failed_share` of the samples have no reward.
+        `of`: the samples of the whole step that these belong to, when it is submitted in parts; how many may
+        fail is a share of that. The parts are then given to `gather` together.
+
+        Raises RewardError when a function cannot be run any more.
         """
+        starts = [0]
+        for group in completions:
+            starts.append(starts[-1] + len(group))
         batch = Batch(
+            [(prompt, range(a, b)) for prompt, (a, b) in zip(prompts, pairwise(starts), strict=True)],
             [prompt for prompt, group in zip(prompts, completions, strict=True) for _ in group],
             [completion for group in completions for completion in group],
             [text for group in texts for text in group],
         )
-        verdicts = [self._call(reward, batch, trainer_state) for reward in self._rewards if batch.prompts]
-        samples = iter(
-            [
-                self._trajectory(completion, text, [(v.reward, v.scores[i]) for v in verdicts])
-                for i, (completion, text) in enumerate(zip(batch.completions, batch.texts, strict=True))
-            ]
-        )
-        groups = [
-            Group(prompt, tuple(next(samples) for _ in group))
-            for prompt, group in zip(prompts, completions, strict=True)
-        ]
-        self._refuse_too_many_failures(groups, verdicts)
-        return groups, _metrics(groups)
+        scoring = Scoring(self, batch, len(batch.texts) if of is None else of)
+        for number, pool in enumerate(self.pools):
+            pool.submit(self._calls(scoring, number, trainer_state))
+        return scoring
 
-    def _call(self, reward: Reward, batch: Batch, trainer_state: Mapping[str, Any]) -> Verdict:
+    def gather(self, scorings: Sequence[Scoring]) -> tuple[list[Group], Metrics]:
+        """Waits for all of them; their groups, in order, and metrics over all.
+
+        A trajectory's reward is the sum over its objectives of the weight times the value.
+
+        Raises RewardError, which names the function, when one returns the wrong length or type, when it
+        cannot be run any more, and when more than `max_failed_share` of the samples have no reward; that as
+        soon as it is certain, with what is left not scored.
+        """
         try:
-            result = reward(batch.arguments(trainer_state))
-        except Exception as error:  # a plug-in may raise anything, and the run outlives what it is allowed to
-            if reward.name not in self._has_raised:
-                logger.exception("reward function %s raised on %d samples", reward.name, len(batch.texts))
-                self._has_raised.add(reward.name)
-            return Verdict(reward, [None] * len(batch.texts), error)
-        scores: list[Scores | None] = []
-        cause = None
-        for value, text in zip(_values(reward, result, len(batch.texts)), batch.texts, strict=True):
-            read = _read(reward, value)
-            finite = all(math.isfinite(number) for number in read.values())
-            if not finite and cause is None:
-                cause = f"{value!r} for the completion {text!r:.80}"
-            scores.append(read if finite else None)
-        return Verdict(reward, scores, cause)
+            for scoring in scorings:
+                self._wait(scoring)
+            groups = [group for scoring in scorings for group in self._groups(scoring)]
+            self._refuse_too_many_failures(groups, scorings)
+        finally:
+            with self._changed:
+                self._failed = [0] * len(self.pools)
+                self._given_up = None
+        return groups, _metrics(groups) | self._timings(scorings)
 
-    def _trajectory(
-        self, completion: Completion, text: str, scored: Sequence[tuple[Reward, Scores | None]]
-    ) -> Trajectory:
+    def _calls(self, scoring: Scoring, number: int, trainer_state: Mapping[str, Any]) -> list[Call]:
+        pool, batch = self.pools[number], scoring.batch
+        count, size = len(batch.texts), pool.spec.batch
+        if size == "group":
+            cuts = [tuple(group) for _, group in batch.groups]
+        elif size == "step":
+            cuts = [tuple(range(count))]
+        else:
+            cuts = [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
+        accepts = pool.wait_ready().accepts
+
+        def arguments(samples: tuple[int, ...]) -> Mapping[str, Any]:
+            return batch.arguments(samples, accepts, trainer_state)
+
+        def finish(samples: tuple[int, ...], outcome: Outcome) -> None:
+            self._finish(scoring, number, samples, outcome)
+
+        def is_wanted() -> bool:
+            return self._given_up is None
+
+        return [Call(samples, arguments, finish, is_wanted) for samples in cuts if samples]
+
+    def _finish(self, scoring: Scoring, number: int, samples: tuple[int, ...], outcome: Outcome) -> None:
+        """Called by a worker's thread with the answer to one call."""
+        name, failure = self.pools[number].name, outcome.failure
+        with self._changed:
+            failed = scoring.verdicts[number].add(samples, outcome)
+            scoring.left -= len(samples)
+            self._failed[number] += len(failed)
+            if failure is not None and failure.kind == "wrong":
+                self._given_up = f"reward function {name} {failure.message}"
+            elif self._failed[number] > self._max_failed_share * scoring.of:
+                self._given_up = ""
+            first = failure is not None and (name, failure.kind) not in self._logged
+            if failure is not None:
+                self._logged.add((name, failure.kind))
+            if scoring.done or self._given_up is not None:
+                self._changed.notify_all()
+        if first and failed:
+            _log(name, scoring.batch.name(failed[0][0]), failed[0][1])
+
+    def _wait(self, scoring: Scoring) -> None:
+        with self._changed:
+            while not scoring.done and self._given_up is None:
+                self._changed.wait(1.0)
+                for pool in self.pools:
+                    pool.check()
+            if self._given_up:
+                raise RewardError(self._given_up)
+
+    def _groups(self, scoring: Scoring) -> list[Group]:
+        return [
+            Group(prompt, tuple(self._trajectory(scoring, i) for i in group))
+            for prompt, group in scoring.batch.groups
+        ]
+
+    def _trajectory(self, scoring: Scoring, sample: int) -> Trajectory:
+        scored = [verdict.scores[sample] for verdict in scoring.verdicts]
         objectives: Scores = {}
         total = 0.0
-        for reward, scores in scored:
+        for pool, scores in zip(self.pools, scored, strict=True):
             for objective, value in (scores or {}).items():
-                if self._owner.setdefault(objective, reward) is not reward:
+                owner = self._owner.setdefault(objective, pool)
+                if owner is not pool:
                     raise RewardError(
-                        f"reward functions {self._owner[objective].name} and {reward.name} both name an "
+                        f"reward functions {owner.name} and {pool.name} both name an "
                         f"objective {objective!r}; rename one"
                     )
                 objectives[objective] = value
-                total += reward.weight * value
-        complete = bool(objectives) and all(scores is not None for _, scores in scored)
+                total += pool.spec.weights.get(objective, pool.spec.weight) * value
+        complete = bool(objectives) and all(scores is not None for scores in scored)
         return Trajectory.single_turn(
-            completion, text=text, reward=total if complete else None, objectives=objectives
+            scoring.batch.completions[sample],
+            text=scoring.batch.texts[sample],
+            reward=total if complete else None,
+            objectives=objectives,
         )
 
-    def _refuse_too_many_failures(self, groups: Sequence[Group], verdicts: Sequence[Verdict]) -> None:
+    def _refuse_too_many_failures(self, groups: Sequence[Group], scorings: Sequence[Scoring]) -> None:
         rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
-        without = rewards.count(None)
-        if without <= self._max_failed_share * len(rewards):
+        total = max([len(rewards), *(scoring.of for scoring in scorings)])
+        without = rewards.count(None) - sum(scoring.left for scoring in scorings) // max(1, len(self.pools))
+        if without <= self._max_failed_share * total:
             return
-        blame = "; ".join(failures for verdict in verdicts if (failures := verdict.failures()))
+        blame = [
+            self._blame(pool, [(s.batch, s.verdicts[number]) for s in scorings])
+            for number, pool in enumerate(self.pools)
+        ]
         raise RewardError(
-            f"{without} of {len(rewards)} samples have no reward, more than "
-            f"max_failed_share = {self._max_failed_share}: {blame or 'no function applies to them'}"
-        ) from next((verdict.cause for verdict in verdicts if isinstance(verdict.cause, Exception)), None)
-
-
-def _name_apart(rewards: Iterable[Reward]) -> tuple[Reward, ...]:
-    """The same function twice, with other parameters, is two objectives: `match` and `match_2`."""
-    apart: dict[str, Reward] = {}
-    for reward in rewards:
-        name, number = reward.name, 1
-        while name in apart:
-            number += 1
-            name = f"{reward.name}_{number}"
-        apart[name] = replace(reward, name=name)
-    return tuple(apart.values())
-
-
-def _values(reward: Reward, result: object, count: int) -> list[Any]:
-    if isinstance(result, Tensor | np.ndarray):
-        result = cast(Any, result).tolist()
-    if not isinstance(result, list | tuple):
-        raise RewardError(
-            f"reward function {reward.name} must return a list of {count} values, one a completion, "
-            f"got {type(result).__name__} {result!r:.80}"
+            f"{without} of {total} samples have no reward, more than "
+            f"max_failed_share = {self._max_failed_share}: "
+            f"{'; '.join(filter(None, blame)) or 'no function applies to them'}"
         )
-    values = cast(Sequence[Any], result)
-    if len(values) != count:
-        raise RewardError(
-            f"reward function {reward.name} must return {count} values, one a completion, got {len(values)}"
-        )
-    return list(values)
+
+    def _blame(self, pool: Pool, parts: Sequence[tuple[Batch, Verdict]]) -> str:
+        """For people. Empty when it failed on nothing."""
+        failures = [(batch, *failure) for batch, verdict in parts for failure in verdict.failures]
+        if not failures:
+            return ""
+        batch, sample, failure = failures[0]
+        where = f"for {batch.name(sample)}, completion {batch.texts[sample]!r:.80}"
+        return f"{pool.name} failed on {len(failures)} ({failure.message} {where})"
+
+    def _timings(self, scorings: Sequence[Scoring]) -> Metrics:
+        """Seconds a sample of each function, and the share of its samples that failed."""
+        metrics: Metrics = {}
+        for number, pool in enumerate(self.pools):
+            verdicts = [scoring.verdicts[number] for scoring in scorings]
+            seconds = sorted(s for verdict in verdicts for s in verdict.seconds)
+            failures = [failure for verdict in verdicts for _, failure in verdict.failures]
+            if not seconds:
+                continue
+            late = sum(failure.kind == "timeout" for failure in failures)
+            metrics[f"reward/failed/{pool.name}"] = Mean(len(failures), len(seconds))
+            metrics[f"reward/timeout/{pool.name}"] = Mean(late, len(seconds))
+            metrics[f"time/reward_p50/{pool.name}"] = Max(seconds[len(seconds) // 2])
+            metrics[f"time/reward_p99/{pool.name}"] = Max(seconds[len(seconds) * 99 // 100])
+        return metrics
 
 
-def _read(reward: Reward, value: object) -> Scores:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        return {reward.name: _number(reward, value)}
-    objectives = cast(Mapping[object, object], value)
-    if not all(isinstance(name, str) for name in objectives):
-        raise RewardError(f"reward function {reward.name} must name objectives by text, got {value!r:.80}")
-    return {str(name): _number(reward, part) for name, part in objectives.items() if part is not None}
+def _close(pools: Sequence[Pool]) -> None:
+    for pool in pools:
+        pool.close()
 
 
-def _number(reward: Reward, value: object) -> float:
-    if isinstance(value, numbers.Real | np.bool_) or (isinstance(value, Tensor) and value.numel() == 1):
-        try:
-            return float(cast(Any, value))
-        except OverflowError:
-            return math.inf
-    raise RewardError(
-        f"reward function {reward.name} must return numbers, dicts of numbers or None, "
-        f"got {type(value).__name__} {value!r:.80}"
+def _log(name: str, sample: str, failure: Failure) -> None:
+    details = f"\n{failure.details.rstrip()}" if failure.details else ""
+    logger.warning(
+        "reward function %s failed on sample %s, which is not learned from: %s%s\n"
+        "(said once; reward/failed/%s counts)",
+        name,
+        sample,
+        failure.message,
+        details,
+        name,
     )
 
 
@@ -245,13 +360,23 @@ def _metrics(groups: Sequence[Group]) -> Metrics:
     if not samples:
         return {}
     rewards = [sample.reward for sample in samples if sample.reward is not None]
-    spreads = [statistics.pstdev(group.rewards) for group in groups if group.rewards]
     metrics: Metrics = {
         "reward/mean": Mean(math.fsum(rewards), len(rewards)),
-        "reward/std": Mean(math.fsum(spreads), len(spreads)),
+        "reward/std": _spread([group.rewards for group in groups]),
         "reward/failed": Mean(len(samples) - len(rewards), len(samples)),
     }
     for objective in sorted({name for sample in samples for name in sample.objectives}):
-        values = [sample.objectives[objective] for sample in samples if objective in sample.objectives]
-        metrics[f"reward/{objective}"] = Mean(math.fsum(values), len(values))
+        values = [
+            [t.objectives[objective] for t in group.trajectories if objective in t.objectives]
+            for group in groups
+        ]
+        flat = [value for group in values for value in group]
+        metrics[f"reward/{objective}"] = Mean(math.fsum(flat), len(flat))
+        metrics[f"reward/std/{objective}"] = _spread(values)
     return metrics
+
+
+def _spread(groups: Sequence[Sequence[float]]) -> Mean:
+    """The mean over groups of the standard deviation within the group."""
+    spreads = [statistics.pstdev(values) for values in groups if values]
+    return Mean(math.fsum(spreads), len(spreads))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,10 @@ def trl_accuracy(
     return [float(a == b) if b else None for a, b in zip(contents, solution, strict=True)]
 
 
-def everything(**kwargs: Any) -> list[float]:
-    everything.seen = kwargs  # type: ignore[attr-defined]
+def everything(seen: str, **kwargs: Any) -> list[float]:
+    """Writes what it got to the file `seen`."""
+    kwargs["trainer_state"] = vars(kwargs["trainer_state"])
+    Path(seen).write_text(json.dumps(kwargs))
     return [0.0] * len(kwargs["completions"])
 
 

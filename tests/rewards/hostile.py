@@ -1,0 +1,295 @@
+"""Reward functions that misbehave where the completion says so, and score 1 everywhere else."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import inspect
+import json
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+SLEEPER = "import time; time.sleep(600)"
+
+
+def loop() -> None:
+    while True:
+        pass
+
+
+def loop_in_c() -> None:
+    """Holds the interpreter's lock all the time."""
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def loop_ignoring_signals() -> None:
+    for number in set(signal.Signals) - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_IGN)
+    loop()
+
+
+def sleep() -> None:
+    time.sleep(600)
+
+
+def stop_itself() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def deadlock() -> None:
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def read_standard_input() -> None:
+    sys.stdin.readline()
+    time.sleep(600)
+
+
+def memory_hog() -> None:
+    held = [bytearray(1 << 27) for _ in range(64)]
+    time.sleep(600)
+    del held
+
+
+def memory_hog_of_children() -> None:
+    """Each is within the limit; together they are not."""
+    grow = "import time; held = bytearray(100 << 20); time.sleep(600)"
+    children = [subprocess.Popen([sys.executable, "-c", grow]) for _ in range(6)]
+    for child in children:
+        child.wait()
+
+
+def recursion() -> None:
+    recursion()
+
+
+def stack_overflow_in_c() -> None:
+    nested: Any = ()
+    for _ in range(1 << 20):
+        nested = (nested,)
+    hash(nested)
+
+
+def fork_bomb() -> None:
+    """Bounded here, so that a failure of the test is not one of the machine."""
+    for _ in range(9):
+        os.fork()
+    time.sleep(600)
+
+
+def fork_bomb_in_sessions() -> None:
+    for _ in range(9):
+        if os.fork() == 0:
+            os.setsid()
+    time.sleep(600)
+
+
+def orphan() -> None:
+    """A grandchild in a session of its own, whose parent is gone; it has the worker's output open."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.execv(sys.executable, [sys.executable, "-c", SLEEPER])
+        os._exit(0)
+    os.wait()
+    loop()
+
+
+def segfault() -> None:
+    ctypes.string_at(0)
+
+
+def abort() -> None:
+    os.abort()
+
+
+def exit_at_once() -> None:
+    os._exit(0)
+
+
+def exit_politely() -> None:
+    sys.exit("enough")
+
+
+def kill_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_its_keeper() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(600)
+
+
+def kill_its_group() -> None:
+    os.killpg(0, signal.SIGKILL)
+
+
+def print_megabytes() -> None:
+    for _ in range(64):
+        sys.stdout.write("x" * (1 << 16))
+        os.write(2, b"y" * (1 << 16))
+    raise ValueError("enough written")
+
+
+def close_every_file() -> None:
+    os.closerange(0, 256)
+
+
+def garble_the_connection() -> None:
+    """Writes to every socket it finds, as a library with a bug might."""
+    for number in range(3, 64):
+        try:
+            socket.socket(fileno=os.dup(number)).send(b"\xff\xfe no answer\n")
+        except OSError:
+            continue
+
+
+def forge_an_answer() -> None:
+    for number in range(3, 64):
+        try:
+            socket.socket(fileno=os.dup(number)).send(b'{"call": 7, "seconds": 0, "scores": [{"bad": 9}]}\n')
+        except OSError:
+            continue
+
+
+def flood_the_connection() -> None:
+    for number in range(3, 64):
+        try:
+            socket.socket(fileno=os.dup(number)).sendall(b"z" * (1 << 25))
+        except OSError:
+            continue
+
+
+def raise_what_cannot_be_printed() -> None:
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    raise Unprintable
+
+
+def raise_megabytes() -> None:
+    raise ValueError("z" * (1 << 24))
+
+
+def raise_base_exception() -> None:
+    raise BaseException("not an Exception")
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def leak_threads() -> None:
+    for _ in range(32):
+        threading.Thread(target=time.sleep, args=(600,), daemon=False).start()
+    sys.exit(1)
+
+
+def lower_its_limits() -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (1 << 20, 1 << 20))
+    held = [str(i) * 100 for i in range(1 << 20)]
+    del held
+
+
+def remove_its_folder() -> None:
+    os.rmdir(Path.cwd())
+    Path("notes.txt").write_text("lost")
+
+
+def disable_everything() -> None:
+    gc.disable()
+    sys.modules.clear()
+    raise ValueError("after clearing the modules")
+
+
+BEHAVIOURS: dict[str, Callable[[], None]] = {
+    value.__name__: value for value in list(globals().values()) if inspect.isfunction(value)
+}
+
+
+def misbehave(completions: Sequence[str]) -> list[float]:
+    """A completion that names a behaviour gets it."""
+    for text in completions:
+        if text in BEHAVIOURS:
+            BEHAVIOURS[text]()
+    return [1.0] * len(completions)
+
+
+async def misbehave_async(completions: Sequence[str]) -> list[float]:
+    for text in completions:
+        if text == "wait":
+            await asyncio.sleep(600)
+        if text in BEHAVIOURS:
+            BEHAVIOURS[text]()
+        await asyncio.sleep(0.01)
+    return [1.0] * len(completions)
+
+
+def a_millisecond(completions: Sequence[str]) -> list[float]:
+    time.sleep(0.001 * len(completions))
+    return [1.0] * len(completions)
+
+
+def surroundings(completions: Sequence[str], file: str) -> list[float]:
+    """Writes what a worker finds around it."""
+    seen = {
+        "cwd": str(Path.cwd()),
+        "environment": dict(os.environ),
+        "data_limit": resource.getrlimit(resource.RLIMIT_DATA)[0],
+        "is_main_thread": threading.current_thread() is threading.main_thread(),
+        "torch": "torch" in sys.modules,
+    }
+    Path(file).write_text(json.dumps(seen))
+    return [1.0] * len(completions)
+
+
+VALUES: dict[str, Any] = {
+    "nan": float("nan"),
+    "infinite": float("-inf"),
+    "huge": 10**400,
+    "none": None,
+    "empty dict": {},
+    "dict of none": {"bad": None},
+    "nan in dict": {"good": 1.0, "bad": float("nan")},
+    "text": "good",
+    "bytes": b"1",
+    "complex": 1j,
+    "nested": [1.0],
+    "object": object(),
+    "number as key": {1: 1.0},
+    "text in dict": {"bad": "1"},
+}
+
+
+def values(completions: Sequence[str]) -> list[Any]:
+    return [VALUES.get(text, 1.0) for text in completions]
+
+
+SHAPES: dict[str, Any] = {
+    "too many": [1.0, 1.0],
+    "none at all": [],
+    "a number": 1.0,
+    "nothing": None,
+    "a text": "1.0",
+    "a set": {1.0},
+    "a dict": {"good": 1.0},
+    "an iterator": iter([1.0]),
+}
+
+
+def shapes(completions: Sequence[str]) -> Any:
+    return SHAPES.get(completions[0], [1.0])
