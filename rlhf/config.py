@@ -9,6 +9,7 @@ The keys of `algorithm` are the keyword arguments of its function in `algos/tabl
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,37 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
 
+class LoraConfig(Section):
+    """Trains a low-rank adapter instead of the weights (rlhf/lora.py)."""
+
+    rank: Positive = 16
+    alpha: Annotated[float, Field(gt=0.0)] = 32.0
+    """The adapter's product is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Linear layers by the last part of their names (`q_proj`); empty: all but the language-model head."""
+    dropout: float = 0.0
+    """0 is the only one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def is_no_qlora(cls, settings: Any) -> Any:
+        named = [key for key in settings or () if re.search("quant|bit|qlora", str(key).lower())]
+        if named:
+            raise ValueError(
+                f"{named[0]}: QLoRA is not supported, an adapter stands on weights of model.dtype"
+            )
+        return settings
+
+    @field_validator("dropout")
+    @classmethod
+    def is_one_function(cls, dropout: float) -> float:
+        if dropout:
+            raise ValueError(
+                f"must be 0, got {dropout:g}: log-probs before and after an update must be of one function"
+            )
+        return dropout
+
+
 class ModelConfig(Section):
     path: str
     """Hugging Face causal language model: a local folder, or a hub name where there is a network."""
@@ -52,6 +84,8 @@ class ModelConfig(Section):
     packing: Literal["auto", "shared_prefix", "padded"] = "auto"
     """How a group goes through the model: its prompt once, or every sequence padded by itself."""
     gradient_checkpointing: bool = False
+    lora: LoraConfig | None = None
+    """Train a LoRA adapter only; the reference is then the model with its adapter switched off."""
 
 
 class DataConfig(Section):

@@ -13,7 +13,7 @@ from rlhf.distributed import World
 from rlhf.experience import ExperienceBuilder
 from rlhf.learner import Learner
 from rlhf.optimizer import MasterAdamW
-from rlhf.policy import Policy
+from rlhf.policy import Policy, WithoutAdapter
 from rlhf.preflight import Inputs
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.factory import make_engine
@@ -70,8 +70,12 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
 def _models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Policy | None]:
     section = config.model
     policy = Policy.load(section, section.path, world.device)
+    if section.lora is not None:
+        policy.add_adapter(section.lora, seed=config.seed)
     if not inputs.algorithm.needs_reference:
         return policy, None
+    if section.lora is not None and section.reference is None:
+        return policy, WithoutAdapter(policy)
     reference = Policy.load(section, section.reference or section.path, world.device)
     reference.freeze(_dtype(config))
     return policy, reference
@@ -79,9 +83,10 @@ def _models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Polic
 
 def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEngine, Sampler]:
     section = config.rollout
+    policy.merge()
     engine = make_engine(
         section.engine,
-        policy.model,
+        policy.rollout_model,
         eos_token_ids=inputs.eos_token_ids,
         kv_cache_gib=section.kv_cache_gib,
     )

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.attention import CONCAT_BELOW, SHARED_PREFIX
-from rlhf.config import ModelConfig
+from rlhf.config import LoraConfig, ModelConfig
 from rlhf.kernels.token_stats import TokenStats, token_stats
+from rlhf.lora import Adapter
 from rlhf.packing import Packed, pack, padded
 from rlhf.pretrained import (
     ModelError,
@@ -67,6 +68,7 @@ class Policy:
         self.head = Head.of(model)
         self._own_attention = attention_of(model)
         self.shared_prefix = shared_prefix
+        self.adapter: Adapter | None = None
 
     @classmethod
     def load(cls, section: ModelConfig, path: str, device: torch.device) -> Policy:
@@ -107,6 +109,20 @@ class Policy:
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(dtype)
+
+    def add_adapter(self, section: LoraConfig, *, seed: int) -> None:
+        """From here on a LoRA adapter is what learns. Raises ModelError: it does not fit the model."""
+        self.adapter = Adapter(self.model, section, seed=seed)
+
+    @property
+    def rollout_model(self) -> PreTrainedModel:
+        """What an engine in this process samples from: the model itself, or the copy `merge` writes to."""
+        return self.model if self.adapter is None else self.adapter.merged
+
+    def merge(self) -> None:
+        """Brings `rollout_model` up to date."""
+        if self.adapter is not None:
+            self.adapter.merge()
 
     def checkpoint_activations(self) -> None:
         """Trades a second forward for the memory of activations. Training mode does no more: no dropout."""
@@ -155,6 +171,19 @@ class Policy:
             want=want,
             **against,
         )
+
+
+class WithoutAdapter(Policy):
+    """The reference under a policy with an adapter: the same weights and layout, the adapter switched off."""
+
+    def __init__(self, policy: Policy) -> None:
+        assert policy.adapter is not None
+        super().__init__(policy.model, shared_prefix=policy.shared_prefix)
+        self._policy, self._trained = policy, policy.adapter
+
+    def hidden(self, packed: Packed) -> Tensor:
+        with self._trained.off():
+            return self._policy.hidden(packed)
 
 
 def without_dropout(model: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -61,6 +62,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     if config.model.reference is not None:
         local_or_hub(config.model.reference)
     _check_lengths(config, model)
+    _check_weights(config, model)
     train = _prompts(config, config.data.train, tokenizer)
     held_out = None if config.data.eval is None else _prompts(config, config.data.eval, tokenizer)
     rewards = _rewards(config, train)
@@ -110,6 +112,19 @@ def _check_lengths(config: Config, model: PretrainedConfig) -> None:
         )
 
 
+def _check_weights(config: Config, model: PretrainedConfig) -> None:
+    quantization = model.to_dict().get("quantization_config")
+    if quantization is not None:
+        method = cast(dict[str, Any], quantization).get("quant_method", "an unknown method")
+        what = "QLoRA is not supported" if config.model.lora else "they cannot be trained"
+        raise ConfigError(
+            f"the weights of {config.model.path} are quantized ({method}): {what}; give the model it was "
+            "made from"
+        )
+    if config.model.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("model.lora is set, but peft is not installed: pip install 'tandem-rl[lora]'")
+
+
 def _eos_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The end-of-sequence tokens of tokenizer and model. Raises ConfigError when there is none at all."""
     ids = eos_token_ids(config.model.path).union(config.rollout.stop_token_ids)
@@ -130,7 +145,14 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     samples = rollout.prompts_per_step * rollout.group_size
     reference = config.model.reference or config.model.path if inputs.algorithm.needs_reference else None
     settings = {key: value for key, value in config.algorithm.items() if key != "name"}
-    yield f"model        {config.model.path} ({inputs.model.model_type}), computed in {config.model.dtype}"
+    lora = config.model.lora
+    adapter = "" if lora is None else f", LoRA of rank {lora.rank}"
+    yield (
+        f"model        {config.model.path} ({inputs.model.model_type}), computed in {config.model.dtype}"
+        f"{adapter}"
+    )
+    if reference and lora is not None and config.model.reference is None:
+        reference = "the model, its adapter switched off"
     yield f"reference    {reference or 'none: no KL term, not loaded'}"
     yield f"algorithm    {config.algorithm['name']} " + ", ".join(f"{k}={v}" for k, v in settings.items())
     yield (

@@ -73,11 +73,19 @@ def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = N
 def setting_names(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key there is, algorithms' own excepted."""
     for key, info in schema.model_fields.items():
-        kind = info.annotation
-        if inspect.isclass(kind) and issubclass(kind, BaseModel):
-            yield from setting_names(kind, f"{prefix}{key}.")
-        else:
+        section = _section(info.annotation)
+        if section is None:
             yield f"{prefix}{key}"
+        else:
+            yield from setting_names(section, f"{prefix}{key}.")
+
+
+def _section(kind: Any) -> type[BaseModel] | None:
+    """The section behind `Section`, or behind `Section | None`: one that may be left out."""
+    parts = typing.get_args(kind)
+    if len(parts) == 2 and parts[1] is type(None):
+        kind = parts[0]
+    return kind if inspect.isclass(kind) and issubclass(kind, BaseModel) else None
 
 
 def explain(error: ValidationError, *, prefix: str, schema: type[BaseModel]) -> Iterator[str]:

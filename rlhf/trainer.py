@@ -150,7 +150,10 @@ class Trainer:
         if not self.world.is_main:
             return
         if self.config.checkpoint.export:
-            checkpoint.export(self.parts.policy.model, self.inputs.tokenizer, self.folder.path / "model")
+            policy, tokenizer, path = self.parts.policy, self.inputs.tokenizer, self.folder.path
+            checkpoint.export(policy.rollout_model, tokenizer, path / "model")
+            if policy.adapter is not None:
+                checkpoint.export(policy.adapter, tokenizer, path / "adapter")
         write_report(self.folder)
         self.monitor.close()
         self.monitor.note(closing_summary(self.folder))

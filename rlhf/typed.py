@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _torch: Any = torch
 
@@ -34,3 +35,16 @@ def after_gradient(weight: Tensor, hook: Callable[[Tensor], None]) -> None:
 def run_numbers(tensor: Tensor) -> Tensor:
     """Numbers the runs of equal elements: `7 7 3 3 3 9` -> `0 0 1 1 1 2`."""
     return _torch.unique_consecutive(tensor, return_inverse=True)[1]
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module below a model, and the model itself, by its path."""
+    return dict(_torch.nn.Module.named_modules(model))
+
+
+@contextmanager
+def seeded(seed: int) -> Generator[None]:
+    """The host's generator starts from `seed`, and goes on afterwards as if nothing had been drawn."""
+    with _torch.random.fork_rng(devices=[]):
+        _torch.manual_seed(seed)
+        yield

@@ -34,13 +34,14 @@ class WeightSync:
 
     @property
     def module(self) -> nn.Module:
-        return self.policy.model
+        return self.policy.rollout_model
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.policy.model.named_parameters()
+        yield from self.module.named_parameters()
 
     def push(self, engine: RolloutEngine, version: int) -> SyncReport:
         """Hands the weights over and probes them. Raises SyncError with the size of the difference."""
+        self.policy.merge()
         report = engine.update_weights(self, version)
         difference = self.probe(engine)
         if not math.isfinite(difference):

@@ -42,6 +42,8 @@ SIZES: dict[str, Any] = {
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
+    # a head that does not learn can favour a token
+    "llama-sharp": {"initializer_range": 0.3},
     "qwen2": {"tie_word_embeddings": True},
     "qwen2-untied": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 16},
