@@ -1,10 +1,11 @@
 """An algorithm is a value: advantage x ratio x surrogate x reduction x KL x extra terms.
 
     loss = reduce(w_t * surrogate_t) + kl_coef * reduce(kl_t) - entropy_coef * reduce(entropy_t)
+           + imitation_coef * mean of -logprob over the tokens of right completions
 
-with w_t the weight for the mismatch between learner and engine, a constant. Differences from the papers: 1.
-that weight, which most papers leave out, is on by default (token_tis, 2); 2. it does not multiply the KL, nor
-the entropy.
+and for a critic, if there is one, critic.coef * reduce(value_loss_t); with w_t the weight for the mismatch
+between learner and engine, a constant. Differences from the papers: 1. that weight, which most papers leave
+out, is on by default (token_tis, 2); 2. it does not multiply the KL, the entropy, nor what is imitated.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch import Tensor
 
 from rlhf.algos import kl as estimators
 from rlhf.algos.advantage import Advantage
+from rlhf.algos.critic import RAW, CriticLoss, RewardScaling
 from rlhf.algos.kl import AdaptiveKL
 from rlhf.algos.ratio import CORRECTIONS, Ratio, mismatch_k3
 from rlhf.algos.reduction import Reduction
 from rlhf.algos.shaping import keep_all, unshaped
 from rlhf.algos.surrogate import Surrogate
-from rlhf.metrics import Max, Mean, Metrics
-from rlhf.types import Group, LossInputs
+from rlhf.metrics import ExpMean, Max, Mean, Metrics
+from rlhf.types import Counts, CriticTargets, Group, LossInputs
 
 ESTIMATORS = {"k1": estimators.k1, "k2": estimators.k2, "k3": estimators.k3, "k3+": estimators.k3_plus}
 
@@ -120,6 +122,14 @@ class Algorithm:
     mismatch: Mismatch = TOKEN_TIS
     entropy_coef: float = 0.0
     """Above 0 a high entropy is rewarded."""
+    critic: CriticLoss | None = None
+    """What values are for and how they are learned; None: there is no critic."""
+    reward_scaling: RewardScaling = RAW
+    """How rewards, after `shape_reward`, are scaled by those of all steps so far."""
+    imitation_coef: float = 0.0
+    """Of the negative log-likelihood of completions that are right (VAPO's positive-example loss)."""
+    cautions: tuple[str, ...] = ()
+    """What its paper advises against in these settings; told when a run starts."""
     shape_reward: Callable[[float, int], float] = unshaped
     """Reward and completion length in tokens -> the reward that is compared."""
     keep: Callable[[Group], bool] = keep_all
@@ -153,6 +163,16 @@ class Algorithm:
         assert self.kl.placement == "reward"
         return kl_coef * ESTIMATORS[self.kl.estimator](old_logprobs, ref_logprobs).detach()
 
+    def value_loss(
+        self, values: Tensor, targets: CriticTargets, mask: Tensor, sequence: Tensor, counts: Counts
+    ) -> LossOutput:
+        """The critic's share of an update's loss, of one microbatch; all `[N]`, `values` with gradient."""
+        assert self.critic is not None
+        values = values.masked_fill(~mask, 0.0)
+        targets = CriticTargets(*(x.masked_fill(~mask, 0.0) for x in (targets.values, targets.returns)))
+        loss = self.reduction(self.critic.loss(values, targets), mask, sequence, counts)
+        return LossOutput(self.critic.coef * loss, _report_values(values, targets, mask, loss, counts))
+
     def loss(self, batch: LossInputs) -> LossOutput:
         """The loss of one microbatch, as its share of the whole update's loss: shares add up."""
         batch = _silence(batch)
@@ -170,6 +190,8 @@ class Algorithm:
             loss = loss + batch.kl_coef * reduce(self._kl(batch))
         if self.entropy_coef:
             loss = loss - self.entropy_coef * reduce(batch.entropy)
+        if self.imitation_coef:
+            loss = loss + self.imitation_coef * _imitation(batch)
         return LossOutput(loss, _report(batch, policy.detach(), ratio.detach(), weight, tokens.metrics))
 
     def _anchor_logprobs(self, batch: LossInputs) -> Tensor:
@@ -184,6 +206,13 @@ class Algorithm:
             return batch.exact_kl
         assert batch.ref_logprobs is not None
         return ESTIMATORS[self.kl.estimator](batch.logprobs, batch.ref_logprobs)
+
+
+def _imitation(batch: LossInputs) -> Tensor:
+    """-logprob, mean over the tokens of right completions of the whole update (VAPO, arXiv:2504.05118)."""
+    assert batch.right is not None
+    wanted = batch.loss_mask & batch.right
+    return -batch.logprobs.masked_fill(~wanted, 0.0).sum() / max(batch.counts.right_tokens, 1)
 
 
 def _silence(batch: LossInputs) -> LossInputs:
@@ -211,6 +240,21 @@ def _log_mismatch(batch: LossInputs) -> Tensor:
 
 
 @torch.no_grad()
+def _report_values(
+    values: Tensor, targets: CriticTargets, mask: Tensor, loss: Tensor, counts: Counts
+) -> Metrics:
+    sums = [x.masked_fill(~mask, 0.0).sum() for x in (values, targets.returns)]
+    at_once = torch.stack([mask.sum().to(loss.dtype), loss.detach(), *sums]).cpu()
+    count, total, value, returns = (float(x) for x in at_once.unbind())
+    return {
+        # shares of an update's loss add up to it, and their weights to 1
+        "critic/loss": Mean(total, count / max(counts.tokens, 1)),
+        "critic/values": Mean(value, count),
+        "critic/returns": Mean(returns, count),
+    }
+
+
+@torch.no_grad()
 def _report(
     batch: LossInputs, policy: Tensor, ratio: Tensor, weight: Tensor, extra: dict[str, Tensor]
 ) -> Metrics:
@@ -218,6 +262,8 @@ def _report(
     mismatch = _log_mismatch(batch)
     means = {
         "entropy": batch.entropy,
+        "perplexity": -batch.logprobs,
+        "ratio/mean": ratio,
         "kl/old": batch.old_logprobs - batch.logprobs,
         "mismatch/k3": mismatch_k3(mismatch),
         "mismatch/weight": weight,
@@ -246,6 +292,7 @@ def _report(
     metrics |= {name: Max(top) for name, top in zip(largest, numbers[len(means) :], strict=True)}
     if count and not engines:
         metrics = {name: value for name, value in metrics.items() if masks[name] is not sampled}
+    metrics["perplexity"] = ExpMean(numbers[list(means).index("perplexity")], count)
     # shares of an update's loss add up to it, and their weights to 1
     metrics["loss/policy"] = Mean(loss, count / max(batch.counts.tokens, 1))
     return metrics

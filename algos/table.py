@@ -21,6 +21,7 @@ from rlhf.algos.advantage import (
     reinforce_pp_baseline_advantage,
 )
 from rlhf.algos.algorithm import KL, NO_KL, TOKEN_TIS, Algorithm, Mismatch
+from rlhf.algos.critic import RAW, CriticLoss, RewardScaling, constrained
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.ratio import sequence_ratio, token_ratio
 from rlhf.algos.reduction import (
@@ -35,6 +36,17 @@ GRPO_KL = KL(coef=0.04)
 RLOO_KL = KL(coef=0.03, estimator="k1", placement="reward")
 REINFORCE_PP_KL = KL(coef=0.01, estimator="k1", placement="reward")
 REINFORCE_PP_BASELINE_KL = KL(coef=0.001, estimator="k2")
+PPO_KL = KL(coef=0.02, estimator="k1", placement="reward")
+PPO_MAX_KL = KL(coef=0.05, estimator="k1", placement="reward")
+PPO_CRITIC = CriticLoss(lam=0.95)
+PPO_MAX_CRITIC = CriticLoss(lam=0.9)
+VAPO_CRITIC = CriticLoss(lam_alpha=0.05, lam_returns=1.0, value_clip=None, warmup_steps=50)
+NORMALIZED = RewardScaling(center=True, scale=True, clip=10.0)
+CLASH = (
+    "advantages are whitened or clipped and values clipped too: in the experiments of PPO-max (figure 14) "
+    "the two get in each other's way; set algorithm.critic.value_clip to null, or algorithm.whiten to false "
+    "and algorithm.advantage_clip to null"
+)
 
 # laid out by hand: one algorithm is one short paragraph
 # fmt: off
@@ -148,6 +160,43 @@ def gdpo(
     return replace(base, advantage=gdpo_advantage)
 
 
+def ppo(
+    *, critic: CriticLoss = PPO_CRITIC, reward_scaling: RewardScaling = RAW, whiten: bool = True,
+    advantage_clip: float | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
+    kl: KL = PPO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """Proximal policy optimization with a critic, arXiv:1707.06347, as it is used for language models."""
+    base = grpo(clip_low=clip_low, clip_high=clip_high, kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    clash = (whiten or advantage_clip is not None) and critic.value_clip is not None
+    advantage = constrained(critic.advantages, whitened=whiten, clip=advantage_clip)
+    return replace(base, advantage=advantage, reduction=token_mean, critic=critic,
+                   reward_scaling=reward_scaling, cautions=(CLASH,) if clash else ())
+
+
+def ppo_max(
+    *, critic: CriticLoss = PPO_MAX_CRITIC, reward_scaling: RewardScaling = NORMALIZED, whiten: bool = False,
+    advantage_clip: float | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
+    kl: KL = PPO_MAX_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """PPO that constrains the reward by its history, not the advantage, arXiv:2307.04964."""
+    base = ppo(critic=critic, reward_scaling=reward_scaling, whiten=whiten, advantage_clip=advantage_clip,
+               clip_low=clip_low, clip_high=clip_high, kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    if base.cautions:
+        raise ValueError(CLASH)
+    return base
+
+
+def vapo(
+    *, critic: CriticLoss = VAPO_CRITIC, imitation_coef: float = 0.1, whiten: bool = True,
+    clip_low: float = 0.2, clip_high: float = 0.28,
+    kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """PPO: critic taught first, by whole returns; lambda by length; right ones imitated, arXiv:2504.05118."""
+    base = ppo(critic=critic, whiten=whiten, clip_low=clip_low, clip_high=clip_high,
+               kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, imitation_coef=imitation_coef)
+
+
 # fmt: on
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -162,4 +211,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "reinforce_pp_baseline": reinforce_pp_baseline,
     "gdpo": gdpo,
     **IMITATION,
+    "ppo": ppo,
+    "ppo_max": ppo_max,
+    "vapo": vapo,
 }

@@ -82,6 +82,11 @@ class RunningMoments:
         """Unbiased; 1 as long as there are fewer than two numbers."""
         return (self.variance * self.count / (self.count - 1)) ** 0.5 if self.count > 1 else 1.0
 
+    @property
+    def scale(self) -> float:
+        """`std`, or 1 where it is nothing but the rounding of equal numbers."""
+        return self.std if self.std > 1e-7 * max(1.0, abs(self.mean)) else 1.0
+
     def update(self, x: Tensor, *, all_sum: Callable[[Tensor], Tensor] = lambda t: t) -> RunningMoments:
         """The moments with `x`, of all ranks, added."""
         x = x.double()
@@ -101,5 +106,5 @@ class RunningMoments:
 
     def normalize(self, x: Tensor, *, clip: float | None = None) -> Tensor:
         """(x - mean) / std, kept in [-clip, clip]."""
-        scaled = (x - self.mean) / self.std
+        scaled = (x - self.mean) / self.scale
         return scaled if clip is None else scaled.clamp(-clip, clip)

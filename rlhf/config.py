@@ -191,6 +191,18 @@ class LearnerConfig(Section):
     """Tokens of one forward and backward pass: memory, not results, depends on it."""
 
 
+class CriticConfig(Section):
+    """For algorithms with a critic. What it learns is in `algorithm.critic`, the rest in `learner`."""
+
+    trunk: Literal["own", "policy"] = "own"
+    """A model of its own under the value head, or the policy's, which the value loss then trains too."""
+    path: str | None = None
+    """Where an own trunk starts: a causal language model, or a reward model of one score, whose head is taken
+    with it. Not given: the policy's model. A head that comes from nowhere starts at 0."""
+    lr: Annotated[float, Field(gt=0.0)] = 1.65e-6
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+
+
 class EvalConfig(Section):
     every: Count = 0
     """Steps between evaluations; 0: before the first step and after the last one only."""
@@ -226,6 +238,7 @@ class Config(Section):
     rollout: RolloutConfig = RolloutConfig()
     budget: BudgetConfig = BudgetConfig()
     learner: LearnerConfig = LearnerConfig()
+    critic: CriticConfig = CriticConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -261,6 +274,10 @@ class Config(Section):
             raise ValueError(
                 f"the knapsack budget shares out rollout.group_size = {rollout.group_size} rollouts a prompt "
                 f"between budget.low = {budget.low} and budget.high = {budget.high}"
+            )
+        if self.critic.trunk == "policy" and self.critic.path is not None:
+            raise ValueError(
+                f"critic.path is {self.critic.path}, but critic.trunk is policy: no other model is loaded"
             )
         if self.eval.every and self.data.eval is None:
             raise ValueError(f"eval.every is {self.eval.every}, but there is no data.eval to evaluate on")

@@ -1,7 +1,8 @@
 """Scored groups -> Experience: everything the loss needs, complete, before the first gradient.
 
 The passes without gradient happen here: `old_logprobs` when more than one update is made from the same
-experience (or a KL goes into the reward), `ref_logprobs` when the algorithm compares with a reference.
+experience (or a KL goes into the reward), `ref_logprobs` when the algorithm compares with a reference, values
+when it has a critic.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from rlhf.algos.algorithm import Algorithm
+from rlhf.critic import Critic
 from rlhf.distributed import World
 from rlhf.packing import microbatches
 from rlhf.policy import Policy
+from rlhf.state import RewardScaler
 from rlhf.typed import numbers
 from rlhf.types import AdvantageInputs, Experience, FinishReason, Group, Trajectory
 
@@ -36,11 +39,18 @@ class ExperienceBuilder:
         advantage_clip: float | None = None,
         objective_weights: Callable[[], Mapping[str, float]] = dict,
         prompt_values: Mapping[str, float] | None = None,
+        critic: Critic | None = None,
+        is_right: Callable[[Trajectory], bool] | None = None,
     ) -> None:
         """`objective_weights` of the reward functions; an objective not among them has weight 1.
 
-        `prompt_values` by the prompt's id, when the algorithm compares rewards with them.
+        `prompt_values` by the prompt's id, when the algorithm compares rewards with them. `critic`: of an
+        algorithm that has one. `is_right`: for one that imitates right completions.
         """
+        assert (critic is None) == (algorithm.critic is None)
+        assert is_right is not None or not algorithm.imitation_coef
+        self.critic, self.is_right = critic, is_right
+        self.scaler = RewardScaler(algorithm.reward_scaling, world.all_sum)
         assert reference is not None or not algorithm.needs_reference
         assert prompt_values is not None or not algorithm.needs_prompt_value
         self.policy, self.reference, self.algorithm, self.world = policy, reference, algorithm, world
@@ -58,8 +68,10 @@ class ExperienceBuilder:
             device=self.world.device,
             drop_truncated=self.algorithm.drop_truncated,
         )
-        if self.keep_old:
-            experience = replace(experience, old_logprobs=self._logprobs(self.policy, experience))
+        values = None
+        if self.keep_old or self.critic is not None:
+            old, values = self._before_update(experience)
+            experience = replace(experience, old_logprobs=old)
         # an exact KL has the reference in every pass of the learner, which gives its log-probs too
         if self.reference is not None and not self.algorithm.needs_exact_kl:
             experience = replace(experience, ref_logprobs=self._logprobs(self.reference, experience))
@@ -68,7 +80,13 @@ class ExperienceBuilder:
             assert experience.old_logprobs is not None and experience.ref_logprobs is not None
             penalty = self.algorithm.token_penalty(experience.old_logprobs, experience.ref_logprobs, kl_coef)
             penalty = penalty.masked_fill(~experience.loss_mask, 0.0)
-        inputs = self._scores(learnable, experience, penalty)
+        trajectories = [t for g in learnable for t in g.trajectories]
+        inputs = replace(self._scores(learnable, experience, penalty), values=values)
+        if self.algorithm.critic is not None:
+            experience = replace(experience, critic=self.algorithm.critic.targets(inputs))
+        if self.algorithm.imitation_coef and self.is_right is not None:
+            right = torch.tensor([self.is_right(t) for t in trajectories], dtype=torch.bool)
+            experience = replace(experience, right=right.to(self.world.device))
         advantages = self.algorithm.advantage(inputs)
         if self.advantage_clip is not None:
             advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
@@ -103,6 +121,29 @@ class ExperienceBuilder:
             result[micro.index] = statistics.logprob.to(result.dtype)
         return result
 
+    @torch.no_grad()
+    def _before_update(self, experience: Experience) -> tuple[Tensor | None, Tensor | None]:
+        """Log-probs of the policy, if they are kept, and values of the critic, if there is one.
+
+        One pass serves both where they share a trunk.
+        """
+        old = torch.zeros_like(experience.rollout_logprobs) if self.keep_old else None
+        values = None if self.critic is None else torch.zeros_like(experience.rollout_logprobs)
+        own = self.critic is not None and self.critic.own
+        groups = range(len(experience.prompts))
+        share = self.policy.shared_prefix
+        for micro in microbatches(experience, groups, self.microbatch_tokens, share=share):
+            hidden = None if own and old is None else self.policy.hidden(micro.packed)
+            if old is not None:
+                statistics = self.policy.statistics(
+                    micro.packed, temperature=self.temperature, want=("logprob",), hidden=hidden
+                )
+                assert statistics.logprob is not None
+                old[micro.index] = statistics.logprob.to(old.dtype)
+            if self.critic is not None and values is not None:
+                values[micro.index] = self.critic.values(micro.packed, hidden).to(values.dtype)
+        return old, values
+
     def _scores(self, groups: Sequence[Group], experience: Experience, penalty: Tensor) -> AdvantageInputs:
         trajectories = [t for g in groups for t in g.trajectories]
         # the same objectives on every rank, though one may have seen only some of them
@@ -113,7 +154,7 @@ class ExperienceBuilder:
         weights, device = self.objective_weights(), self.world.device
         known = self.prompt_values if self.algorithm.needs_prompt_value else None
         return AdvantageInputs(
-            rewards=torch.tensor(rewards, dtype=torch.float32, device=device),
+            rewards=self.scaler(torch.tensor(rewards, dtype=torch.float32, device=device)),
             objectives=torch.tensor(objectives, dtype=torch.float32, device=device).view(
                 len(rewards), len(names)
             ),

@@ -6,19 +6,23 @@ divided by the counts of the whole minibatch over all ranks, so how it is cut ch
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
-from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.algorithm import Algorithm, LossOutput
+from rlhf.algos.value import explained_variance
 from rlhf.config import LearnerConfig
+from rlhf.critic import Critic, Warmup
 from rlhf.distributed import World, derive_seed
 from rlhf.metrics import Max, Mean, Metrics, Sum, merge
-from rlhf.optimizer import MasterAdamW
+from rlhf.optimizer import MasterAdamW, step_together
 from rlhf.packing import Microbatch, microbatches
 from rlhf.policy import Policy
 from rlhf.typed import integers, run_numbers
-from rlhf.types import Counts, Experience, LossInputs
+from rlhf.types import Counts, CriticTargets, Experience, LossInputs
 
 
 class Learner:
@@ -32,7 +36,10 @@ class Learner:
         section: LearnerConfig,
         *,
         temperature: float,
+        critic: Critic | None = None,
     ) -> None:
+        assert (critic is None) == (algorithm.critic is None)
+        self.critic, self.warmup = critic, Warmup(algorithm.critic)
         self.policy, self.algorithm, self.optimizer, self.world = policy, algorithm, optimizer, world
         self.reference = reference if algorithm.needs_exact_kl else None
         self.section, self.temperature = section, temperature
@@ -41,11 +48,24 @@ class Learner:
 
     def update(self, experience: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
         """All updates of one step. Groups without signal skip the forward and count in every denominator."""
-        parts: list[Metrics] = [_advantage_metrics(experience)]
-        for epoch in range(self.section.epochs):
-            for groups in self._minibatches(experience, derive_seed(seed, "minibatches", step, epoch)):
-                parts += self._update_once(experience, groups, step=step, kl_coef=kl_coef)
-        return merge(parts)
+        return merge(
+            [self.before(experience), *self.updates(experience, step=step, seed=seed, kl_coef=kl_coef)]
+        )
+
+    def before(self, experience: Experience) -> Metrics:
+        """What is known of the experience before the first update."""
+        return _advantage_metrics(experience) | _value_metrics(experience, self.world)
+
+    def updates(
+        self, experience: Experience, *, step: int, seed: int, kl_coef: float, done: int = 0
+    ) -> Iterator[Metrics]:
+        """The updates of one step, one by one, from the one after the first `done`."""
+        parts = self.section.minibatches
+        for update in range(done, self.section.epochs * parts):
+            epoch, part = divmod(update, parts)
+            seed_of_pass = derive_seed(seed, "minibatches", step, epoch)
+            groups = self._minibatch(experience, seed_of_pass, part)
+            yield merge(self._update_once(experience, groups, step=step, kl_coef=kl_coef))
 
     def _update_once(
         self, experience: Experience, groups: list[int], *, step: int, kl_coef: float
@@ -54,7 +74,7 @@ class Learner:
         if not self._any_rank(bool(learned)):
             return [{"update/no_signal": Sum(1.0 / self.world.size)}]
         counts = self.counts(experience, groups)
-        return [*self.accumulate(experience, learned, counts, kl_coef), self.optimizer.step(step, self.world)]
+        return [*self.accumulate(experience, learned, counts, kl_coef), self._step(step)]
 
     def accumulate(
         self, experience: Experience, groups: list[int], counts: Counts, kl_coef: float
@@ -64,16 +84,49 @@ class Learner:
         for micro in microbatches(
             experience, groups, self.section.microbatch_tokens, share=self.policy.shared_prefix
         ):
-            output = self.algorithm.loss(self._loss_inputs(experience, micro, counts, kl_coef))
-            torch.autograd.backward(output.loss)
-            parts.append(output.metrics)
+            outputs = self._losses(experience, micro, counts, kl_coef)
+            torch.autograd.backward([output.loss for output in outputs])
+            parts += [output.metrics for output in outputs]
         return parts
 
-    def _loss_inputs(
+    def _losses(
         self, experience: Experience, micro: Microbatch, counts: Counts, kl_coef: float
+    ) -> list[LossOutput]:
+        """Of the policy, unless it is frozen, and of the critic, if there is one."""
+        hidden, outputs = None, list[LossOutput]()
+        if self.policy_learns:
+            hidden = self.policy.hidden(micro.packed)
+            outputs.append(self.algorithm.loss(self._loss_inputs(experience, micro, hidden, counts, kl_coef)))
+        if self.critic is not None:
+            assert experience.critic is not None
+            index = micro.index
+            targets = CriticTargets(experience.critic.values[index], experience.critic.returns[index])
+            mask, sequence = experience.loss_mask[index], run_numbers(experience.sequence[index])
+            values = self.critic.values(micro.packed, hidden).to(targets.values.dtype)
+            outputs.append(self.algorithm.value_loss(values, targets, mask, sequence, counts))
+        return outputs
+
+    @property
+    def policy_learns(self) -> bool:
+        """False during the critic's warm-up."""
+        return self.warmup.over
+
+    def _step(self, step: int) -> Metrics:
+        """The schedule of the policy begins when it begins to learn."""
+        optimizers = {"lr": (self.optimizer, step - self.warmup.steps)} if self.policy_learns else {}
+        if self.critic is not None:
+            optimizers["critic/lr"] = (self.critic.optimizer, step)
+        return step_together(optimizers, self.world)
+
+    def _loss_inputs(
+        self, experience: Experience, micro: Microbatch, hidden: Tensor, counts: Counts, kl_coef: float
     ) -> LossInputs:
         statistics = self.policy.statistics(
-            micro.packed, temperature=self.temperature, want=self.want, reference=self.reference
+            micro.packed,
+            temperature=self.temperature,
+            want=self.want,
+            reference=self.reference,
+            hidden=hidden,
         )
         index = micro.index
         logprobs, entropy = statistics.logprob, statistics.entropy
@@ -95,26 +148,30 @@ class Learner:
             counts=counts,
             kl_coef=kl_coef,
             recorded=None if experience.recorded is None else experience.recorded[index],
+            right=None if experience.right is None else experience.right[experience.sequence[index]],
         )
 
-    def _minibatches(self, experience: Experience, seed: int) -> Iterator[list[int]]:
-        num_groups, parts = len(experience.prompts), self.section.minibatches
+    def _minibatch(self, experience: Experience, seed: int, part: int) -> list[int]:
+        """Prompts dealt at random, the `part`-th share of one pass."""
+        num_groups = len(experience.prompts)
         order = integers(torch.randperm(num_groups, generator=torch.Generator().manual_seed(seed)))
-        for part in range(parts):
-            yield sorted(order[part::parts])
+        return sorted(order[part :: self.section.minibatches])
 
     def counts(self, experience: Experience, groups: list[int]) -> Counts:
         """The denominators of an update from these groups of this rank, and those of the other ranks."""
         group, chosen = experience.group, torch.tensor(groups, dtype=torch.long, device=self.world.device)
         valid = torch.bincount(experience.sequence[experience.loss_mask], minlength=len(group))
-        valid = valid[torch.isin(group, chosen)]
-        tokens, sequences = integers(self.world.all_sum(torch.stack([valid.sum(), (valid > 0).sum()])))
-        return Counts(tokens=tokens, sequences=sequences)
+        valid = valid * torch.isin(group, chosen)
+        right = valid[:0] if experience.right is None else valid[experience.right]
+        totals = self.world.all_sum(torch.stack([valid.sum(), (valid > 0).sum(), right.sum()]))
+        return Counts(*integers(totals))
 
     def _has_signal(self, experience: Experience, group: int, kl_coef: float) -> bool:
         tokens = (experience.group[experience.sequence] == group) & experience.loss_mask
         algorithm = self.algorithm
         kl_in_loss = kl_coef and algorithm.kl.placement == "loss"
+        if self.critic is not None or algorithm.imitation_coef:
+            return bool(tokens.any())
         if algorithm.entropy_coef or kl_in_loss or not algorithm.silent_at_zero:
             return bool(tokens.any())
         return bool((experience.advantages[tokens] != 0).any())
@@ -134,3 +191,13 @@ def _advantage_metrics(experience: Experience) -> Metrics:
         "advantage/zero_fraction": Mean(float(zero), float(len(experience.group))),
         "advantage/abs_max": Max(largest),
     }
+
+
+def _value_metrics(experience: Experience, world: World) -> Metrics:
+    """How much the critic knew before it learned from this experience."""
+    if experience.critic is None:
+        return {}
+    share = explained_variance(
+        experience.critic.values, experience.critic.returns, experience.loss_mask, all_sum=world.all_sum
+    )
+    return {"critic/explained_variance": Mean(share)} if math.isfinite(share) else {}

@@ -5,6 +5,7 @@ The glossary of names, units and healthy ranges is docs/metrics.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,21 @@ class Sum:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpMean:
+    """exp of a mean, which is taken after everything is summed: a perplexity."""
+
+    total: float
+    count: float = 1.0
+
+    def __add__(self, other: ExpMean) -> ExpMean:
+        return ExpMean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> float:
+        return math.exp(min(self.total / self.count, 700.0)) if self.count else float("nan")
+
+
+@dataclass(frozen=True, slots=True)
 class Max:
     """The largest seen."""
 
@@ -52,7 +68,7 @@ class Max:
         return self.largest
 
 
-Partial = Mean | Sum | Max
+Partial = Mean | ExpMean | Sum | Max
 Metrics = dict[str, Partial]
 
 
@@ -68,6 +84,8 @@ def merge(parts: Iterable[Mapping[str, Partial]]) -> Metrics:
 def _add(name: str, a: Partial, b: Partial) -> Partial:
     match a, b:
         case Mean(), Mean():
+            return a + b
+        case ExpMean(), ExpMean():
             return a + b
         case Sum(), Sum():
             return a + b

@@ -59,21 +59,32 @@ class MasterAdamW(Stateful):
         Gradients are added over the ranks (losses are already divided by global counts) and clipped by their
         global norm. An update with a non-finite gradient is skipped and counted.
         """
+        return step_together({"lr": (self, step)}, world)
+
+    def lr(self, step: int) -> float:
+        """In force at a step, counted from 0."""
+        return self.section.lr * lr_factor(step, self.section, self.total_steps)
+
+    def gather(self, world: World) -> Tensor:
+        """Adds the gradients up over the ranks; their norm."""
         for master in self.masters:
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        world.sum_gradients(m.grad for m in self.masters if m.grad is not None)
-        norm = nn.utils.clip_grad_norm_(self.masters, self.section.max_grad_norm).item()
-        lr = self.section.lr * lr_factor(step, self.section, self.total_steps)
-        finite = math.isfinite(norm)
+        gradients = [m.grad for m in self.masters if m.grad is not None]
+        world.sum_gradients(gradients)
+        return nn.utils.get_total_norm(gradients)
+
+    def apply(self, step: int, norm: Tensor) -> bool:
+        """Clips the gathered gradients, as if `norm` were theirs, and updates unless it is not finite."""
+        finite = math.isfinite(norm.item())
         if finite:
+            nn.utils.clip_grads_with_norm_(self.masters, self.section.max_grad_norm, norm)
             for group in self.adamw.param_groups:
-                group["lr"] = lr
+                group["lr"] = self.lr(step)
             self.adamw.step()
             self._copy_to_model()
         self.adamw.zero_grad(set_to_none=True)
-        metrics: Metrics = {"update/skipped": Sum(0.0 if finite else 1.0 / world.size), "lr": Max(lr)}
-        return metrics | ({"grad_norm": Mean(norm)} if finite else {})
+        return finite
 
     @torch.no_grad()
     def _copy_to_model(self) -> None:
@@ -109,6 +120,21 @@ class MasterAdamW(Stateful):
         self._copy_to_model()
 
 
+def step_together(optimizers: Mapping[str, tuple[MasterAdamW, int]], world: World) -> Metrics:
+    """One update of several parts, clipped by one norm over all; made of all of them or of none.
+
+    By the name under which its learning rate is reported, each comes with its own count of steps.
+    """
+    norms = [optimizer.gather(world) for optimizer, _ in optimizers.values()]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
+    # the norm is one: all of them find it finite, or none does
+    made = [optimizer.apply(step, norm) for optimizer, step in optimizers.values()]
+    finite = all(made)
+    metrics: Metrics = {name: Max(optimizer.lr(step)) for name, (optimizer, step) in optimizers.items()}
+    metrics["update/skipped"] = Sum(0.0 if finite else 1.0 / world.size)
+    return metrics | ({"grad_norm": Mean(norm.item())} if finite else {})
+
+
 def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
     def hook(weight: Tensor) -> None:
         assert weight.grad is not None
@@ -122,8 +148,15 @@ def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
 
 
 def lr_factor(step: int, section: LearnerConfig, total_steps: int) -> float:
-    """Linear warm-up over the first `warmup_steps`, then the schedule; `step` counts from 0."""
+    """Linear warm-up over the first `warmup_steps`, then the schedule; `step` counts from 0.
+
+    `inverse_sqrt` is that of PPO-max (arXiv:2307.04964, its code): max(step / W, 0.1) up to W, sqrt(W / step)
+    from there on.
+    """
     warmup = section.warmup_steps
+    if section.schedule == "inverse_sqrt":
+        rising, falling = max(step / max(1, warmup), 0.1), math.sqrt(max(1, warmup) / max(1, step, warmup))
+        return rising if step < warmup else max(falling, 1e-8)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, total_steps - warmup)
@@ -134,5 +167,3 @@ def lr_factor(step: int, section: LearnerConfig, total_steps: int) -> float:
             return 1.0 - progress
         case "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * progress))
-        case "inverse_sqrt":
-            return math.sqrt(max(1, warmup) / max(1, step))

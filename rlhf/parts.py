@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf.budgets import Budgets
+from rlhf.budgets import Budgets, is_right
+from rlhf.buffer import Buffer
 from rlhf.collector import Collector, Sampler
 from rlhf.config import Config
+from rlhf.critic import Critic, critic_section
 from rlhf.distributed import World
 from rlhf.experience import ExperienceBuilder
 from rlhf.learner import Learner
@@ -35,6 +37,7 @@ class Parts:
     sync: WeightSync
     cursor: Cursor
     kl: KLCoefficient
+    buffer: Buffer
     stateful: dict[str, Stateful]
     """What a checkpoint holds, by name."""
 
@@ -42,14 +45,25 @@ class Parts:
 def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
     """Loads weights. Raises ModelError."""
     policy, reference = _models(config, inputs, world)
+    critic = _critic(config, inputs, world, policy)
     optimizer = MasterAdamW(policy.model, _dtype(config), config.learner, config.steps)
     if config.model.gradient_checkpointing:
-        policy.checkpoint_activations()
+        for trunk in (policy, critic.trunk) if critic is not None and critic.own else (policy,):
+            trunk.checkpoint_activations()
     budgets = Budgets(config.budget, config.reward, config.rollout.group_size, world)
     engine, sampler = _rollout(config, inputs, policy)
-    experience, learner = _learning(config, inputs, world, policy, reference, optimizer)
+    experience, learner = _learning(config, inputs, world, (policy, reference, critic), optimizer)
     tolerance = config.rollout.sync_tolerance or TOLERANCE[config.model.dtype]
-    cursor, kl = Cursor(), KLCoefficient(inputs.algorithm.kl)
+    cursor, kl, buffer = Cursor(), KLCoefficient(inputs.algorithm.kl), Buffer()
+    stateful: dict[str, Stateful] = {
+        "cursor": cursor,
+        "policy": optimizer,
+        "kl": kl,
+        "budgets": budgets,
+        "reward_scaler": experience.scaler,
+        "warmup": learner.warmup,
+        "buffer": buffer,
+    }
     return Parts(
         policy=policy,
         engine=engine,
@@ -58,12 +72,11 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         collector=Collector(sampler, inputs.train, inputs.algorithm, budgets, world),
         experience=experience,
         learner=learner,
-        sync=WeightSync(
-            policy, inputs.train[0], temperature=config.rollout.temperature, tolerance=tolerance
-        ),
+        sync=WeightSync(policy, inputs.train[0], temperature=config.rollout.temperature, tolerance=tolerance),
         cursor=cursor,
         kl=kl,
-        stateful={"cursor": cursor, "policy": optimizer, "kl": kl, "budgets": budgets},
+        buffer=buffer,
+        stateful=stateful if critic is None else stateful | {"critic": critic},
     )
 
 
@@ -79,6 +92,16 @@ def _models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Polic
     reference = Policy.load(section, section.reference or section.path, world.device)
     reference.freeze(_dtype(config))
     return policy, reference
+
+
+def _critic(config: Config, inputs: Inputs, world: World, policy: Policy) -> Critic | None:
+    if inputs.algorithm.critic is None:
+        return None
+    section = critic_section(config.critic, config.learner)
+    if config.critic.trunk == "policy":
+        return Critic.on_policy_trunk(policy, section, config.steps)
+    path = config.critic.path or config.model.path
+    return Critic.on_own_trunk(path, world.device, _dtype(config), section, config.steps)
 
 
 def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEngine, Sampler]:
@@ -97,10 +120,10 @@ def _learning(
     config: Config,
     inputs: Inputs,
     world: World,
-    policy: Policy,
-    reference: Policy | None,
+    models: tuple[Policy, Policy | None, Critic | None],
     optimizer: MasterAdamW,
 ) -> tuple[ExperienceBuilder, Learner]:
+    policy, reference, critic = models
     algorithm, section, temperature = inputs.algorithm, config.learner, config.rollout.temperature
     experience = ExperienceBuilder(
         policy,
@@ -112,8 +135,12 @@ def _learning(
         keep_old=section.epochs * section.minibatches > 1,
         advantage_clip=config.budget.advantage_clip if config.budget.rule == "knapsack" else None,
         objective_weights=lambda: inputs.rewards.weights,
+        critic=critic,
+        is_right=lambda trajectory: is_right(trajectory, config.reward),
     )
-    learner = Learner(policy, reference, algorithm, optimizer, world, section, temperature=temperature)
+    learner = Learner(
+        policy, reference, algorithm, optimizer, world, section, temperature=temperature, critic=critic
+    )
     return experience, learner
 
 

@@ -56,8 +56,8 @@ class Head:
         return cls(module, settings.get("final_logit_softcapping"), scale)
 
 
-class Policy:
-    """A causal language model and how packed groups go through it.
+class Trunk:
+    """A causal transformer and how packed groups go through it, whatever head their hidden states go to.
 
     `shared_prefix`: the prompt of a group is computed once (rlhf/attention.py); otherwise every sequence is a
     padded row of its own, which any causal model can do.
@@ -65,9 +65,52 @@ class Policy:
 
     def __init__(self, model: PreTrainedModel, *, shared_prefix: bool) -> None:
         self.model = model
-        self.head = Head.of(model)
         self._own_attention = attention_of(model)
         self.shared_prefix = shared_prefix
+
+    @property
+    def shared_prefix(self) -> bool:
+        return self._shared_prefix
+
+    @shared_prefix.setter
+    def shared_prefix(self, shared: bool) -> None:
+        """Stays set between passes: a checkpointed backward runs the forward, attention included, again."""
+        self._shared_prefix = shared
+        set_attention(self.model, SHARED_PREFIX if shared else self._own_attention)
+
+    def freeze(self, dtype: torch.dtype) -> None:
+        """Makes a reference of it: no gradient, weights in the compute type."""
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.to(dtype)
+
+    def checkpoint_activations(self) -> None:
+        """Trades a second forward for the memory of activations. Training mode does no more: no dropout."""
+        checkpoint_activations(self.model)
+        self.model.train()
+
+    def hidden(self, packed: Packed) -> Tensor:
+        """Hidden states `[N, H]` that predict the completion tokens."""
+        backbone = self.model.base_model
+        if not self.shared_prefix:
+            token_ids, mask, rows = padded(packed)
+            output = backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
+            return output.last_hidden_state.flatten(0, 1)[rows]
+        output = backbone(
+            input_ids=packed.token_ids[None],
+            position_ids=packed.positions[None],
+            use_cache=False,
+            spans=packed.spans,
+        )
+        return output.last_hidden_state[0, packed.rows]
+
+
+class Policy(Trunk):
+    """A causal language model: a trunk and a head that gives the log-probs of tokens."""
+
+    def __init__(self, model: PreTrainedModel, *, shared_prefix: bool) -> None:
+        self.head = Head.of(model)
+        super().__init__(model, shared_prefix=shared_prefix)
         self.adapter: Adapter | None = None
 
     @classmethod
@@ -94,22 +137,6 @@ class Policy:
                 )
         return policy
 
-    @property
-    def shared_prefix(self) -> bool:
-        return self._shared_prefix
-
-    @shared_prefix.setter
-    def shared_prefix(self, shared: bool) -> None:
-        """Stays set between passes: a checkpointed backward runs the forward, attention included, again."""
-        self._shared_prefix = shared
-        set_attention(self.model, SHARED_PREFIX if shared else self._own_attention)
-
-    def freeze(self, dtype: torch.dtype) -> None:
-        """Makes a reference of it: no gradient, weights in the compute type."""
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(False)
-            parameter.data = parameter.data.to(dtype)
-
     def add_adapter(self, section: LoraConfig, *, seed: int) -> None:
         """From here on a LoRA adapter is what learns. Raises ModelError: it does not fit the model."""
         self.adapter = Adapter(self.model, section, seed=seed)
@@ -124,32 +151,19 @@ class Policy:
         if self.adapter is not None:
             self.adapter.merge()
 
-    def checkpoint_activations(self) -> None:
-        """Trades a second forward for the memory of activations. Training mode does no more: no dropout."""
-        checkpoint_activations(self.model)
-        self.model.train()
-
-    def hidden(self, packed: Packed) -> Tensor:
-        """Hidden states `[N, H]` that predict the completion tokens."""
-        backbone = self.model.base_model
-        if not self.shared_prefix:
-            token_ids, mask, rows = padded(packed)
-            output = backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
-            return output.last_hidden_state.flatten(0, 1)[rows]
-        output = backbone(
-            input_ids=packed.token_ids[None],
-            position_ids=packed.positions[None],
-            use_cache=False,
-            spans=packed.spans,
-        )
-        return output.last_hidden_state[0, packed.rows]
-
     def statistics(
-        self, packed: Packed, *, temperature: float, want: tuple[str, ...], reference: Policy | None = None
+        self,
+        packed: Packed,
+        *,
+        temperature: float,
+        want: tuple[str, ...],
+        reference: Policy | None = None,
+        hidden: Tensor | None = None,
     ) -> TokenStats:
         """Per-token statistics `[N]` at `temperature`, of the whole vocabulary, with gradient if enabled.
 
-        With a `reference`, also its log-prob and, where wanted, the exact KL (no gradient into it).
+        With a `reference`, also its log-prob and, where wanted, the exact KL (no gradient into it). `hidden`
+        are the states of `packed` where they are known already.
         """
         head = self.head
         against: dict[str, Any] = {}
@@ -161,7 +175,7 @@ class Policy:
                     "ref_bias": reference.head.module.bias,
                 }
         return token_stats(
-            self.hidden(packed),
+            self.hidden(packed) if hidden is None else hidden,
             head.module.weight,
             packed.targets,
             temperature=temperature,

@@ -59,8 +59,9 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     _check_sampling(config, algorithm)
     tokenizer = load_tokenizer(config.model.path)
     model = load_model_config(config.model.path)
-    if config.model.reference is not None:
-        local_or_hub(config.model.reference)
+    for path in (config.model.reference, config.critic.path if algorithm.critic is not None else None):
+        if path is not None:
+            local_or_hub(path)
     _check_lengths(config, model)
     _check_weights(config, model)
     train = _prompts(config, config.data.train, tokenizer)
@@ -154,6 +155,10 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     if reference and lora is not None and config.model.reference is None:
         reference = "the model, its adapter switched off"
     yield f"reference    {reference or 'none: no KL term, not loaded'}"
+    if inputs.algorithm.critic is not None:
+        start = config.critic.path or config.model.path
+        kind = "a head on the policy" if config.critic.trunk == "policy" else f"its own model, from {start}"
+        yield f"critic       {kind}, learning rate {config.critic.lr:g}"
     yield f"algorithm    {config.algorithm['name']} " + ", ".join(f"{k}={v}" for k, v in settings.items())
     yield (
         f"data         {len(inputs.train)} prompts of {lengths[0]} to {lengths[-1]} tokens "
@@ -184,7 +189,8 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
 
 def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     """What is allowed and hardly ever meant."""
-    if config.rollout.group_size == 1:
+    yield from inputs.algorithm.cautions
+    if config.rollout.group_size == 1 and inputs.algorithm.critic is None:
         yield "rollout.group_size is 1: an advantage relative to the group has nothing to compare with"
     if config.rollout.prompts_per_step > len(inputs.train):
         yield (

@@ -29,6 +29,33 @@ def load_model(path: str, device: torch.device) -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tensor | None]:
+    """A transformer without head, in float32, and the weight `[K, H]` of its score head if it has one.
+
+    A reward model of the Hugging Face sequence-classification layout has one, a causal language model none.
+    Raises ModelError when there is neither at `path`.
+    """
+    architecture = (load_model_config(path).architectures or [""])[0]
+    try:
+        if not architecture.endswith("ForSequenceClassification"):
+            trunk = _transformers.AutoModel.from_pretrained(local_or_hub(path), dtype=torch.float32)
+            return trunk.to(device).eval(), None
+        model = _transformers.AutoModelForSequenceClassification.from_pretrained(
+            local_or_hub(path), dtype=torch.float32
+        )
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    head = score_head_of(model)
+    if not isinstance(head, nn.Linear) or "bias" in dict(head.named_parameters()):
+        raise ModelError(f"{path} is a {architecture}, whose score is not one linear map of hidden states")
+    return model.base_model.to(device).eval(), head.weight.detach().to(device)
+
+
+def score_head_of(model: Any) -> nn.Module | None:
+    """What a sequence classifier puts on its transformer."""
+    return model._modules.get("score")
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Raises ModelError when there is none at `path`."""
     try:

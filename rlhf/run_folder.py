@@ -100,16 +100,17 @@ class RunFolder:
         finally:
             os.close(descriptor)
 
-    def cut(self, *, after: int) -> None:
+    def cut(self, *, after: int, sampled: int | None = None) -> None:
         """Drops what the streams have of steps later than `after`, so that a resumed run logs each step once.
 
+        `sampled`: the step whose completions are shown already, where it is not `after`.
         A run that found no checkpoint begins again: `cut(after=-1)`. A line torn by a kill is dropped too.
         """
-        for stream in (self.metrics, self.samples):
+        for stream, last in ((self.metrics, after), (self.samples, after if sampled is None else sampled)):
             if stream.is_file():
                 # not splitlines, which takes some characters inside of a text for line ends
                 lines = stream.read_text(encoding="utf-8", errors="replace").split("\n")
-                kept = [line for line in lines if (step := _step_of(line)) is not None and step <= after]
+                kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last]
                 write_atomically(stream, "".join(line + "\n" for line in kept))
         if self.evaluations.is_file():
             records = json.loads(self.evaluations.read_text())

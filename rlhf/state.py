@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
 from rlhf.algos.algorithm import KL
+from rlhf.algos.critic import RewardScaling
+from rlhf.algos.value import RunningMoments
 from rlhf.checkpoint import TensorFiles
 from rlhf.metrics import Max, Metrics
 
@@ -71,15 +73,32 @@ class KLCoefficient(Stateful):
         self.value = state["value"]
 
 
+class RewardScaler(Stateful):
+    """Rewards scaled by the mean and deviation of all of the run so far, those of the step included."""
+
+    def __init__(self, scaling: RewardScaling, all_sum: Callable[[Tensor], Tensor]) -> None:
+        self.scaling, self.all_sum, self.moments = scaling, all_sum, RunningMoments()
+
+    def __call__(self, rewards: Tensor) -> Tensor:
+        """`[S]` of this rank -> the same. Every rank calls it, with rewards or without."""
+        if self.scaling.has_memory:
+            self.moments = self.moments.update(rewards, all_sum=self.all_sum)
+        return self.scaling.apply(rewards, self.moments)
+
+    def state(self) -> dict[str, Any]:
+        return asdict(self.moments)
+
+    def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
+        self.moments = RunningMoments(**state)
+
+
 def state_of(parts: Mapping[str, Stateful]) -> dict[str, Any]:
     return {name: part.state() for name, part in parts.items()}
 
 
 def tensors_of(parts: Mapping[str, Stateful]) -> dict[str, dict[str, Tensor]]:
     """The files of all parts, each named `part.file`."""
-    return {
-        f"{name}.{file}": group for name, part in parts.items() for file, group in part.tensors().items()
-    }
+    return {f"{name}.{file}": group for name, part in parts.items() for file, group in part.tensors().items()}
 
 
 def load_state(parts: Mapping[str, Stateful], state: Mapping[str, Any], tensors: TensorFiles) -> None:

@@ -57,26 +57,46 @@ class Trainer:
             self.parts.engine.close()
 
     def step(self) -> Metrics:
-        """One round: rollouts, rewards, updates, weight sync."""
+        """One round: rollouts and rewards, unless the buffer has some left; updates, weight sync."""
+        parts, cursor = self.parts, self.parts.cursor
+        if parts.buffer.experience is None:
+            self._fill()
+        parts.engine.release()
+        self._learn()
+        cursor.steps_done += 1
+        self.monitor.phase("sync")
+        parts.sync.push(parts.engine, version=cursor.steps_done)
+        metrics = self.world.merge(parts.buffer.empty())
+        return metrics | parts.kl.adapt(metrics) | parts.learner.warmup.adapt(metrics)
+
+    def _fill(self) -> None:
+        """Samples and scores what this step learns from. The memory of the parts changes only at its end."""
         parts, cursor = self.parts, self.parts.cursor
         collected = parts.collector.collect(
             cursor.position, step=cursor.steps_done, phase=self.monitor.phase, between=self.interrupt.check
         )
+        self._agree_to_stop()
         self.monitor.phase("learn")
         experience = parts.experience.build(collected.groups, kl_coef=parts.kl.value)
-        self._agree_to_stop()
-        parts.engine.release()
-        learned = parts.learner.update(
-            experience, step=cursor.steps_done, seed=self.config.seed, kl_coef=parts.kl.value
-        )
         cursor.position = collected.position
-        cursor.steps_done += 1
-        self.monitor.phase("sync")
-        parts.sync.push(parts.engine, version=cursor.steps_done)
-        self.monitor.samples(cursor.steps_done, collected.groups)
+        self.monitor.samples(cursor.steps_done + 1, collected.groups)
         observed = parts.budgets.observe(collected.sampled)
-        metrics = self.world.merge(collected.metrics | observed | learned)
-        return metrics | parts.kl.adapt(metrics)
+        parts.buffer.fill(experience, collected.metrics | observed | parts.learner.before(experience))
+
+    def _learn(self) -> None:
+        buffer, step = self.parts.buffer, self.parts.cursor.steps_done
+        assert buffer.experience is not None
+        self.monitor.phase("learn")
+        for metrics in self.parts.learner.updates(
+            buffer.experience,
+            step=step,
+            seed=self.config.seed,
+            kl_coef=self.parts.kl.value,
+            done=buffer.updates,
+        ):
+            buffer.advance(metrics)
+            # alone: a checkpoint has the buffer of one rank only, so several stop between two steps
+            self.interrupt.check()
 
     def _train(self) -> None:
         config, cursor = self.config, self.parts.cursor
@@ -135,10 +155,11 @@ class Trainer:
             self.parts.sync.push(self.parts.engine, version=cursor.steps_done)
             self.monitor.note(f"resumed from {newest} after step {cursor.steps_done} of {self.config.steps}")
         if self.world.is_main:
-            self.folder.cut(after=cursor.steps_done if newest is not None else -1)
+            after = cursor.steps_done if newest is not None else -1
+            self.folder.cut(after=after, sampled=after + (self.parts.buffer.experience is not None))
 
     def _leave(self) -> None:
-        """The step under way is given up; it is repeated, the same, when the run is resumed."""
+        """A step whose rollouts are done is saved as far as it came, one that still samples is repeated."""
         self._save()
         done = self.parts.cursor.steps_done
         self.monitor.note(

@@ -153,6 +153,8 @@ class Counts:
     """Tokens with `loss_mask`."""
     sequences: int
     """Sequences with at least one such token."""
+    right_tokens: int = 0
+    """Of the tokens, those in completions that are right; counted for an algorithm that imitates them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,8 @@ class Experience:
     advantages: Tensor
     recorded: Tensor | None = None
     """bool `[N]`: where `rollout_logprobs` is known (it is 0.0 elsewhere). None: everywhere."""
+    right: Tensor | None = None
+    """bool `[S]`: completions that solve their prompt; None: the algorithm does not ask."""
     critic: CriticTargets | None = None
     perception: PerceptionInputs | None = None
 
@@ -247,3 +251,5 @@ class LossInputs:
     """The coefficient in force (an adaptive controller moves it)."""
     recorded: Tensor | None = None
     """bool: where `rollout_logprobs` is known; None: everywhere. Elsewhere no mismatch is corrected."""
+    right: Tensor | None = None
+    """bool `[N]`: tokens of completions that are right, for an algorithm that imitates them."""

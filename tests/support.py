@@ -12,6 +12,7 @@ from torch import nn
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.config import LearnerConfig, ModelConfig, make_config
+from rlhf.critic import Critic
 from rlhf.distributed import World
 from rlhf.experience import ExperienceBuilder
 from rlhf.learner import Learner
@@ -116,8 +117,13 @@ def learner_of(
     """Both at temperature 1, with everything else as in a run of one rank."""
     settings = LearnerConfig.model_validate({"lr": 1e-3, "microbatch_tokens": 4096} | section)
     weights = next(policy.model.parameters()).dtype
+    critic = None
+    if algorithm.critic is not None:
+        critic = Critic.on_policy_trunk(policy, settings, total_steps=10)
     optimizer = MasterAdamW(policy.model, weights, settings, total_steps=10)
-    learner = Learner(policy, reference, algorithm, optimizer, ALONE, settings, temperature=1.0)
+    learner = Learner(
+        policy, reference, algorithm, optimizer, ALONE, settings, temperature=1.0, critic=critic
+    )
     builder = ExperienceBuilder(
         policy,
         reference,
@@ -126,6 +132,8 @@ def learner_of(
         temperature=1.0,
         microbatch_tokens=settings.microbatch_tokens,
         keep_old=settings.epochs * settings.minibatches > 1,
+        critic=critic,
+        is_right=lambda trajectory: trajectory.reward == 1.0,
     )
     return learner, builder
 

@@ -42,6 +42,10 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "checkpoint.export",
         "checkpoint.keep_last",
         "checkpoint.resume",
+        "critic.eps",
+        "critic.lr",
+        "critic.path",
+        "critic.trunk",
         "data.eval",
         "data.long_prompts",
         "data.max_prompt_tokens",
@@ -94,14 +98,17 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
 def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
     keys = {key for name in ALGORITHMS for key in resolve_algorithm(minimal(name), max_tokens=64)} - {"name"}
     assert sorted(keys) == [
+        "advantage_clip",
         "baseline",
         "clip",
         "clip_dual",
         "clip_high",
         "clip_low",
+        "critic",
         "drop_truncated",
         "entropy_coef",
         "floor",
+        "imitation_coef",
         "kl",
         "max_tokens",
         "max_weight",
@@ -110,10 +117,12 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
         "overlong_cache",
         "ratio_penalty",
         "refill",
+        "reward_scaling",
         "standardize",
         "tau_negative",
         "tau_positive",
         "temperature",
+        "whiten",
     ]
 
 

@@ -171,7 +171,9 @@ def test_schedules_by_hand():
     assert [at(s, "constant", 4) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert at(50, "linear") == 0.5
     assert at(50, "cosine") == pytest.approx(0.5)
-    assert at(16, "inverse_sqrt", 4) == pytest.approx(0.5)
+    paper = {0: 0.1, 50: 0.1, 100: 0.2, 499: 0.998, 500: 1.0, 2000: 0.5, 5000: 0.316228}
+    assert [at(step, "inverse_sqrt", 500) for step in paper] == pytest.approx([*paper.values()], abs=1e-6)
+    assert at(0, "inverse_sqrt") == at(1, "inverse_sqrt") == 1.0
 
 
 def test_float64_is_kept_where_a_model_has_it(tiny_model_dir: Path):

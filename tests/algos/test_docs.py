@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ from rlhf.algos.table import ALGORITHMS
 from rlhf.types import Counts, LossInputs
 
 TEXT = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text()
-SHARED = {"kl", "mismatch", "entropy_coef"}
+SHARED = {"kl", "mismatch", "entropy_coef", "critic", "reward_scaling"}
 
 
 def section(name: str) -> str:
@@ -42,6 +43,20 @@ def test_every_algorithm_has_a_row_with_its_kl(name: str):
     row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}` |"))
     kl = inspect.signature(ALGORITHMS[name]).parameters["kl"].default
     assert (f"{kl.coef:g} {kl.estimator}, {kl.placement}" if kl.coef else "| none |") in row
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_max", "vapo"])
+def test_every_setting_of_a_critic_is_written_down_with_the_defaults_of_each_algorithm(name: str):
+    head = next(line for line in TEXT.splitlines() if line.startswith("| key | `ppo` |"))
+    column = [cell.strip(" `") for cell in head.split("|")].index(name)
+    defaults = inspect.signature(ALGORITHMS[name]).parameters
+    nested = {"critic": defaults["critic"].default}
+    if "reward_scaling" in defaults:
+        nested["reward_scaling"] = defaults["reward_scaling"].default
+    for section_name, value in nested.items():
+        for key, setting in dataclasses.asdict(value).items():
+            row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{section_name}.{key}` |"))
+            assert row.split("|")[column].strip() == {None: "none"}.get(setting, str(setting)), row
 
 
 def test_every_correction_is_written_down_with_its_bounds():

@@ -12,6 +12,7 @@ import torch
 
 from rlhf.algos import surrogate
 from rlhf.algos.algorithm import KL, Algorithm, Mismatch
+from rlhf.algos.critic import CriticLoss, RewardScaling
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.ratio import sequence_ratio
 from rlhf.algos.reduction import sequence_mean_constant, token_mean
@@ -20,7 +21,7 @@ from rlhf.algos.table import ALGORITHMS, cispo, dapo, dr_grpo, grpo, gspo, reinf
 from rlhf.types import AdvantageInputs
 
 # settings of a few words are Literals
-LEAVES = {float, int, bool, str, type(None), KL, Mismatch}
+LEAVES = {float, int, bool, str, type(None), KL, Mismatch, CriticLoss, RewardScaling}
 every_algorithm = pytest.mark.parametrize("name", list(ALGORITHMS))
 
 
@@ -97,6 +98,8 @@ def test_relatives_share_what_they_do_not_change():
         sequence=tokens,
         loss_mask=torch.tensor([True, True, False]),
         prompt_values=torch.tensor([0.5, 0.5]),
+        # of a critic that has learned the mean
+        values=torch.full((3,), 0.5),
     )
     signs = {name: build_on(name).advantage(inputs).sign().tolist() for name in ALGORITHMS}
     # reinforce_pp has no group, but two rewards for a batch are a group too

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.table import ALGORITHMS
+from rlhf.buffer import Buffer
+from rlhf.checkpoint import load
+from rlhf.metrics import Metrics
 from tests.support import bandit_settings, metrics_of, train, without_clocks
 
-REQUIRED = {"cispo": {"clip_high": 5.0}}
+REQUIRED = {"cispo": {"clip_high": 5.0}, "vapo": {"critic": {"warmup_steps": 2}}}
+
 
 @pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in IMITATION])
 def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path, name: str):
     algorithm = {"name": name, "kl": {"coef": 0.0}} | REQUIRED.get(name, {})
-    settings = bandit_settings(tmp_path, tiny_model_dir)
+    settings = bandit_settings(tmp_path, tiny_model_dir, critic={"lr": 1e-3})
     settings["algorithm"] = algorithm
     train(settings)
     rewards = [record["reward/mean"] for record in metrics_of(tmp_path)]
@@ -94,6 +101,54 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
     assert evaluations[0] == evaluations[1] and [e["step"] for e in evaluations[0]] == [0, 7]
     exported = AutoModelForCausalLM.from_pretrained(folders["stopped"] / "run" / "model")
     assert exported.config.num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("trunk", ["own", "policy"])
+def test_a_run_stopped_in_the_middle_of_its_buffer_goes_on_with_the_next_update(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, trunk: str
+):
+    runs: dict[str, dict[str, Any]] = {}
+    for name in ("stopped", "straight"):
+        (tmp_path / name).mkdir()
+        runs[name] = bandit_settings(
+            tmp_path / name,
+            tiny_model_dir,
+            steps=4,
+            critic={"trunk": trunk, "lr": 1e-3},
+            learner={"epochs": 2, "minibatches": 2},
+            monitor={"samples_per_step": 1},
+        )
+        kl = {"target": 0.01, "horizon": 50}
+        runs[name]["algorithm"] = {"name": "ppo_max", "kl": kl, "critic": {"warmup_steps": 1}}
+    train(runs["straight"])
+    updates = 0
+    advance = Buffer.advance
+
+    def interrupted(self: Buffer, metrics: Metrics) -> None:
+        nonlocal updates
+        advance(self, metrics)
+        updates += 1
+        if updates == 11:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Buffer, "advance", interrupted)
+    train(runs["stopped"])
+    monkeypatch.undo()
+    checkpoints = tmp_path / "stopped" / "run" / "checkpoints"
+    state = json.loads((checkpoints / "step_000002" / "state.json").read_text())
+    assert (state["buffer"]["filled"], state["buffer"]["updates"]) == (True, 3)
+    assert state["reward_scaler"]["count"] == 3 * 64
+    train(runs["stopped"] | {"checkpoint": {"resume": "auto", "export": False}})
+    straight, stopped = (without_clocks(metrics_of(tmp_path / name)) for name in ("straight", "stopped"))
+    assert stopped == straight and len(stopped) == 4
+    assert [record["critic/warmup"] for record in stopped] == [1.0, 0.0, 0.0, 0.0]
+    folders = [tmp_path / name / "run" for name in ("straight", "stopped")]
+    assert len({(folder / "samples.jsonl").read_text() for folder in folders}) == 1
+    last = [load(folder / "checkpoints" / "step_000004", device="cpu") for folder in folders]
+    assert last[0].state == last[1].state
+    for file, tensors in last[0].tensors.items():
+        assert all(torch.equal(tensor, last[1].tensors[file][key]) for key, tensor in tensors.items()), file
+    assert {"policy.optimizer", "critic.model", "critic.optimizer"} <= last[0].tensors.keys()
 
 
 def test_a_step_without_any_token_to_learn_from_leaves_the_kl_coefficient_alone(
