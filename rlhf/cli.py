@@ -8,10 +8,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rlhf.config import Config, load_config
+from rlhf.config import Config
 from rlhf.distributed import world_size
+from rlhf.reward_model_config import RewardModelConfig
+from rlhf.tasks import load_task
 
 if TYPE_CHECKING:
+    from rlhf.reward_model_trainer import RewardModelTrainer
     from rlhf.trainer import Trainer
 
 
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _quiet_libraries()
     try:
-        config = load_config(options.config, options.overrides)
+        config = load_task(options.config, options.overrides)
         if options.command == "check":
             _check(config)
             return 0
@@ -41,7 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return _run(trainer)
 
 
-def _check(config: Config) -> None:
+def _check(config: Config | RewardModelConfig) -> None:
+    if isinstance(config, RewardModelConfig):
+        from rlhf.reward_model_trainer import RewardModelTrainer
+        from rlhf.reward_model_trainer import describe as describe_reward_model
+
+        for line in describe_reward_model(RewardModelTrainer(config)):
+            sys.stdout.write(line + "\n")
+        return
     from rlhf.preflight import describe, load_inputs
 
     ranks = world_size()
@@ -50,13 +60,17 @@ def _check(config: Config) -> None:
         sys.stdout.write(line + "\n")
 
 
-def _trainer(config: Config) -> Trainer:
+def _trainer(config: Config | RewardModelConfig) -> Trainer | RewardModelTrainer:
+    if isinstance(config, RewardModelConfig):
+        from rlhf.reward_model_trainer import RewardModelTrainer
+
+        return RewardModelTrainer(config)
     from rlhf.trainer import Trainer
 
     return Trainer(config)
 
 
-def _run(trainer: Trainer) -> int:
+def _run(trainer: Trainer | RewardModelTrainer) -> int:
     """What a person can mend is said in a sentence; everything else is a bug and keeps its traceback."""
     from rlhf.checkpoint import CheckpointError
     from rlhf.pretrained import ModelError

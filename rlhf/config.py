@@ -227,6 +227,8 @@ class MonitorConfig(Section):
 
 
 class Config(Section):
+    task: Literal["rl"] = "rl"
+    """What is trained: a policy, or with `reward_model` that (rlhf/reward_model_config.py)."""
     run_dir: str
     steps: Positive
     seed: Count = 0
@@ -299,6 +301,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises ConfigError: the file is missing or is no YAML mapping, an override is malformed, a key is unknown
     (its nearest neighbour is named), a value is out of its range, or two settings do not go together.
     """
+    return make_config(read_settings(path, overrides))
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree of a YAML file with the overrides in it, not checked yet. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no config file {path}")
@@ -311,7 +318,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     settings = typing.cast(dict[str, Any], tree)
     for override in overrides:
         _apply(settings, override)
-    return make_config(settings)
+    return settings
 
 
 def make_config(settings: Mapping[str, Any]) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,46 @@ def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tenso
     if not isinstance(head, nn.Linear) or "bias" in dict(head.named_parameters()):
         raise ModelError(f"{path} is a {architecture}, whose score is not one linear map of hidden states")
     return model.base_model.to(device).eval(), head.weight.detach().to(device)
+
+
+def classifier_of(
+    model: PreTrainedModel, weight: Tensor, names: Sequence[str], pad_token_id: int
+) -> PreTrainedModel:
+    """The transformer of `model` under a score head `[K, H]`, as a sequence classifier of K named scores.
+
+    transformers reads the score at the last token that is not padding, so `pad_token_id` must be one that no
+    text ends with. Raises ModelError: there is no such class for this kind of model.
+    """
+    config = copy.deepcopy(model.config)
+    labels = dict(enumerate(names))
+    config.num_labels, config.id2label = len(labels), labels
+    config.label2id = {name: i for i, name in labels.items()}
+    config.problem_type, config.pad_token_id = "regression", pad_token_id
+    kind = _transformers.AutoModelForSequenceClassification
+    try:
+        scorer = kind.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
+    except ValueError as error:
+        name = type(model).__name__
+        raise ModelError(f"{name} cannot be saved as a sequence classifier: {error}") from None
+    scorer.base_model.load_state_dict(model.base_model.state_dict())
+    head = score_head_of(scorer)
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+    return scorer
+
+
+def pad_token_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A special token that ends no text. Raises ModelError when the tokenizer has none."""
+    known: Any = tokenizer
+    ids = [known.pad_token_id, known.unk_token_id, known.bos_token_id, *known.all_special_ids]
+    for token_id in ids:
+        if token_id is not None and token_id != known.eos_token_id:
+            return token_id
+    raise ModelError(
+        f"{known.name_or_path} has no special token beside the end of sequence, which padding needs: a "
+        "reward model reads its score at the last token that is not padding"
+    )
 
 
 def score_head_of(model: Any) -> nn.Module | None:

@@ -92,6 +92,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "run_dir",
         "seed",
         "steps",
+        "task",
     ]
 
 

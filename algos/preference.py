@@ -1,0 +1,70 @@
+"""What a reward model learns, and whether what it says can be believed.
+
+Differences from PPO-max (arXiv:2307.04964 section 3.2): 1. the mean is over the pairs of a whole update, over
+all ranks and microbatches; 2. ratings with several objectives, which the paper does not have, are learned by
+their squared error, an objective that was not rated by none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def bradley_terry(chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
+    """-log sigmoid(chosen - rejected): P(chosen is better) by the difference of two scores."""
+    return F.softplus(rejected - chosen)
+
+
+def rating_loss(scores: Float[Tensor, "S K"], ratings: Float[Tensor, "S K"]) -> Float[Tensor, "S K"]:
+    """0.5 (score - rating)^2; 0 without gradient where the rating is NaN, which means that there is none."""
+    known = ~ratings.isnan()
+    return 0.5 * (scores - torch.where(known, ratings, scores)).square()
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """The predictions of one range: how many, what they say in the mean, and what came."""
+
+    count: int
+    predicted: float
+    observed: float
+
+
+def pair_calibration(margins: Float[Tensor, " P"], bins: int = 10) -> list[Bin]:
+    """Confidence sigmoid(|chosen - rejected|), 0.5 .. 1, against the share of pairs in which it was right.
+
+    A tie is right by half. Ranges without a pair are left out.
+    """
+    confidence = margins.double().abs().sigmoid()
+    right = (margins > 0).double() + 0.5 * (margins == 0).double()
+    return _binned(confidence, right, ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1), bins)
+
+
+def rating_calibration(
+    scores: Float[Tensor, " S"], ratings: Float[Tensor, " S"], bins: int = 10
+) -> list[Bin]:
+    """Scores in ranges with equally many of them, against the mean rating there; the unrated left out."""
+    known = ~ratings.isnan()
+    scores, ratings = scores[known].double(), ratings[known].double()
+    rank = scores.argsort(stable=True).argsort(stable=True)
+    return _binned(scores, ratings, rank * bins // max(1, len(scores)), bins)
+
+
+def calibration_error(bins: list[Bin]) -> float:
+    """Mean of |predicted - observed| over everything that was predicted."""
+    total = sum(b.count for b in bins)
+    return sum(b.count * abs(b.predicted - b.observed) for b in bins) / total if total else float("nan")
+
+
+def _binned(predicted: Tensor, observed: Tensor, index: Tensor, bins: int) -> list[Bin]:
+    found: list[Bin] = []
+    for number in range(bins):
+        here = index == number
+        if count := int(here.sum()):
+            found.append(Bin(count, predicted[here].mean().item(), observed[here].mean().item()))
+    return found

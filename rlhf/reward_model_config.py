@@ -1,0 +1,103 @@
+"""The settings of `task: reward_model`, from the same kind of YAML and overrides as those of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from rlhf.config import CheckpointConfig, Count, LearnerConfig, ModelConfig, MonitorConfig, Positive, Section
+
+
+class PreferenceData(Section):
+    train: str
+    """jsonl or parquet file, or a `datasets` folder, of pairs or ratings."""
+    eval: str
+    """Held out: accuracy and calibration are measured here."""
+    prompt_column: str = "prompt"
+    max_prompt_tokens: Positive = 1024
+    max_completion_tokens: Positive = 512
+    long_prompts: Literal["refuse", "skip"] = "refuse"
+
+
+class ScoreConfig(Section):
+    kind: Literal["pairs", "ratings"] = "pairs"
+    """Which of two completions is better (Bradley-Terry), or how good each is (regression)."""
+    objectives: tuple[str, ...] = ("score",)
+    """Names of the scores, one head each. Pairs have one."""
+    lm_coef: float | None = Field(default=None, ge=0.0)
+    """Of the language-model loss on chosen completions. Not given: 1 for pairs, 0 for ratings."""
+
+
+class BatchConfig(Section):
+    tokens: Positive
+    """An update takes examples until they have this many tokens."""
+    low: Positive = 4
+    high: Positive = 128
+    """Fewest and most examples of an update."""
+
+
+class ScoreLearnerConfig(LearnerConfig):
+    lr: Annotated[float, Field(gt=0.0)] = 5e-6
+
+
+class HeldOutConfig(Section):
+    every: Count = 0
+    """Steps between evaluations; 0: before the first step and after the last one only."""
+
+
+class RewardModelConfig(Section):
+    task: Literal["reward_model"]
+    run_dir: str
+    steps: Positive = 1000
+    seed: Count = 0
+    model: ModelConfig
+    data: PreferenceData
+    score: ScoreConfig = ScoreConfig()
+    batch: BatchConfig
+    learner: ScoreLearnerConfig = ScoreLearnerConfig()
+    """A warm-up that is not given is a tenth of the steps."""
+    eval: HeldOutConfig = HeldOutConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    monitor: MonitorConfig = MonitorConfig()
+
+    @property
+    def lm_coef(self) -> float:
+        if self.score.lm_coef is not None:
+            return self.score.lm_coef
+        return 1.0 if self.score.kind == "pairs" else 0.0
+
+    @model_validator(mode="after")
+    def check_together(self) -> RewardModelConfig:
+        if "warmup_steps" not in self.learner.model_fields_set:
+            warmed = self.learner.model_copy(update={"warmup_steps": self.steps // 10})
+            object.__setattr__(self, "learner", warmed)
+        score, learner, batch = self.score, self.learner, self.batch
+        if score.kind == "pairs" and len(score.objectives) != 1:
+            raise ValueError(f"score.kind pairs has one score, got objectives {', '.join(score.objectives)}")
+        if not score.objectives or len(set(score.objectives)) != len(score.objectives):
+            raise ValueError(f"score.objectives must be different names, got {list(score.objectives)}")
+        if score.kind == "ratings" and self.lm_coef:
+            raise ValueError(
+                "score.lm_coef is the weight of the likelihood of chosen completions; ratings choose none, "
+                f"so it must be 0, got {self.lm_coef:g}"
+            )
+        if batch.low > batch.high:
+            raise ValueError(f"batch.low is {batch.low}, more than batch.high = {batch.high}")
+        if learner.epochs * learner.minibatches != 1:
+            raise ValueError(
+                "learner.epochs and learner.minibatches are those of rollouts; a reward model makes one "
+                f"update of each batch, got {learner.epochs} and {learner.minibatches}"
+            )
+        if learner.warmup_steps > self.steps:
+            raise ValueError(
+                f"learner.warmup_steps is {learner.warmup_steps}, but the run has {self.steps} steps"
+            )
+        if self.model.lora is not None:
+            raise ValueError("model.lora: a reward model is trained whole")
+        return self
+
+    def to_yaml(self) -> str:
+        """Every setting with the value in force, as RUN/config.yaml holds it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
