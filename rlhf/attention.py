@@ -8,11 +8,15 @@ attention from transformers' `AttentionInterface` (name `SHARED_PREFIX`); the ke
 
 For short prompts concatenation is faster than merging (fewer, larger calls): prompts up to `CONCAT_BELOW`
 tokens are put in front of each completion, and the gradient of the copies is added up by autograd.
+
+That is the CPU's way; on a GPU `varlen.py` makes one call for all groups. Models with sliding windows take
+the same road with every completion behind a prompt of its own: on the CPU a loop over sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,9 +25,13 @@ from torch.nn import functional as F
 
 from rlhf.packing import GroupSpan
 from rlhf.pretrained import register_attention
+from rlhf.varlen import one_sequence, packed_attention
 
 SHARED_PREFIX = "rlhf_shared_prefix"
 CONCAT_BELOW = 128
+
+
+_BEYOND_SOFTMAX = ("softcap", "s_aux", "position_bias")
 
 
 def shared_prefix_attention(
@@ -33,31 +41,62 @@ def shared_prefix_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    spans: Sequence[GroupSpan],
+    spans: tuple[GroupSpan, ...],
     scaling: float | None = None,
-    **_: Any,
+    sliding_window: int | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """Packed groups: query `[1, heads, T, D]`, key, value `[1, kv_heads, T, D]` -> `[1, T, heads, D]`."""
+    """Packed groups: query `[1, heads, T, D]`, key, value `[1, kv_heads, T, D]` -> `[1, T, heads, D]`.
+
+    Raises NotImplementedError when the layer asks for more than a softmax.
+    """
     assert query.shape[0] == 1 and attention_mask is None
-    repeats = query.shape[1] // key.shape[1]
-    outputs: list[Tensor] = []
-    for span in spans:
-        q, k, v = (t[0, :, span.start : span.end] for t in (query, key, value))
-        k, v = k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0)
-        outputs += _group(q, k, v, span, scaling)
-    return torch.cat(outputs, dim=1).transpose(0, 1)[None], None
+    extra = [name for name in _BEYOND_SOFTMAX if others.get(name) is not None]
+    if extra:
+        raise NotImplementedError(f"its attention has {', '.join(extra)}")
+    q, k, v = query[0], key[0], value[0]
+    if query.is_cuda:
+        output = packed_attention(q, k, v, spans, scale=scaling, window=sliding_window)
+    else:
+        output = attention_by_groups(q, k, v, spans, scale=scaling, window=sliding_window)
+    return output.transpose(0, 1)[None], None
 
 
 register_attention(SHARED_PREFIX, shared_prefix_attention)
+
+
+def attention_by_groups(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spans: Sequence[GroupSpan],
+    *,
+    scale: float | None,
+    window: int | None = None,
+) -> Tensor:
+    """As `varlen.packed_attention`, group by group, with the CPU's kernel; a window needs groups of one."""
+    outputs: list[Tensor] = []
+    for span in spans:
+        q, k, v = (t[:, span.start : span.end] for t in (query, key, value))
+        if len(span.completions) == 1:
+            outputs.append(one_sequence(q, k, v, scale=scale, window=window))
+            continue
+        assert window is None, "a sliding window over a shared prompt"
+        repeats = q.shape[0] // k.shape[0]
+        outputs += _group(q, k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0), span, scale)
+    return torch.cat(outputs, dim=1)
 
 
 def _group(q: Tensor, k: Tensor, v: Tensor, span: GroupSpan, scale: float | None) -> list[Tensor]:
     """One group, `[heads, prompt + completions, D]`: the output of the prompt, and of the completions."""
     parts = [span.prompt, sum(span.completions)]
     (q_p, q_c), (k_p, k_c), (v_p, v_c) = (torch.split(t, parts, dim=1) for t in (q, k, v))
-    prompt = F.scaled_dot_product_attention(q_p, k_p, v_p, is_causal=True, scale=scale)
     rows = _Rows(span.completions, q.device)
-    if span.prompt < CONCAT_BELOW or not can_merge(q):
+    short = span.prompt < CONCAT_BELOW
+    # with three dimensions torch computes plain matrix products, with four in a kernel that keeps no weights
+    attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale)
+    prompt = attend(q_p, k_p, v_p) if short else attend(q_p[None], k_p[None], v_p[None])[0]
+    if short:
         completions = _concatenated(q_c, (k_p, k_c), (v_p, v_c), rows, scale)
     else:
         completions = cast(Any, _Merged).apply(q_c, k_p, v_p, k_c, v_c, rows, scale)
@@ -133,25 +172,13 @@ class _Merged(torch.autograd.Function):
         return dq_p[0] + rows.join(dq_c), dk_p[0], dv_p[0], rows.join(dk_c), rows.join(dv_c), None, None
 
 
-def can_merge(q: Tensor) -> bool:
-    """Whether the device has a flash kernel for these heads: it is what gives the log-sum-exp."""
-    if q.device.type == "cpu":
-        return True
-    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-
-
 def attention_forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, heads, L, D]` and log-sum-exp `[B, heads, L]`, by the device's flash-attention kernel."""
-    if q.device.type == "cpu":
-        forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = forward(q, k, v, 0.0, causal, scale=scale)
-        return out, lse if lse.shape[1] == q.shape[1] else lse.transpose(1, 2)
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
-        q, k, v, 0.0, causal, False, scale=scale
-    )
-    return out, lse
+    """Output `[B, heads, L, D]` and log-sum-exp `[B, heads, L]`, by the CPU's flash-attention kernel."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, lse = forward(q, k, v, 0.0, causal, scale=scale)
+    return out, lse if lse.shape[1] == q.shape[1] else lse.transpose(1, 2)
 
 
 def attention_backward(
@@ -166,12 +193,5 @@ def attention_backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given output and log-sum-exp of the whole softmax (not of this part alone)."""
-    if q.device.type == "cpu":
-        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
-    none = torch.empty(0, dtype=torch.int64, device=q.device)
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    return backward(
-        grad, q, k, v, out, lse, none, none, q.shape[2], k.shape[2], 0.0, causal, seed, none, scale=scale
-    )
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)

@@ -85,7 +85,7 @@ def test_padding_beside_huge_scores_leaves_no_nan():
     k[0, 0, prompt : prompt + 3], q[0, 0, prompt + 40 :] = 20.0, 20.0
     k[0, 0, prompt + 40 :] = 20.0
     tensors = [t.requires_grad_() for t in (q, k, v)]
-    output, _ = attention.shared_prefix_attention(torch.nn.Identity(), q, k, v, None, spans=[span])
+    output, _ = attention.shared_prefix_attention(torch.nn.Identity(), q, k, v, None, spans=(span,))
     output.sum().backward()
     assert all(torch.isfinite(t.grad).all() for t in tensors if t.grad is not None)
 
