@@ -40,7 +40,7 @@ from rlhf.kernels.token_stats import TokenStats
 from rlhf.learner import Learner
 from rlhf.metrics import Metrics
 from rlhf.optimizer import MasterAdamW
-from rlhf.packing import Packed
+from rlhf.packing import Layout, Packed
 from rlhf.policy import Policy
 from rlhf.types import Experience, FinishReason, Group, Prompt, Trajectory
 
@@ -66,14 +66,14 @@ class Contender:
     """A way to compute updates. All share one model and one optimizer, or memory for four would be needed."""
 
     def __init__(self, name: str, learner: Learner, experience: Experience) -> None:
-        self.shared = name.startswith("shared")
+        self.layout: Layout = "shared_prefix" if name.startswith("shared") else "padded"
         policy = learner.policy
         if name.endswith("logits"):
-            policy = WithLogits(policy.model, shared_prefix=self.shared)
+            policy = WithLogits(policy.model, layout=self.layout)
         self.policy, self.learner, self.experience = policy, learner, experience
 
     def update(self) -> Metrics:
-        self.policy.shared_prefix = self.shared
+        self.policy.layout = self.layout
         self.learner.policy = self.policy
         return self.learner.update(self.experience, step=0, seed=0, kl_coef=0.0)
 

@@ -81,8 +81,8 @@ class ModelConfig(Section):
     """Frozen reference of the KL terms; the model itself at the start of the run when not given."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the compute copy. The optimizer's master copy is always float32."""
-    packing: Literal["auto", "shared_prefix", "padded"] = "auto"
-    """How a group goes through the model: its prompt once, or every sequence padded by itself."""
+    packing: Literal["auto", "shared_prefix", "packed", "padded"] = "auto"
+    """How a group goes through the model: its prompt once, every sequence by itself, or that padded."""
     gradient_checkpointing: bool = False
     lora: LoraConfig | None = None
     """Train a LoRA adapter only; the reference is then the model with its adapter switched off."""

@@ -10,7 +10,6 @@ the paper advises and its code leaves out; 3. a head with no reward model to com
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from typing import Any, cast
@@ -25,11 +24,9 @@ from rlhf.config import CriticConfig, LearnerConfig
 from rlhf.metrics import Max, Metrics
 from rlhf.optimizer import MasterAdamW
 from rlhf.packing import Packed, pack
-from rlhf.policy import CONCAT_BELOW, Policy, Trunk, why_no_shared_prefix, without_dropout
+from rlhf.policy import CONCAT_BELOW, Policy, Trunk, without_dropout
 from rlhf.pretrained import ModelError, load_scorer, text_settings
 from rlhf.state import Stateful
-
-log = logging.getLogger(__name__)
 
 
 class Critic(Stateful):
@@ -118,12 +115,8 @@ def load_trunk(path: str, device: torch.device) -> tuple[Trunk, Tensor | None]:
     """A transformer in float32 ready for packed groups, and the weight of its score head if it has one."""
     model, weight = load_scorer(path, device)
     without_dropout(model)
-    reason = why_no_shared_prefix(model)
-    trunk = Trunk(model, shared_prefix=reason is None)
-    if reason is None and (error := packing_error(trunk)) is not None:
-        reason, trunk.shared_prefix = f"packed and padded states differ ({error})", False
-    if reason is not None:
-        log.warning("%s: prompts are not shared within a group, because %s", path, reason)
+    trunk = Trunk(model, layout="padded")
+    trunk.fit(path, "auto", lambda: packing_error(trunk))
     return trunk, weight
 
 
@@ -153,12 +146,12 @@ def packing_error(trunk: Trunk) -> str | None:
     ids = torch.arange(2, CONCAT_BELOW + 11, device=trunk.model.device) % settings["vocab_size"]
     long = min(CONCAT_BELOW + 2, room - 7)
     completions = [[ids[5:12], ids[4:7]]] * 2
-    got, shared = trunk.hidden(pack([ids[:5], ids[:long]], completions)), trunk.shared_prefix
-    trunk.shared_prefix = False
+    got, layout = trunk.hidden(pack([ids[:5], ids[:long]], completions)), trunk.layout
+    trunk.layout = "padded"
     want = trunk.hidden(pack([ids[:5], ids[:long]], completions))
     changed = torch.cat([ids[8:9], ids[1:]])
     elsewhere = trunk.hidden(pack([changed[:5], changed[:long]], completions))
-    trunk.shared_prefix = shared
+    trunk.layout = layout
     signal, error = (elsewhere - want).abs().max().item(), (got - want).abs().max().item()
     if error <= 0.01 * signal + 1e-5:
         return None

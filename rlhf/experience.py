@@ -115,7 +115,7 @@ class ExperienceBuilder:
     def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:
         result = torch.zeros_like(experience.rollout_logprobs)
         groups = range(len(experience.prompts))
-        for micro in microbatches(experience, groups, self.microbatch_tokens, share=policy.shared_prefix):
+        for micro in microbatches(experience, groups, self.microbatch_tokens, layout=policy.layout):
             statistics = policy.statistics(micro.packed, temperature=self.temperature, want=("logprob",))
             assert statistics.logprob is not None
             result[micro.index] = statistics.logprob.to(result.dtype)
@@ -131,8 +131,8 @@ class ExperienceBuilder:
         values = None if self.critic is None else torch.zeros_like(experience.rollout_logprobs)
         own = self.critic is not None and self.critic.own
         groups = range(len(experience.prompts))
-        share = self.policy.shared_prefix
-        for micro in microbatches(experience, groups, self.microbatch_tokens, share=share):
+        layout = self.policy.layout
+        for micro in microbatches(experience, groups, self.microbatch_tokens, layout=layout):
             hidden = None if own and old is None else self.policy.hidden(micro.packed)
             if old is not None:
                 statistics = self.policy.statistics(

@@ -82,7 +82,7 @@ class Learner:
         """Adds the gradient of these groups' share of an update's loss, microbatch by microbatch."""
         parts: list[Metrics] = []
         for micro in microbatches(
-            experience, groups, self.section.microbatch_tokens, share=self.policy.shared_prefix
+            experience, groups, self.section.microbatch_tokens, layout=self.policy.layout
         ):
             outputs = self._losses(experience, micro, counts, kl_coef)
             torch.autograd.backward([output.loss for output in outputs])

@@ -11,12 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlhf.typed import integers
 from rlhf.types import Experience
+
+Layout = Literal["shared_prefix", "packed", "padded"]
+"""A prompt once a group; a prompt once a sequence, end to end; a padded row a sequence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +157,16 @@ def fill_rows(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
 
 
 def microbatches(
-    experience: Experience, groups: Sequence[int], budget: int, *, share: bool = True
+    experience: Experience, groups: Sequence[int], budget: int, *, layout: Layout = "shared_prefix"
 ) -> Iterator[Microbatch]:
     """The given groups of an experience, packed for forward passes of at most `budget` tokens.
 
-    `share` says whether the model computes a prompt once a group, or once a sequence.
+    The budget counts what `layout` computes: a prompt once a group or once a sequence, padding or none.
     """
     lengths = _lengths(experience)
     starts = [0, *accumulate(lengths)]
-    for units in (fill if share else fill_rows)(cut(experience, groups, budget, share=share), budget):
+    parts = cut(experience, groups, budget, share=layout == "shared_prefix")
+    for units in (fill_rows if layout == "padded" else fill)(parts, budget):
         index = torch.cat([torch.arange(starts[u.first], starts[u.last]) for u in units])
         completions = [
             torch.split(experience.token_ids[starts[u.first] : starts[u.last]], lengths[u.first : u.last])
@@ -176,21 +181,32 @@ def _lengths(experience: Experience) -> list[int]:
     return integers(torch.bincount(experience.sequence, minlength=len(experience.group)))
 
 
+def separate(packed: Packed) -> Packed:
+    """The same sequences, each behind a prompt of its own; rows and targets keep their order."""
+    if all(len(span.completions) == 1 for span in packed.spans):
+        return packed
+    parts = list(_sequences(packed))
+    return pack([prompt for prompt, _ in parts], [[completion] for _, completion in parts])
+
+
+def _sequences(packed: Packed) -> Iterator[tuple[Tensor, Tensor]]:
+    """Prompt and completion of each."""
+    for span in packed.spans:
+        prompt = packed.token_ids[span.start : span.start + span.prompt]
+        own = packed.token_ids[span.start + span.prompt : span.end]
+        for completion in torch.split(own, list(span.completions)):
+            yield prompt, completion
+
+
 def padded(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     """The same groups as one right-padded row a sequence: token ids and attention mask `[S, L]`, rows `[N]`.
 
-    The slow form, for models whose attention cannot share a prefix, and the specification of the packed one.
+    The slow form, for models whose attention cannot be replaced, and the specification of the packed ones.
     `rows` index the flattened `[S * L]` hidden states.
     """
-    sequences: list[Tensor] = []
-    prompts: list[int] = []
-    for span in packed.spans:
-        prompt = packed.token_ids[span.start : span.start + span.prompt]
-        begin = span.start + span.prompt
-        for length in span.completions:
-            sequences.append(torch.cat([prompt, packed.token_ids[begin : begin + length]]))
-            prompts.append(span.prompt)
-            begin += length
+    parts = list(_sequences(packed))
+    sequences = [torch.cat(part) for part in parts]
+    prompts = [len(prompt) for prompt, _ in parts]
     token_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     lengths = torch.tensor([len(s) for s in sequences], device=token_ids.device)
     width = token_ids.shape[1]

@@ -8,8 +8,9 @@ that this gives what the model's own forward gives: another kind of head is refu
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from rlhf.attention import CONCAT_BELOW, SHARED_PREFIX
 from rlhf.config import LoraConfig, ModelConfig
 from rlhf.kernels.token_stats import TokenStats, token_stats
 from rlhf.lora import Adapter
-from rlhf.packing import Packed, pack, padded
+from rlhf.packing import Layout, Packed, pack, padded, separate
 from rlhf.pretrained import (
     ModelError,
     attention_of,
@@ -32,6 +33,7 @@ from rlhf.pretrained import (
 )
 
 LONG_PROMPT = CONCAT_BELOW + 2
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 log = logging.getLogger(__name__)
 
@@ -59,24 +61,57 @@ class Head:
 class Trunk:
     """A causal transformer and how packed groups go through it, whatever head their hidden states go to.
 
-    `shared_prefix`: the prompt of a group is computed once (rlhf/attention.py); otherwise every sequence is a
-    padded row of its own, which any causal model can do.
+    `layout`: the prompt of a group is computed once, or with every sequence, packed (rlhf/attention.py); or
+    every sequence is a padded row of its own, which any causal model can do.
     """
 
-    def __init__(self, model: PreTrainedModel, *, shared_prefix: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: Layout) -> None:
         self.model = model
         self._own_attention = attention_of(model)
-        self.shared_prefix = shared_prefix
+        self.layout = layout
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    @layout.setter
+    def layout(self, layout: Layout) -> None:
+        """Stays set between passes: a checkpointed backward runs the forward, attention included, again."""
+        self._layout: Layout = layout
+        set_attention(self.model, self._own_attention if layout == "padded" else SHARED_PREFIX)
 
     @property
     def shared_prefix(self) -> bool:
-        return self._shared_prefix
+        return self.layout == "shared_prefix"
 
-    @shared_prefix.setter
-    def shared_prefix(self, shared: bool) -> None:
-        """Stays set between passes: a checkpointed backward runs the forward, attention included, again."""
-        self._shared_prefix = shared
-        set_attention(self.model, SHARED_PREFIX if shared else self._own_attention)
+    def fit(self, path: str, asked: str, error: Callable[[], str | None]) -> None:
+        """Takes the best layout that the model can do, or the one asked for; says why not a better one.
+
+        `error` compares the layout with the model's own forward and tells the difference. Raises ModelError:
+        the model cannot do what was asked, or not even padded rows give what it computes itself.
+        """
+        reasons: list[str] = []
+        for layout in LAYOUTS if asked == "auto" else (cast(Layout, asked),):
+            reason = why_not(self.model, layout)
+            if reason is None:
+                self.layout = layout
+                try:
+                    reason = error()
+                except NotImplementedError as refusal:
+                    reason = str(refusal)
+            if reason is None:
+                if reasons:
+                    how = {"packed": "sequences are packed", "padded": "sequences are padded"}[layout]
+                    log.warning(
+                        "%s: prompts are not shared within a group, because %s; %s", path, reasons[0], how
+                    )
+                return
+            reasons.append(reason)
+        if asked in ("auto", "padded"):
+            raise ModelError(
+                f"{path}: log-probs from hidden states and head are not those of the model ({reasons[-1]})"
+            )
+        raise ModelError(f"model.packing is {asked}, but {path} cannot: {reasons[0]}")
 
     def freeze(self, dtype: torch.dtype) -> None:
         """Makes a reference of it: no gradient, weights in the compute type."""
@@ -92,10 +127,11 @@ class Trunk:
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states `[N, H]` that predict the completion tokens."""
         backbone = self.model.base_model
-        if not self.shared_prefix:
+        if self.layout == "padded":
             token_ids, mask, rows = padded(packed)
             output = backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
             return output.last_hidden_state.flatten(0, 1)[rows]
+        packed = packed if self.layout == "shared_prefix" else separate(packed)
         output = backbone(
             input_ids=packed.token_ids[None],
             position_ids=packed.positions[None],
@@ -108,33 +144,22 @@ class Trunk:
 class Policy(Trunk):
     """A causal language model: a trunk and a head that gives the log-probs of tokens."""
 
-    def __init__(self, model: PreTrainedModel, *, shared_prefix: bool) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: Layout) -> None:
         self.head = Head.of(model)
-        super().__init__(model, shared_prefix=shared_prefix)
+        super().__init__(model, layout=layout)
         self.adapter: Adapter | None = None
 
     @classmethod
     def load(cls, section: ModelConfig, path: str, device: torch.device) -> Policy:
         """Loads the weights in float32 (the optimizer makes its masters from them) and checks the forward.
 
-        Raises ModelError: the model cannot be loaded, its head is of another kind, or shared-prefix packing
-        was asked for and the model cannot do it (the reason is named).
+        Raises ModelError: the model cannot be loaded, its head is of another kind, or it cannot do the packing
+        that was asked for (the reason is named).
         """
         model = load_model(path, device)
         without_dropout(model)
-        reason = why_no_shared_prefix(model)
-        policy = cls(model, shared_prefix=section.packing != "padded" and reason is None)
-        if policy.shared_prefix and (error := forward_error(policy)) is not None:
-            reason, policy.shared_prefix = f"packed and padded log-probs differ ({error})", False
-        if not policy.shared_prefix:
-            if section.packing == "shared_prefix":
-                raise ModelError(f"model.packing is shared_prefix, but {path} cannot: {reason}")
-            if section.packing == "auto":
-                log.warning("%s: prompts are not shared within a group, because %s", path, reason)
-            if (error := forward_error(policy)) is not None:
-                raise ModelError(
-                    f"{path}: log-probs from hidden states and head are not those of the model ({error})"
-                )
+        policy = cls(model, layout="padded")
+        policy.fit(path, section.packing, lambda: forward_error(policy))
         return policy
 
     def add_adapter(self, section: LoraConfig, *, seed: int) -> None:
@@ -192,7 +217,7 @@ class WithoutAdapter(Policy):
 
     def __init__(self, policy: Policy) -> None:
         assert policy.adapter is not None
-        super().__init__(policy.model, shared_prefix=policy.shared_prefix)
+        super().__init__(policy.model, layout=policy.layout)
         self._policy, self._trained = policy, policy.adapter
 
     def hidden(self, packed: Packed) -> Tensor:
@@ -210,18 +235,22 @@ def without_dropout(model: PreTrainedModel) -> None:
             cast(Any, module).attention_dropout = 0.0
 
 
-def why_no_shared_prefix(model: PreTrainedModel) -> str | None:
-    """The reason why a model's attention cannot be replaced by the shared-prefix one; None when it can."""
+def why_not(model: PreTrainedModel, layout: Layout) -> str | None:
+    """The reason, as far as the settings of a model tell, why it cannot do a layout; None when it may."""
+    if layout == "padded":
+        return None
     settings = text_settings(model.config)
-    others = set(settings.get("layer_types") or ()) - {"full_attention"}
+    kinds: set[str] = set(settings.get("layer_types") or ())
+    others = kinds - {"full_attention", "sliding_attention"}
     if others:
         return f"it has layers of kind {', '.join(sorted(others))}"
-    if settings.get("sliding_window") and settings.get("use_sliding_window", True):
-        return f"it attends to a sliding window of {settings['sliding_window']} tokens"
     if settings.get("attn_logit_softcapping"):
         return "it caps attention logits"
     if not takes_attention(model):
         return f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
+    window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
+    if layout == "shared_prefix" and ("sliding_attention" in kinds or (window and not kinds)):
+        return f"it attends to a sliding window of {window} tokens"
     return None
 
 
@@ -240,11 +269,11 @@ def forward_error(policy: Policy) -> str | None:
     packed = pack(prompts, [completions] * 2)
     got = policy.statistics(packed, temperature=1.0, want=("logprob",)).logprob
     assert got is not None
-    shared, policy.shared_prefix = policy.shared_prefix, False
+    layout, policy.layout = policy.layout, "padded"
     want = torch.cat([_full_forward(policy.model, p, completions) for p in prompts])
     others = [torch.cat([ids[8:9], p[1:]]) for p in prompts]
     elsewhere = torch.cat([_full_forward(policy.model, p, completions) for p in others])
-    policy.shared_prefix = shared
+    policy.layout = layout
     signal, error = (elsewhere - want).abs().max().item(), (got - want).abs().max().item()
     if error <= 0.01 * signal + 1e-5:
         return None

@@ -101,13 +101,13 @@ def packed_attention(
 
     tensors = [t.transpose(0, 1).contiguous() for t in (query, key, value)]
     if sequences.copies and torch.is_grad_enabled():
-        again: Any = checkpoint(gathered, *tensors, use_reentrant=False, preserve_rng_state=False)
-        return again.transpose(0, 1)
+        again = cast(Any, checkpoint)(gathered, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return cast(Tensor, again).transpose(0, 1)
     return gathered(*tensors).transpose(0, 1)
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Sequences, float, int | None], Tensor]
-"""`(query[T, heads, D], key[K, kv_heads, D], value[K, kv_heads, D], sequences, scale, window) -> as query`."""
+"""`(query[T, heads, D], key[K, kv_heads, D], value[K, kv_heads, D], sequences, scale, window) -> [T, ...]`"""
 
 
 def by_sdpa(

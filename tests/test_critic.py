@@ -24,7 +24,7 @@ from rlhf.learner import Learner
 from rlhf.metrics import ExpMean, Mean, merge
 from rlhf.optimizer import MasterAdamW
 from rlhf.packing import pack
-from rlhf.policy import Policy
+from rlhf.policy import LAYOUTS, Policy
 from rlhf.pretrained import ModelError
 from rlhf.types import Experience, Group
 from tests.support import ALONE, learner_of, make_exact, policy_of, random_groups, trajectory
@@ -98,8 +98,8 @@ def test_microbatches_order_and_packing_change_neither_losses_nor_gradients(
     order.shuffle(shuffled)
     learner.section = learner.section.model_copy(update={"microbatch_tokens": budget})
     experience = builder.build(shuffled, kl_coef=0.0)
-    for shared_prefix in (True, False):
-        policy.shared_prefix = learner.critic.trunk.shared_prefix = shared_prefix
+    for layout in LAYOUTS:
+        policy.layout = learner.critic.trunk.layout = layout
         other, gradients = gradients_of(learner, experience)
         assert other == pytest.approx(losses, rel=1e-6, abs=1e-7)
         for got, want in zip(gradients, expected, strict=True):
@@ -113,7 +113,7 @@ def test_a_value_is_the_head_on_the_state_before_the_token(tiny_model_dir: Path)
     nn.init.normal_(critic.head.weight)
     prompt, completion = torch.tensor([5, 6, 7]), torch.tensor([8, 9])
     values = critic.values(pack([prompt], [[completion, completion[:1]]]), None)
-    policy.shared_prefix = False
+    policy.layout = "padded"
     states = policy.model.base_model(torch.tensor([[5, 6, 7, 8, 9]])).last_hidden_state[0]
     wanted = (states @ critic.head.weight[0])[[2, 3, 2]]
     torch.testing.assert_close(values, wanted, rtol=1e-4, atol=1e-5)

@@ -18,6 +18,7 @@ from rlhf.config import LearnerConfig
 from rlhf.learner import Learner
 from rlhf.metrics import merge
 from rlhf.optimizer import MasterAdamW, lr_factor
+from rlhf.policy import LAYOUTS
 from rlhf.types import Experience, Group
 from tests.support import ALONE, learner_of, make_exact, policy_of, random_groups, trajectory
 
@@ -64,12 +65,12 @@ def test_microbatches_order_and_packing_change_neither_loss_nor_gradient(
     order.shuffle(shuffled)
     cut, builder = learner_of(policy, algorithm, reference, microbatch_tokens=budget)
     experience = builder.build(shuffled, kl_coef=0.04)
-    for shared_prefix in (True, False):
-        policy.shared_prefix = shared_prefix
+    for layout in LAYOUTS:
+        policy.layout = layout
         try:
             other_loss, gradients = gradients_of(cut, experience)
         finally:
-            policy.shared_prefix = True
+            policy.layout = "shared_prefix"
         assert other_loss == pytest.approx(loss, abs=1e-7)
         for got, want in zip(gradients, expected, strict=True):
             assert (got - want).abs().max() <= 1e-10 * max(1.0, float(want.abs().max()))

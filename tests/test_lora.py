@@ -115,7 +115,7 @@ def test_the_merged_model_is_the_adapted_one_and_shares_what_has_no_adapter(tiny
     policy = adapted(tiny_model(shape), dtype=torch.float32)
     policy.merge()
     torch.testing.assert_close(
-        logprobs(Policy(policy.rollout_model, shared_prefix=True)), logprobs(policy), rtol=1e-5, atol=2e-5
+        logprobs(Policy(policy.rollout_model, layout="shared_prefix")), logprobs(policy), rtol=1e-5, atol=2e-5
     )
     own = {name.replace(".base_layer", ""): p for name, p in policy.model.named_parameters()}
     for name, parameter in policy.rollout_model.named_parameters():

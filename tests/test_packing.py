@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf.experience import pack_groups
-from rlhf.packing import Unit, cut, fill, fill_rows, microbatches, pack, padded
+from rlhf.packing import Unit, cut, fill, fill_rows, microbatches, pack, padded, separate
 from tests.support import ALONE, random_groups
 
 
@@ -27,6 +27,15 @@ def test_the_padded_form_has_a_row_a_sequence_and_the_same_targets():
     assert mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     # the token behind each row is the target
     assert token_ids.flatten()[rows + 1].tolist() == packed.targets.tolist()
+
+
+def test_separate_sequences_have_a_prompt_each_and_the_same_targets():
+    packed = pack([torch.tensor([1, 2])], [[torch.tensor([3, 4, 5]), torch.tensor([6])]])
+    alone = separate(packed)
+    assert alone.token_ids.tolist() == [1, 2, 3, 4, 5, 1, 2, 6]
+    assert alone.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert alone.rows.tolist() == [1, 2, 3, 6] and alone.targets.tolist() == packed.targets.tolist()
+    assert separate(alone) is alone
 
 
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 60))

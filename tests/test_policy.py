@@ -113,12 +113,49 @@ def test_each_group_is_alone_in_its_attention(tiny_model_dir: Path):
     torch.testing.assert_close(together[: len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_softcapped_model_with_sliding_windows_is_padded_and_right(tiny_model: Callable[[str], Path]):
+def test_a_softcapped_model_with_sliding_windows_is_padded_and_right(
+    tiny_model: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+):
     policy = policy_of(tiny_model("gemma2"))
-    assert not policy.shared_prefix
+    assert policy.layout == "padded"
+    assert len(caplog.records) == 1 and "caps attention logits; sequences are padded" in caplog.text
     assert forward_error(policy) is None
-    with pytest.raises(ModelError, match="sliding"):
-        policy_of(tiny_model("gemma2"), packing="shared_prefix")
+    for packing in ("shared_prefix", "packed"):
+        with pytest.raises(ModelError, match=rf"model.packing is {packing}, but .* cannot: it caps"):
+            policy_of(tiny_model("gemma2"), packing=packing)
+
+
+@pytest.mark.parametrize("shape", ["mistral", "gemma3_text"])
+def test_a_model_with_sliding_windows_is_packed_without_sharing_and_says_so_once(
+    tiny_model: Callable[[str], Path], shape: str, caplog: pytest.LogCaptureFixture
+):
+    policy = policy_of(tiny_model(shape))
+    assert policy.layout == "packed"
+    assert len(caplog.records) == 1
+    assert "are not shared within a group, because it attends to a sliding window of 16" in caplog.text
+    with pytest.raises(
+        ModelError, match=r"model.packing is shared_prefix, but .* sliding window of 16 tokens"
+    ):
+        policy_of(tiny_model(shape), packing="shared_prefix")
+
+
+@pytest.mark.parametrize("shape", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_without_sharing_equals_padded_in_float64(
+    tiny_model: Callable[[str], Path], shape: str, checkpointing: bool
+):
+    policy = policy_of(tiny_model(shape), packing="packed", dtype=torch.float64)
+    plain = policy_of(tiny_model(shape), packing="padded", dtype=torch.float64)
+    if checkpointing:
+        policy.checkpoint_activations()
+    # prompts of 17 tokens and more are longer than the window
+    logprobs, gradients = loss_and_gradients(policy, ragged())
+    expected, expected_gradients = loss_and_gradients(plain, ragged())
+    torch.testing.assert_close(logprobs, expected, rtol=1e-10, atol=1e-10)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = expected_gradients[name].abs().max()
+        assert (gradient - expected_gradients[name]).abs().max() <= 1e-10 * scale, name
 
 
 def test_a_head_of_another_kind_is_noticed(tiny_model_dir: Path):
