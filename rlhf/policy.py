@@ -153,8 +153,8 @@ class Policy(Trunk):
     def load(cls, section: ModelConfig, path: str, device: torch.device) -> Policy:
         """Loads the weights in float32 (the optimizer makes its masters from them) and checks the forward.
 
-        Raises ModelError: the model cannot be loaded, its head is of another kind, or it cannot do the packing
-        that was asked for (the reason is named).
+        Raises ModelError: the model cannot be loaded, its head is of another kind, or it cannot do the
+        packing that was asked for (the reason is named).
         """
         model = load_model(path, device)
         without_dropout(model)
