@@ -6,6 +6,7 @@ and held-out accuracy before, during and after. The plot has the mean of the see
 
     knapsack   rates of the last 16 samples, from 8 on, as in the paper: uniform until a prompt was seen
     prior      the same with a Beta(1, 1) prior
+    probes     two completions a prompt first, then the rest by the posterior, in every step
 
 Run: `python -m benchmarks.knapsack_run --model MODEL_FOLDER --runs FOLDER --out FILE.json --plot FILE.svg`.
 """
@@ -33,6 +34,7 @@ ARMS = {
     "uniform": ["budget.rule=uniform"],
     "knapsack": ["budget.rule=knapsack"],
     "prior": ["budget.rule=knapsack", "budget.prior=1"],
+    "probes": ["budget.rule=knapsack", "budget.prior=1", "budget.probes=2"],
 }
 CURVES = {"budget/effective_ratio": "rollouts in mixed groups", "reward/mean": "reward"}
 

@@ -8,7 +8,7 @@
 Groups of 8 completions of 64 tokens, bfloat16 with a float32 master, GRPO without a reference, forward,
 backward and optimizer step. All contenders make the same update: before anything is reported their losses and
 gradient norms are compared (within 2 %, the rounding of bfloat16). Each repeat runs every contender once in
-turn; peak memory is the largest resident size of a process of its own that makes three updates, less that
+turn; peak memory is the largest resident size of a process of its own that makes two updates, less that
 before the first.
 
 Run: `python -m benchmarks.learner --model MODEL_FOLDER --out benchmarks/results/MACHINE/learner.json`.
@@ -20,7 +20,6 @@ import argparse
 import json
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
@@ -52,10 +52,17 @@ class WithLogits(Policy):
     """The plain way: all logits of the completion rows at once, in float32."""
 
     def statistics(
-        self, packed: Packed, *, temperature: float, want: tuple[str, ...], reference: Policy | None = None
+        self,
+        packed: Packed,
+        *,
+        temperature: float,
+        want: tuple[str, ...],
+        reference: Policy | None = None,
+        hidden: Tensor | None = None,
     ) -> TokenStats:
         assert reference is None
-        logits = self.head.module(self.hidden(packed)).float() / temperature
+        hidden = self.hidden(packed) if hidden is None else hidden
+        logits = self.head.module(hidden).float() / temperature
         logprobs = logits.log_softmax(-1)
         logprob = logprobs.gather(-1, packed.targets[:, None])[:, 0]
         entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
@@ -69,6 +76,8 @@ class Contender:
         self.layout: Layout = "shared_prefix" if name.startswith("shared") else "padded"
         policy = learner.policy
         if name.endswith("logits"):
+            # a policy takes the attention it finds for the model's own
+            policy.layout = "padded"
             policy = WithLogits(policy.model, layout=self.layout)
         self.policy, self.learner, self.experience = policy, learner, experience
 
@@ -154,13 +163,16 @@ def peak_gib(name: str, model: str, prompt: int, microbatch_tokens: int, count: 
 def measure_memory(name: str, model: str, prompt: int, microbatch_tokens: int, count: int) -> float:
     contender = contenders([name], model, prompt, microbatch_tokens, count)[name]
     contender.learner.optimizer.step(0, contender.learner.world)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1024
-    for _ in range(3):
+    def kib(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+    # the largest resident size counts from here, not from the loading
+    Path("/proc/self/clear_refs").write_text("5")
+    resident = kib("VmRSS:")
+    for _ in range(2):
         contender.update()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # loading may have peaked above what updates reach: then the figure is an upper bound
-    return (max(after, before) - resident) / 2**20
+    return (kib("VmHWM:") - resident) / 2**20
 
 
 def main() -> None:
