@@ -108,8 +108,8 @@ def test_neither_microbatches_nor_packing_change_the_gradient(
     whole = gradients()
     small = config.learner.model_copy(update={"microbatch_tokens": 40})
     learner.config = config.model_copy(update={"learner": small})
-    for shared in (True, False):
-        learner.model.policy.shared_prefix = shared
+    for layout in ("shared_prefix", "packed", "padded"):
+        learner.model.policy.layout = layout
         for got, want in zip(gradients(), whole, strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-10)
 
@@ -122,7 +122,7 @@ def test_the_loss_is_that_of_the_model_run_text_by_text(tmp_path: Path, tiny_mod
     learner, batch = learner_of(config), examples[:3]
     metrics = learner._accumulate(batch, batch)
     policy = learner.model.policy
-    policy.shared_prefix = False
+    policy.layout = "padded"
     losses: list[float] = []
     likelihood: list[torch.Tensor] = []
     for example in batch:

@@ -65,11 +65,13 @@ def test_the_other_paths_raise_the_reward_too(tmp_path: Path, tiny_model_dir: Pa
 INTERRUPTS = """
 import os, pathlib, signal
 
+TRAINER = {trainer}
+
 def share_of_a(completions, trainer_state, **_):
     marker = pathlib.Path(__file__).with_name("interrupted")
     if trainer_state.global_step == 3 and marker.exists():
         marker.unlink()
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(TRAINER, signal.SIGINT)
     return [text.count("a") / max(1, len(text)) for text in completions]
 """
 
@@ -89,7 +91,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
             learner={"minibatches": updates},
             data={"eval": str(folder / "train.jsonl")},
         )
-        (folder / "reward.py").write_text(INTERRUPTS)
+        (folder / "reward.py").write_text(INTERRUPTS.format(trainer=os.getpid()))
     (folders["stopped"] / "interrupted").touch()
     train(runs["straight"])
     train(runs["stopped"])

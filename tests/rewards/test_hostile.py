@@ -65,16 +65,22 @@ def causes(scoring: Scoring) -> list[tuple[int, str, str]]:
     return [(place, failure.kind, failure.message) for place, failure in scoring.verdicts[0].failures]
 
 
-def settle(count: int) -> list[int]:
-    """The processes below this one, once there are no more than `count`, or after five seconds."""
+@pytest.fixture(scope="module")
+def others() -> set[int]:
+    """The processes that earlier tests left below this one: not a reward function's."""
+    return set(descendants(os.getpid()))
+
+
+def settle(count: int, others: set[int]) -> set[int]:
+    """The processes begun below this one, once there are no more than `count`, or after five seconds."""
     deadline = time.monotonic() + 5
-    while len(left := list(descendants(os.getpid()))) > count and time.monotonic() < deadline:
+    while len(left := set(descendants(os.getpid())) - others) > count and time.monotonic() < deadline:
         time.sleep(0.01)
     return left
 
 
 @pytest.fixture(scope="module")
-def rewards() -> Iterator[Rewards]:
+def rewards(others: set[int]) -> Iterator[Rewards]:
     """One for all tests: each finds the workers as the one before left them."""
     made = Rewards([spec("misbehave")], (), max_failed_share=0.2)
     yield made
@@ -121,7 +127,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("behaviour", CASES)
-def test_what_a_function_does_costs_its_own_sample_and_no_other(rewards: Rewards, behaviour: str) -> None:
+def test_what_a_function_does_costs_its_own_sample_and_no_other(
+    rewards: Rewards, others: set[int], behaviour: str
+) -> None:
     started = time.monotonic()
     scoring = submit(rewards, ["fine"] * 3 + [behaviour] + ["fine"] * (ENOUGH - 3))
     assert given(scoring) == [1.0] * 3 + [None] + [1.0] * (ENOUGH - 3)
@@ -131,7 +139,7 @@ def test_what_a_function_does_costs_its_own_sample_and_no_other(rewards: Rewards
     assert re.match(CASES[behaviour], message), message
     assert (kind == "timeout") == (CASES[behaviour] == SLOW)
     # a keeper and a worker
-    assert len(settle(2)) == 2
+    assert len(settle(2, others)) == 2
 
 
 @pytest.mark.parametrize(
