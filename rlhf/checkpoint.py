@@ -153,10 +153,7 @@ def export(model: Saves, tokenizer: Saves, folder: Path) -> None:
 
     Raises CheckpointError: the folder has other things in it, or cannot be written.
     """
-    if folder.exists() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file():
-        raise CheckpointError(
-            f"{folder} is not empty and is no earlier export; nothing was overwritten, choose another folder"
-        )
+    check_export(folder)
     beside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
         beside.mkdir(parents=True)
@@ -169,6 +166,16 @@ def export(model: Saves, tokenizer: Saves, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(f"the model could not be exported to {folder}: {error}") from error
+
+
+def check_export(folder: Path) -> None:
+    """Raises CheckpointError when an export there would overwrite anything but an earlier export."""
+    if folder.is_file() or (
+        folder.exists() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file()
+    ):
+        raise CheckpointError(
+            f"{folder} is not empty and is no earlier export; nothing was overwritten, choose another folder"
+        )
 
 
 def _write(folder: Path, step: int, tensors: TensorFiles, state: Mapping[str, Any]) -> None:

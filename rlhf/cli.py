@@ -1,11 +1,11 @@
-"""The `rlhf` command: `rlhf train CONFIG [key=value ...]`, `rlhf check CONFIG [key=value ...]`."""
+"""The `rlhf` command: train, check, eval, report, export, doctor."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rlhf.config import Config
@@ -20,19 +20,17 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status 0: done, or stopped on request with all saved. 2: bad input, the message says what."""
-    parser = argparse.ArgumentParser(prog="rlhf", description="Reinforcement learning for language models.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, summary in (
-        ("train", "train as the config says"),
-        ("check", "resolve and check everything that can be known before weights are loaded"),
-    ):
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("config", help="a YAML file, see configs/")
-        command.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="instead of the file's setting"
-        )
-    options = parser.parse_args(arguments)
+    parser = make_parser()
+    options, loose = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one go; those after an option come back here
+    unknown = [text for text in loose if text.startswith("-") or "overrides" not in options]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see rlhf {options.command} --help")
+    if loose:
+        options.overrides += loose
     _quiet_libraries()
+    if options.command not in ("train", "check"):
+        return _say(options)
     try:
         config = load_task(options.config, options.overrides)
         if options.command == "check":
@@ -42,6 +40,104 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _refuse(options.command, error)
     return _run(trainer)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf", description="Reinforcement learning for language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, summary in (
+        ("train", "train as the config says"),
+        ("check", "resolve and check everything that can be known before weights are loaded"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("config", help="a YAML file, see configs/")
+        _add_overrides(command)
+    summary = "accuracy and pass@k of a run, a checkpoint or a model on a dataset, with 95%% intervals"
+    command = commands.add_parser("eval", help=summary, description=summary)
+    command.add_argument("source", help="run folder, checkpoint folder, model folder or hub name")
+    command.add_argument("--config", help="settings of a model that is no run: a YAML file, see configs/")
+    command.add_argument(
+        "--data", help="jsonl or parquet file, or a `datasets` folder; of a run: its data.eval"
+    )
+    command.add_argument(
+        "--reward", action="append", default=[], help="file.py:function, may be repeated; of a run: its own"
+    )
+    command.add_argument("--k", type=_numbers, default=(), help="of pass@k, as 1,8,64")
+    command.add_argument(
+        "--greedy", action="store_true", help="one sample, the most probable token each time"
+    )
+    command.add_argument("--out", help="JSON file for figures and completions; must not exist")
+    _add_overrides(command)
+    summary = "one HTML page of a run, or one that compares several"
+    command = commands.add_parser("report", help=summary, description=summary)
+    command.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    command.add_argument("--out", help="of a comparison; comparison.html when not given")
+    summary = "write a checkpoint in the Hugging Face layout"
+    command = commands.add_parser("export", help=summary, description=summary)
+    command.add_argument("source", help="run folder (its newest checkpoint) or checkpoint folder")
+    command.add_argument("folder", help="where to; empty, not there yet, or an earlier export")
+    command.add_argument(
+        "--adapter", action="store_true", help="the LoRA adapter alone instead of merged weights"
+    )
+    summary = "what is installed, what works here, and what to install for more"
+    commands.add_parser("doctor", help=summary, description=summary)
+    return parser
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    text = "instead of the file's setting"
+    command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"whole numbers with commas between, got {text!r}") from None
+
+
+def _say(options: argparse.Namespace) -> int:
+    """The commands that print lines, each checked before anything long begins."""
+    from rlhf.checkpoint import CheckpointError
+    from rlhf.rewards import RewardError
+
+    try:
+        for line in _lines(options):
+            sys.stdout.write(line + "\n")
+    except (ValueError, CheckpointError, RewardError) as error:
+        return _refuse(options.command, error)
+    return 0
+
+
+def _lines(options: argparse.Namespace) -> Iterable[str]:
+    match options.command:
+        case "eval":
+            from rlhf.commands.evaluate import Request, run_evaluation
+
+            return run_evaluation(
+                Request(
+                    options.source,
+                    config=options.config,
+                    data=options.data,
+                    rewards=tuple(options.reward),
+                    k=options.k,
+                    greedy=options.greedy,
+                    out=options.out,
+                    overrides=tuple(options.overrides),
+                )
+            )
+        case "report":
+            from rlhf.commands.report import run_report
+
+            return run_report(options.runs, options.out)
+        case "export":
+            from rlhf.commands.export import run_export
+
+            return run_export(options.source, options.folder, adapter=options.adapter)
+        case _:
+            from rlhf.commands.doctor import run_doctor
+
+            return run_doctor()
 
 
 def _check(config: Config | RewardModelConfig) -> None:

@@ -317,7 +317,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
     settings = typing.cast(dict[str, Any], tree)
     for override in overrides:
-        _apply(settings, override)
+        apply_override(settings, override)
     return settings
 
 
@@ -329,7 +329,8 @@ def make_config(settings: Mapping[str, Any]) -> Config:
         raise ConfigError("\n".join(explain(error, prefix="", schema=Config))) from None
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Puts `dotted.key=value` into a tree of settings. Raises ConfigError when it is malformed."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"an override is key=value, got {override!r}")

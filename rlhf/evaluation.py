@@ -13,10 +13,10 @@ from rlhf.collector import Sampler
 from rlhf.config import Config
 from rlhf.data import PromptDataset
 from rlhf.distributed import World
+from rlhf.intervals import Z, wilson
 from rlhf.types import Group
 
 SHOWN = 8
-Z = 1.959964
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,9 +70,7 @@ def interval(shares: Sequence[float]) -> tuple[float, float]:
     if variance > 0:
         margin = Z * math.sqrt(variance / n)
         return max(0.0, mean - margin), min(1.0, mean + margin)
-    centre, shrink = mean + Z**2 / (2 * n), 1 + Z**2 / n
-    margin = Z * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    return max(0.0, (centre - margin) / shrink), min(1.0, (centre + margin) / shrink)
+    return wilson(mean, n)
 
 
 def _record(group: Group, config: Config) -> dict[str, Any]:

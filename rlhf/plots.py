@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -53,6 +54,30 @@ def intervals(title: str, steps: Numbers, values: Numbers, bounds: Sequence[tupl
     below = [value - low for value, (low, _) in zip(values, bounds, strict=True)]
     above = [high - value for value, (_, high) in zip(values, bounds, strict=True)]
     axes.errorbar(steps, values, [below, above], fmt="o-", capsize=3, color=COLORS[0])
+    return _as_html(figure, title)
+
+
+class Band(NamedTuple):
+    """A named curve with bounds, which are the curve itself where there is one run."""
+
+    label: str
+    steps: Numbers
+    mean: Numbers
+    low: Numbers
+    high: Numbers
+
+
+def bands(title: str, curves: Sequence[Band]) -> str:
+    """Curves of several runs on one pair of axes, each in the colour of its place; no legend."""
+    figure, axes = _new_figure()
+    for i, band in enumerate(curves):
+        color = COLORS[i % len(COLORS)]
+        # beyond the colours there are, a broken line tells two runs apart
+        style = ("-", "--", ":")[i // len(COLORS) % 3]
+        marker = "o" if len(band.steps) < FEW else ""
+        axes.plot(band.steps, band.mean, style, color=color, marker=marker, markersize=3)
+        if tuple(band.low) != tuple(band.high):
+            axes.fill_between(band.steps, band.low, band.high, color=color, alpha=0.2, linewidth=0)
     return _as_html(figure, title)
 
 

@@ -67,6 +67,8 @@ svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
 blockquote { margin: .2rem 0 .6rem; padding: .4rem .8rem; background: var(--soft); border-radius: .3rem;
   white-space: pre-wrap; overflow-wrap: anywhere; max-height: 16rem; overflow-y: auto; }
 pre { padding: .8rem; background: var(--soft); overflow-x: auto; font-size: .9rem; }
+.wide { overflow-x: auto; } .legend span { margin-right: 1.5rem; white-space: nowrap; }
+.swatch { display: inline-block; width: 1.4rem; vertical-align: middle; }
 .right { color: #0ca678; } .wrong { color: #e5484d; } .note { opacity: .75; }
 """
 

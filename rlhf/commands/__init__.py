@@ -1,0 +1,1 @@
+"""What the `rlhf` command does beside training: evaluate, report, export, and say what is installed."""

@@ -1,0 +1,30 @@
+"""`rlhf report`: the page of one run anew, or one that compares several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rlhf.report import closing_summary, write_report
+from rlhf.run_folder import RunFolder, RunFolderError
+
+
+def run_report(folders: Sequence[str], out: str | None) -> Iterator[str]:
+    """The lines to show. Raises RunFolderError: a folder holds no run, or a file would be overwritten."""
+    from rlhf.comparison import read_run, write_comparison
+
+    paths = [Path(folder).expanduser() for folder in folders]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise RunFolderError(f"a run is compared with others, not with itself; got {' '.join(folders)}")
+    for path in paths:
+        read_run(path)
+    if len(paths) == 1:
+        if out is not None:
+            raise RunFolderError("--out is for comparisons; the page of one run is RUN/report.html")
+        run = RunFolder(paths[0])
+        write_report(run)
+        yield closing_summary(run)
+        return
+    target = Path(out or "comparison.html").expanduser()
+    write_comparison(paths, target)
+    yield f"{len(paths)} runs compared in {target}"

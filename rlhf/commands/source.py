@@ -1,0 +1,103 @@
+"""What a person names on the command line: a run, one of its checkpoints, or a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf import checkpoint
+from rlhf.checkpoint import CheckpointError
+from rlhf.config import ModelConfig
+from rlhf.lora import Adapter
+from rlhf.pretrained import ModelError, load_model, local_or_hub
+from rlhf.run_folder import RunFolder
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where weights come from. Example: `Source("runs/a", Path("runs/a/checkpoints/step_000020"),
+    Path("runs/a/config.yaml"))`, or `Source("Qwen/Qwen2.5-0.5B", None, None)`."""
+
+    name: str
+    checkpoint: Path | None
+    config: Path | None
+    """Settings of the run that the checkpoint is of."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A model ready to sample from, and its adapter where a run trained one."""
+
+    model: PreTrainedModel
+    adapter: Adapter | None
+
+
+def find_source(name: str) -> Source:
+    """A run folder means its newest checkpoint that is whole.
+
+    Raises ModelError, RunFolderError or CheckpointError: there is nothing of that name, or nothing in it.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return Source(local_or_hub(name), None, None)
+    if (folder / checkpoint.MANIFEST).is_file():
+        return Source(name, folder, _config_of(RunFolder(folder.resolve().parent.parent), folder))
+    run = RunFolder(folder)
+    if run.config.is_file() or run.checkpoints.is_dir():
+        newest = checkpoint.latest(run.checkpoints)
+        if newest is None:
+            raise CheckpointError(f"{folder} is a run without a checkpoint that can be read; train it first")
+        return Source(name, newest, _config_of(run, newest))
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds a LoRA adapter alone; give the merged model (of a run of ours: RUN/model), "
+            "or the checkpoint"
+        )
+    return Source(local_or_hub(name), None, None)
+
+
+def load_weights(source: Source, section: ModelConfig, device: torch.device, *, seed: int) -> Weights:
+    """The model of `section` with the weights of the checkpoint, if there is one, in `section.dtype`.
+
+    Raises ModelError or CheckpointError.
+    """
+    saved = None if source.checkpoint is None else checkpoint.load(source.checkpoint, device=device)
+    model = load_model(section.path, device)
+    adapter = None if section.lora is None else Adapter(model, section.lora, seed=seed)
+    if saved is not None:
+        _copy(model, saved.tensors["policy.model"], str(source.checkpoint))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+        parameter.data = parameter.data.to(getattr(torch, section.dtype))
+    if adapter is None:
+        return Weights(model, None)
+    adapter.merge()
+    return Weights(adapter.merged, adapter)
+
+
+@torch.no_grad()
+def _copy(model: nn.Module, saved: Mapping[str, Tensor], where: str) -> None:
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(trained) != set(saved):
+        odd = sorted(set(trained) ^ set(saved))[:3]
+        raise CheckpointError(f"{where} is of another model: {', '.join(odd)} is in one of the two only")
+    for name, parameter in trained.items():
+        weight = saved[name]
+        if weight.shape != parameter.shape:
+            raise CheckpointError(
+                f"{where}: {name} is {list(weight.shape)} there and {list(parameter.shape)} in the model"
+            )
+        parameter.copy_(weight)
+
+
+def _config_of(run: RunFolder, found: Path) -> Path:
+    if not run.config.is_file():
+        raise CheckpointError(
+            f"{found} is a checkpoint, but its run's {run.config} is missing, which says of what model"
+        )
+    return run.config

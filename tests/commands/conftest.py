@@ -1,0 +1,24 @@
+"""One short run of a tiny model, which the commands look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import bandit_settings, train
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """Two steps with held-out prompts; its folder is only read."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(short_settings(folder, tiny_model_dir))
+    return folder / "run"
+
+
+def short_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, Any]:
+    settings = bandit_settings(folder, model_dir, checkpoint={"export": True}, **changes)
+    settings["data"]["eval"] = settings["data"]["train"]
+    return settings | {"steps": 2, "eval": {"samples": 4, "max_prompts": 6}}

@@ -1,0 +1,119 @@
+"""`rlhf eval`: what it measures, of what, and what it refuses before weights are loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.cli import main
+from rlhf.commands.evaluate import Request, evaluation_config, measure
+from rlhf.commands.source import Source, find_source
+from tests.support import group
+
+RIGHT = """
+def has_a(completions, **_):
+    return [float("a" in text) for text in completions]
+"""
+
+
+def test_a_checkpoint_its_run_and_its_export_are_measured_alike(finished_run: Path, tmp_path: Path, capsys):
+    checkpoint = finished_run / "checkpoints" / "step_000002"
+    model = [str(finished_run / "model"), "--config", str(finished_run / "config.yaml")]
+    data = ["--data", str(finished_run.parent / "train.jsonl")]
+    reports: list[dict[str, Any]] = []
+    for i, source in enumerate(([str(finished_run)], [str(checkpoint)], [*model, *data])):
+        out = tmp_path / f"{i}.json"
+        assert main(["eval", *source, "--out", str(out)]) == 0, capsys.readouterr().err
+        reports.append(json.loads(out.read_text()))
+    texts = [[c["text"] for r in report["records"] for c in r["completions"]] for report in reports]
+    assert texts[0] == texts[1] == texts[2] and len(texts[0]) == 6 * 4
+    assert reports[0]["weights"] == str(checkpoint)
+    said = capsys.readouterr().out
+    assert "6 prompts x 4 samples" in said and "pass@4" in said and "6 prompts are few" in said
+
+
+def test_another_engine_greedy_takes_one_sample_and_agrees(finished_run: Path, tmp_path: Path):
+    texts: list[list[str]] = []
+    for engine in ("native", "hf"):
+        out = tmp_path / f"{engine}.json"
+        assert (
+            main(["eval", str(finished_run), "--greedy", "--out", str(out), f"rollout.engine={engine}"]) == 0
+        )
+        report = json.loads(out.read_text())
+        assert report["samples"] == 1
+        texts.append([r["completions"][0]["text"] for r in report["records"]])
+    assert texts[0] == texts[1]
+
+
+def test_a_plain_model_needs_data_and_a_reward_alone(tiny_model_dir: Path, tmp_path: Path, capsys):
+    (tmp_path / "reward.py").write_text(RIGHT)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "say a:"}\n{"prompt": "say b:"}\n')
+    command = ["eval", str(tiny_model_dir), "--data", f"{tmp_path}/data.jsonl", "--reward"]
+    command += [f"{tmp_path}/reward.py:has_a", "--k", "1,2", "eval.samples=2"]
+    command += ["rollout.max_completion_tokens=4", "model.dtype=float32", "data.max_prompt_tokens=64"]
+    assert main(command) == 0, capsys.readouterr().err
+    assert "pass@2" in capsys.readouterr().out
+
+
+def test_the_figures_by_hand():
+    config = evaluation_config(
+        Request("m", data="d.jsonl", rewards=("r.py:f",), overrides=("eval.samples=4",)),
+        Source("m", None, None),
+    )
+    groups = [
+        group("a", [1], [[5], [6], [7], [8]], [1.0, 1.0, 1.0, 1.0]),
+        group("b", [1], [[5, 6], [6, 7], [7, 8], [8, 9]], [0.0, 0.0, 1.0, None]),
+    ]
+    measured = measure(groups, config, [1, 2], Source("m", None, None))
+    assert measured.accuracy.value == (1.0 + 0.25) / 2
+    # of 4 samples with 1 right, two drawn miss it in 3 of 6 ways
+    assert measured.pass_at[2].value == (1.0 + 0.5) / 2
+    assert measured.reward == 5 / 7 and measured.unscored == 1
+    assert measured.mean_tokens == 1.5 and measured.truncated == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "--k", "8"], "pass@8 is estimated from 8 samples a prompt at least, eval.samples is 4"),
+        (["RUN", "--out", "TAKEN"], "exists already"),
+        (["RUN", "rollout.group_sise=3"], "did you mean rollout.group_size"),
+        (["RUN", "--reward", "nowhere.py:f"], "nowhere.py"),
+        (["RUN", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["MODEL"], "nothing to evaluate on"),
+        (["MODEL", "--data", "x.jsonl"], "nothing says what is right"),
+        (["./nowhere"], "there is no model folder"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_weights_are_loaded(
+    finished_run: Path, tiny_model_dir: Path, tmp_path: Path, arguments, message, capsys, monkeypatch
+):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    (tmp_path / "taken.json").write_text("{}")
+    names = {"RUN": finished_run, "MODEL": tiny_model_dir, "TAKEN": tmp_path / "taken.json"}
+    assert main(["eval", *(str(names.get(a, a)) for a in arguments)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("rlhf eval: ") and message in said, said
+    assert (tmp_path / "taken.json").read_text() == "{}"
+
+
+def test_a_run_without_a_checkpoint_and_a_lone_adapter_are_named(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
+    with pytest.raises(RuntimeError, match="without a checkpoint"):
+        find_source(str(tmp_path / "run"))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="LoRA adapter alone"):
+        find_source(str(tmp_path / "adapter"))
+
+
+def test_options_may_stand_between_settings(finished_run: Path, capsys):
+    assert main(["eval", str(finished_run), "eval.samples=2", "--k", "1", "eval.max_prompts=2"]) == 0
+    assert "2 prompts x 2 samples" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["eval", str(finished_run), "--grredy"])
+    assert "--grredy" in capsys.readouterr().err
