@@ -62,6 +62,7 @@ def main() -> None:
             os._exit(status)
     os.close(its_output)
     os.close(settings["data"])
+    os.close(settings["progress"])
     keeper = Keeper(worker, settings, output)
     ended = None
     try:
@@ -91,7 +92,7 @@ def _become_worker(settings: dict[str, Any], libc: ctypes.CDLL, output: int) -> 
     sys.argv[:] = ["reward"]
     from rlhf.rewards.worker import serve
 
-    serve(settings["data"])
+    serve(settings["data"], settings["progress"])
 
 
 class Keeper:

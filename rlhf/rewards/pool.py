@@ -11,7 +11,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.rewards.plugin import RewardSpec, Signature
@@ -199,7 +199,7 @@ class Pool:
             for number, answer in worker.run(arguments, is_async=self.signature.is_async):
                 self._answered(unanswered.pop(number), answer)
         except WorkerLost as lost:
-            self._lost(list(unanswered.values()), lost)
+            self._lost(unanswered, lost)
             return False
         finally:
             with self._changed:
@@ -221,17 +221,23 @@ class Pool:
         else:
             self._fail(call, Failure("exception", answer["raised"], answer["traceback"]), seconds)
 
-    def _lost(self, unanswered: list[Call], lost: WorkerLost) -> None:
-        """The call under way is to blame; of several at once each is tried by itself."""
+    def _lost(self, unanswered: dict[int, Call], lost: WorkerLost) -> None:
+        """The call under way is to blame; where that may be one of several, each is made again by itself.
+
+        Several: those of an async function, and those whose answers were not sent when the worker died.
+        """
         assert self.signature is not None
         if self._closing:
             return
-        if self.signature.is_async and len(unanswered) > 1:
-            again = [Call(c.samples, c.arguments, c.finish, c.is_wanted, alone=True) for c in unanswered]
+        under_way = lost.call if lost.call in unanswered else min(unanswered)
+        exact = lost.kind == "timeout" or under_way == min(unanswered)
+        if len(unanswered) > 1 and (self.signature.is_async or not exact):
+            last = max(unanswered) if self.signature.is_async else under_way
+            again = [replace(c, alone=True) if i <= last else c for i, c in unanswered.items()]
             self._requeue(again)
             return
-        culprit, *others = unanswered
-        self._requeue(others)
+        culprit = unanswered.pop(under_way)
+        self._requeue(list(unanswered.values()))
         seconds = self.spec.timeout * len(culprit.samples)
         message = _slow(seconds) if lost.kind == "timeout" else str(lost)
         self._fail(culprit, Failure(lost.kind, message, lost.output), seconds)

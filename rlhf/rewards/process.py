@@ -20,6 +20,7 @@ from typing import Any, NoReturn, cast
 
 from rlhf.rewards.keeper import SLOW
 from rlhf.rewards.plugin import RewardSpec, Signature
+from rlhf.rewards.progress import Progress
 
 KEEPER = Path(__file__).with_name("keeper.py")
 START_SECONDS = 300.0
@@ -36,11 +37,14 @@ RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", 
 
 
 class WorkerLost(Exception):
-    """The process is gone. `kind`: "timeout" or "died"; the message says how; `output`: its last words."""
+    """The process is gone. `kind`: "timeout" or "died"; the message says how; `output`: its last words.
 
-    def __init__(self, kind: str, message: str, output: str = "") -> None:
+    `call`: the number of the call that was under way; None: of several, or of none that is known.
+    """
+
+    def __init__(self, kind: str, message: str, output: str, call: int | None) -> None:
         super().__init__(message)
-        self.kind, self.output = kind, output
+        self.kind, self.output, self.call = kind, output, call
 
 
 class StartError(ValueError):
@@ -54,6 +58,8 @@ class WorkerProcess:
         self.name, self.spec, self._log = name, spec, log
         self._data, its_data = socket.socketpair()
         self._line, its_line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._progress = Progress()
+        self._job = 0
         self._unread = b""
         self._both, self._answers = select.poll(), select.poll()
         for poll in (self._both, self._answers):
@@ -64,6 +70,7 @@ class WorkerProcess:
         self._folder = Path(tempfile.gettempdir()) / f"reward-{uuid.uuid4().hex[:12]}"
         settings = {
             "data": its_data.fileno(),
+            "progress": self._progress.descriptor,
             "line": its_line.fileno(),
             "cwd": str(self._folder),
             "memory": int(spec.memory_gib * 2**30),
@@ -73,7 +80,7 @@ class WorkerProcess:
         with its_data, its_line:
             self._keeper = subprocess.Popen(
                 [sys.executable, "-P", str(KEEPER), json.dumps(settings)],
-                pass_fds=(its_data.fileno(), its_line.fileno()),
+                pass_fds=(its_data.fileno(), its_line.fileno(), self._progress.descriptor),
                 env=_environment(spec),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -101,15 +108,25 @@ class WorkerProcess:
     def run(self, calls: Sequence[Mapping[str, Any]], *, is_async: bool) -> Iterator[tuple[int, Any]]:
         """Number and answer of each call, as they come. Raises WorkerLost; the process is then gone.
 
-        A call has the deadline of its samples, from the answer before it on; of an async function the worker
-        itself holds the deadlines, and the trainer's is a second later.
+        A call has the deadline of its samples, from its beginning on; of an async function the worker itself
+        holds the deadlines, and the trainer's is a second later.
         """
-        self._send(calls)
-        samples = [len(arguments["completions"]) for arguments in calls]
+        self._job += 1
+        self._send((self._job, calls))
+        seconds = [self.spec.timeout * len(arguments["completions"]) for arguments in calls]
+        last = time.monotonic() + sum(seconds)
         missing = set(range(len(calls)))
         for number in range(len(calls)):
-            seconds = self.spec.timeout * (max(samples) if is_async else samples[number])
-            answer = self._receive(time.monotonic() + seconds + (1.0 if is_async else 0.0))
+
+            def later(number: int = number) -> float:
+                """The deadline of the call under way: it may be one after `number`, whose answer waits."""
+                call, since = self._progress.under_way(self._job) or (-1, 0.0)
+                return min(last, since + seconds[call]) if number <= call < len(seconds) else 0.0
+
+            if is_async:
+                answer = self._receive(time.monotonic() + max(seconds) + 1.0)
+            else:
+                answer = self._receive(time.monotonic() + seconds[number], later)
             place = answer.get("call")
             if not isinstance(place, int) or place not in (missing if is_async else {number}):
                 self._lose("died", f"it sent what is no answer: {answer!r:.200}")
@@ -124,6 +141,7 @@ class WorkerProcess:
         """Kills the worker and all it started, and waits until they are gone."""
         self._line.close()
         self._data.close()
+        self._progress.close()
         try:
             self._keeper.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -140,8 +158,11 @@ class WorkerProcess:
             # it ended before it had read all; what follows finds out how
             return
 
-    def _receive(self, deadline: float) -> dict[str, Any]:
-        """The next answer. Raises WorkerLost when it does not come, with the process ended."""
+    def _receive(self, deadline: float, later: Callable[[], float] = lambda: 0.0) -> dict[str, Any]:
+        """The next answer. Raises WorkerLost when it does not come, with the process ended.
+
+        `later` is asked for another deadline when the first is over.
+        """
         while b"\n" not in self._unread:
             left = deadline - time.monotonic()
             ready = self._wait(left)
@@ -151,7 +172,7 @@ class WorkerProcess:
                 self._read()
             elif self._ended is not None:
                 self._lose("died", self._ended)
-            elif left <= 0:
+            elif left <= 0 and (deadline := later()) <= time.monotonic():
                 self._give_up()
         line, _, self._unread = self._unread.partition(b"\n")
         try:
@@ -213,8 +234,9 @@ class WorkerProcess:
         self._lose("timeout" if reason == SLOW else "died", reason)
 
     def _lose(self, kind: str, message: str) -> NoReturn:
+        call, _ = self._progress.under_way(self._job) or (None, 0.0)
         self.end()
-        raise WorkerLost(kind, message, self._tail)
+        raise WorkerLost(kind, message, self._tail, call)
 
 
 def _refusal(name: str, answer: Mapping[str, Any]) -> str:

@@ -23,8 +23,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from rlhf.rewards.plugin import Reward, RewardSpec, load_reward
+from rlhf.rewards.progress import Progress
 from rlhf.rewards.values import WrongReturn, is_finite, read_scores, read_values, run_now
 
+SEND_SECONDS = 0.02
+"""How long an answer may wait for others to be sent with it."""
 LONGEST_TEXT = 8000
 """Of a message or a traceback, in characters."""
 
@@ -34,45 +37,67 @@ OURS = {"rlhf.plugins", "rlhf.rewards.plugin", "rlhf.rewards.worker"}
 Answer = dict[str, Any]
 
 
-def serve(connection: int) -> None:
+def serve(connection: int, progress: int) -> None:
     """Runs until the other end of the socket `connection` is closed."""
     os.set_inheritable(connection, False)
+    os.set_inheritable(progress, False)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=False)
     with socket.socket(fileno=connection) as trainer, trainer.makefile("rb") as requests:
-
-        def answer(message: Answer) -> None:
-            trainer.sendall(json.dumps(message).encode() + b"\n")
-
+        answers = Answers(trainer)
         name, spec = pickle.load(requests)
         try:
-            worker = Worker(name, spec, load_reward(spec))
+            worker = Worker(name, spec, load_reward(spec), answers, Progress(progress))
         except BaseException as error:
             # whatever the user's module does when it is imported, the trainer is told
             refused = str(error) if isinstance(error, ValueError) and _is_ours(error) else None
-            answer({"refused": refused, **describe(error)})
+            answers.add({"refused": refused, **describe(error)})
+            answers.send()
             return
-        answer({"ready": asdict(worker.reward.signature)})
+        answers.add({"ready": asdict(worker.reward.signature)})
+        answers.send()
         while True:
             try:
-                job: list[dict[str, Any]] = pickle.load(requests)
+                number, job = pickle.load(requests)
             except EOFError:
                 return
-            worker.run(job, answer)
+            worker.run(number, job)
+
+
+class Answers:
+    """Lines of JSON on their way to the trainer, several at a time: each one wakes it up."""
+
+    def __init__(self, trainer: socket.socket) -> None:
+        self.trainer, self.waiting, self.sent_at = trainer, b"", 0.0
+
+    def add(self, answer: Answer) -> None:
+        self.waiting += json.dumps(answer).encode() + b"\n"
+
+    def send_if_due(self) -> None:
+        if time.monotonic() - self.sent_at > SEND_SECONDS:
+            self.send()
+
+    def send(self) -> None:
+        self.trainer.sendall(self.waiting)
+        self.waiting, self.sent_at = b"", time.monotonic()
 
 
 class Worker:
     """Answers the calls of a job: in order, or, of an async function, several at once."""
 
-    def __init__(self, name: str, spec: RewardSpec, reward: Reward) -> None:
+    def __init__(
+        self, name: str, spec: RewardSpec, reward: Reward, answers: Answers, progress: Progress
+    ) -> None:
         self.name, self.spec, self.reward = name, spec, reward
+        self.answers, self.progress = answers, progress
 
-    def run(self, job: Sequence[Mapping[str, Any]], answer: Any) -> None:
+    def run(self, number: int, job: Sequence[Mapping[str, Any]]) -> None:
+        allow_cpu_seconds(self.spec.timeout * sum(len(arguments["completions"]) for arguments in job))
         if self.reward.signature.is_async:
-            run_now(self._run_together(job, answer))
+            run_now(self._run_together(job))
             return
-        for number, arguments in enumerate(job):
-            allow_cpu_seconds(self.spec.timeout * len(arguments["completions"]))
+        for call, arguments in enumerate(job):
+            self.progress.begin(number, call)
             started = time.perf_counter()
             try:
                 returned = self.reward(_state(arguments))
@@ -82,12 +107,14 @@ class Worker:
             except BaseException as error:
                 # a function may raise anything, SystemExit included, and the others go on
                 result = describe(error)
-            answer({"call": number, "seconds": time.perf_counter() - started, **result})
+            self.answers.add({"call": call, "seconds": time.perf_counter() - started, **result})
+            self.answers.send_if_due()
+        self.answers.send()
 
-    async def _run_together(self, job: Sequence[Mapping[str, Any]], answer: Any) -> None:
+    async def _run_together(self, job: Sequence[Mapping[str, Any]]) -> None:
         import asyncio
 
-        async def one(number: int, arguments: Mapping[str, Any]) -> None:
+        async def one(call: int, arguments: Mapping[str, Any]) -> None:
             async with room:
                 started = time.perf_counter()
                 seconds = self.spec.timeout * len(arguments["completions"])
@@ -98,11 +125,11 @@ class Worker:
                 except BaseException as error:
                     timed_out = isinstance(error, TimeoutError) and limit.expired()
                     result = {"timeout": seconds} if timed_out else describe(error)
-                answer({"call": number, "seconds": time.perf_counter() - started, **result})
+                self.answers.add({"call": call, "seconds": time.perf_counter() - started, **result})
+                self.answers.send()
 
-        allow_cpu_seconds(self.spec.timeout * sum(len(arguments["completions"]) for arguments in job))
         room = asyncio.Semaphore(self.spec.concurrency)
-        await asyncio.gather(*(one(number, arguments) for number, arguments in enumerate(job)))
+        await asyncio.gather(*(one(call, arguments) for call, arguments in enumerate(job)))
 
     def _read(self, returned: object, arguments: Mapping[str, Any]) -> Answer:
         """`scores` has None where a value is no finite number; `cause` is the first such, by its place."""

@@ -250,7 +250,7 @@ numbers = st.lists(st.integers(-8, 8).map(float), min_size=1, max_size=6)
 
 
 @given(groups=st.lists(numbers, min_size=2, max_size=6), cut=st.integers(1, 5))
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_metrics_do_not_depend_on_how_groups_are_dealt_to_ranks(
     two: Rewards, groups: list[list[float]], cut: int
 ) -> None:
