@@ -1,11 +1,14 @@
-"""Rewards that need nothing but the completion's text and, for two of them, the column `answer`."""
+"""Rewards that need nothing but the completion and, for two of them, the column `answer`."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
+
+FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 Completion = str | Sequence[Mapping[str, Any]]
 
@@ -51,6 +54,35 @@ def format_match(completions: Sequence[Completion], pattern: str | Sequence[str]
     return [float(form.fullmatch(completion_text(completion)) is not None) for completion in completions]
 
 
+def json_match(completions: Sequence[Completion], schema: Mapping[str, Any] | None = None) -> list[float]:
+    """1 where the completion is JSON, alone or in one fenced block, that keeps to the JSON schema; else 0.
+
+    Without `schema` any JSON will do. Needs the package `jsonschema` (extra `rewards`) for a schema.
+    Raises jsonschema.SchemaError when the schema is none.
+    """
+    check = _schema_check(schema) if schema is not None else lambda _: True
+    return [float(_is_json(completion_text(completion), check)) for completion in completions]
+
+
+def length(
+    completion_ids: Sequence[Sequence[int]], target: int | None = None, scale: float = 1.0
+) -> list[float]:
+    """Minus the tokens of the completion, or minus how far they are from `target`, divided by `scale`."""
+    goal = 0 if target is None else target
+    return [-abs(len(ids) - goal) / scale for ids in completion_ids]
+
+
+def overlong(completion_ids: Sequence[Sequence[int]], max_tokens: int, cache: int) -> list[float]:
+    """0 up to `max_tokens - cache` tokens, then down in a line to -1 at `max_tokens` (DAPO, arXiv:2503.14476
+    eq. 13). `algorithm.overlong_cache` does the same to the weighted sum; this is an objective of its own.
+
+    Raises ValueError unless 0 < cache <= max_tokens.
+    """
+    if not 0 < cache <= max_tokens:
+        raise ValueError(f"overlong needs 0 < cache <= max_tokens, got {cache} and {max_tokens}")
+    return [min(0.0, max(-1.0, (max_tokens - cache - len(ids)) / cache)) for ids in completion_ids]
+
+
 def completion_text(completion: Completion) -> str:
     """What the policy wrote: the text itself, or the content of the last message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
@@ -60,6 +92,28 @@ def last_number(text: str) -> Decimal | None:
     """The last number in `text`, None without one. `last_number("3 + 5 = 8.0!") == 8`."""
     found = NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
+
+
+def _is_json(text: str, check: Callable[[Any], bool]) -> bool:
+    fenced = FENCED.fullmatch(text.strip())
+    try:
+        value = json.loads(fenced[1] if fenced else text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError):
+        return False
+    return check(value)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _schema_check(schema: Mapping[str, Any]) -> Callable[[Any], bool]:
+    import jsonschema  # pyright: ignore[reportMissingTypeStubs]
+
+    library: Any = jsonschema
+    kind = library.validators.validator_for(schema, default=library.Draft202012Validator)
+    kind.check_schema(schema)
+    return kind(schema).is_valid
 
 
 def _tags(names: Sequence[str]) -> str:

@@ -29,6 +29,15 @@ BUILT_IN = {
     "numeric_match": "rlhf.rewards.builtin:numeric_match",
     "exact_match": "rlhf.rewards.builtin:exact_match",
     "format_match": "rlhf.rewards.builtin:format_match",
+    "json_match": "rlhf.rewards.builtin:json_match",
+    "length": "rlhf.rewards.builtin:length",
+    "overlong": "rlhf.rewards.builtin:overlong",
+    "math_match": "rlhf.rewards.mathematics:math_match",
+    "gym": "rlhf.rewards.gym:score",
+    "code": "rlhf.rewards.code:CodeReward",
+    "reward_model": "rlhf.rewards.model:RewardModel",
+    "remote": "rlhf.rewards.remote:RemoteReward",
+    "judge": "rlhf.rewards.remote:LLMJudge",
 }
 
 

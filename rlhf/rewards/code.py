@@ -1,0 +1,68 @@
+"""Programs that a policy writes, judged by what they do: `sandbox.py` runs them, and says how safely.
+
+The program is the last fenced block of the completion (```python ... ```), or all of it when there is none.
+The column `tests` holds either Python that raises when something is wrong (asserts, appended to the program),
+or a list of `{"input": ..., "output": ...}`: what the program reads and what it must print.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from rlhf.rewards.builtin import Completion, completion_text
+from rlhf.rewards.sandbox import PROTECTS, Limits, isolation, run_python
+
+logger = logging.getLogger(__name__)
+
+BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+DONE = "the tests have run to their end"
+
+
+class CodeReward:
+    """The share of tests that pass; asserts are one test."""
+
+    def __init__(self, seconds: float = 5.0, memory_mib: int = 512, require_namespaces: bool = False) -> None:
+        """`seconds` are those of one test: the function's `timeout` must leave room for all of a sample.
+
+        Raises RuntimeError when namespaces are required and this system allows none.
+        """
+        self.limits = Limits(seconds=seconds, memory_mib=memory_mib)
+        level = isolation()
+        logger.warning("generated programs run with: %s (%s)", level, PROTECTS[level])
+        if require_namespaces and "namespaces" not in level.split(", "):
+            raise RuntimeError(f"require_namespaces is set, but this system allows only: {PROTECTS[level]}")
+
+    def __call__(
+        self, completions: Sequence[Completion], tests: Sequence[str | Sequence[Mapping[str, str]]]
+    ) -> list[float]:
+        return [
+            self.share_passed(program_of(completion_text(completion)), checks)
+            for completion, checks in zip(completions, tests, strict=True)
+        ]
+
+    def share_passed(self, program: str, tests: str | Sequence[Mapping[str, str]]) -> float:
+        if isinstance(tests, str):
+            return float(self._asserts_hold(program, tests))
+        if not tests:
+            raise ValueError("a sample without tests cannot be judged: its column 'tests' is an empty list")
+        return sum(self._prints(program, test) for test in tests) / len(tests)
+
+    def _asserts_hold(self, program: str, tests: str) -> bool:
+        """The tests must have been reached: a program that ends before them has passed none."""
+        result = run_python(f"{program}\n\n{tests}\nprint({DONE!r})\n", self.limits)
+        return result.status == 0 and not result.ended and result.output.rstrip().endswith(DONE)
+
+    def _prints(self, program: str, test: Mapping[str, str]) -> bool:
+        result = run_python(program, self.limits, standard_input=str(test["input"]))
+        expected = [line.rstrip() for line in str(test["output"]).rstrip().splitlines()]
+        printed = [line.rstrip() for line in result.output.rstrip().splitlines()]
+        return result.status == 0 and not result.ended and printed == expected
+
+
+def program_of(text: str) -> str:
+    """The last fenced block, or the whole text."""
+    blocks = cast(list[Any], BLOCK.findall(text))
+    return str(blocks[-1]) if blocks else text

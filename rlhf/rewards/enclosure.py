@@ -1,0 +1,103 @@
+"""The launcher of a generated program: closes itself in, step by step, and becomes the program.
+
+Run as a file with one argument, its settings as JSON (`sandbox.py` has them). It imports little, because
+every program starts with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+from typing import Any
+
+LEVELS = ("nobody, namespaces", "namespaces", "limits only")
+"""What may be in force, the safest first."""
+CLONE = {"mount": 0x20000, "uts": 0x04000000, "ipc": 0x08000000, "user": 0x10000000, "pid": 0x20000000}
+CLONE_NET = 0x40000000
+NOBODY = 65534
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
+MS_REC, MS_PRIVATE = 0x4000, 1 << 18
+MS_CLOSED = 1 | 2 | 4 | 8
+"""Read-only, no set-user-id, no devices, no programs."""
+MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
+
+
+def launch(settings: dict[str, Any]) -> None:
+    """In the launcher: closes itself in and becomes the program, or, in namespaces, has its child do it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_CPU, int(settings["seconds"]) + 1)
+    _limit(resource.RLIMIT_FSIZE, settings["file"])
+    _limit(resource.RLIMIT_NOFILE, 256)
+    if settings["level"] == LEVELS[-1]:
+        _become(settings, libc)
+    if settings["level"] == LEVELS[0]:
+        os.setgroups([])
+        os.setgid(NOBODY)
+        os.setuid(NOBODY)
+        # a change of user makes /proc/self another's
+        _check(libc, libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
+    user, group = os.getuid(), os.getgid()
+    _check(libc, libc.unshare(sum(CLONE.values()) | CLONE_NET), "unshare")
+    _write("/proc/self/setgroups", "deny")
+    _write("/proc/self/uid_map", f"{NOBODY} {user} 1")
+    _write("/proc/self/gid_map", f"{NOBODY} {group} 1")
+    child = os.fork()
+    if child:
+        _, status = os.waitpid(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if code < 0:
+            # this process has the same end, so that whoever waits for it sees the signal
+            os.kill(os.getpid(), -code)
+        os._exit(code)
+    _close_files(libc, settings["folder"])
+    _become(settings, libc)
+
+
+def _close_files(libc: Any, folder: str) -> None:
+    """Every mount read-only but an own, small one over the folder, which keeps the program."""
+    with open(os.path.join(folder, "program.py"), "rb") as file:
+        program = file.read()
+    _check(libc, libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "mount")
+    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
+    size = ctypes.sizeof(attributes)
+    done = libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, ctypes.byref(attributes), size)
+    _check(libc, done, "mount_setattr")
+    mounted = libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=32m,mode=777")
+    _check(libc, mounted, "mount")
+    # read-only: for the system's root, settings of the kernel would be writable there
+    _check(libc, libc.mount(b"proc", b"/proc", b"proc", MS_CLOSED, None), "mount")
+    os.chdir(folder)
+    with open("program.py", "wb") as file:
+        file.write(program)
+
+
+def _become(settings: dict[str, Any], libc: Any) -> None:
+    _limit(resource.RLIMIT_AS, settings["memory"])
+    if settings["level"] != LEVELS[-1] or os.getuid():
+        _limit(resource.RLIMIT_NPROC, settings["processes"])
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    os.execve(settings["python"], [settings["python"], "-I", "-S", "program.py"], {"LANG": "C.UTF-8"})
+
+
+def _limit(what: int, most: int) -> None:
+    resource.setrlimit(what, (most, most))
+
+
+def _check(libc: Any, result: int, what: str) -> None:
+    if result != 0:
+        raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+if __name__ == "__main__":
+    launch(json.loads(sys.argv[1]))

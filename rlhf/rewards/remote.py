@@ -1,0 +1,224 @@
+"""Rewards from elsewhere over HTTP: a service of one's own in batches, and a language model as a judge.
+
+Requests are made in a worker, so a service that hangs costs samples and nothing more. What may pass (a
+refused or dropped connection, a time limit, status 408, 425, 429 and 5xx) is tried again, with pauses that
+double and vary at random; a request keeps its `Idempotency-Key`, so a service can tell a repeated one. Other
+statuses are errors at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+from rlhf.rewards.builtin import Completion, completion_text
+
+TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+LONGEST_ANSWER = 1 << 24
+
+
+class RemoteError(RuntimeError):
+    """The service gave no answer, or none that can be used."""
+
+
+class Client:
+    """POSTs JSON to one address over one connection, which it keeps open and makes anew when it is lost."""
+
+    def __init__(
+        self, url: str, *, headers: Mapping[str, str], seconds: float, attempts: int, pause: float
+    ) -> None:
+        """Raises ValueError for what is no http or https address."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"expected an address like http://host:8000/score, got {url!r}")
+        self.url, self.headers = url, {"Content-Type": "application/json", **headers}
+        self.seconds, self.attempts, self.pause = seconds, attempts, pause
+        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._place = parts.netloc.rpartition("@")[2]
+        self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._connection: http.client.HTTPConnection | None = None
+
+    def post(self, payload: object) -> Any:
+        """The answer, decoded. Raises RemoteError, with what happened at the last attempt."""
+        body = json.dumps(payload).encode()
+        headers = {**self.headers, "Idempotency-Key": hashlib.sha256(body).hexdigest()}
+        problem = ""
+        for attempt in range(self.attempts):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+            try:
+                status, text = self._send(body, headers)
+            except (OSError, http.client.HTTPException) as error:
+                self._drop()
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if status == 200:
+                return _decoded(self.url, text)
+            problem = f"status {status}: {text[:500].decode(errors='replace')}"
+            if status not in TRY_AGAIN:
+                raise RemoteError(f"{self.url}: {problem}")
+        raise RemoteError(f"{self.url}: no answer in {self.attempts} attempts, the last: {problem}")
+
+    def _send(self, body: bytes, headers: Mapping[str, str]) -> tuple[int, bytes]:
+        if self._connection is None:
+            self._connection = self._kind(self._place, timeout=self.seconds)
+        self._connection.request("POST", self._path, body, dict(headers))
+        response = self._connection.getresponse()
+        text = response.read(LONGEST_ANSWER)
+        if response.will_close or not response.isclosed():
+            self._drop()
+        return response.status, text
+
+    def _drop(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+
+class RemoteReward:
+    """Has a service score: `{"samples": [{"prompt", "completion", ...columns}]}` -> `{"scores": [...]}`.
+
+    `batch` of the function is how many samples a request has; `workers` how many requests are made at once.
+    A score is what a function may return: a number, an object of numbers by objective, or null.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        seconds: float = 5.0,
+        attempts: int = 4,
+        pause: float = 0.25,
+        headers: Mapping[str, str] | None = None,
+        key_variable: str | None = None,
+        columns: Sequence[str] | None = None,
+    ) -> None:
+        """`seconds`, `attempts`, `pause`: of each try, how many, and between the first two.
+
+        `key_variable` names the environment variable whose value is sent as bearer token; `columns` are those
+        of the dataset that are sent, all when not given. Raises ValueError when the variable is not set.
+        """
+        sent = {**(headers or {}), **_authorization(key_variable)}
+        self.client = Client(url, headers=sent, seconds=seconds, attempts=attempts, pause=pause)
+        self.columns = None if columns is None else set(columns)
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any
+    ) -> list[Any]:
+        kept = {
+            name: values
+            for name, values in columns.items()
+            if name not in ("trainer_state", "completion_ids")
+            and (self.columns is None or name in self.columns)
+        }
+        samples = [
+            {"prompt": p, "completion": completion_text(c), **{k: v[i] for k, v in kept.items()}}
+            for i, (p, c) in enumerate(zip(prompts, completions, strict=True))
+        ]
+        answer = self.client.post({"samples": samples})
+        if not isinstance(answer, dict) or "scores" not in answer:
+            raise RemoteError(f'{self.client.url} must answer {{"scores": [...]}}, got {answer!r:.200}')
+        return cast(dict[str, Any], answer)["scores"]
+
+
+JUDGE = """You judge an answer. Question:
+{prompt}
+
+Answer to judge:
+{completion}
+
+How good is the answer, from 0 (useless or wrong) to 10 (right and complete)? Think in a sentence or two,
+then end with one line: Score: <number>"""
+
+
+class LLMJudge:
+    """A language model behind an OpenAI-compatible endpoint gives the score that it writes last.
+
+    The completion is put into the judge's prompt as it is: what it says to the judge counts as part of it, so
+    a policy may learn to flatter; look at samples.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        template: str = JUDGE,
+        pattern: str = r"[Ss]core:\s*\**\s*(-?\d+(?:\.\d+)?)",
+        low: float = 0.0,
+        high: float = 10.0,
+        max_tokens: int = 256,
+        seconds: float = 30.0,
+        attempts: int = 4,
+        pause: float = 0.5,
+        key_variable: str | None = None,
+    ) -> None:
+        """`url` ends before `/chat/completions`; `template` has {prompt} and {completion}, and may have
+        columns of the dataset. The last match of `pattern` is the score, which becomes 0 at `low` and 1 at
+        `high`. Raises ValueError for a template without {completion}."""
+        if "{completion}" not in template:
+            raise ValueError("the judge's template must have {completion}, or it judges nothing")
+        address = url.rstrip("/") + "/chat/completions"
+        headers = _authorization(key_variable)
+        self.client = Client(address, headers=headers, seconds=seconds, attempts=attempts, pause=pause)
+        self.model, self.template, self.pattern = model, template, re.compile(pattern)
+        self.low, self.high, self.max_tokens = low, high, max_tokens
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any
+    ) -> list[float]:
+        scores: list[float] = []
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            others = {name: values[i] for name, values in columns.items() if name != "trainer_state"}
+            asked = {**others, "prompt": _question(prompt), "completion": completion_text(completion)}
+            # not str.format: what is filled in may have braces of its own
+            text = re.sub(r"\{(\w+)\}", lambda m, a=asked: str(a.get(m[1], m[0])), self.template)
+            scores.append(self._score(text))
+        return scores
+
+    def _score(self, text: str) -> float:
+        payload = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": text}],
+            "temperature": 0.0,
+            "max_tokens": self.max_tokens,
+        }
+        answer = self.client.post(payload)
+        try:
+            said = str(answer["choices"][0]["message"]["content"])
+        except (KeyError, IndexError, TypeError):
+            raise RemoteError(f"{self.client.url}: not a chat completion: {answer!r:.200}") from None
+        found = self.pattern.findall(said)
+        if not found:
+            raise RemoteError(f"the judge gave no score: {said!r:.300}")
+        score = float(found[-1])
+        if not self.low <= score <= self.high:
+            raise RemoteError(f"the judge's score {score:g} lies outside {self.low:g} to {self.high:g}")
+        return (score - self.low) / (self.high - self.low)
+
+
+def _question(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _authorization(key_variable: str | None) -> dict[str, str]:
+    if key_variable is None:
+        return {}
+    if not os.environ.get(key_variable):
+        raise ValueError(f"the environment variable {key_variable}, named by key_variable, is not set")
+    return {"Authorization": f"Bearer {os.environ[key_variable]}"}
+
+
+def _decoded(url: str, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RemoteError(f"{url} did not answer with JSON: {text[:200]!r}") from None
