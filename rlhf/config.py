@@ -90,7 +90,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     train: str
-    """jsonl or parquet file, or a `datasets` folder."""
+    """jsonl or parquet file, a `datasets` folder, or `gym:TASK?setting=value` of reasoning-gym."""
     eval: str | None = None
     prompt_column: str = "prompt"
     max_prompt_tokens: Positive = 1024
@@ -244,6 +244,18 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def gym_brings_its_reward(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        settings: dict[str, Any] = {**typing.cast(Mapping[str, Any], given)}
+        data: Any = settings.get("data")
+        train: Any = data.get("train") if isinstance(data, dict) else None
+        if str(train).startswith("gym:"):
+            settings.setdefault("reward", {"functions": [{"path": "gym"}]})
+        return settings
 
     @field_validator("algorithm")
     @classmethod

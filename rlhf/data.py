@@ -19,6 +19,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.rewards import gym
 from rlhf.types import Messages, Prompt
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -230,6 +231,8 @@ def _problem_of(content: object) -> str | None:
 
 
 def _read(path: Path) -> Iterator[Row]:
+    if str(path).startswith(gym.PREFIX):
+        return (Row(name, f"{path}, entry {name}", columns) for name, columns in gym.rows(str(path)))
     if path.is_file():
         return _read_file(path)
     if not path.is_dir():

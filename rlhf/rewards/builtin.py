@@ -57,10 +57,11 @@ def format_match(completions: Sequence[Completion], pattern: str | Sequence[str]
 def json_match(completions: Sequence[Completion], schema: Mapping[str, Any] | None = None) -> list[float]:
     """1 where the completion is JSON, alone or in one fenced block, that keeps to the JSON schema; else 0.
 
-    Without `schema` any JSON will do. Needs the package `jsonschema` (extra `rewards`) for a schema.
+    Without `schema` any JSON will do. A schema needs the package `jsonschema` (extra `rewards`).
+
     Raises jsonschema.SchemaError when the schema is none.
     """
-    check = _schema_check(schema) if schema is not None else lambda _: True
+    check = _schema_check({} if schema is None else schema)
     return [float(_is_json(completion_text(completion), check)) for completion in completions]
 
 
@@ -107,8 +108,14 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _anything(value: Any) -> bool:
+    return True
+
+
 def _schema_check(schema: Mapping[str, Any]) -> Callable[[Any], bool]:
-    import jsonschema  # pyright: ignore[reportMissingTypeStubs]
+    if not schema:
+        return _anything
+    import jsonschema  # pyright: ignore[reportMissingModuleSource]
 
     library: Any = jsonschema
     kind = library.validators.validator_for(schema, default=library.Draft202012Validator)

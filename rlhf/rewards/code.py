@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
 
 from rlhf.rewards.builtin import Completion, completion_text
 from rlhf.rewards.sandbox import PROTECTS, Limits, isolation, run_python
@@ -64,5 +63,5 @@ class CodeReward:
 
 def program_of(text: str) -> str:
     """The last fenced block, or the whole text."""
-    blocks = cast(list[Any], BLOCK.findall(text))
+    blocks = BLOCK.findall(text)
     return str(blocks[-1]) if blocks else text

@@ -46,16 +46,31 @@ def launch(settings: dict[str, Any]) -> None:
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"{NOBODY} {user} 1")
     _write("/proc/self/gid_map", f"{NOBODY} {group} 1")
+    signals = {signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     child = os.fork()
     if child:
-        _, status = os.waitpid(child, 0)
-        code = os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(_wait(child, signals))
         if code < 0:
             # this process has the same end, so that whoever waits for it sees the signal
             os.kill(os.getpid(), -code)
         os._exit(code)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     _close_files(libc, settings["folder"])
     _become(settings, libc)
+
+
+def _wait(child: int, signals: set[signal.Signals]) -> int:
+    """The status of the first process of a namespace, which ends when all others in it are gone.
+
+    SIGTERM has it killed, and so all of them: who waits for this process waits for the whole program.
+    """
+    while True:
+        if signal.sigwait(signals) == signal.SIGTERM:
+            os.kill(child, signal.SIGKILL)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
 
 
 def _close_files(libc: Any, folder: str) -> None:

@@ -3,9 +3,9 @@
     data: {train: "gym:chain_sum?size=500&seed=1&max_terms=3"}
 
 names one of its tasks and settings of that task; the reward `gym`, which is the reward when the config names
-no other, has the task judge the answer. Entry `i` of a task depends on its seed and `i` alone. Beside
-the task's own settings: `chat=false` gives the question as plain text instead of one chat message, and
-`instruction` is written behind every question.
+no other, has the task judge the answer. Entry `i` of a task depends on its seed, 0 when none is given, and
+`i` alone. Beside the task's own settings: `chat=false` gives the question as plain text instead of one chat
+message, and `instruction` is written behind every question.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if key not in known:
             raise ValueError(f"{source}: the task {task} has no setting {key!r}{_near(key, known)}")
     try:
-        dataset: Any = _library().create_dataset(task, **settings)
+        # without a seed the package draws one, and a resumed run would go on with other questions
+        dataset: Any = _library().create_dataset(task, **{"seed": 0, **settings})
     except AssertionError as error:
         raise ValueError(f"{source}: {error or 'the task refuses these settings'}") from None
     for i in range(len(dataset)):

@@ -25,7 +25,7 @@ def math_match(
 
     Raises ValueError for an answer in which there is nothing to compare with.
     """
-    import math_verify
+    import math_verify  # pyright: ignore[reportMissingTypeStubs]
 
     library: Any = math_verify
 

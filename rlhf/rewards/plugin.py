@@ -18,6 +18,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Literal, cast
 
 from rlhf.plugins import load_object
@@ -39,6 +40,9 @@ BUILT_IN = {
     "remote": "rlhf.rewards.remote:RemoteReward",
     "judge": "rlhf.rewards.remote:LLMJudge",
 }
+NEEDS = {"math_match": ("math_verify", "rewards"), "gym": ("reasoning_gym", "gym")}
+"""Package that a built-in works with, and the extra it comes with. Imported before a worker says that it is
+ready: that takes seconds, which are not those of its first sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +170,8 @@ def _check_params(
 
 def _load_by_name(name: str) -> Any:
     if name in BUILT_IN:
+        if name in NEEDS:
+            _import_package(name, *NEEDS[name])
         return load_object(BUILT_IN[name])
     # as slow to import as all the rest of a worker
     from importlib.metadata import entry_points
@@ -178,6 +184,17 @@ def _load_by_name(name: str) -> Any:
             f"expected package.module:function, path/file.py:function or one of: {', '.join(known)}"
         )
     return offered[name].load()
+
+
+def _import_package(name: str, package: str, extra: str) -> None:
+    try:
+        import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ValueError(
+            f"reward function {name} needs the package {package}: pip install 'tandem-rl[{extra}]'"
+        ) from None
 
 
 def _did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -32,6 +32,8 @@ class RemoteError(RuntimeError):
 class Client:
     """POSTs JSON to one address over one connection, which it keeps open and makes anew when it is lost."""
 
+    _connection: http.client.HTTPConnection | None = None
+
     def __init__(
         self, url: str, *, headers: Mapping[str, str], seconds: float, attempts: int, pause: float
     ) -> None:
@@ -44,7 +46,9 @@ class Client:
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._place = parts.netloc.rpartition("@")[2]
         self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._connection: http.client.HTTPConnection | None = None
+
+    def __del__(self) -> None:
+        self._drop()
 
     def post(self, payload: object) -> Any:
         """The answer, decoded. Raises RemoteError, with what happened at the last attempt."""

@@ -29,6 +29,8 @@ from rlhf.rewards.enclosure import LEVELS
 
 LAUNCHER = str(Path(__file__).with_name("enclosure.py"))
 OUTPUT_LIMIT = 1 << 16
+END_SECONDS = 5.0
+"""For a namespace to end; it takes milliseconds."""
 PROTECTS = {
     "nobody, namespaces": "no network, no other processes, nothing writable but its folder, nobody's rights",
     "namespaces": "no network, no other processes, nothing writable but its folder",
@@ -116,11 +118,15 @@ def _run(program: str, folder: str, limits: Limits, standard_input: str, level: 
             cwd=folder,
             start_new_session=True,
         )
-        return _watch(launcher, time.monotonic() + limits.seconds)
+        return _watch(launcher, time.monotonic() + limits.seconds, level)
 
 
-def _watch(program: subprocess.Popen[bytes], deadline: float) -> Result:
-    """Reads what it prints, up to a bound, and waits; afterwards its whole group is dead."""
+def _watch(program: subprocess.Popen[bytes], deadline: float, level: str) -> Result:
+    """Reads what it prints, up to a bound, and waits; afterwards it is dead with all that it started.
+
+    (Without namespaces: with its process group, so a process that made a group of its own lives on until the
+    worker's keeper ends it with the worker.)
+    """
     assert program.stdout is not None and program.stderr is not None
     pipes = {program.stdout.fileno(): bytearray(), program.stderr.fileno(): bytearray()}
     still_open, ended = set(pipes), ""
@@ -144,10 +150,19 @@ def _watch(program: subprocess.Popen[bytes], deadline: float) -> Result:
     except subprocess.TimeoutExpired:
         ended = "time"
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(program.pid, signal.SIGKILL)
-        status = program.wait()
+        status = _end(program, level)
         program.stdout.close()
         program.stderr.close()
     output, errors = (bytes(text[:OUTPUT_LIMIT]).decode(errors="replace") for text in pipes.values())
     return Result(ended, output, errors, status)
+
+
+def _end(launcher: subprocess.Popen[bytes], level: str) -> int:
+    """Its status. In namespaces SIGTERM has the launcher end everything and wait for it."""
+    if level != LEVELS[-1]:
+        launcher.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return launcher.wait(END_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    return launcher.wait()

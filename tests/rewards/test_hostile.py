@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +18,38 @@ import pytest
 from rlhf.metrics import Mean
 from rlhf.rewards import RewardError, Rewards, RewardSpec, Scoring
 from rlhf.rewards.keeper import descendants
+from rlhf.rewards.plugin import Signature
+from rlhf.rewards.pool import Call, Pool
 from rlhf.types import Completion, FinishReason, Prompt, VersionSpan
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = str(Path(__file__).with_name("hostile.py"))
 TIMEOUT = 1.0
+"""Of functions that are to be too slow."""
+PATIENCE = 60.0
+"""Of all others: on a busy machine anything may take a while."""
 ENOUGH = 8
 """Well-behaved samples beside one that is not."""
 
 
 def spec(name: str, **changes: Any) -> RewardSpec:
-    settings: dict[str, Any] = {"timeout": TIMEOUT, "workers": 1, "memory_gib": 0.5, "processes": 64}
+    settings: dict[str, Any] = {"timeout": PATIENCE, "workers": 1, "memory_gib": 0.5, "processes": 64}
     return RewardSpec(f"{HOSTILE}:{name}", **(settings | changes))
 
 
+def made(name: str, max_failed_share: float = 0.1, **changes: Any) -> AbstractContextManager[Rewards]:
+    return _closing(Rewards([spec(name, **changes)], (), max_failed_share=max_failed_share))
+
+
+def made_of(
+    path: str, columns: Sequence[str] = (), max_failed_share: float = 0.5, **settings: Any
+) -> AbstractContextManager[Rewards]:
+    """One of the built-in functions."""
+    return _closing(Rewards([RewardSpec(path, **settings)], columns, max_failed_share=max_failed_share))
+
+
 @contextmanager
-def made(name: str, max_failed_share: float = 0.1, **changes: Any) -> Iterator[Rewards]:
-    rewards = Rewards([spec(name, **changes)], (), max_failed_share=max_failed_share)
+def _closing(rewards: Rewards) -> Iterator[Rewards]:
     try:
         yield rewards
     finally:
@@ -48,12 +63,12 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def submit(rewards: Rewards, texts: Sequence[str], of: int | None = None) -> Scoring:
+def submit(rewards: Rewards, texts: Sequence[str], of: int | None = None, **columns: Any) -> Scoring:
     spans = (VersionSpan(0, 0, 1),)
     completions = [
         Completion("a.jsonl:1", i, (1,), (0.0,), FinishReason.STOP, spans) for i in range(len(texts))
     ]
-    prompts = [Prompt("a.jsonl:1", (1,), "Why?")]
+    prompts = [Prompt("a.jsonl:1", (1,), "Why?", columns)]
     return rewards.submit(prompts, [completions], [texts], trainer_state={}, of=of)
 
 
@@ -73,24 +88,24 @@ def others() -> set[int]:
 
 
 def settle(count: int, others: set[int]) -> set[int]:
-    """The processes begun below this one, once there are no more than `count`, or after five seconds."""
-    deadline = time.monotonic() + 5
+    """The processes begun below this one, once there are no more than `count`, or after a while."""
+    deadline = time.monotonic() + PATIENCE
     while len(left := set(descendants(os.getpid())) - others) > count and time.monotonic() < deadline:
         time.sleep(0.01)
     return left
 
 
 @pytest.fixture(scope="module")
-def rewards(others: set[int]) -> Iterator[Rewards]:
-    """One for all tests: each finds the workers as the one before left them."""
-    with made("misbehave", max_failed_share=0.2) as rewards:
+def impatient(others: set[int]) -> Iterator[Rewards]:
+    """One for all tests of a kind: each finds the workers as the one before left them."""
+    with made("misbehave", max_failed_share=0.2, timeout=TIMEOUT) as rewards:
         yield rewards
 
 
 @pytest.fixture(scope="module")
 def patient(others: set[int]) -> Iterator[Rewards]:
-    """For what does not take time: on a busy machine it may."""
-    with made("misbehave", max_failed_share=0.2, timeout=30.0) as rewards:
+    """For what is not about time."""
+    with made("misbehave", max_failed_share=0.2) as rewards:
         yield rewards
 
 
@@ -135,13 +150,11 @@ CASES = {
 
 @pytest.mark.parametrize("behaviour", CASES)
 def test_what_a_function_does_costs_its_own_sample_and_no_other(
-    rewards: Rewards, patient: Rewards, others: set[int], behaviour: str
+    impatient: Rewards, patient: Rewards, others: set[int], behaviour: str
 ) -> None:
-    started = time.monotonic()
-    rewards = rewards if CASES[behaviour] == SLOW else patient
+    rewards = impatient if CASES[behaviour] == SLOW else patient
     scoring = submit(rewards, ["fine"] * 3 + [behaviour] + ["fine"] * (ENOUGH - 3))
     assert given(scoring) == [1.0] * 3 + [None] + [1.0] * (ENOUGH - 3)
-    assert time.monotonic() - started < 20
     ((place, kind, message),) = causes(scoring)
     assert place == 3
     assert re.match(CASES[behaviour], message), message
@@ -210,7 +223,8 @@ def test_what_is_no_reward_stops_the_run_with_the_functions_name(
     [("wait", "timeout"), ("loop", "timeout"), ("segfault", "died"), ("exit_politely", "exception")],
 )
 def test_of_async_calls_under_way_together_one_fails_alone(behaviour: str, kind: str) -> None:
-    with made("misbehave_async", max_failed_share=0.5) as rewards:
+    timeout = TIMEOUT if kind == "timeout" else PATIENCE
+    with made("misbehave_async", max_failed_share=0.5, timeout=timeout) as rewards:
         scoring = submit(rewards, ["fine"] * 4 + [behaviour] + ["fine"] * 4)
         assert given(scoring) == [1.0] * 4 + [None] + [1.0] * 4
         assert [(place, k) for place, k, _ in causes(scoring)] == [(4, kind)]
@@ -218,7 +232,8 @@ def test_of_async_calls_under_way_together_one_fails_alone(behaviour: str, kind:
 
 @pytest.mark.parametrize("behaviour", ["loop", "segfault", "raise_base_exception"])
 def test_of_a_call_with_several_samples_one_fails_alone(behaviour: str) -> None:
-    with made("misbehave", max_failed_share=0.5, batch=4, timeout=0.5) as rewards:
+    timeout = TIMEOUT if behaviour == "loop" else PATIENCE
+    with made("misbehave", max_failed_share=0.5, batch=4, timeout=timeout) as rewards:
         scoring = submit(rewards, ["fine", "fine", behaviour, "fine", "fine"])
         assert given(scoring) == [1.0, 1.0, None, 1.0, 1.0]
 
@@ -231,10 +246,8 @@ def test_a_group_that_must_be_together_fails_together() -> None:
 
 def test_a_run_stops_when_too_many_fail_and_before_all_have() -> None:
     with made("misbehave", max_failed_share=0.1, timeout=0.3) as rewards:
-        started = time.monotonic()
         with pytest.raises(RewardError) as raised:
             submit(rewards, ["sleep"] * 40).result()
-        assert time.monotonic() - started < 8
         assert re.match(
             r"5 of 40 samples have no reward, more than max_failed_share = 0.1: misbehave failed on 5 "
             r"\(it took longer than 0.3 s for a.jsonl:1#0, completion 'sleep'\)",
@@ -251,7 +264,7 @@ def test_the_stack_of_a_loop_is_in_the_log(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_parts_of_a_step_are_scored_while_others_are_made() -> None:
-    with made("misbehave", max_failed_share=0.2, timeout=0.5) as rewards:
+    with made("misbehave", max_failed_share=0.2, timeout=TIMEOUT) as rewards:
         parts = [submit(rewards, [text], of=4) for text in ("fine", "sleep", "fine", "fine")]
         with pytest.raises(RewardError, match="1 of 4 samples"):
             rewards.gather(parts)
@@ -272,6 +285,8 @@ sys.path.insert(0, {str(ROOT)!r})
 from tests.rewards.test_hostile import given, made, spec, submit
 from rlhf.rewards import Rewards
 from rlhf.rewards.keeper import descendants
+from rlhf.rewards.plugin import Signature
+from rlhf.rewards.pool import Call, Pool
 rewards = Rewards([spec("misbehave", timeout=60.0, processes=999)], (), max_failed_share=1.0)
 submit(rewards, ["fork_bomb_in_sessions"])
 while len(pids := list(descendants(os.getpid()))) < 40:
@@ -308,11 +323,28 @@ def test_a_worker_sees_neither_gpus_nor_ranks_and_has_a_folder_of_its_own(tmp_pa
     assert not seen["torch"], "a worker that does not need torch must not wait for it"
 
 
-def test_workers_are_busy_nine_tenths_of_the_time() -> None:
-    """1,000 samples of a reward that takes a millisecond. By itself, because types are not checked there."""
-    command = [sys.executable, "-m", "benchmarks.rewards", "--workers", "2", "--repeats", "5"]
+def test_a_sample_costs_the_trainer_a_small_part_of_a_millisecond() -> None:
+    """Of processor time, which does not depend on what else runs: so that two workers are kept busy by a
+    reward of a millisecond. By itself, because types are not checked there."""
+    command = [sys.executable, "-m", "benchmarks.rewards", "--workers", "2", "--repeats", "3"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["sleep"]["2"]["share_of_ideal"] >= 0.9
+    assert json.loads(done.stdout)["sleep"]["2"]["trainer_microseconds_a_sample"] < 250
+
+
+def test_a_step_is_dealt_out_in_few_jobs_that_end_small() -> None:
+    """Many samples at once while there are many, so that messages are few; single ones at the end, so that
+    no worker waits long for another."""
+    pool = Pool("nothing", spec("misbehave", workers=2))
+    pool.signature = Signature(None, (), is_async=False, is_class=False)
+    pool._queue.extend([Call((i,), dict, lambda samples, outcome: None, lambda: True) for i in range(1000)])
+    sizes: list[int] = []
+    while pool._queue:
+        sizes.append(len(pool._take()))
+    assert sum(sizes) == 1000
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes) < 50
+    assert sizes[0] == 64
+    assert sizes[-4:] == [1] * 4

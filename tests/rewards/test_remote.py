@@ -1,0 +1,177 @@
+"""A real server on loopback: one that works, one that is slow, one that drops connections."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from rlhf.rewards.remote import LLMJudge, RemoteError, RemoteReward
+from tests.rewards.test_hostile import causes, given, made_of, submit
+
+
+class Service(ThreadingHTTPServer):
+    """Does what its path says; keeps what it was sent."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: list[tuple[str, str, Any]] = []
+        self.connections = 0
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{path}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Service
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections += 1
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Not on the terminal."""
+
+    def do_POST(self) -> None:
+        sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        seen = sum(path == self.path for path, _, _ in self.server.requests)
+        self.server.requests.append((self.path, self.headers["Idempotency-Key"], sent))
+        kind = self.path.removeprefix("/").removesuffix("/chat/completions")
+        if kind == "slow" or (kind == "slow-once" and not seen):
+            time.sleep(1.5)
+        if kind == "drop" or (kind == "drop-once" and not seen):
+            self.close_connection = True
+            self.connection.close()
+            return
+        if kind.startswith("status"):
+            code = int(kind.removeprefix("status").removesuffix("-once"))
+            if not (kind.endswith("once") and seen):
+                self._answer(code, b"out of order")
+                return
+        self._answer(200, json.dumps(self._result(kind, sent)).encode() if kind != "text" else b"good")
+
+    def _result(self, kind: str, sent: Any) -> Any:
+        if "messages" in sent:
+            said = {"judge": "Right.\nScore: 3\nScore: **7.5**", "mute": "No idea.", "wild": "Score: 11"}
+            return {"choices": [{"message": {"content": said[kind]}}]}
+        if kind == "short":
+            return {"scores": []}
+        if kind == "list":
+            return [1.0]
+        return {"scores": [float(len(sample["completion"])) for sample in sent["samples"]]}
+
+    def _answer(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with Service() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def remote(service: Service, path: str, **changes: Any) -> RemoteReward:
+    return RemoteReward(service.url(path), **({"seconds": 5.0, "attempts": 3, "pause": 0.01} | changes))
+
+
+def test_samples_go_in_batches_with_their_columns_and_one_connection(service: Service) -> None:
+    service.requests.clear()
+    reward, before = remote(service, "score", columns=["answer"]), service.connections
+    chat = [[{"role": "assistant", "content": "abc"}]]
+    assert reward(["p", "q"], ["a", "bc"], answer=[1, 2], level=[3, 4]) == [1.0, 2.0]
+    assert reward(["r"], chat, answer=[5], completion_ids=[[1]]) == [3.0]
+    assert service.connections - before == 1
+    (_, key, first), (_, other, _) = service.requests
+    assert first == {
+        "samples": [
+            {"prompt": "p", "completion": "a", "answer": 1},
+            {"prompt": "q", "completion": "bc", "answer": 2},
+        ]
+    }
+    assert key != other
+
+
+@pytest.mark.parametrize("path", ["drop-once", "status503-once", "status429-once", "slow-once"])
+def test_what_may_pass_is_tried_again_under_the_same_key(service: Service, path: str) -> None:
+    service.requests.clear()
+    assert remote(service, path, seconds=1.0)(["p"], ["abc"]) == [3.0]
+    assert len(service.requests) == 2
+    assert len({key for _, key, _ in service.requests}) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "message", "tries"),
+    [
+        ("drop", "no answer in 3 attempts, the last: RemoteDisconnected", 3),
+        ("status500", "no answer in 3 attempts, the last: status 500: out of order", 3),
+        ("status400", "status 400: out of order", 1),
+        ("status401", "status 401", 1),
+        ("text", "did not answer with JSON: b'good'", 1),
+        ("list", r"must answer .*scores.*, got \[1.0\]", 1),
+    ],
+)
+def test_what_does_not_pass_is_an_error_that_says_what_came(
+    service: Service, path: str, message: str, tries: int
+) -> None:
+    service.requests.clear()
+    with pytest.raises(RemoteError, match=message):
+        remote(service, path)(["p"], ["abc"])
+    assert len(service.requests) == tries
+
+
+def test_nobody_there_is_an_error_too() -> None:
+    with pytest.raises(RemoteError, match="no answer in 2 attempts, the last: ConnectionRefusedError"):
+        RemoteReward("http://127.0.0.1:9/score", attempts=2, pause=0.01)(["p"], ["a"])
+
+
+@pytest.mark.parametrize(("path", "kind"), [("slow", "timeout"), ("drop", "exception"), ("short", "wrong")])
+def test_a_run_outlives_its_service_or_says_who_it_was(service: Service, path: str, kind: str) -> None:
+    params = {"url": service.url(path), "seconds": 30.0, "attempts": 2, "pause": 0.01}
+    with made_of("remote", params=params, timeout=0.7, max_failed_share=1.0) as rewards:
+        scoring = submit(rewards, ["abc"])
+        if kind == "wrong":
+            with pytest.raises(Exception, match="reward function remote must return 1 values"):
+                scoring.result()
+        else:
+            assert given(scoring) == [None]
+            assert causes(scoring)[0][1] == kind
+
+
+def test_a_judge_gives_the_score_it_writes_last(service: Service) -> None:
+    service.requests.clear()
+    judge = LLMJudge(service.url("judge"), "m", template="{prompt}|{completion}|{level}|{other}")
+    assert judge([[{"role": "user", "content": "Why {completion}?"}]], ["So."], level=[3]) == [0.75]
+    sent = service.requests[0][2]
+    assert sent["model"] == "m"
+    assert sent["messages"] == [{"role": "user", "content": "user: Why {completion}?|So.|3|{other}"}]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("mute", "gave no score: 'No idea.'"), ("wild", "score 11 lies outside 0 to 10")]
+)
+def test_a_judge_without_a_score_is_an_error(service: Service, path: str, message: str) -> None:
+    with pytest.raises(RemoteError, match=message):
+        LLMJudge(service.url(path), "m")(["p"], ["a"])
+
+
+def test_settings_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    with pytest.raises(ValueError, match="expected an address like http"):
+        RemoteReward("localhost:8000")
+    with pytest.raises(ValueError, match="NO_SUCH_KEY, named by key_variable, is not set"):
+        LLMJudge("http://127.0.0.1", "m", key_variable="NO_SUCH_KEY")
+    with pytest.raises(ValueError, match=r"must have \{completion\}"):
+        LLMJudge("http://127.0.0.1", "m", template="{prompt}")
