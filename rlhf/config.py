@@ -252,8 +252,7 @@ class Config(Section):
             return given
         settings: dict[str, Any] = {**typing.cast(Mapping[str, Any], given)}
         data: Any = settings.get("data")
-        train: Any = data.get("train") if isinstance(data, dict) else None
-        if str(train).startswith("gym:"):
+        if isinstance(data, Mapping) and str(typing.cast(Any, data).get("train")).startswith("gym:"):
             settings.setdefault("reward", {"functions": [{"path": "gym"}]})
         return settings
 

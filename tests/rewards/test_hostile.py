@@ -339,7 +339,9 @@ def test_a_step_is_dealt_out_in_few_jobs_that_end_small() -> None:
     no worker waits long for another."""
     pool = Pool("nothing", spec("misbehave", workers=2))
     pool.signature = Signature(None, (), is_async=False, is_class=False)
-    pool._queue.extend([Call((i,), dict, lambda samples, outcome: None, lambda: True) for i in range(1000)])
+    pool._queue.extend(
+        [Call((i,), lambda samples: {}, lambda samples, outcome: None, lambda: True) for i in range(1000)]
+    )
     sizes: list[int] = []
     while pool._queue:
         sizes.append(len(pool._take()))
