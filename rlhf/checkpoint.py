@@ -3,14 +3,16 @@
     RUN/checkpoints/
         LATEST                  name of the newest one, for people and scripts
         step_000012/
-            model.safetensors   one file for each mapping of tensors
-            optimizer.safetensors
+            policy.model.safetensors                one file for each mapping of tensors
+            policy.optimizer.rank00003.safetensors  the rows that rank 3 holds of sharded ones
             state.json          everything else a run needs to go on
             manifest.json       written last: size and sha256 of each file, and its own sha256
 
 A checkpoint is written in `step_000012.tmp-<pid>`, synced to the disk and renamed, so a run killed at any
 moment leaves the one before. Neither safetensors nor a file system notices a flipped bit, so digests are
-compared on every load. Nothing here unpickles.
+compared on every load. Nothing here unpickles: torch's own distributed checkpoints would (their `.metadata`
+is a pickle), so a file of shards says itself, in its safetensors header, which rows of which tensor it has,
+and any number of ranks reads the rows it needs out of files that any other number has written.
 """
 
 from __future__ import annotations
@@ -22,33 +24,35 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
 from rlhf.files import sync, write_atomically
+from rlhf.tensor_files import ROWS, SavedTensors, TensorFile, TensorFiles, tensor_files
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 STATE = "state.json"
 EXPORT_MARK = "export.json"
 
 # one that is replaced by another of its step stays loadable under a second name until the new one is in place
 _FOLDER = re.compile(r"step_(\d{6,})(\.replaced-\d+)?")
-_UNFINISHED = re.compile(r"(step_\d{6,}|LATEST)\.tmp-\d+")
+_UNFINISHED = re.compile(r"(step_\d{6,}|LATEST)\.tmp-(\w+)")
+_TENSORS = re.compile(r"(.+?)(\.rank\d{5})?\.safetensors")
 
 
-TensorFiles = Mapping[str, Mapping[str, Tensor]]
+Entries = dict[str, dict[str, Any]]
+"""Size and digest of each file."""
 
 
 class CheckpointError(RuntimeError):
@@ -60,7 +64,7 @@ class Checkpoint:
     """What `save` was given."""
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
+    tensors: dict[str, SavedTensors]
     state: dict[str, Any]
 
 
@@ -72,7 +76,9 @@ def save(
     state: Mapping[str, Any],
     keep_last: int,
 ) -> Path:
-    """Writes `folder/step_<step>` and returns it; then removes all but the last `keep_last`.
+    """Saves the whole run of a process that has no other ranks; `saver.py` does it for several.
+
+    Writes `folder/step_<step>` and returns it; then removes all but the last `keep_last`.
 
     `tensors` has one mapping a file. Tensors must not share memory (save a tied weight once, under one name).
     `state` holds what JSON can hold: dicts with string keys, lists, strings, numbers, booleans, None.
@@ -81,35 +87,78 @@ def save(
     earlier checkpoints are as they were.
     """
     assert keep_last >= 1, keep_last
-    for name, group in tensors.items():
-        _assert_nothing_shared(name, group)
-    _assert_json(state, "state")
-    target = folder / f"step_{step:06d}"
-    beside = folder / f"{target.name}.tmp-{os.getpid()}"
+    files = tensor_files(tensors, rank=0, copy=False)
+    assert_json(state, "state")
+    beside = unfinished(folder, step, str(os.getpid()))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(folder)
+        remove_leftovers(folder)
         beside.mkdir()
-        _write(beside, step, tensors, state)
-        _put_in_place(beside, target)
-        write_atomically(folder / "LATEST", target.name + "\n")
+        entries = write_files(beside, files, state)
+        target = finish(beside, step=step, entries=entries, world_size=1, score=None)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(_why_not_written(folder, step, tensors, error)) from error
-    _prune(folder, step, keep_last)
+        raise CheckpointError(why_not_written(folder, step, files, error)) from error
+    prune(folder, step, keep_last=keep_last, keep_best=0)
+    return target
+
+
+def unfinished(folder: Path, step: int, token: str) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return folder / f"{_name(step)}.tmp-{token}"
+
+
+def write_files(folder: Path, files: Iterable[TensorFile], state: Mapping[str, Any] | None) -> Entries:
+    """Writes one rank's files and the state, if it is this rank's to write; their sizes and digests."""
+    names: list[str] = []
+    for file in files:
+        metadata = {ROWS: json.dumps(file.rows)} if file.rows else None
+        save_file(file.tensors, folder / file.name, metadata)
+        sync(folder / file.name)
+        names.append(file.name)
+    if state is not None:
+        write_atomically(folder / STATE, json.dumps(state))
+        names.append(STATE)
+    paths = [folder / name for name in names]
+    return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+
+
+def finish(beside: Path, *, step: int, entries: Entries, world_size: int, score: float | None) -> Path:
+    """Writes the manifest and puts the checkpoint in its place."""
+    body = {
+        "format": FORMAT,
+        "step": step,
+        "score": score,
+        "world_size": world_size,
+        "versions": _versions(),
+        "files": entries,
+    }
+    write_atomically(beside / MANIFEST, _seal(body))
+    target = beside.parent / _name(step)
+    _put_in_place(beside, target)
+    write_atomically(beside.parent / "LATEST", target.name + "\n")
     return target
 
 
 def latest(folder: Path) -> Path | None:
     """The newest checkpoint that verifies, or None. Each damaged one passed over is named in a warning."""
-    for _, path in _found(folder):
+    for path in candidates(folder):
         try:
             verify(path)
         except CheckpointError as error:
-            logger.warning("%s; passed over for the one before", error)
+            warn_passed_over(error)
             continue
         return path
     return None
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Checkpoints that were finished, newest first; whether they are as they were written, `verify` says."""
+    return [path for _, path in _found(folder)]
+
+
+def warn_passed_over(error: CheckpointError | str) -> None:
+    logger.warning("%s; passed over for the one before", error)
 
 
 def load(path: Path, *, device: str | torch.device) -> Checkpoint:
@@ -117,19 +166,28 @@ def load(path: Path, *, device: str | torch.device) -> Checkpoint:
 
     Raises CheckpointError with the file and what is wrong: missing, size or digest differs, unreadable.
     """
-    manifest = verify(path)
-    tensors = {
-        name.removesuffix(".safetensors"): load_file(path / name, device=str(device))
-        for name in manifest["files"]
-        if name.endswith(".safetensors")
-    }
+    verify(path)
+    return opened(path, device=device)
+
+
+def opened(path: Path, *, device: str | torch.device) -> Checkpoint:
+    """A checkpoint that has been verified."""
+    manifest = _read_manifest(path / MANIFEST)
+    files: dict[str, list[Path]] = {}
+    for name in manifest["files"]:
+        if match := _TENSORS.fullmatch(name):
+            files.setdefault(match[1], []).append(path / name)
+    tensors = {name: SavedTensors(paths, device) for name, paths in files.items()}
     return Checkpoint(manifest["step"], tensors, json.loads((path / STATE).read_text()))
 
 
-def verify(path: Path) -> dict[str, Any]:
-    """Compares every file with the manifest, which is returned. Raises CheckpointError as `load` does."""
+def verify(path: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """Compares the files with the manifest, which is returned. Raises CheckpointError as `load` does.
+
+    Of `parts` ranks, each may read a part of the files.
+    """
     manifest = _read_manifest(path / MANIFEST)
-    for name, expected in manifest["files"].items():
+    for name, expected in sorted(manifest["files"].items())[part::parts]:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{file}: missing")
@@ -178,22 +236,6 @@ def check_export(folder: Path) -> None:
         )
 
 
-def _write(folder: Path, step: int, tensors: TensorFiles, state: Mapping[str, Any]) -> None:
-    for name, group in tensors.items():
-        file = folder / f"{name}.safetensors"
-        save_file({key: t.detach().cpu().contiguous() for key, t in group.items()}, file)
-        sync(file)
-    write_atomically(folder / STATE, json.dumps(state))
-    body = {
-        "format": FORMAT,
-        "step": step,
-        "world_size": _world_size(),
-        "versions": _versions(),
-        "files": {f.name: {"size": f.stat().st_size, "sha256": _sha256(f)} for f in sorted(folder.iterdir())},
-    }
-    write_atomically(folder / MANIFEST, _seal(body))
-
-
 def _seal(body: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n"
@@ -230,6 +272,10 @@ def _put_in_place(beside: Path, target: Path) -> None:
         shutil.rmtree(replaced)
 
 
+def _name(step: int) -> str:
+    return f"step_{step:06d}"
+
+
 def _found(folder: Path) -> list[tuple[int, Path]]:
     """Finished checkpoints, newest first."""
     if not folder.is_dir():
@@ -239,22 +285,37 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
     return [(int(m[1]), path) for m, path in matches]
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path, token: str = "") -> None:
+    """Of saves that a kill has ended; those of `token` are under way."""
     for path in folder.iterdir():
-        if _UNFINISHED.fullmatch(path.name):
+        if (match := _UNFINISHED.fullmatch(path.name)) and match[2] != token:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _prune(folder: Path, step: int, keep_last: int) -> None:
+def prune(folder: Path, step: int, *, keep_last: int, keep_best: int) -> None:
     """The one just written is good. Those of later steps belong to a future that the run has left."""
-    kept: set[int] = set()
+    kept = _best(folder, keep_best)
+    last: set[int] = set()
     for found_step, path in _found(folder):
         if found_step > step:
             logger.warning("%s is of a later step than the one just written; it is removed", path)
-        elif found_step not in kept and len(kept) < keep_last:
-            kept.add(found_step)
+        elif found_step not in last and len(last) < keep_last:
+            last.add(found_step)
+            continue
+        elif path in kept:
             continue
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _best(folder: Path, count: int) -> set[Path]:
+    """Those with the highest scores, of equal ones the newest; a damaged one has none."""
+    scored: list[tuple[float, int, Path]] = []
+    for step, path in _found(folder) if count else ():
+        with suppress(CheckpointError):
+            score = _read_manifest(path / MANIFEST)["score"]
+            if score is not None:
+                scored.append((score, step, path))
+    return {path for _, _, path in sorted(scored, reverse=True)[:count]}
 
 
 def _sha256(file: Path) -> str:
@@ -262,50 +323,31 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _world_size() -> int:
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if ready else 1
-
-
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "safetensors")}
 
 
-def _assert_nothing_shared(file: str, tensors: Mapping[str, Tensor]) -> None:
-    filled = {name: t for name, t in tensors.items() if t.numel()}
-    spans = sorted((str(t.device), t.data_ptr(), _extent(t), name) for name, t in filled.items())
-    for (device, start, extent, name), (next_device, next_start, _, next_name) in pairwise(spans):
-        assert device != next_device or start + extent <= next_start, (
-            f"{file}: {name} and {next_name} share memory; save one of them and tie them again after loading"
-        )
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to behind the last one, gaps included."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
-
-
-def _assert_json(value: Any, where: str) -> None:
+def assert_json(value: Any, where: str) -> None:
     """What JSON would change without a word (a tuple, a key that is a number) is refused too."""
     match value:
         case dict():
             for key, item in cast(dict[Any, Any], value).items():
                 assert isinstance(key, str), f"{where}: key {key!r} is no string"
-                _assert_json(item, f"{where}[{key!r}]")
+                assert_json(item, f"{where}[{key!r}]")
         case list():
             for i, item in enumerate(cast(list[Any], value)):
-                _assert_json(item, f"{where}[{i}]")
+                assert_json(item, f"{where}[{i}]")
         case _:
             plain = value is None or type(value) in (bool, int, float, str)
             assert plain, f"{where}: {type(value).__name__} is not JSON; a list, dict, string or number is"
 
 
-def _why_not_written(folder: Path, step: int, tensors: TensorFiles, error: Exception) -> str:
+def why_not_written(folder: Path, step: int, files: Iterable[TensorFile], error: Exception) -> str:
+    """For people: what it would have taken and what there is."""
     message = f"the checkpoint of step {step} could not be written to {folder}: {error}."
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left" in str(error):
-        needed = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+        needed = sum(t.nbytes for file in files for t in file.tensors.values())
         free = shutil.disk_usage(folder).free
         message += (
             f" It takes {needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free; make room or keep fewer."

@@ -120,8 +120,7 @@ class Collector:
             labels = [f"{label}/rest" for label in labels]
             others, more = self._sample(prompts, rest, labels, hooks)
             groups = [
-                Group(g.prompt, g.trajectories + h.trajectories)
-                for g, h in zip(groups, others, strict=True)
+                Group(g.prompt, g.trajectories + h.trajectories) for g, h in zip(groups, others, strict=True)
             ]
             metrics = merge([metrics, more])
         return groups, metrics | length_metrics(groups)

@@ -203,6 +203,16 @@ class CriticConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
 
 
+class DistributedConfig(Section):
+    mode: Literal["replicated", "sharded"] = "replicated"
+    """Whether each rank holds the whole model and its optimizer, or rows of every weight (FSDP2)."""
+    shard_ranks: Positive | None = None
+    """Over how many ranks a sharded model is cut, each group of them holding it whole; not given: over those
+    of one machine."""
+    timeout: Annotated[float, Field(gt=0.0)] = 1800.0
+    """Seconds that one rank waits for another before the run ends with the name of the late one."""
+
+
 class EvalConfig(Section):
     every: Count = 0
     """Steps between evaluations; 0: before the first step and after the last one only."""
@@ -214,6 +224,10 @@ class CheckpointConfig(Section):
     every: Count = 50
     """Steps between checkpoints; 0: only at the end and when interrupted."""
     keep_last: Positive = 2
+    keep_best: Count = 0
+    """Beside the last ones, those of the steps whose evaluation was the most accurate."""
+    background: bool | None = None
+    """Write while the next step is computed, from a copy on the host; not given: on a GPU."""
     resume: Literal["never", "auto"] = "never"
     export: bool = True
     """Write the final model in the Hugging Face layout."""
@@ -241,6 +255,7 @@ class Config(Section):
     budget: BudgetConfig = BudgetConfig()
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()
+    distributed: DistributedConfig = DistributedConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
@@ -291,6 +306,15 @@ class Config(Section):
         if self.critic.trunk == "policy" and self.critic.path is not None:
             raise ValueError(
                 f"critic.path is {self.critic.path}, but critic.trunk is policy: no other model is loaded"
+            )
+        if self.model.lora is not None and self.distributed.mode == "sharded":
+            raise ValueError(
+                "model.lora trains so few weights that they are not sharded: take distributed.mode=replicated"
+            )
+        if self.checkpoint.keep_best and self.data.eval is None:
+            raise ValueError(
+                f"checkpoint.keep_best is {self.checkpoint.keep_best}, but there is no data.eval to "
+                "compare checkpoints by"
             )
         if self.eval.every and self.data.eval is None:
             raise ValueError(f"eval.every is {self.eval.every}, but there is no data.eval to evaluate on")

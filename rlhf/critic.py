@@ -17,15 +17,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from rlhf.algos.critic import CriticLoss
 from rlhf.checkpoint import TensorFiles
 from rlhf.config import CriticConfig, LearnerConfig
 from rlhf.metrics import Max, Metrics
 from rlhf.optimizer import MasterAdamW
-from rlhf.packing import Packed, pack
+from rlhf.packing import Packed, least, pack
 from rlhf.policy import CONCAT_BELOW, Policy, Trunk, without_dropout
 from rlhf.pretrained import ModelError, load_scorer, text_settings
+from rlhf.sharding import Sharding, give_up, open_scorer
 from rlhf.state import Stateful
 
 
@@ -43,11 +45,19 @@ class Critic(Stateful):
 
     @classmethod
     def on_own_trunk(
-        cls, path: str, device: torch.device, dtype: torch.dtype, section: LearnerConfig, total_steps: int
+        cls,
+        path: str,
+        device: torch.device | Sharding,
+        dtype: torch.dtype,
+        section: LearnerConfig,
+        total_steps: int,
     ) -> Critic:
-        """Raises ModelError: there is no model at `path`, or it is a reward model of several scores."""
+        """On a device, or in shards.
+
+        Raises ModelError: there is no model at `path`, or it is a reward model of several scores.
+        """
         trunk, weight = load_trunk(path, device)
-        head = value_head(trunk.model, weight, device)
+        head = value_head(trunk.model, weight, trunk.model.device)
         if head.out_features != 1:
             raise ModelError(
                 f"critic.path {path} gives {head.out_features} scores a text; a critic starts from one that "
@@ -67,6 +77,10 @@ class Critic(Stateful):
             with torch.no_grad():
                 policy_hidden = self.trunk.hidden(packed)
         return scores(self.head, policy_hidden)[:, 0]
+
+    def idle(self) -> Tensor:
+        """A zero that depends on every weight: the pass of a sharded rank that has nothing to compute."""
+        return self.values(least(self.head.weight.device), None).sum() * 0.0
 
     def state(self) -> dict[str, Any]:
         return self.optimizer.state()
@@ -111,12 +125,32 @@ def critic_section(section: CriticConfig, learner: LearnerConfig) -> LearnerConf
     return learner.model_copy(update={"lr": section.lr, "eps": section.eps})
 
 
-def load_trunk(path: str, device: torch.device) -> tuple[Trunk, Tensor | None]:
-    """A transformer in float32 ready for packed groups, and the weight of its score head if it has one."""
-    model, weight = load_scorer(path, device)
+def load_trunk(path: str, device: torch.device | Sharding) -> tuple[Trunk, Tensor | None]:
+    """A transformer in float32 ready for packed groups, and the weight of its score head if it has one.
+
+    One in shards is checked in float32 and then opened in the type it computes in.
+    """
+    if isinstance(device, torch.device):
+        return _checked_trunk(path, *load_scorer(path, device))
+    trunk, weight = _checked_trunk(path, *open_scorer(path, device.exact()))
+    if device.computed == torch.float32:
+        return trunk, weight
+    layout = trunk.layout
+    del trunk
+    model, weight = open_scorer(path, device)
+    without_dropout(model)
+    reopened = Trunk(model, layout=layout)
+    with torch.no_grad():
+        reopened.hidden(least(model.device))
+    give_up(model)
+    return reopened, weight
+
+
+def _checked_trunk(path: str, model: PreTrainedModel, weight: Tensor | None) -> tuple[Trunk, Tensor | None]:
     without_dropout(model)
     trunk = Trunk(model, layout="padded")
     trunk.fit(path, "auto", lambda: packing_error(trunk))
+    give_up(model)
     return trunk, weight
 
 

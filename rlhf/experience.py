@@ -18,6 +18,7 @@ from rlhf.critic import Critic
 from rlhf.distributed import World
 from rlhf.packing import microbatches
 from rlhf.policy import Policy
+from rlhf.sharding import in_step
 from rlhf.state import RewardScaler
 from rlhf.typed import numbers
 from rlhf.types import AdvantageInputs, Experience, FinishReason, Group, Trajectory
@@ -115,7 +116,11 @@ class ExperienceBuilder:
     def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:
         result = torch.zeros_like(experience.rollout_logprobs)
         groups = range(len(experience.prompts))
-        for micro in microbatches(experience, groups, self.microbatch_tokens, layout=policy.layout):
+        micros = microbatches(experience, groups, self.microbatch_tokens, layout=policy.layout)
+        for micro in in_step(micros, policy.model, self.world):
+            if micro is None:
+                policy.idle()
+                continue
             statistics = policy.statistics(micro.packed, temperature=self.temperature, want=("logprob",))
             assert statistics.logprob is not None
             result[micro.index] = statistics.logprob.to(result.dtype)
@@ -131,8 +136,11 @@ class ExperienceBuilder:
         values = None if self.critic is None else torch.zeros_like(experience.rollout_logprobs)
         own = self.critic is not None and self.critic.own
         groups = range(len(experience.prompts))
-        layout = self.policy.layout
-        for micro in microbatches(experience, groups, self.microbatch_tokens, layout=layout):
+        micros = microbatches(experience, groups, self.microbatch_tokens, layout=self.policy.layout)
+        for micro in in_step(micros, self.policy.model, self.world):
+            if micro is None:
+                self._idle(policy=not own or old is not None)
+                continue
             hidden = None if own and old is None else self.policy.hidden(micro.packed)
             if old is not None:
                 statistics = self.policy.statistics(
@@ -143,6 +151,12 @@ class ExperienceBuilder:
             if self.critic is not None and values is not None:
                 values[micro.index] = self.critic.values(micro.packed, hidden).to(values.dtype)
         return old, values
+
+    def _idle(self, *, policy: bool) -> None:
+        if policy:
+            self.policy.idle()
+        if self.critic is not None and self.critic.own:
+            self.critic.idle()
 
     def _scores(self, groups: Sequence[Group], experience: Experience, penalty: Tensor) -> AdvantageInputs:
         trajectories = [t for g in groups for t in g.trajectories]

@@ -21,6 +21,7 @@ from rlhf.metrics import Max, Mean, Metrics, Sum, merge
 from rlhf.optimizer import MasterAdamW, step_together
 from rlhf.packing import Microbatch, microbatches
 from rlhf.policy import Policy
+from rlhf.sharding import in_step
 from rlhf.typed import integers, run_numbers
 from rlhf.types import Counts, CriticTargets, Experience, LossInputs
 
@@ -81,9 +82,11 @@ class Learner:
     ) -> list[Metrics]:
         """Adds the gradient of these groups' share of an update's loss, microbatch by microbatch."""
         parts: list[Metrics] = []
-        for micro in microbatches(
-            experience, groups, self.section.microbatch_tokens, layout=self.policy.layout
-        ):
+        micros = microbatches(experience, groups, self.section.microbatch_tokens, layout=self.policy.layout)
+        for micro in in_step(micros, self.policy.model, self.world):
+            if micro is None:
+                torch.autograd.backward(self._idle())
+                continue
             outputs = self._losses(experience, micro, counts, kl_coef)
             torch.autograd.backward([output.loss for output in outputs])
             parts += [output.metrics for output in outputs]
@@ -105,6 +108,13 @@ class Learner:
             values = self.critic.values(micro.packed, hidden).to(targets.values.dtype)
             outputs.append(self.algorithm.value_loss(values, targets, mask, sequence, counts))
         return outputs
+
+    def _idle(self) -> list[Tensor]:
+        """The passes of `_losses` with nothing in them."""
+        idle = [self.policy.idle(self.reference)] if self.policy_learns else []
+        if self.critic is not None and (self.critic.own or not self.policy_learns):
+            idle.append(self.critic.idle())
+        return idle
 
     @property
     def policy_learns(self) -> bool:

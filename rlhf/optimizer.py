@@ -19,7 +19,9 @@ from rlhf.checkpoint import CheckpointError
 from rlhf.config import LearnerConfig
 from rlhf.distributed import World
 from rlhf.metrics import Max, Mean, Metrics, Sum
-from rlhf.state import Stateful, TensorFiles
+from rlhf.sharding import as_shard, is_sharded, own_rows, replicas_of
+from rlhf.state import Stateful
+from rlhf.tensor_files import TensorFiles, rows_like
 from rlhf.typed import after_gradient, copy_all
 
 
@@ -36,14 +38,14 @@ class MasterAdamW(Stateful):
             if parameter.requires_grad:
                 self.names.append(name)
                 self.weights.append(parameter)
-        if all(w.dtype == dtype for w in self.weights):
-            self.masters = self.weights
-        else:
-            self.masters = [nn.Parameter(w.detach().clone()) for w in self.weights]
-            for parameter in model.parameters():
+        self.masters = [_master(weight, dtype) for weight in self.weights]
+        for parameter in model.parameters():
+            if not is_sharded(parameter):
                 parameter.data = parameter.data.to(dtype)
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                after_gradient(weight, _move_gradient_to(master))
+        self._pairs = list(zip(self.weights, self.masters, strict=True))
+        self._copied = [(w, m) for w, m in self._pairs if w is not m and not is_sharded(w)]
+        for weight, master in self._copied:
+            after_gradient(weight, _move_gradient_to(master))
         self.adamw: torch.optim.Optimizer = torch.optim.AdamW(
             self.masters,
             lr=section.lr,
@@ -66,13 +68,24 @@ class MasterAdamW(Stateful):
         return self.section.lr * lr_factor(step, self.section, self.total_steps)
 
     def gather(self, world: World) -> Tensor:
-        """Adds the gradients up over the ranks; their norm."""
-        for master in self.masters:
+        """Adds the gradients up over the ranks; their norm. FSDP has added up those of sharded weights."""
+        whole: list[Tensor] = []
+        rows: list[Tensor] = []
+        replicas = 1
+        for weight, master in self._pairs:
+            if is_sharded(weight):
+                master.grad = None if weight.grad is None else own_rows(weight.grad)
+                weight.grad, replicas = None, replicas_of(weight)
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
-        gradients = [m.grad for m in self.masters if m.grad is not None]
-        world.sum_gradients(gradients)
-        return nn.utils.get_total_norm(gradients)
+            (rows if is_sharded(weight) else whole).append(master.grad)
+        world.sum_gradients(whole)
+        norm = nn.utils.get_total_norm(whole)
+        if not rows:
+            return norm
+        # every row lies on as many ranks as there are replicas
+        squares = world.all_sum(nn.utils.get_total_norm(rows).square()) / replicas
+        return (norm.square() + squares).sqrt()
 
     def apply(self, step: int, norm: Tensor) -> bool:
         """Clips the gathered gradients, as if `norm` were theirs, and updates unless it is not finite."""
@@ -88,16 +101,20 @@ class MasterAdamW(Stateful):
 
     @torch.no_grad()
     def _copy_to_model(self) -> None:
-        if self.masters is not self.weights:
-            copy_all(self.weights, self.masters)
+        if self._copied:
+            copy_all([weight for weight, _ in self._copied], [master for _, master in self._copied])
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint needs: the masters, and the moments and update counts of each."""
         moments: dict[str, Tensor] = {}
-        for name, master in zip(self.names, self.masters, strict=True):
+        for name, (weight, master) in zip(self.names, self._pairs, strict=True):
             for key, value in self.adamw.state.get(master, {}).items():
-                moments[f"{name}/{key}"] = value
-        masters = {n: m.detach() for n, m in zip(self.names, self.masters, strict=True)}
+                of_rows = is_sharded(weight) and key != "step"
+                moments[f"{name}/{key}"] = as_shard(value, weight) if of_rows else value
+        masters = {
+            name: weight.detach() if is_sharded(weight) else master.detach()
+            for name, (weight, master) in zip(self.names, self._pairs, strict=True)
+        }
         return {"model": masters, "optimizer": moments}
 
     @torch.no_grad()
@@ -109,15 +126,27 @@ class MasterAdamW(Stateful):
             raise CheckpointError(
                 f"the checkpoint is of another model: {', '.join(odd)} is in one of the two only"
             )
-        for name, master in zip(self.names, self.masters, strict=True):
-            if masters[name].shape != master.shape:
-                raise CheckpointError(
-                    f"{name}: checkpoint {list(masters[name].shape)}, model {list(master.shape)}"
-                )
-            master.copy_(masters[name])
-            keys = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{k}" in moments]
-            self.adamw.state[master] = {key: moments[f"{name}/{key}"].clone() for key in keys}
+        for name, (weight, master) in zip(self.names, self._pairs, strict=True):
+            saved = rows_like(masters, name, weight)
+            if saved.shape != master.shape:
+                raise CheckpointError(f"{name}: checkpoint {list(saved.shape)}, model {list(master.shape)}")
+            master.copy_(saved)
+            own: dict[str, Tensor] = {}
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                full = f"{name}/{key}"
+                if full in moments:
+                    value = moments[full] if key == "step" else rows_like(moments, full, weight)
+                    own[key] = value.clone()
+            self.adamw.state[master] = own
         self._copy_to_model()
+
+
+def _master(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """Of a sharded weight this rank's rows, which are float32; of another one a copy, unless it is computed
+    with as it is."""
+    if is_sharded(weight):
+        return nn.Parameter(own_rows(weight))
+    return weight if weight.dtype == dtype else nn.Parameter(weight.detach().clone())
 
 
 def step_together(optimizers: Mapping[str, tuple[MasterAdamW, int]], world: World) -> Metrics:

@@ -90,6 +90,12 @@ def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> 
     )
 
 
+def least(device: torch.device) -> Packed:
+    """One token after a prompt of one: a pass that has to be made with nothing in it."""
+    one = torch.zeros(1, dtype=torch.long, device=device)
+    return pack([one], [[one]])
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """Sequences `[first, last)` of one group: what goes through the model together with its prompt."""

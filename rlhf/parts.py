@@ -17,8 +17,10 @@ from rlhf.learner import Learner
 from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy, WithoutAdapter
 from rlhf.preflight import Inputs
+from rlhf.pretrained import load_model
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.factory import make_engine
+from rlhf.sharding import Sharding
 from rlhf.state import Cursor, KLCoefficient, Stateful
 from rlhf.weights import WeightSync
 
@@ -44,8 +46,9 @@ class Parts:
 
 def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
     """Loads weights. Raises ModelError."""
-    policy, reference = _models(config, inputs, world)
-    critic = _critic(config, inputs, world, policy)
+    sharding = Sharding.of(config.distributed, _dtype(config), world)
+    policy, reference = _models(config, inputs, world, sharding)
+    critic = _critic(config, inputs, sharding or world.device, policy)
     optimizer = MasterAdamW(policy.model, _dtype(config), config.learner, config.steps)
     if config.model.gradient_checkpointing:
         for trunk in (policy, critic.trunk) if critic is not None and critic.own else (policy,):
@@ -80,8 +83,12 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
     )
 
 
-def _models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Policy | None]:
+def _models(
+    config: Config, inputs: Inputs, world: World, sharding: Sharding | None
+) -> tuple[Policy, Policy | None]:
     section = config.model
+    if sharding is not None:
+        return _sharded_models(config, inputs, world, sharding)
     policy = Policy.load(section, section.path, world.device)
     if section.lora is not None:
         policy.add_adapter(section.lora, seed=config.seed)
@@ -94,14 +101,27 @@ def _models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Polic
     return policy, reference
 
 
-def _critic(config: Config, inputs: Inputs, world: World, policy: Policy) -> Critic | None:
+def _sharded_models(
+    config: Config, inputs: Inputs, world: World, sharding: Sharding
+) -> tuple[Policy, Policy | None]:
+    section = config.model
+    policy = Policy.load_sharded(section, section.path, sharding, trains=True)
+    policy.replica = load_model(section.path, world.device, _dtype(config))
+    policy.replica.requires_grad_(requires_grad=False)
+    if not inputs.algorithm.needs_reference:
+        return policy, None
+    path = section.reference or section.path
+    return policy, Policy.load_sharded(section, path, sharding, trains=False)
+
+
+def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, policy: Policy) -> Critic | None:
     if inputs.algorithm.critic is None:
         return None
     section = critic_section(config.critic, config.learner)
     if config.critic.trunk == "policy":
         return Critic.on_policy_trunk(policy, section, config.steps)
     path = config.critic.path or config.model.path
-    return Critic.on_own_trunk(path, world.device, _dtype(config), section, config.steps)
+    return Critic.on_own_trunk(path, device, _dtype(config), section, config.steps)
 
 
 def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEngine, Sampler]:

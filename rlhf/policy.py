@@ -20,7 +20,7 @@ from rlhf.attention import CONCAT_BELOW, SHARED_PREFIX
 from rlhf.config import LoraConfig, ModelConfig
 from rlhf.kernels.token_stats import TokenStats, token_stats
 from rlhf.lora import Adapter
-from rlhf.packing import Layout, Packed, pack, padded, separate
+from rlhf.packing import Layout, Packed, least, pack, padded, separate
 from rlhf.pretrained import (
     ModelError,
     attention_of,
@@ -31,9 +31,11 @@ from rlhf.pretrained import (
     takes_attention,
     text_settings,
 )
+from rlhf.sharding import Sharding, backbone, gathered, give_up, open_policy
 
 LONG_PROMPT = CONCAT_BELOW + 2
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
 
 log = logging.getLogger(__name__)
 
@@ -126,19 +128,19 @@ class Trunk:
 
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states `[N, H]` that predict the completion tokens."""
-        backbone = self.model.base_model
         if self.layout == "padded":
             token_ids, mask, rows = padded(packed)
-            output = backbone(input_ids=token_ids, attention_mask=mask, use_cache=False)
-            return output.last_hidden_state.flatten(0, 1)[rows]
+            states = backbone(self.model, input_ids=token_ids, attention_mask=mask, use_cache=False)
+            return states.flatten(0, 1)[rows]
         packed = packed if self.layout == "shared_prefix" else separate(packed)
-        output = backbone(
+        states = backbone(
+            self.model,
             input_ids=packed.token_ids[None],
             position_ids=packed.positions[None],
             use_cache=False,
             spans=packed.spans,
         )
-        return output.last_hidden_state[0, packed.rows]
+        return states[0, packed.rows]
 
 
 class Policy(Trunk):
@@ -148,6 +150,8 @@ class Policy(Trunk):
         self.head = Head.of(model)
         super().__init__(model, layout=layout)
         self.adapter: Adapter | None = None
+        self.replica: PreTrainedModel | None = None
+        """The whole of a model that learns in shards."""
 
     @classmethod
     def load(cls, section: ModelConfig, path: str, device: torch.device) -> Policy:
@@ -156,7 +160,26 @@ class Policy(Trunk):
         Raises ModelError: the model cannot be loaded, its head is of another kind, or it cannot do the
         packing that was asked for (the reason is named).
         """
-        model = load_model(path, device)
+        return cls._checked(section, path, load_model(path, device))
+
+    @classmethod
+    def load_sharded(cls, section: ModelConfig, path: str, sharding: Sharding, *, trains: bool) -> Policy:
+        """In shards, of float32 where it `trains`; checked in float32, then opened in the compute type."""
+        policy = cls._checked(section, path, open_policy(path, sharding.exact(), trains=trains))
+        give_up(policy.model)
+        if sharding.computed == torch.float32:
+            return policy
+        layout = policy.layout
+        del policy
+        model = open_policy(path, sharding, trains=trains)
+        without_dropout(model)
+        reopened = cls(model, layout=layout)
+        with torch.no_grad():
+            reopened.idle()
+        return reopened
+
+    @classmethod
+    def _checked(cls, section: ModelConfig, path: str, model: PreTrainedModel) -> Policy:
         without_dropout(model)
         policy = cls(model, layout="padded")
         policy.fit(path, section.packing, lambda: forward_error(policy))
@@ -169,10 +192,16 @@ class Policy(Trunk):
     @property
     def rollout_model(self) -> PreTrainedModel:
         """What an engine in this process samples from: the model itself, or the copy `merge` writes to."""
+        if self.replica is not None:
+            return self.replica
         return self.model if self.adapter is None else self.adapter.merged
 
     def merge(self) -> None:
-        """Brings `rollout_model` up to date."""
+        """Brings `rollout_model` up to date. Every rank calls it."""
+        if self.replica is not None:
+            own = dict(self.replica.named_parameters())
+            for name, weight in gathered(self.model):
+                own[name].copy_(weight)
         if self.adapter is not None:
             self.adapter.merge()
 
@@ -199,7 +228,7 @@ class Policy(Trunk):
                     "ref_weight": reference.head.module.weight,
                     "ref_bias": reference.head.module.bias,
                 }
-        return token_stats(
+        statistics = token_stats(
             self.hidden(packed) if hidden is None else hidden,
             head.module.weight,
             packed.targets,
@@ -210,6 +239,18 @@ class Policy(Trunk):
             want=want,
             **against,
         )
+        if reference is not None:
+            give_up(reference.model)
+        if not torch.is_grad_enabled():
+            give_up(self.model)
+        return statistics
+
+    def idle(self, reference: Policy | None = None) -> Tensor:
+        """A zero that depends on every weight: the pass of a sharded rank that has nothing to compute."""
+        packed = least(self.model.device)
+        logprob = self.statistics(packed, temperature=1.0, want=("logprob",), reference=reference).logprob
+        assert logprob is not None
+        return logprob.sum() * 0.0
 
 
 class WithoutAdapter(Policy):

@@ -7,24 +7,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import torch
 import transformers
+from accelerate import init_empty_weights  # pyright: ignore[reportMissingTypeStubs]
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # its annotations are too incomplete for a strict check
 _transformers: Any = transformers
+_hub: Any = huggingface_hub
 
 
 class ModelError(ValueError):
     """The model cannot be loaded or trained as asked. The message says why."""
 
 
-def load_model(path: str, device: torch.device) -> PreTrainedModel:
-    """In float32 and evaluation mode. Raises ModelError when there is no causal language model at `path`."""
+def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """In evaluation mode. Raises ModelError when there is no causal language model at `path`."""
     try:
-        model = _transformers.AutoModelForCausalLM.from_pretrained(local_or_hub(path), dtype=torch.float32)
+        model = _transformers.AutoModelForCausalLM.from_pretrained(local_or_hub(path), dtype=dtype)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
     return model.to(device).eval()
@@ -95,6 +98,37 @@ def pad_token_of(tokenizer: PreTrainedTokenizerBase) -> int:
 def score_head_of(model: Any) -> nn.Module | None:
     """What a sequence classifier puts on its transformer."""
     return model._modules.get("score")
+
+
+def empty_model(path: str, dtype: torch.dtype, *, head: bool) -> PreTrainedModel:
+    """A causal language model, or its transformer alone, with parameters on the meta device, tied as they
+    are; buffers are real."""
+    kind = _transformers.AutoModelForCausalLM if head else _transformers.AutoModel
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(load_model_config(path), dtype=dtype)
+    model.tie_weights()
+    return model.eval()
+
+
+def base_prefix(model: Any) -> str:
+    """Where a model with a head has its transformer."""
+    return model.base_model_prefix
+
+
+def layer_classes(model: Any) -> set[str]:
+    """Names of the classes of a model's layers, the parts that are to stay in one piece."""
+    return set(model._no_split_modules or ())
+
+
+def model_folder(path: str) -> Path:
+    """Where the files of a model lie; those of a hub name are fetched. Raises ModelError."""
+    folder = Path(local_or_hub(path))
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(_hub.snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be loaded: {error}") from error
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -16,8 +16,8 @@ from torch import Tensor
 from rlhf.algos.algorithm import KL
 from rlhf.algos.critic import RewardScaling
 from rlhf.algos.value import RunningMoments
-from rlhf.checkpoint import TensorFiles
 from rlhf.metrics import Max, Metrics
+from rlhf.tensor_files import TensorFiles
 
 
 class Stateful(ABC):

@@ -11,7 +11,7 @@ from pathlib import Path
 from rlhf import checkpoint
 from rlhf.config import Config
 from rlhf.distributed import world, world_size
-from rlhf.evaluation import evaluate
+from rlhf.evaluation import Evaluation, evaluate
 from rlhf.interrupt import Interrupt, Interrupted
 from rlhf.metrics import Max, Mean, Metrics
 from rlhf.monitor import Monitor
@@ -19,7 +19,7 @@ from rlhf.parts import build_parts
 from rlhf.preflight import load_inputs, warnings
 from rlhf.report import closing_summary, write_report
 from rlhf.run_folder import RunFolder
-from rlhf.state import load_state, state_of, tensors_of
+from rlhf.saver import Saver
 
 
 class Trainer:
@@ -30,6 +30,7 @@ class Trainer:
         self.config = config
         self.inputs = load_inputs(config, world_size=world_size())
         self.folder = RunFolder(Path(config.run_dir).expanduser())
+        self.evaluated: Evaluation | None = None
 
     def run(self) -> None:
         """Trains from the start or the last checkpoint to the last step, or until interrupted.
@@ -44,6 +45,12 @@ class Trainer:
         ):
             with self.monitor.phase("load"):
                 self.parts = build_parts(self.config, self.inputs, self.world)
+                self.saver = Saver(
+                    self.folder.checkpoints,
+                    self.config.checkpoint,
+                    self.world,
+                    timeout=self.config.distributed.timeout,
+                )
                 self._resume()
                 for text in warnings(self.config, self.inputs):
                     self.monitor.warn(text)
@@ -53,6 +60,7 @@ class Trainer:
                 except Interrupted:
                     self._leave()
                     return
+            self.saver.wait()
             self._finish()
             self.parts.engine.close()
 
@@ -106,6 +114,7 @@ class Trainer:
         while cursor.steps_done < config.steps:
             started = time.monotonic()
             metrics = self.step()
+            self.saver.check()
             tokens, seconds = metrics["rollout/tokens"].value, time.monotonic() - started
             speed: Metrics = {
                 "throughput/tokens_per_second": Mean(tokens, seconds),
@@ -126,6 +135,7 @@ class Trainer:
             # a later one is part of its step: given up, it would not be repeated
             between = self.interrupt.check if step == 0 else None
             result = evaluate(self.parts.sampler, held_out, self.config, self.world, step, between)
+        self.evaluated = result
         if self.world.is_main:
             self.monitor.evaluated(asdict(result))
 
@@ -135,23 +145,16 @@ class Trainer:
             raise Interrupted
 
     def _save(self) -> None:
-        if not self.world.is_main:
-            return
+        cursor, evaluated = self.parts.cursor, self.evaluated
+        score = evaluated.accuracy if evaluated is not None and evaluated.step == cursor.steps_done else None
         with self.monitor.phase("save"):
-            checkpoint.save(
-                self.folder.checkpoints,
-                step=self.parts.cursor.steps_done,
-                tensors=tensors_of(self.parts.stateful),
-                state=state_of(self.parts.stateful),
-                keep_last=self.config.checkpoint.keep_last,
-            )
+            self.saver.save(cursor.steps_done, self.parts.stateful, score=score)
 
     def _resume(self) -> None:
-        resume, cursor = self.config.checkpoint.resume == "auto", self.parts.cursor
-        newest = checkpoint.latest(self.folder.checkpoints) if resume else None
+        cursor = self.parts.cursor
+        newest = self.saver.newest() if self.config.checkpoint.resume == "auto" else None
         if newest is not None:
-            saved = checkpoint.load(newest, device=self.world.device)
-            load_state(self.parts.stateful, saved.state, saved.tensors)
+            self.saver.resume(newest, self.parts.stateful)
             self.parts.sync.push(self.parts.engine, version=cursor.steps_done)
             self.monitor.note(f"resumed from {newest} after step {cursor.steps_done} of {self.config.steps}")
         if self.world.is_main:
@@ -161,6 +164,7 @@ class Trainer:
     def _leave(self) -> None:
         """A step whose rollouts are done is saved as far as it came, one that still samples is repeated."""
         self._save()
+        self.saver.wait()
         done = self.parts.cursor.steps_done
         self.monitor.note(
             f"stopped after step {done} of {self.config.steps}; everything is saved in {self.folder.path}. "
