@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: done, or stopped on request with all saved. 2: bad input, the message says what."""
+    """Exit status 0: done, or stopped on request with all saved. 2: bad input, the message says what.
+
+    3: another rank has failed; the message names it.
+    """
     parser = make_parser()
     options, loose = parser.parse_known_args(arguments)
     # argparse takes positional arguments in one go; those after an option come back here
@@ -173,12 +176,22 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
     from rlhf.rewards import RewardError
     from rlhf.rollout.engine import EngineError
     from rlhf.run_folder import RunFolderError
+    from rlhf.shortage import memory_advice
+    from rlhf.watchdog import EXIT, RankError
     from rlhf.weights import SyncError
 
     try:
         trainer.run()
     except (CheckpointError, EngineError, ModelError, RewardError, RunFolderError, SyncError) as error:
         return _refuse("train", error)
+    except RankError as error:
+        _refuse("train", error)
+        return EXIT
+    except (RuntimeError, MemoryError) as error:
+        advice = memory_advice(error, trainer.place)
+        if advice is None:
+            raise
+        return _refuse("train", ValueError(advice))
     except KeyboardInterrupt:
         sys.stderr.write("rlhf train: stopped at once; what the last checkpoint holds is kept\n")
         return 130

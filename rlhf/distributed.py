@@ -11,8 +11,7 @@ import os
 import resource
 import sys
 from collections.abc import Generator, Iterable
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,17 +20,17 @@ from torch import Tensor
 
 from rlhf.metrics import Metrics, merge
 from rlhf.typed import copy_all
+from rlhf.watchdog import Watchdog, deadline, lost_connection
 
 # its annotations are too incomplete for a strict check
 _dist: Any = dist
-TIMEOUT = timedelta(minutes=30)
 
 
 class World:
     """This process among the ranks of a run."""
 
-    def __init__(self, rank: int, size: int, device: torch.device) -> None:
-        self.rank, self.size, self.device = rank, size, device
+    def __init__(self, rank: int, size: int, device: torch.device, watchdog: Watchdog | None = None) -> None:
+        self.rank, self.size, self.device, self.watchdog = rank, size, device, watchdog
 
     @property
     def is_main(self) -> bool:
@@ -40,6 +39,14 @@ class World:
     def share(self, total: int) -> int:
         """How many of `total` things fall to this rank; the shares of all ranks add up to `total`."""
         return total // self.size + (self.rank < total % self.size)
+
+    def at(self, phase: str) -> None:
+        """Tells the other ranks what this one does from here on."""
+        if self.watchdog is not None:
+            self.watchdog.at(phase)
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.watchdog is None else self.watchdog.waiting()
 
     def peak_memory_gib(self) -> float:
         """Of the device where there is one, else the resident memory of this process."""
@@ -54,13 +61,18 @@ class World:
         if self.size == 1:
             return tensor
         tensor = tensor.clone()
-        _dist.all_reduce(tensor)
+        with self._waiting():
+            _dist.all_reduce(tensor)
         return tensor
 
     def sum_gradients(self, gradients: Iterable[Tensor], bucket_bytes: int = 64 << 20) -> None:
         """Adds gradients up over the ranks, in place, in buckets of one collective each."""
         if self.size == 1:
             return
+        with self._waiting():
+            self._sum_in_buckets(gradients, bucket_bytes)
+
+    def _sum_in_buckets(self, gradients: Iterable[Tensor], bucket_bytes: int) -> None:
         bucket: list[Tensor] = []
         for gradient in gradients:
             bucket.append(gradient)
@@ -75,7 +87,8 @@ class World:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        _dist.all_gather_object(values, value)
+        with self._waiting():
+            _dist.all_gather_object(values, value)
         return values
 
     def merge(self, metrics: Metrics) -> Metrics:
@@ -96,20 +109,31 @@ def world_size() -> int:
 
 
 @contextmanager
-def world() -> Generator[World]:
-    """Joins the ranks that torchrun or `accelerate launch` started, and leaves them at the end."""
+def world(timeout: float = 1800.0) -> Generator[World]:
+    """Joins the ranks that torchrun or `accelerate launch` started, and leaves them at the end.
+
+    `timeout`: seconds that one may wait for another. Raises RankError, which names the culprit, where a
+    collective fails because of another rank.
+    """
     size, rank = world_size(), int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
+    if size == 1:
         yield World(rank, size, device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=deadline(timeout))
+    try:
+        with Watchdog(rank, size, timeout) as watchdog:
+            try:
+                yield World(rank, size, device, watchdog)
+            except RuntimeError as error:
+                if not lost_connection(error):
+                    raise
+                raise watchdog.explain(error) from error
     finally:
-        if size > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +87,8 @@ class Monitor:
         self.samples_per_step = samples_per_step
         self.watch = Watch()
         self._told: set[Path] = set()
+        self.on_phase: Callable[[str], None] | None = None
+        """Is told of each phase as it begins."""
         self._phase: str | None = None
         self._phase_since = 0.0
         self._step_since: float | None = None
@@ -133,6 +135,8 @@ class Monitor:
         if self._step_since is None:
             self._step_since = now
         self.display.enter(name)
+        if self.on_phase is not None:
+            self.on_phase(name)
         return Phase(self)
 
     def end_phase(self, *, within_step: bool = True) -> None:

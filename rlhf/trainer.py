@@ -20,6 +20,7 @@ from rlhf.preflight import load_inputs, warnings
 from rlhf.report import closing_summary, write_report
 from rlhf.run_folder import RunFolder
 from rlhf.saver import Saver
+from rlhf.state import Cursor
 
 
 class Trainer:
@@ -31,6 +32,9 @@ class Trainer:
         self.inputs = load_inputs(config, world_size=world_size())
         self.folder = RunFolder(Path(config.run_dir).expanduser())
         self.evaluated: Evaluation | None = None
+        self.place = "start"
+        """What the run is doing."""
+        self._cursor: Cursor | None = None
 
     def run(self) -> None:
         """Trains from the start or the last checkpoint to the last step, or until interrupted.
@@ -39,12 +43,14 @@ class Trainer:
         """
         with (
             closing(self.inputs.rewards),
-            world() as self.world,
+            world(self.config.distributed.timeout) as self.world,
             self._folder_claimed(),
             self._monitored() as self.monitor,
         ):
+            self.monitor.on_phase = self._at
             with self.monitor.phase("load"):
                 self.parts = build_parts(self.config, self.inputs, self.world)
+                self._cursor = self.parts.cursor
                 self.saver = Saver(
                     self.folder.checkpoints,
                     self.config.checkpoint,
@@ -126,6 +132,11 @@ class Trainer:
                 self._evaluate()
             if last or (config.checkpoint.every and cursor.steps_done % config.checkpoint.every == 0):
                 self._save()
+
+    def _at(self, phase: str) -> None:
+        """The other ranks are told, and an exception finds it here."""
+        self.place = phase if self._cursor is None else f"{phase}, step {self._cursor.steps_done + 1}"
+        self.world.at(self.place)
 
     def _evaluate(self) -> None:
         held_out, step = self.inputs.eval, self.parts.cursor.steps_done

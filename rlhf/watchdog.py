@@ -1,0 +1,196 @@
+"""Nobody waits for ever, and the one that is waited for has a name.
+
+Every rank says once a second where it is (its phase, how long it has been there, whether it waits for others)
+in the store that the ranks have met by, from a thread of its own. The same thread reads what the others say
+and ends this process, with a sentence that names the culprit, when
+
+1. this rank has waited longer than `distributed.timeout`: the culprits are those that do not wait;
+2. another rank has given no sign of life for that long, or for a minute: it is frozen, or was killed;
+3. another rank has said why it failed, and this one does not end by itself.
+
+A rank that dies closes its connections, so that a collective with it fails at once; `explain` then says which
+rank it was and what it last did.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+# its annotations are too incomplete for a strict check
+_dist: Any = dist
+BEAT = 1.0
+LOST = 60.0
+GRACE = 10.0
+EXIT = 3
+"""Exit status of a rank that ends because of another one."""
+
+
+class RankError(RuntimeError):
+    """Another rank has failed, died or frozen. The message names it and where it was."""
+
+
+@dataclass(slots=True)
+class Sign:
+    """The last sign of life of a rank, and when it came by this rank's clock."""
+
+    said: dict[str, Any]
+    at: float
+
+
+class Watchdog:
+    """Of one rank among several, while the context lasts."""
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.timeout = rank, timeout
+        self.others = [r for r in range(size) if r != rank]
+        self.signs = {
+            r: Sign({"phase": "start", "since": 0.0, "waits": False}, time.monotonic()) for r in self.others
+        }
+        self._phase, self._since, self._waits_since = "start", time.monotonic(), None
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        # a connection of its own: the ranks' own may block it in a rendezvous
+        self._store = _dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
+        )
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """The others are told how this rank has ended."""
+        self._stop.set()
+        self._thread.join(BEAT + 1.0)
+        with suppress(RuntimeError):
+            self._say(ended="done" if error is None else f"{type(error).__name__}: {error}")
+
+    def at(self, phase: str) -> None:
+        """What this rank does from here on."""
+        self._phase, self._since = phase, time.monotonic()
+
+    @contextmanager
+    def waiting(self) -> Generator[None]:
+        """For the other ranks."""
+        self._waits_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waits_since = None
+
+    def explain(self, error: Exception) -> RankError:
+        """What became of the others, when a collective with them has failed; waits for signs of it."""
+        deadline = time.monotonic() + 3 * BEAT
+        while time.monotonic() < deadline and not self._ended():
+            time.sleep(0.1)
+            with suppress(RuntimeError):
+                self._listen()
+        texts = self._ended() or [text for r in self.others if (text := self._silent(r, 2 * BEAT))]
+        culprit = "; ".join(texts) or f"a rank has closed its connection ({str(error).splitlines()[0]})"
+        return RankError(f"rank {self.rank}, in {self._phase}, cannot go on: {culprit}")
+
+    def _watch(self) -> None:
+        while not self._stop.wait(BEAT):
+            try:
+                self._say()
+                self._listen()
+            except RuntimeError:
+                # the store is gone with the process that held it; a collective that fails says so too
+                if self._waited() > GRACE:
+                    self._end("the rank that the others have met by (rank 0, or its launcher) is gone")
+                continue
+            if (culprit := self._culprit()) is not None:
+                self._end(culprit)
+
+    def _culprit(self) -> str | None:
+        lost = [text for r in self.others if (text := self._silent(r, min(LOST, self.timeout)))]
+        if lost:
+            return "; ".join(lost)
+        failed = self._ended()
+        if failed and time.monotonic() - max(self.signs[r].at for r in self.others) > GRACE:
+            return "; ".join(failed)
+        if self._waited() > self.timeout:
+            late = [self._place(r) for r in self.others if not self.signs[r].said["waits"]]
+            where = "; ".join(late) or "every rank waits, so they wait for different things"
+            waited = f"waited {self._waited():.0f} s"
+            return f"{waited}, longer than distributed.timeout = {self.timeout:g} s: {where}"
+        return None
+
+    def _silent(self, rank: int, longest: float) -> str | None:
+        """What to say of a rank that has given no sign for longer than that."""
+        sign = self.signs[rank]
+        silence = time.monotonic() - sign.at
+        if silence <= longest or sign.said.get("ended") == "done":
+            return None
+        return (
+            f"rank {rank} has given no sign of life for {silence:.0f} s, last in {sign.said['phase']}: "
+            "it is frozen or was killed (by the system, perhaps, for its memory)"
+        )
+
+    def _ended(self) -> list[str]:
+        """Of the ranks that have said why they failed."""
+        said = {r: self.signs[r].said for r in self.others}
+        return [
+            f"rank {r} failed in {s['phase']}: {s['ended']}"
+            for r, s in said.items()
+            if s.get("ended", "done") != "done"
+        ]
+
+    def _place(self, rank: int) -> str:
+        said = self.signs[rank].said
+        return f"rank {rank} has been in {said['phase']} for {said['since']:.0f} s"
+
+    def _waited(self) -> float:
+        since = self._waits_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def _say(self, **more: Any) -> None:
+        now = time.monotonic()
+        said = {
+            "phase": self._phase,
+            "since": now - self._since,
+            "waits": self._waits_since is not None,
+            "beat": now,
+        }
+        with self._lock:
+            self._store.set(f"sign/{self.rank}", json.dumps(said | more))
+
+    def _listen(self) -> None:
+        for rank in self.others:
+            with self._lock:
+                if not self._store.check([f"sign/{rank}"]):
+                    continue
+                said = json.loads(self._store.get(f"sign/{rank}"))
+            if said != self.signs[rank].said:
+                self.signs[rank] = Sign(said, time.monotonic())
+
+    def _end(self, culprit: str) -> None:
+        """The main thread is in a collective that may never return: there is no other way to end it."""
+        sys.stderr.write(f"rlhf train: rank {self.rank}, in {self._phase}, ends: {culprit}\n")
+        sys.stderr.flush()
+        os._exit(EXIT)
+
+
+def deadline(timeout: float) -> timedelta:
+    """Of torch's own collectives: a little later, so that the culprit is named first."""
+    return timedelta(seconds=timeout + 2 * GRACE)
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because of another rank."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        part in text
+        for part in ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL", "Broken pipe")
+    )
