@@ -22,13 +22,13 @@ ALONE: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "optimizer": [
         ("rlhf.optimizer:MasterAdamW.step", (0, 1, 7)),
         ("torch.optim:AdamW.step", (2, 5)),
-        ("torch.nn.utils:clip_grad_norm_", (3, 8)),
+        ("torch.nn.utils:clip_grads_with_norm_", (3, 8)),
     ],
     "metrics": [("rlhf.monitor:Stream.append", (0, 3, 8)), ("rlhf.monitor:Monitor.evaluated", (0, 1))],
     "save": [
         ("rlhf.checkpoint:save_file", (0, 1, 2, 3)),
         ("rlhf.checkpoint:write_atomically", (0, 1, 2, 5)),
-        ("rlhf.checkpoint:_prune", (0, 2)),
+        ("rlhf.checkpoint:prune", (0, 2)),
     ],
     "rename": [("os:rename", (0, 1, 2)), ("os:replace", (5, 7)), ("os:fsync", (6, 14))],
     "finish": [("rlhf.trainer:write_report", (0,))],
