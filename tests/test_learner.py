@@ -181,4 +181,4 @@ def test_float64_is_kept_where_a_model_has_it(tiny_model_dir: Path):
     policy = policy_of(tiny_model_dir)
     make_exact(policy.model)
     optimizer = MasterAdamW(policy.model, torch.float64, LearnerConfig(), 1)
-    assert optimizer.masters is optimizer.weights
+    assert all(m is w for m, w in zip(optimizer.masters, optimizer.weights, strict=True))
