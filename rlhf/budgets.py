@@ -30,6 +30,11 @@ class Budgets(Stateful):
         self.tokens: dict[str, float] = {}
         """Mean length of each prompt's completions at its last visit; kept when `budget.cost` is tokens."""
 
+    @property
+    def probes(self) -> bool:
+        """Whether a step's first outcomes decide what else it samples."""
+        return self.section.rule != "uniform" and bool(self.section.probes)
+
     def sizes(self, prompts: Sequence[Prompt]) -> list[int]:
         """Completions of each of this rank's prompts: all of them, or the probes.
 

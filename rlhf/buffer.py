@@ -47,7 +47,7 @@ class Buffer(Stateful):
         return metrics
 
     def state(self) -> dict[str, Any]:
-        metrics = {name: [type(p).__name__, *_numbers(p)] for name, p in self.metrics.items()}
+        metrics = metrics_state(self.metrics)
         return {"filled": self.experience is not None, "updates": self.updates, "metrics": metrics}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -62,7 +62,7 @@ class Buffer(Stateful):
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         self.updates = state["updates"]
-        self.metrics = {name: KINDS[kind](*numbers) for name, (kind, *numbers) in state["metrics"].items()}
+        self.metrics = metrics_from(state["metrics"])
         self.experience = None
         if not state["filled"]:
             return
@@ -88,6 +88,16 @@ def _tensors(owner: Any, prefix: str) -> dict[str, Tensor]:
         elif is_dataclass(value):
             found |= _tensors(value, f"{prefix}{f.name}.")
     return found
+
+
+def metrics_state(metrics: Metrics) -> dict[str, list[Any]]:
+    """What JSON can hold: of each partial its kind and its numbers."""
+    return {name: [type(p).__name__, *_numbers(p)] for name, p in metrics.items()}
+
+
+def metrics_from(state: Mapping[str, Any]) -> Metrics:
+    """Inverse of `metrics_state`."""
+    return {name: KINDS[kind](*numbers) for name, (kind, *numbers) in state.items()}
 
 
 def _numbers(partial: Partial) -> list[float]:

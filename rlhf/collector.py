@@ -14,9 +14,18 @@ from rlhf.data import PromptDataset, order
 from rlhf.distributed import World, derive_seed
 from rlhf.metrics import Mean, Metrics, Sum, merge
 from rlhf.pretrained import decoded
-from rlhf.rewards import Rewards
+from rlhf.rewards import Rewards, Scoring
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.types import Completion, FinishReason, Group, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the trainer gives for one step: its number, how to name a phase, what to call while waiting."""
+
+    step: int
+    phase: Callable[[str], object]
+    between: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +56,48 @@ class Sampler:
     ) -> list[list[Completion]]:
         return generate(self.engine, requests, between=between)
 
+    def rollout(
+        self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: Hooks
+    ) -> list[Scoring]:
+        """Samples a group of each prompt, without completions where its size is 0.
+
+        Each is handed to the reward workers as soon as it is complete, while others decode; all of them at
+        once, where a function wants to see the whole step.
+        """
+        places = [place for place, size in enumerate(sizes) if size]
+        requests = [self.request(prompts[p], n=sizes[p], label=labels[p]) for p in places]
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        scorings: dict[int, Scoring] = {}
+        together = self.rewards.sees_whole_step
+
+        def finished(number: int, group: list[Completion]) -> None:
+            place = places[number]
+            groups[place] = group
+            if not together:
+                scorings[place] = self._submit([prompts[place]], [group], hooks.step, of=sum(sizes))
+
+        hooks.phase("rollout")
+        generate(self.engine, requests, between=hooks.between, finished=finished)
+        if together:
+            return [self._submit(prompts, groups, hooks.step)]
+        for place in set(range(len(prompts))) - set(scorings):
+            scorings[place] = self._submit([prompts[place]], [[]], hooks.step)
+        return [scorings[place] for place in range(len(prompts))]
+
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], step: int
     ) -> tuple[list[Group], Metrics]:
+        return self._submit(prompts, completions, step).result()
+
+    def _submit(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        step: int,
+        of: int | None = None,
+    ) -> Scoring:
         texts = [[self.text(c) for c in group] for group in completions]
-        return self.rewards.score(prompts, completions, texts, trainer_state={"global_step": step})
+        return self.rewards.submit(prompts, completions, texts, trainer_state={"global_step": step}, of=of)
 
     def text(self, completion: Completion) -> str:
         """What a reward reads: special tokens left out."""
@@ -69,13 +115,22 @@ class Collected:
     metrics: Metrics
 
 
-@dataclass(frozen=True, slots=True)
-class _Hooks:
-    """What the trainer gives for one step: its number, how to name a phase, what to call while waiting."""
+class Pending:
+    """The groups of a step, sampled, whose rewards may still be on their way."""
 
-    step: int
-    phase: Callable[[str], object]
-    between: Callable[[], None]
+    def __init__(
+        self, wait: Callable[[], Collected] | None = None, *, collected: Collected | None = None
+    ) -> None:
+        """Either what waits for the rewards and gives the whole, or the whole."""
+        assert (wait is None) != (collected is None)
+        self._wait, self._collected = wait, collected
+
+    def settle(self) -> Collected:
+        """Waits for them. Raises RewardError, which names the function."""
+        if self._collected is None:
+            assert self._wait is not None
+            self._collected = self._wait()
+        return self._collected
 
 
 class Collector:
@@ -87,12 +142,9 @@ class Collector:
         self.sampler, self.prompts, self.algorithm, self.world = sampler, prompts, algorithm, world
         self.budgets = budgets
 
-    def collect(
-        self, position: int, *, step: int, phase: Callable[[str], object], between: Callable[[], None]
-    ) -> Collected:
+    def collect(self, position: int, hooks: Hooks) -> Collected:
         """`position`: how many prompts the run has drawn so far, over all ranks and refills."""
-        section = self.sampler.section
-        wanted = self.world.share(section.prompts_per_step)
+        wanted = self.world.share(self.sampler.section.prompts_per_step)
         kept: list[Group] = []
         sampled: list[Group] = []
         parts: list[Metrics] = []
@@ -100,20 +152,43 @@ class Collector:
             missing = self.world.gather(wanted - len(kept))
             if not any(missing):
                 break
-            first = position + sum(missing[: self.world.rank])
-            draws = range(first, first + missing[self.world.rank])
-            position += sum(missing)
-            groups, metrics = self._rollout(draws, _Hooks(step, phase, between))
+            draws, position = self._draws(position, missing)
+            groups, metrics = self._rollout(draws, hooks)
             sampled += groups
             kept += [g for g in groups if self.algorithm.keep(g)]
             parts.append(metrics)
         metrics = merge(parts) | {"rollout/groups": Sum(float(len(kept)))}
         return Collected(kept, sampled, position, metrics)
 
-    def _rollout(self, draws: range, hooks: _Hooks) -> tuple[list[Group], Metrics]:
+    def begin(self, position: int, hooks: Hooks) -> Pending:
+        """As `collect`, but rewards are not waited for, unless they decide what is sampled next."""
+        if self.algorithm.refill or self.budgets.probes:
+            return Pending(collected=self.collect(position, hooks))
+        wanted = self.world.gather(self.world.share(self.sampler.section.prompts_per_step))
+        draws, position = self._draws(position, wanted)
+        prompts, labels = self._prompts(draws)
+        scorings = self.sampler.rollout(prompts, self.budgets.sizes(prompts), labels, hooks)
+
+        def wait() -> Collected:
+            hooks.phase("reward")
+            groups, metrics = self.sampler.rewards.gather(scorings)
+            kept = [g for g in groups if self.algorithm.keep(g)]
+            metrics = metrics | length_metrics(groups) | {"rollout/groups": Sum(float(len(kept)))}
+            return Collected(kept, groups, position, metrics)
+
+        return Pending(wait)
+
+    def _draws(self, position: int, wanted: Sequence[int]) -> tuple[range, int]:
+        """Of this rank, when each draws as many as it wants; the position behind all of them."""
+        first = position + sum(wanted[: self.world.rank])
+        return range(first, first + wanted[self.world.rank]), position + sum(wanted)
+
+    def _prompts(self, draws: range) -> tuple[list[Prompt], list[str]]:
         indices = order(self.sampler.seed, len(self.prompts), draws.start, len(draws))
-        prompts = [self.prompts[i] for i in indices]
-        labels = [f"rollout/{draw}" for draw in draws]
+        return [self.prompts[i] for i in indices], [f"rollout/{draw}" for draw in draws]
+
+    def _rollout(self, draws: range, hooks: Hooks) -> tuple[list[Group], Metrics]:
+        prompts, labels = self._prompts(draws)
         groups, metrics = self._sample(prompts, self.budgets.sizes(prompts), labels, hooks)
         rest = self.budgets.rest(groups)
         if any(any(sizes) for sizes in self.world.gather(rest)):
@@ -126,19 +201,12 @@ class Collector:
         return groups, metrics | length_metrics(groups)
 
     def _sample(
-        self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: _Hooks
+        self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: Hooks
     ) -> tuple[list[Group], Metrics]:
-        """A group of each prompt, without completions where its size is 0."""
-        requests = [
-            self.sampler.request(prompt, n=size, label=label)
-            for prompt, size, label in zip(prompts, sizes, labels, strict=True)
-            if size
-        ]
-        hooks.phase("rollout")
-        sampled = iter(self.sampler.generate(requests, hooks.between))
-        completions = [next(sampled) if size else [] for size in sizes]
+        """A group of each prompt, scored."""
+        scorings = self.sampler.rollout(prompts, sizes, labels, hooks)
         hooks.phase("reward")
-        return self.sampler.score(prompts, completions, hooks.step)
+        return self.sampler.rewards.gather(scorings)
 
 
 def length_metrics(groups: Sequence[Group]) -> Metrics:

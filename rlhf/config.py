@@ -130,6 +130,8 @@ class RolloutConfig(Section):
     prompts_per_step: Positive = 32
     group_size: Positive = 8
     max_completion_tokens: Positive = 512
+    ahead: Literal[0, 1] = 0
+    """1: a step's batch is sampled before the update of the step before, one version older."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     top_k: Count = 0

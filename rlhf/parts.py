@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlhf.ahead import Ahead
 from rlhf.budgets import Budgets, is_right
 from rlhf.buffer import Buffer
 from rlhf.collector import Collector, Sampler
@@ -34,6 +35,7 @@ class Parts:
     sampler: Sampler
     budgets: Budgets
     collector: Collector
+    ahead: Ahead
     experience: ExperienceBuilder
     learner: Learner
     sync: WeightSync
@@ -58,6 +60,8 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
     experience, learner = _learning(config, inputs, world, (policy, reference, critic), optimizer)
     tolerance = config.rollout.sync_tolerance or TOLERANCE[config.model.dtype]
     cursor, kl, buffer = Cursor(), KLCoefficient(inputs.algorithm.kl), Buffer()
+    collector = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
+    ahead = Ahead(inputs.train, world, config.rollout.ahead)
     stateful: dict[str, Stateful] = {
         "cursor": cursor,
         "policy": optimizer,
@@ -66,13 +70,15 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         "reward_scaler": experience.scaler,
         "warmup": learner.warmup,
         "buffer": buffer,
+        "ahead": ahead,
     }
     return Parts(
         policy=policy,
         engine=engine,
         sampler=sampler,
         budgets=budgets,
-        collector=Collector(sampler, inputs.train, inputs.algorithm, budgets, world),
+        collector=collector,
+        ahead=ahead,
         experience=experience,
         learner=learner,
         sync=WeightSync(policy, inputs.train[0], temperature=config.rollout.temperature, tolerance=tolerance),

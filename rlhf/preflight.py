@@ -57,6 +57,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             )
     algorithm = config.build_algorithm()
     _check_sampling(config, algorithm)
+    _check_ahead(config, algorithm)
     tokenizer = load_tokenizer(config.model.path)
     model = load_model_config(config.model.path)
     for path in (config.model.reference, config.critic.path if algorithm.critic is not None else None):
@@ -100,6 +101,14 @@ def _check_sampling(config: Config, algorithm: Algorithm) -> None:
             "the engine's log-probs are not comparable with the learner's: algorithm.mismatch.kind = "
             f"{algorithm.mismatch.kind} would correct for the truncation, not for a mismatch. Sample with "
             "top_p=1 and top_k=0, or set algorithm.mismatch.kind=none"
+        )
+
+
+def _check_ahead(config: Config, algorithm: Algorithm) -> None:
+    if config.rollout.ahead and algorithm.mismatch.kind == "none":
+        raise ConfigError(
+            "rollout.ahead = 1 samples with weights one update older than those it is learned with, and "
+            "algorithm.mismatch.kind = none would not correct for it; use token_tis, or rollout.ahead=0"
         )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rlhf import checkpoint
+from rlhf.collector import Hooks
 from rlhf.config import Config
 from rlhf.distributed import world, world_size
 from rlhf.evaluation import Evaluation, evaluate
@@ -80,22 +81,28 @@ class Trainer:
         cursor.steps_done += 1
         self.monitor.phase("sync")
         parts.sync.push(parts.engine, version=cursor.steps_done)
+        parts.ahead.settle()
         metrics = self.world.merge(parts.buffer.empty())
         return metrics | parts.kl.adapt(metrics) | parts.learner.warmup.adapt(metrics)
 
     def _fill(self) -> None:
         """Samples and scores what this step learns from. The memory of the parts changes only at its end."""
         parts, cursor = self.parts, self.parts.cursor
-        collected = parts.collector.collect(
-            cursor.position, step=cursor.steps_done, phase=self.monitor.phase, between=self.interrupt.check
-        )
+        hooks = Hooks(cursor.steps_done, self.monitor.phase, self.interrupt.check)
+        collected = parts.ahead.current(lambda: parts.collector.begin(cursor.position, hooks))
         self._agree_to_stop()
+        pending = None
+        if parts.ahead.steps and hooks.step + 1 < self.config.steps:
+            pending = parts.collector.begin(collected.position, replace(hooks, step=hooks.step + 1))
         self.monitor.phase("learn")
-        experience = parts.experience.build(collected.groups, kl_coef=parts.kl.value)
+        groups, age = parts.ahead.fresh(collected.groups, version=hooks.step)
+        experience = parts.experience.build(groups, kl_coef=parts.kl.value)
         cursor.position = collected.position
-        self.monitor.samples(cursor.steps_done + 1, collected.groups)
+        parts.ahead.next(pending)
+        self.monitor.samples(hooks.step + 1, collected.groups)
+        measured = collected.metrics | age
         observed = parts.budgets.observe(collected.sampled)
-        parts.buffer.fill(experience, collected.metrics | observed | parts.learner.before(experience))
+        parts.buffer.fill(experience, measured | observed | parts.learner.before(experience))
 
     def _learn(self) -> None:
         buffer, step = self.parts.buffer, self.parts.cursor.steps_done

@@ -111,25 +111,35 @@ class RolloutEngine(Protocol):
 
 
 def generate(
-    engine: RolloutEngine, requests: Sequence[RolloutRequest], *, between: Callable[[], None] | None = None
+    engine: RolloutEngine,
+    requests: Sequence[RolloutRequest],
+    *,
+    between: Callable[[], None] | None = None,
+    finished: Callable[[int, list[Completion]], None] | None = None,
 ) -> list[list[Completion]]:
     """`submit` and `poll` to the end: the group of each request, in order of `index`.
 
     `between` is called before each poll; what it raises ends the rollout, and what is in flight is given up.
+    `finished` gets the number and the group of each request as soon as it is complete; others still decode.
     """
     engine.submit(requests)
+    numbers = {r.prompt.id: (number, r.params.n) for number, r in enumerate(requests)}
     done: dict[str, list[Completion]] = {r.prompt.id: [] for r in requests}
     missing = sum(r.params.n for r in requests)
     try:
         while missing:
             if between is not None:
                 between()
-            finished = engine.poll()
-            if not finished:
+            polled = engine.poll()
+            if not polled:
                 raise RuntimeError(f"the rollout engine stopped with {missing} completions missing")
-            for completion in finished:
-                done[completion.prompt_id].append(completion)
-            missing -= len(finished)
+            for completion in polled:
+                group = done[completion.prompt_id]
+                group.append(completion)
+                number, size = numbers[completion.prompt_id]
+                if finished is not None and len(group) == size:
+                    finished(number, sorted(group, key=lambda c: c.index))
+            missing -= len(polled)
     except BaseException:
         engine.pause("abort")
         engine.poll(timeout=0.0)

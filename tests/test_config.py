@@ -84,6 +84,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "reward.max_failed_share",
         "reward.success_objective",
         "reward.success_threshold",
+        "rollout.ahead",
         "rollout.engine",
         "rollout.group_size",
         "rollout.kv_cache_gib",

@@ -53,12 +53,15 @@ def clean_environment() -> dict[str, str]:
 
 
 @pytest.mark.multi
-def test_two_ranks_learn_what_one_rank_learns(tmp_path: Path, tiny_model_dir: Path):
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_two_ranks_learn_what_one_rank_learns(tmp_path: Path, tiny_model_dir: Path, ahead: int):
     records: dict[int, list[dict[str, Any]]] = {}
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        settings = bandit_settings(folder, tiny_model_dir, steps=4, algorithm={"name": "reinforce_pp"})
+        settings = bandit_settings(
+            folder, tiny_model_dir, steps=4, algorithm={"name": "reinforce_pp"}, rollout={"ahead": ahead}
+        )
         settings["algorithm"]["kl"] = {"coef": 0.01, "estimator": "k1", "placement": "reward"}
         records[ranks] = launch(folder, settings, ranks)
     assert len(records[1]) == len(records[2]) == 4

@@ -151,6 +151,11 @@ class Rewards:
             for objective, pool in self._owner.items()
         }
 
+    @property
+    def sees_whole_step(self) -> bool:
+        """Whether a function is called once with all samples of a step: they are then submitted together."""
+        return any(pool.spec.batch == "step" for pool in self.pools)
+
     def close(self) -> None:
         """Ends every worker. What is submitted later starts new ones."""
         _close(self.pools)

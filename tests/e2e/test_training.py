@@ -39,6 +39,7 @@ def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path,
         {"model": {"dtype": "bfloat16"}},
         {"model": {"packing": "padded", "gradient_checkpointing": True}},
         {"rollout": {"engine": "hf"}},
+        {"rollout": {"ahead": 1}},
         {"learner": {"epochs": 2, "minibatches": 2}},
         {"algorithm": {"name": "grpo", "kl": {"coef": 0.01, "estimator": "exact"}}},
         {"algorithm": {"name": "rloo", "kl": {"coef": 0.01, "estimator": "k1", "placement": "reward"}}},
@@ -49,6 +50,7 @@ def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path,
         "bfloat16",
         "padded-checkpointing",
         "hf-engine",
+        "ahead",
         "inner-epochs",
         "exact-kl",
         "kl-in-reward",
@@ -76,9 +78,9 @@ def share_of_a(completions, trainer_state, **_):
 """
 
 
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize(("updates", "ahead"), [(1, 0), (2, 0), (2, 1)])
 def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
-    tmp_path: Path, tiny_model_dir: Path, updates: int
+    tmp_path: Path, tiny_model_dir: Path, updates: int, ahead: int
 ):
     folders = {name: tmp_path / name for name in ("stopped", "straight")}
     runs: dict[str, dict[str, Any]] = {}
@@ -89,6 +91,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
             tiny_model_dir,
             steps=7,
             learner={"minibatches": updates},
+            rollout={"ahead": ahead},
             data={"eval": str(folder / "train.jsonl")},
         )
         (folder / "reward.py").write_text(INTERRUPTS.format(trainer=os.getpid()))
