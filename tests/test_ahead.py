@@ -114,4 +114,5 @@ def test_a_group_is_given_to_the_rewards_while_others_decode(
     noted(Sampler, "_submit", "submit")
     noted(Rewards, "gather", "wait")
     train(bandit_settings(tmp_path, tiny_model_dir, steps=1, rollout={"engine": "hf"}))
-    assert events == [*["decode", "submit"] * 8, "wait"]
+    # the first and the last are the probes that compare engine and learner
+    assert events == ["decode", *["decode", "submit"] * 8, "wait", "decode"]

@@ -21,8 +21,8 @@ NAME = re.compile(r"[a-z_]+(/[a-z0-9_]*[a-z0-9])+")
 
 def glossary_rows(path: Path) -> list[list[str]]:
     """The cells of every row that explains a metric: name, unit, meaning, healthy, if not."""
-    rows = [line.strip("| ").split(" | ") for line in path.read_text().splitlines() if line.startswith("| `")]
-    return [[cell.strip() for cell in row] for row in rows]
+    rows = [line for line in path.read_text().splitlines() if line.startswith("| `")]
+    return [[cell.strip() for cell in row.strip()[1:-1].split("|")] for row in rows]
 
 
 def glossary_names(path: Path) -> list[str]:
@@ -51,7 +51,7 @@ def test_every_name_in_the_code_is_explained() -> None:
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value)
     }
     assert "reward/mean" in literals
-    assert [name for name in sorted(literals) if not is_explained(name)] == []
+    assert [name for name in sorted(literals - {"application/json"}) if not is_explained(name)] == []
 
 
 @pytest.mark.parametrize(
