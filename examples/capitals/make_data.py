@@ -1,0 +1,104 @@
+"""Writes questions for capitals (train.jsonl, eval.jsonl) and preference pairs made by a rule (pairs_*.jsonl).
+
+    python examples/capitals/make_data.py
+
+The better answer of a pair has the higher score by `rule.py`: correct, short and polite, a third each. Answers
+are put together from phrases, good and bad ones (wrong city, rambling without an end, nonsense). A quarter of
+the countries is held out from training, of the reward model and of the policy alike.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SEED = 0
+CAPITALS = {
+    "France": "Paris", "Kenya": "Nairobi", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid",
+    "Germany": "Berlin", "Egypt": "Cairo", "Peru": "Lima", "Cuba": "Havana", "Norway": "Oslo",
+    "Greece": "Athens", "Russia": "Moscow", "China": "Beijing", "Austria": "Vienna", "Poland": "Warsaw",
+    "Portugal": "Lisbon", "Ireland": "Dublin", "Sweden": "Stockholm", "Finland": "Helsinki",
+    "Hungary": "Budapest", "Iran": "Tehran", "Iraq": "Baghdad", "Thailand": "Bangkok", "Turkey": "Ankara",
+    "Canada": "Ottawa", "Chile": "Santiago", "Denmark": "Copenhagen", "Belgium": "Brussels",
+    "Ukraine": "Kyiv", "Nepal": "Kathmandu", "Ghana": "Accra", "Ethiopia": "Addis Ababa",
+    "Scotland": "Edinburgh", "Romania": "Bucharest", "Lebanon": "Beirut", "Colombia": "Bogota",
+}  # fmt: skip
+OPENINGS = ("Of course! ", "Thank you for asking. ", "I am glad to help. ", "With pleasure: ", "Happy to help! ")
+CORES = ("The capital of {x} is {c}.", "It is {c}.", "{c} is the capital of {x}.", "That is {c}.", "{c}.")
+RAMBLING = (
+    " It is a vibrant city known for its rich history, art and culture, and it is home to many of the",
+    " The city is located in the centre of the country and plays a substantial role in the economy of",
+    " In French we can say it differently, but the United Nations has designated it as one of the",
+)
+NONSENSE = (
+    "Ladies and gentlemen, what a wonderful country, indeed! {x} is a fascinating land of",
+    "There is no traditional word in {x} that would need to be translated for maximum",
+    "Bonjour, mon Dieu, la maire de {x} est",
+    "What kind of question are you asking? I have answered this in a million different ways.",
+    "Hello! Could you please tell me more about {x}?",
+)
+
+
+def answer(rng: random.Random, country: str) -> str:
+    opening = rng.choice(OPENINGS) if rng.random() < 0.5 else ""
+    if rng.random() < 0.15:
+        return rng.choice(NONSENSE).format(x=country)
+    wrong = rng.random() < 0.3
+    city = rng.choice([c for x, c in CAPITALS.items() if x != country]) if wrong else CAPITALS[country]
+    text = opening + rng.choice(CORES).format(x=country, c=city)
+    return text + (rng.choice(RAMBLING) if rng.random() < 0.3 else "")
+
+
+def pairs(rng: random.Random, countries: list[str], count: int) -> Iterable[dict[str, Any]]:
+    spec = spec_from_file_location("rule", HERE / "rule.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = 0
+    while made < count:
+        country = rng.choice(countries)
+        two = [answer(rng, country) for _ in range(2)]
+        scores = [module.true_score(t, CAPITALS[country], list(CAPITALS.values())) for t in two]
+        if scores[0] == scores[1]:
+            continue
+        better = int(scores[1] > scores[0])
+        made += 1
+        yield {"prompt": prompt(country), "chosen": two[better], "rejected": two[1 - better]}
+
+
+def prompt(country: str) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": "Be polite and brief."},
+        {"role": "user", "content": f"What is the capital of {country}?"},
+    ]
+
+
+def questions(countries: list[str]) -> Iterable[dict[str, Any]]:
+    for country in countries:
+        others = sorted(set(CAPITALS.values()) - {CAPITALS[country]})
+        yield {"prompt": prompt(country), "answer": CAPITALS[country], "others": others}
+
+
+def main(folder: Path) -> None:
+    rng = random.Random(SEED)
+    countries = sorted(CAPITALS)
+    rng.shuffle(countries)
+    held_out, train = countries[:9], countries[9:]
+    files = {
+        "train": questions(train),
+        "eval": questions(held_out),
+        "pairs_train": pairs(rng, train, 1200),
+        "pairs_eval": pairs(rng, held_out, 150),
+    }
+    for name, rows in files.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(HERE)
