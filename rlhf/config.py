@@ -215,6 +215,25 @@ class DistributedConfig(Section):
     """Seconds that one rank waits for another before the run ends with the name of the late one."""
 
 
+class PtxConfig(Section):
+    """Text whose likelihood is added to every update (rlhf/pretraining.py)."""
+
+    path: str | None = None
+    """jsonl or parquet file, or a `datasets` folder; not given: none."""
+    kind: Literal["text", "completions"] = "text"
+    coef: Annotated[float, Field(gt=0.0)] | None = None
+    """Weight of its loss: no paper states one, so it must be given."""
+    samples: Positive | None = None
+    """Texts of an update, over all ranks; must be given too."""
+
+    @model_validator(mode="after")
+    def check_together(self) -> PtxConfig:
+        missing = [name for name in ("path", "coef", "samples") if vars(self)[name] is None]
+        if 0 < len(missing) < 3:
+            raise ValueError(f"path, coef and samples go together, {' and '.join(missing)} is not given")
+        return self
+
+
 class EvalConfig(Section):
     every: Count = 0
     """Steps between evaluations; 0: before the first step and after the last one only."""
@@ -258,6 +277,7 @@ class Config(Section):
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()
     distributed: DistributedConfig = DistributedConfig()
+    ptx: PtxConfig = PtxConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()

@@ -21,6 +21,7 @@ from rlhf.metrics import Max, Mean, Metrics, Sum, merge
 from rlhf.optimizer import MasterAdamW, step_together
 from rlhf.packing import Microbatch, microbatches
 from rlhf.policy import Policy
+from rlhf.pretraining import Pretraining
 from rlhf.sharding import in_step
 from rlhf.typed import integers, run_numbers
 from rlhf.types import Counts, CriticTargets, Experience, LossInputs
@@ -38,7 +39,9 @@ class Learner:
         *,
         temperature: float,
         critic: Critic | None = None,
+        pretraining: Pretraining | None = None,
     ) -> None:
+        self.pretraining = pretraining
         assert (critic is None) == (algorithm.critic is None)
         self.critic, self.warmup = critic, Warmup(algorithm.critic)
         self.policy, self.algorithm, self.optimizer, self.world = policy, algorithm, optimizer, world
@@ -66,16 +69,20 @@ class Learner:
             epoch, part = divmod(update, parts)
             seed_of_pass = derive_seed(seed, "minibatches", step, epoch)
             groups = self._minibatch(experience, seed_of_pass, part)
-            yield merge(self._update_once(experience, groups, step=step, kl_coef=kl_coef))
+            number = step * self.section.epochs * parts + update
+            yield merge(self._update_once(experience, groups, number=number, step=step, kl_coef=kl_coef))
 
     def _update_once(
-        self, experience: Experience, groups: list[int], *, step: int, kl_coef: float
+        self, experience: Experience, groups: list[int], *, number: int, step: int, kl_coef: float
     ) -> list[Metrics]:
         learned = [g for g in groups if self._has_signal(experience, g, kl_coef)]
         if not self._any_rank(bool(learned)):
             return [{"update/no_signal": Sum(1.0 / self.world.size)}]
         counts = self.counts(experience, groups)
-        return [*self.accumulate(experience, learned, counts, kl_coef), self._step(step)]
+        parts = self.accumulate(experience, learned, counts, kl_coef)
+        if self.pretraining is not None and self.policy_learns:
+            parts.append(self.pretraining.accumulate(number))
+        return [*parts, self._step(step)]
 
     def accumulate(
         self, experience: Experience, groups: list[int], counts: Counts, kl_coef: float

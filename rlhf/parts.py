@@ -19,6 +19,7 @@ from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy, WithoutAdapter
 from rlhf.preflight import Inputs
 from rlhf.pretrained import load_model
+from rlhf.pretraining import Pretraining
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.factory import make_engine
 from rlhf.sharding import Sharding
@@ -120,6 +121,13 @@ def _sharded_models(
     return policy, Policy.load_sharded(section, path, sharding, trains=False)
 
 
+def _pretraining(config: Config, inputs: Inputs, world: World, policy: Policy) -> Pretraining | None:
+    if config.ptx.path is None:
+        return None
+    budget = config.learner.microbatch_tokens
+    return Pretraining(inputs.texts, config.ptx, policy, world, seed=config.seed, budget=budget)
+
+
 def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, policy: Policy) -> Critic | None:
     if inputs.algorithm.critic is None:
         return None
@@ -165,7 +173,15 @@ def _learning(
         is_right=lambda trajectory: is_right(trajectory, config.reward),
     )
     learner = Learner(
-        policy, reference, algorithm, optimizer, world, section, temperature=temperature, critic=critic
+        policy,
+        reference,
+        algorithm,
+        optimizer,
+        world,
+        section,
+        temperature=temperature,
+        critic=critic,
+        pretraining=_pretraining(config, inputs, world, policy),
     )
     return experience, learner
 

@@ -17,7 +17,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rlhf.algos.algorithm import Algorithm
 from rlhf.config import Config, ConfigError
 from rlhf.data import PromptDataset, load_prompts
+from rlhf.plugins import absolute
 from rlhf.pretrained import eos_token_ids, load_model_config, load_tokenizer, local_or_hub, text_settings
+from rlhf.pretraining import Text, load_texts
 from rlhf.rewards import Rewards, RewardSpec
 
 SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -34,6 +36,8 @@ class Inputs:
     rewards: Rewards
     algorithm: Algorithm
     eos_token_ids: tuple[int, ...]
+    texts: tuple[Text, ...] = ()
+    """What `ptx` mixes in."""
 
 
 def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
@@ -67,17 +71,25 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     _check_weights(config, model)
     train = _prompts(config, config.data.train, tokenizer)
     held_out = None if config.data.eval is None else _prompts(config, config.data.eval, tokenizer)
+    texts = ()
+    if config.ptx.path is not None:
+        texts = tuple(load_texts(config.ptx, tokenizer, config.learner.microbatch_tokens))
     rewards = _rewards(config, train)
     if held_out is not None:
         try:
             rewards.check_columns(held_out.columns)
         except ValueError as error:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
-    return Inputs(tokenizer, model, train, held_out, rewards, algorithm, _eos_token_ids(config, tokenizer))
+    ends = _eos_token_ids(config, tokenizer)
+    return Inputs(tokenizer, model, train, held_out, rewards, algorithm, ends, texts)
 
 
 def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
-    specs = [RewardSpec(**function.model_dump()) for function in config.reward.functions]
+    specs = [
+        # a worker runs in a folder of its own, where a relative path would lead nowhere
+        RewardSpec(**function.model_dump() | {"path": absolute(function.path)})
+        for function in config.reward.functions
+    ]
     return Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
 
 

@@ -1,4 +1,4 @@
-"""Silent no-ops, said aloud: a run that goes on without learning, and what to do about it."""
+"""Silent no-ops and collapse, said aloud: a run that goes on without learning, or learns to cheat."""
 
 from __future__ import annotations
 
@@ -24,14 +24,19 @@ class Watch:
         self.steps: deque[Values] = deque(maxlen=patience)
         self.told: set[str] = set()
         self.some_completion_ended = False
+        self.first: list[Values] = []
 
     def look(self, values: Values) -> list[str]:
         """Takes the metrics of one step and returns what is new to tell."""
         self.steps.append(values)
         self.some_completion_ended |= values.get("length/truncated", 0.0) < 1.0
+        if values.keys() >= PATTERN and len(self.first) < (self.steps.maxlen or 1):
+            self.first.append(values)
         if len(self.steps) < (self.steps.maxlen or 1):
             return []
         new = [f for f in FINDINGS if f.name not in self.told and f.holds(self.steps)]
+        if COLLAPSE.name not in self.told and _collapses(self.first, self.steps):
+            new.append(COLLAPSE)
         if not self.some_completion_ended:
             new = [NEVER_ENDED if f.name == "truncated" else f for f in new]
         self.told.update(f.name for f in new)
@@ -60,6 +65,33 @@ def _nothing_moves(steps: Sequence[Values]) -> bool:
     return has_signal and _always("grad_norm", 0.0)(steps)
 
 
+def _collapses(first: Sequence[Values], last: Sequence[Values]) -> bool:
+    """Length up, perplexity down and KL up, all three against the first steps of the run.
+
+    PPO-max (arXiv:2307.04964 section 5.2) names the three and no numbers; these are rules of thumb.
+    """
+    if not all(values.keys() >= PATTERN for values in last):
+        return False
+
+    def mean(steps: Sequence[Values], name: str) -> float:
+        return sum(values[name] for values in steps) / len(steps)
+
+    before, now = ({name: mean(steps, name) for name in PATTERN} for steps in (first, last))
+    longer = now["length/mean"] >= 1.25 * before["length/mean"]
+    flatter = now["perplexity"] <= 0.8 * before["perplexity"]
+    further = now["kl/ref"] >= max(0.1, 2.0 * before["kl/ref"])
+    return longer and flatter and further
+
+
+PATTERN = {"length/mean", "perplexity", "kl/ref"}
+COLLAPSE = Finding(
+    "collapse",
+    # it takes the first steps too: `_collapses`
+    lambda _: False,
+    "completions get longer, their perplexity falls and the KL to the reference rises: the policy is settling "
+    "on a pattern that pleases the reward and means nothing; read RUN/samples.jsonl, raise algorithm.kl.coef "
+    "(or give it a target), lower learner.lr, constrain the reward (ppo_max)",
+)
 FINDINGS = (
     Finding(
         "reward",

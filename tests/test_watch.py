@@ -49,6 +49,17 @@ def test_a_run_where_nothing_ever_ended_is_told_of_its_end_of_sequence() -> None
     assert len(said) == 1 and "no completion of this run has ended by itself" in said[0]
 
 
+def test_the_pattern_of_a_collapse_is_told_and_any_two_of_its_three_signs_are_not() -> None:
+    before = HEALTHY | {"length/mean": 20.0, "perplexity": 3.0, "kl/ref": 0.02}
+    signs = {"length/mean": 40.0, "perplexity": 1.5, "kl/ref": 0.5}
+    said = told([before] * 5 + [before | signs] * 5)
+    assert len(said) == 1 and "pleases the reward and means nothing" in said[0]
+    for sign in signs:
+        assert told([before] * 5 + [before | {k: v for k, v in signs.items() if k != sign}] * 5) == []
+    # steps of a warm-up, without a perplexity, are no beginning
+    assert len(told([HEALTHY] * 4 + [before] * 5 + [before | signs] * 5)) == 1
+
+
 def test_no_gradient_without_advantages_is_one_finding_not_two() -> None:
     said = told([HEALTHY | {"advantage/zero_fraction": 1.0, "grad_norm": 0.0}] * 8)
     assert len(said) == 1 and "all advantages are zero" in said[0]

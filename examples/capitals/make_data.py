@@ -1,10 +1,10 @@
-"""Writes questions for capitals (train.jsonl, eval.jsonl) and preference pairs made by a rule (pairs_*.jsonl).
+"""Writes questions for capitals (train, eval) and preference pairs made by a rule (pairs_train, pairs_eval).
 
     python examples/capitals/make_data.py
 
-The better answer of a pair has the higher score by `rule.py`: correct, short and polite, a third each. Answers
-are put together from phrases, good and bad ones (wrong city, rambling without an end, nonsense). A quarter of
-the countries is held out from training, of the reward model and of the policy alike.
+The better answer of a pair has the higher score by `rule.py`: correct, short and polite, a third each.
+Answers are put together from phrases, good and bad ones (wrong city, rambling without an end, nonsense). A
+quarter of the countries is held out from training, of the reward model and of the policy alike.
 """
 
 from __future__ import annotations
@@ -28,7 +28,13 @@ CAPITALS = {
     "Ukraine": "Kyiv", "Nepal": "Kathmandu", "Ghana": "Accra", "Ethiopia": "Addis Ababa",
     "Scotland": "Edinburgh", "Romania": "Bucharest", "Lebanon": "Beirut", "Colombia": "Bogota",
 }  # fmt: skip
-OPENINGS = ("Of course! ", "Thank you for asking. ", "I am glad to help. ", "With pleasure: ", "Happy to help! ")
+OPENINGS = (
+    "Of course! ",
+    "Thank you for asking. ",
+    "I am glad to help. ",
+    "With pleasure: ",
+    "Happy to help! ",
+)
 CORES = ("The capital of {x} is {c}.", "It is {c}.", "{c} is the capital of {x}.", "That is {c}.", "{c}.")
 RAMBLING = (
     " It is a vibrant city known for its rich history, art and culture, and it is home to many of the",

@@ -1,0 +1,91 @@
+"""Text mixed into the updates: drawn by number, weighed by its tokens, and refused when it is none."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.config import ConfigError, PtxConfig, make_config
+from rlhf.distributed import World
+from rlhf.pretrained import load_tokenizer
+from rlhf.pretraining import Pretraining, load_texts
+from tests.support import ALONE, bandit_settings, metrics_of, policy_of, train
+
+TEXTS = [{"text": "bb" * (1 + i % 3) + "c"} for i in range(7)]
+ANSWERS = [{"prompt": f"say {i}:", "completion": "bc" * (1 + i % 3)} for i in range(7)]
+
+
+def section(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> PtxConfig:
+    (folder / "ptx.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {"path": str(folder / "ptx.jsonl"), "coef": 0.5, "samples": 4}
+    return PtxConfig.model_validate(made | changes)
+
+
+@pytest.mark.parametrize("kind", ["text", "completions"])
+def test_its_gradient_is_that_of_the_mean_over_all_learned_tokens(
+    tmp_path: Path, tiny_model_dir: Path, kind: str
+):
+    policy = policy_of(tiny_model_dir, dtype=torch.float64)
+    made = section(tmp_path, TEXTS if kind == "text" else ANSWERS, kind=kind, samples=7)
+    texts = load_texts(made, load_tokenizer(str(tiny_model_dir)), 64)
+
+    def gradients() -> list[torch.Tensor]:
+        return [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
+
+    found: list[list[torch.Tensor]] = []
+    for world, budget in (((0, 1), 64), ((0, 1), 25), ((0, 2), 64)):
+        policy.model.zero_grad()
+        mixed = Pretraining(texts, made, policy, World(*world, ALONE.device), seed=0, budget=budget)
+        loss = mixed.accumulate(3)["ptx/loss"].value
+        if world[1] == 2:
+            Pretraining(texts, made, policy, World(1, 2, ALONE.device), seed=0, budget=64).accumulate(3)
+        else:
+            found_loss = loss
+        found.append(gradients())
+    policy.model.zero_grad()
+    policy.shared_prefix = False
+    total, losses = 0, torch.zeros((), dtype=torch.float64)
+    for text in texts:
+        ids = torch.tensor([[*text.given, *text.learned]])
+        logprobs = policy.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        losses = losses - logprobs[len(text.given) - 1 :].sum()
+        total += len(text.learned)
+    (0.5 * losses / total).backward()
+    assert found_loss == pytest.approx(losses.item() / total)
+    for some in found:
+        for got, want in zip(some, gradients(), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+
+
+def test_a_run_mixes_it_into_every_update_and_it_is_remembered(tmp_path: Path, tiny_model_dir: Path):
+    made = section(tmp_path, TEXTS).model_dump()
+    train(bandit_settings(tmp_path, tiny_model_dir, steps=6, ptx=made, learner={"minibatches": 2}))
+    losses = [record["ptx/loss"] for record in metrics_of(tmp_path)]
+    assert losses[-1] < losses[0] - 1.0
+
+
+@pytest.mark.parametrize("changes", [{"coef": None}, {"samples": None}, {"path": None}])
+def test_what_no_source_gives_must_be_given(tmp_path: Path, tiny_model_dir: Path, changes: dict[str, Any]):
+    made = section(tmp_path, TEXTS).model_dump() | changes
+    with pytest.raises(ConfigError, match=f"{next(iter(changes))} is not given"):
+        make_config(bandit_settings(tmp_path, tiny_model_dir, ptx=made))
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "message"),
+    [
+        ([{"text": "b"}], "text", "must have 2 to 64 tokens"),
+        ([{"words": "bbb"}], "text", "no column 'text'"),
+        ([{"prompt": "bbb"}], "completions", "needs a column completion"),
+        ([{"prompt": "b" * 60, "completion": "b" * 9}], "completions", "got 70"),
+    ],
+)
+def test_a_bad_file_is_refused(
+    tmp_path: Path, tiny_model_dir: Path, rows: list[dict[str, Any]], kind: str, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        load_texts(section(tmp_path, rows, kind=kind), load_tokenizer(str(tiny_model_dir)), 64)
