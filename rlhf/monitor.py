@@ -85,7 +85,7 @@ class Monitor:
         self.sinks = list(sinks)
         self.display = display
         self.samples_per_step = samples_per_step
-        self.watch = Watch()
+        self.watch: Watch | None = None
         self._told: set[Path] = set()
         self.on_phase: Callable[[str], None] | None = None
         """Is told of each phase as it begins."""
@@ -155,6 +155,8 @@ class Monitor:
         """
         values = {**self._times(), **{name: float(partial.value) for name, partial in metrics.items()}}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if self.watch is None:
+            self.watch = self._watch()
         if self.metrics is not None:
             self._append(self.metrics, {"step": step, **{name: finite.get(name) for name in values}})
         self._write(step, finite)
@@ -212,6 +214,17 @@ class Monitor:
                 self.warn(f"{len(stream.waiting)} lines are missing at the end of {stream.path}")
                 stream.waiting.clear()
         self.display.close()
+
+    def _watch(self) -> Watch:
+        """One that knows the steps which a resumed run made before."""
+        watch = Watch()
+        # what cannot be read is written anew soon, and said then
+        with suppress(OSError, ValueError):
+            lines = [] if self.run is None else self.run.metrics.read_text(encoding="utf-8").split("\n")
+            for line in filter(None, lines):
+                values: dict[str, float | None] = json.loads(line)
+                watch.recall({name: value for name, value in values.items() if value is not None})
+        return watch
 
     def _times(self) -> dict[str, float]:
         self.end_phase()

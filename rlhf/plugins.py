@@ -28,14 +28,6 @@ def load_object(spec: str) -> Any:
     return getattr(module, name)
 
 
-def absolute(spec: str) -> str:
-    """The same object, its file named from the root; a module's name and a bare name stay as they are."""
-    where, colon, name = spec.rpartition(":")
-    if not where.endswith(".py"):
-        return spec
-    return f"{Path(where).expanduser().absolute()}{colon}{name}"
-
-
 def _load_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ValueError(f"there is no file {path} (looked from {Path.cwd()})")

@@ -17,7 +17,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rlhf.algos.algorithm import Algorithm
 from rlhf.config import Config, ConfigError
 from rlhf.data import PromptDataset, load_prompts
-from rlhf.plugins import absolute
 from rlhf.pretrained import eos_token_ids, load_model_config, load_tokenizer, local_or_hub, text_settings
 from rlhf.pretraining import Text, load_texts
 from rlhf.rewards import Rewards, RewardSpec
@@ -85,11 +84,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
 
 
 def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
-    specs = [
-        # a worker runs in a folder of its own, where a relative path would lead nowhere
-        RewardSpec(**function.model_dump() | {"path": absolute(function.path)})
-        for function in config.reward.functions
-    ]
+    specs = [RewardSpec(**function.model_dump()) for function in config.reward.functions]
     return Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
 
 

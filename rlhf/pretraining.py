@@ -5,10 +5,10 @@
     text           {"text": "..."}                          every token but the first is learned
     completions    {"prompt": ..., "completion": "..."}     the completion is, and its end; the prompt is not
 
-Which texts an update takes depends on the seed and the number of the update alone, so there is nothing to save.
+Which texts an update takes depends on the seed and its number alone, so there is nothing to save.
 
 Differences from PPO-max (arXiv:2307.04964): 1. the paper mixes with a weight that it does not state and its
-code has it off, so the weight must be given; 2. the mean is over the tokens of the whole update, of all ranks.
+code has it off, so the weight must be given; 2. the mean is over all tokens of the update, of all ranks.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ Values = Mapping[str, float]
 
 
 class Finding(NamedTuple):
-    """`holds(steps)` looks at the last few steps, oldest first."""
+    """`holds(first, last)` looks at the first few steps in which the policy learned, and at the last few."""
 
     name: str
-    holds: Callable[[Sequence[Values]], bool]
+    holds: Callable[[Sequence[Values], Sequence[Values]], bool]
     advice: str
 
 
@@ -21,22 +21,25 @@ class Watch:
     """Looks at each step's metrics; a finding that held for `patience` steps in a row is told once a run."""
 
     def __init__(self, patience: int = 5) -> None:
+        self.patience = patience
         self.steps: deque[Values] = deque(maxlen=patience)
         self.told: set[str] = set()
         self.some_completion_ended = False
         self.first: list[Values] = []
 
+    def recall(self, values: Values) -> None:
+        """A step from before a resumption: the beginning of a run stays its beginning."""
+        self.some_completion_ended |= values.get("length/truncated", 0.0) < 1.0
+        if "perplexity" in values and len(self.first) < self.patience:
+            self.first.append(values)
+
     def look(self, values: Values) -> list[str]:
         """Takes the metrics of one step and returns what is new to tell."""
+        self.recall(values)
         self.steps.append(values)
-        self.some_completion_ended |= values.get("length/truncated", 0.0) < 1.0
-        if values.keys() >= PATTERN and len(self.first) < (self.steps.maxlen or 1):
-            self.first.append(values)
-        if len(self.steps) < (self.steps.maxlen or 1):
+        if len(self.steps) < self.patience:
             return []
-        new = [f for f in FINDINGS if f.name not in self.told and f.holds(self.steps)]
-        if COLLAPSE.name not in self.told and _collapses(self.first, self.steps):
-            new.append(COLLAPSE)
+        new = [f for f in FINDINGS if f.name not in self.told and f.holds(self.first, self.steps)]
         if not self.some_completion_ended:
             new = [NEVER_ENDED if f.name == "truncated" else f for f in new]
         self.told.update(f.name for f in new)
@@ -45,32 +48,32 @@ class Watch:
         return [f"{f.advice} ({len(self.steps)} steps in a row)" for f in new]
 
 
-def _always(name: str, expected: float) -> Callable[[Sequence[Values]], bool]:
-    return lambda steps: all(values.get(name) == expected for values in steps)
+def _always(name: str, expected: float) -> Callable[[Sequence[Values], Sequence[Values]], bool]:
+    return lambda _, last: all(values.get(name) == expected for values in last)
 
 
-def _constant_reward(steps: Sequence[Values]) -> bool:
-    first = steps[0].get("reward/mean")
-    same = first is not None and all(values.get("reward/mean") == first for values in steps)
-    return same and all(values.get("reward/std", 0.0) == 0.0 for values in steps)
+def _constant_reward(_: Sequence[Values], last: Sequence[Values]) -> bool:
+    reward = last[0].get("reward/mean")
+    same = reward is not None and all(values.get("reward/mean") == reward for values in last)
+    return same and all(values.get("reward/std", 0.0) == 0.0 for values in last)
 
 
-def _always_skipped(steps: Sequence[Values]) -> bool:
-    return all(values.get("update/skipped", 0.0) > 0 for values in steps)
+def _always_skipped(_: Sequence[Values], last: Sequence[Values]) -> bool:
+    return all(values.get("update/skipped", 0.0) > 0 for values in last)
 
 
-def _nothing_moves(steps: Sequence[Values]) -> bool:
+def _nothing_moves(first: Sequence[Values], last: Sequence[Values]) -> bool:
     """Without any advantage there is rightly no gradient, and that has its own finding."""
-    has_signal = any(values.get("advantage/zero_fraction", 0.0) < 1.0 for values in steps)
-    return has_signal and _always("grad_norm", 0.0)(steps)
+    has_signal = any(values.get("advantage/zero_fraction", 0.0) < 1.0 for values in last)
+    return has_signal and _always("grad_norm", 0.0)(first, last)
 
 
 def _collapses(first: Sequence[Values], last: Sequence[Values]) -> bool:
     """Length up, perplexity down and KL up, all three against the first steps of the run.
 
-    PPO-max (arXiv:2307.04964 section 5.2) names the three and no numbers; these are rules of thumb.
+    PPO-max (arXiv:2307.04964 section 5) names the three and no numbers; these are rules of thumb.
     """
-    if not all(values.keys() >= PATTERN for values in last):
+    if not all(values.keys() >= PATTERN for values in (*first, *last)):
         return False
 
     def mean(steps: Sequence[Values], name: str) -> float:
@@ -84,14 +87,6 @@ def _collapses(first: Sequence[Values], last: Sequence[Values]) -> bool:
 
 
 PATTERN = {"length/mean", "perplexity", "kl/ref"}
-COLLAPSE = Finding(
-    "collapse",
-    # it takes the first steps too: `_collapses`
-    lambda _: False,
-    "completions get longer, their perplexity falls and the KL to the reference rises: the policy is settling "
-    "on a pattern that pleases the reward and means nothing; read RUN/samples.jsonl, raise algorithm.kl.coef "
-    "(or give it a target), lower learner.lr, constrain the reward (ppo_max)",
-)
 FINDINGS = (
     Finding(
         "reward",
@@ -121,6 +116,13 @@ FINDINGS = (
         _nothing_moves,
         "the gradient is exactly zero although there are advantages, so no parameter changes; check that "
         "parameters are trainable and that the loss mask leaves tokens to learn from",
+    ),
+    Finding(
+        "collapse",
+        _collapses,
+        "completions get longer, their perplexity falls and the KL to the reference rises: the policy "
+        "settles on a pattern that pleases the reward and means nothing; read RUN/samples.jsonl, raise "
+        "algorithm.kl.coef (or give it a target), lower learner.lr, constrain the reward (ppo_max)",
     ),
 )
 NEVER_ENDED = Finding(

@@ -11,6 +11,7 @@ import torch
 
 from rlhf.config import ConfigError, PtxConfig, make_config
 from rlhf.distributed import World
+from rlhf.metrics import merge
 from rlhf.pretrained import load_tokenizer
 from rlhf.pretraining import Pretraining, load_texts
 from tests.support import ALONE, bandit_settings, metrics_of, policy_of, train
@@ -36,27 +37,28 @@ def test_its_gradient_is_that_of_the_mean_over_all_learned_tokens(
     def gradients() -> list[torch.Tensor]:
         return [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
 
-    found: list[list[torch.Tensor]] = []
-    for world, budget in (((0, 1), 64), ((0, 1), 25), ((0, 2), 64)):
+    def mixed(budget: int, ranks: int = 1) -> tuple[float, list[torch.Tensor]]:
+        """Loss and gradients of all ranks, one after the other."""
         policy.model.zero_grad()
-        mixed = Pretraining(texts, made, policy, World(*world, ALONE.device), seed=0, budget=budget)
-        loss = mixed.accumulate(3)["ptx/loss"].value
-        if world[1] == 2:
-            Pretraining(texts, made, policy, World(1, 2, ALONE.device), seed=0, budget=64).accumulate(3)
-        else:
-            found_loss = loss
-        found.append(gradients())
+        parts = [
+            Pretraining(texts, made, policy, World(rank, ranks, ALONE.device), seed=0, budget=budget)
+            for rank in range(ranks)
+        ]
+        loss = merge([part.accumulate(3) for part in parts])["ptx/loss"].value
+        return loss, gradients()
+
+    found = [mixed(64), mixed(25), mixed(64, ranks=2)]
     policy.model.zero_grad()
-    policy.shared_prefix = False
-    total, losses = 0, torch.zeros((), dtype=torch.float64)
+    policy.layout = "padded"
+    losses = torch.zeros((), dtype=torch.float64)
     for text in texts:
         ids = torch.tensor([[*text.given, *text.learned]])
         logprobs = policy.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
         losses = losses - logprobs[len(text.given) - 1 :].sum()
-        total += len(text.learned)
-    (0.5 * losses / total).backward()
-    assert found_loss == pytest.approx(losses.item() / total)
-    for some in found:
+    mean = losses / sum(len(text.learned) for text in texts)
+    (0.5 * mean).backward()
+    for loss, some in found:
+        assert loss == pytest.approx(mean.item())
         for got, want in zip(some, gradients(), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ class Score:
 
     def __init__(self, model: str) -> None:
         torch.set_num_threads(1)
-        # a worker runs in a folder of its own
-        model = str(Path(__file__).parents[2] / Path(model).expanduser())
         self.tokenizer: Any = AutoTokenizer.from_pretrained(model)
         self.model: Any = AutoModelForSequenceClassification.from_pretrained(model).eval()
 

@@ -83,7 +83,6 @@ def _become_worker(settings: dict[str, Any], libc: ctypes.CDLL, output: int) -> 
         os.dup2(source, target)
     os.close(output)
     os.close(nothing)
-    os.chdir(settings["cwd"])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     memory: int = settings["memory"]
     # private writable memory: unlike RLIMIT_AS it does not count what libraries map and reserve
@@ -92,7 +91,7 @@ def _become_worker(settings: dict[str, Any], libc: ctypes.CDLL, output: int) -> 
     sys.argv[:] = ["reward"]
     from rlhf.rewards.worker import serve
 
-    serve(settings["data"], settings["progress"])
+    serve(settings["data"], settings["progress"], settings["cwd"])
 
 
 class Keeper:

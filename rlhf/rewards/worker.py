@@ -37,8 +37,12 @@ OURS = {"rlhf.plugins", "rlhf.rewards.plugin", "rlhf.rewards.worker"}
 Answer = dict[str, Any]
 
 
-def serve(connection: int, progress: int) -> None:
-    """Runs until the other end of the socket `connection` is closed."""
+def serve(connection: int, progress: int, folder: str) -> None:
+    """Runs until the other end of the socket `connection` is closed.
+
+    A function is imported, and a class made, where the run was started: relative paths in a config mean what
+    they say. It is called in `folder`, which is its own.
+    """
     os.set_inheritable(connection, False)
     os.set_inheritable(progress, False)
     faulthandler.enable()
@@ -48,6 +52,7 @@ def serve(connection: int, progress: int) -> None:
         name, spec = pickle.load(requests)
         try:
             worker = Worker(name, spec, load_reward(spec), answers, Progress(progress))
+            os.chdir(folder)
         except BaseException as error:
             # whatever the user's module does when it is imported, the trainer is told
             refused = str(error) if isinstance(error, ValueError) and _is_ours(error) else None

@@ -11,6 +11,16 @@ from typing import Any
 import numpy as np
 
 
+class Dictionary:
+    """Reads a file when it is made."""
+
+    def __init__(self, words: str) -> None:
+        self.words = Path(words).read_text().split()
+
+    def __call__(self, completions: list[str]) -> list[float]:
+        return [float(text in self.words) for text in completions]
+
+
 def brevity(completions: list[str], limit: int = 5) -> list[float]:
     return [float(len(text) <= limit) for text in completions]
 

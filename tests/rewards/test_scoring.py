@@ -106,6 +106,18 @@ def test_every_argument_is_a_list_with_an_entry_a_completion(tmp_path: Path) -> 
     }
 
 
+def test_relative_paths_are_those_of_where_the_run_was_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(Path(MINE).read_text())
+    (tmp_path / "words.txt").write_text("cat dog")
+    groups, _ = score(
+        [RewardSpec("mine.py:Dictionary", params={"words": "words.txt"})], [prompt(1)], [["cat", "cow"]]
+    )
+    assert rewards_of(groups) == [[1.0, 0.0]]
+
+
 def test_trainer_state_and_coroutines_and_arrays_are_understood() -> None:
     groups, _ = score(
         [mine("step"), mine("slow", 10.0), mine("numpy_scores", 100.0, batch="step")],
