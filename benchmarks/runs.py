@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 Records = list[dict[str, Any]]
 
 
-def train(config: Path, run: Path, settings: Sequence[str]) -> None:
-    """One `rlhf/train.py` run to its end; a run that was finished before is not repeated."""
-    if (run / "report.html").is_file():
+def train(config: Path, run: Path, settings: Sequence[str], *, done: str = "report.html") -> None:
+    """One `rlhf/train.py` run to its end; one that was finished before, and left `done`, is not repeated."""
+    if (run / done).is_file():
         return
     settings = [
         f"run_dir={run}",

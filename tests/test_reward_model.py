@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from rlhf.reward_model import RewardModel, RewardModelLearner, next_batch
 from rlhf.reward_model_config import RewardModelConfig
 from rlhf.reward_model_data import Example, load_examples
 from rlhf.reward_model_trainer import RewardModelTrainer
+from rlhf.rewards import Rewards, RewardSpec
 from rlhf.tasks import load_task
+from rlhf.types import Completion, FinishReason
 from tests.support import ALONE, metrics_of, policy_of, without_clocks
+
+ROOT = Path(__file__).parents[1]
 
 
 def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -183,6 +188,29 @@ def test_it_learns_a_rule_and_transformers_gives_the_same_scores(tmp_path: Path,
     with torch.no_grad():
         theirs = scorer(input_ids=padded, attention_mask=mask.long()).logits
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(as_reward(folder, trainer.held_out), ours[:, 0], rtol=1e-3, atol=1e-3)
+
+
+def as_reward(model: Path, examples: list[Example]) -> torch.Tensor:
+    """What the reward function says of the same completions, one group a pair; every second one was cut."""
+    function = str(ROOT / "examples" / "capitals" / "score.py") + ":Score"
+    rewards = Rewards([RewardSpec(function, params={"model": str(model)}, batch="step", timeout=60.0)], ())
+    completions: list[list[Completion]] = []
+    for e in examples:
+        whole, cut = e.completions[0], e.completions[1][:-1]
+        completions.append(
+            [
+                Completion(e.prompt.id, 0, whole, (-1.0,) * len(whole), FinishReason.STOP, ()),
+                Completion(e.prompt.id, 1, cut, (-1.0,) * len(cut), FinishReason.LENGTH, ()),
+            ]
+        )
+    with closing(rewards):
+        groups, _ = rewards.score(
+            [e.prompt for e in examples], completions, [e.texts for e in examples], trainer_state={}
+        )
+    found = [t.objectives["Score"] for g in groups for t in g.trajectories]
+    assert len(found) == 2 * len(examples)
+    return torch.tensor(found)
 
 
 def test_ratings_of_several_objectives_get_a_head_each(tmp_path: Path, tiny_model_dir: Path):

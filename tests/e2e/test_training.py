@@ -112,6 +112,8 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
 def test_a_run_stopped_in_the_middle_of_its_buffer_goes_on_with_the_next_update(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, trunk: str
 ):
+    texts = [{"text": "b" * (2 + i)} for i in range(5)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     runs: dict[str, dict[str, Any]] = {}
     for name in ("stopped", "straight"):
         (tmp_path / name).mkdir()
@@ -122,6 +124,7 @@ def test_a_run_stopped_in_the_middle_of_its_buffer_goes_on_with_the_next_update(
             critic={"trunk": trunk, "lr": 1e-3},
             learner={"epochs": 2, "minibatches": 2},
             monitor={"samples_per_step": 1},
+            ptx={"path": str(tmp_path / "texts.jsonl"), "coef": 0.1, "samples": 2},
         )
         kl = {"target": 0.01, "horizon": 50}
         runs[name]["algorithm"] = {"name": "ppo_max", "kl": kl, "critic": {"warmup_steps": 1}}
