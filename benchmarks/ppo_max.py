@@ -31,7 +31,7 @@ matplotlib.use("Agg")
 ARMS = {"ppo_max": "PPO-max", "ppo": "PPO"}
 CURVES = {
     "reward/truth": "true score (rule)",
-    "reward/score": "reward model's score",
+    "reward/reward_model": "reward model's score",
     "kl/ref": "KL to the reference, nats a token",
     "length/mean": "length, tokens",
 }

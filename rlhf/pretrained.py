@@ -55,6 +55,10 @@ def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tenso
     return model.base_model.to(device).eval(), head.weight.detach().to(device)
 
 
+SCORED_AT_END = {"scored_at": "end_of_sequence"}
+"""In the config of a reward model: the tokens of a text have an end-of-sequence token behind them."""
+
+
 def classifier_of(
     model: PreTrainedModel, weight: Tensor, names: Sequence[str], pad_token_id: int
 ) -> PreTrainedModel:
@@ -68,6 +72,7 @@ def classifier_of(
     config.num_labels, config.id2label = len(labels), labels
     config.label2id = {name: i for i, name in labels.items()}
     config.problem_type, config.pad_token_id = "regression", pad_token_id
+    config.update(SCORED_AT_END)
     kind = _transformers.AutoModelForSequenceClassification
     try:
         scorer = kind.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")

@@ -25,8 +25,6 @@ from rlhf.tasks import load_task
 from rlhf.types import Completion, FinishReason
 from tests.support import ALONE, metrics_of, policy_of, without_clocks
 
-ROOT = Path(__file__).parents[1]
-
 
 def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
     """Better is what has more of the letter a."""
@@ -193,8 +191,8 @@ def test_it_learns_a_rule_and_transformers_gives_the_same_scores(tmp_path: Path,
 
 def as_reward(model: Path, examples: list[Example]) -> torch.Tensor:
     """What the reward function says of the same completions, one group a pair; every second one was cut."""
-    function = str(ROOT / "examples" / "capitals" / "score.py") + ":Score"
-    rewards = Rewards([RewardSpec(function, params={"model": str(model)}, batch="step", timeout=60.0)], ())
+    spec = RewardSpec("reward_model", params={"model": str(model)}, batch="step", timeout=60.0)
+    rewards = Rewards([spec], ())
     completions: list[list[Completion]] = []
     for e in examples:
         whole, cut = e.completions[0], e.completions[1][:-1]
@@ -208,7 +206,7 @@ def as_reward(model: Path, examples: list[Example]) -> torch.Tensor:
         groups, _ = rewards.score(
             [e.prompt for e in examples], completions, [e.texts for e in examples], trainer_state={}
         )
-    found = [t.objectives["Score"] for g in groups for t in g.trajectories]
+    found = [t.objectives["reward_model"] for g in groups for t in g.trajectories]
     assert len(found) == 2 * len(examples)
     return torch.tensor(found)
 
