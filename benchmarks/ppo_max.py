@@ -70,7 +70,6 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace) -> tuple[Records, 
     settings = [
         f"seed={seed}",
         f"model.path={options.model}",
-        f"critic.path={model}",
         f"reward.functions={json.dumps(functions)}",
         "checkpoint.resume=auto",
         "checkpoint.every=6",

@@ -27,6 +27,7 @@ from rlhf.metrics import Mean, Metrics, merge
 from rlhf.packing import Unit, fill, pack
 from rlhf.policy import Policy
 from rlhf.reward_model_data import completion_ids
+from rlhf.sharding import in_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,10 @@ class Pretraining:
         mine = [self.texts[i] for i in draw[self.world.rank :: self.world.size]]
         units = [Unit(i, 0, 1, text.tokens) for i, text in enumerate(mine)]
         parts: list[Metrics] = [{"ptx/loss": Mean(0.0, 0.0)}]
-        for several in fill(units, self.budget):
+        for several in in_step(fill(units, self.budget), self.policy.model, self.world):
+            if several is None:
+                torch.autograd.backward([self.policy.idle()])
+                continue
             parts.append(self._one_pass([mine[unit.group] for unit in several], total))
         return merge(parts)
 
