@@ -17,8 +17,6 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
@@ -27,20 +25,18 @@ from pydantic import (
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
-from rlhf.settings import algorithm_factory, explain, resolve_algorithm
-
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class ConfigError(ValueError):
-    """A setting is wrong. The message has one line a problem: the key, what was expected, what came."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+from rlhf.settings import (
+    ConfigError,
+    Count,
+    Decay,
+    Positive,
+    Section,
+    Share,
+    algorithm_factory,
+    explain,
+    read_settings,
+    resolve_algorithm,
+)
 
 
 class LoraConfig(Section):
@@ -361,47 +357,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return make_config(read_settings(path, overrides))
 
 
-def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The tree of a YAML file with the overrides in it, not checked yet. Raises ConfigError."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"there is no config file {path}")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
-    settings = typing.cast(dict[str, Any], tree)
-    for override in overrides:
-        apply_override(settings, override)
-    return settings
-
-
 def make_config(settings: Mapping[str, Any]) -> Config:
     """A checked Config from a nested mapping. Raises ConfigError."""
     try:
         return Config.model_validate(settings)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(error, prefix="", schema=Config))) from None
-
-
-def apply_override(settings: dict[str, Any], override: str) -> None:
-    """Puts `dotted.key=value` into a tree of settings. Raises ConfigError when it is malformed."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"an override is key=value, got {override!r}")
-    *parents, last = key.split(".")
-    node = settings
-    for parent in parents:
-        child = node.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
-        node = typing.cast(dict[str, Any], child)
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""An algorithm's keyword arguments are its settings; and how a mistake in any setting is told."""
+"""Where settings come from: files, overrides, an algorithm's keyword arguments; how a mistake is told."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ import dataclasses
 import difflib
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
 from rlhf.plugins import load_object
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message has one line a problem: the key, what was expected, what came."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
 
 def algorithm_factory(name: str) -> Callable[..., Algorithm]:
@@ -46,6 +61,41 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
             values[key] = hints[key](**value.model_dump())
     factory(**values)
     return {"name": name, **values}
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree of a YAML file with the overrides in it, not checked yet. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no config file {path}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
+    settings = typing.cast(dict[str, Any], tree)
+    for override in overrides:
+        apply_override(settings, override)
+    return settings
+
+
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Puts `dotted.key=value` into a tree of settings. Raises ConfigError when it is malformed."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"an override is key=value, got {override!r}")
+    *parents, last = key.split(".")
+    node = settings
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
+        node = typing.cast(dict[str, Any], child)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
 
 
 def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> type[BaseModel]:
