@@ -1,17 +1,26 @@
 """Two objectives in conflict, on scales of their own: does the weighted sum keep both, does GDPO?
 
-Every character of a completion can serve one of them only. `letters` counts the letters a (0 to 16);
-`digits` is the share of digits (0 to 1). Nobody has tuned their weights: both are 1. Three arms, the same
-tiny random model, the same seeds:
+A completion has 16 characters. `letters` counts its letters a (0 to 16). The other objective is a share (0 to
+1), and nobody has tuned the weights: both are 1. Two tasks:
 
-    sum      GRPO on the weighted sum
-    balanced GRPO on the weighted sum with the weight of `letters` divided by its range, 1/16
-    gdpo     each objective normalised in its group, then the batch
+    first     `first`: of the first four characters, those that are digits. Both can be had: four digits, then
+              twelve letters
+    anywhere  `digits`: of all characters, those that are digits. Each character serves one side or the other
 
-Expected: `sum` is `letters` in all but name, so its digits vanish. Under `gdpo` both z-scores count the same,
-and where every character is one or the other they cancel, so training comes to rest at a mixture. `balanced`
-shows what a person who knows the ranges gets from the sum: neither side is favoured, but nothing holds a
-mixture either, so which one wins may depend on the seed.
+Three arms, the same tiny random model, the same seeds:
+
+    sum       GRPO on the weighted sum
+    balanced  GRPO on the weighted sum with the weight of `letters` divided by its range, 1/16
+    gdpo      each objective normalised in its group, then the batch
+
+Expected of `first`: a digit earns 1/4 and costs a letter, which earns 1, so `sum` gives the digits up. Under
+`gdpo` a digit moves its own objective by much and the letters, which vary by much, by little: both are
+learned. `balanced` shows what a person who knows the ranges gets from the sum: a digit earns 1/4 and costs
+1/16, so both.
+
+Expected of `anywhere`: `sum` is `letters` in all but name. Under `gdpo` the two z-scores cancel as soon as
+every character is one or the other; training should come to rest at a mixture, but nothing holds it there.
+`balanced` cancels exactly too.
 
     python -m benchmarks.objectives --runs runs/objectives --out benchmarks/results/<machine>/objectives.json
     python -m benchmarks.objectives --figure docs/objectives.png \
@@ -33,17 +42,24 @@ from rlhf.config import make_config
 TOKENS = 16
 ARMS: dict[str, tuple[str, float]] = {
     "sum": ("grpo", 1.0),
-    "balanced": ("grpo", 1 / TOKENS),
+    "balanced": ("grpo", 1 / 100),
     "gdpo": ("gdpo", 1.0),
 }
 
+TASKS = {"first": "first", "anywhere": "digits"}
+"""Task to the objective beside `letters`."""
+
 
 def letters(completions: list[str]) -> list[float]:
-    return [float(text.count("a")) for text in completions]
+    return [100 * text.count("a") / TOKENS for text in completions]
 
 
 def digits(completions: list[str]) -> list[float]:
     return [sum(map(str.isdigit, text)) / TOKENS for text in completions]
+
+
+def first(completions: list[str]) -> list[float]:
+    return [float(text[:1].isdigit()) for text in completions]
 
 
 def save_model(folder: Path) -> None:
@@ -76,12 +92,12 @@ def save_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def run(arm: str, seed: int, steps: int, folder: Path) -> list[dict[str, Any]]:
+def run(task: str, arm: str, seed: int, steps: int, folder: Path) -> list[dict[str, Any]]:
     """The records of one run; one that was finished before is not repeated."""
     from rlhf.trainer import Trainer
 
     algorithm, weight = ARMS[arm]
-    run_dir = folder / f"{arm}-{seed}"
+    run_dir = folder / task / f"{arm}-{seed}"
     if not (run_dir / "report.html").is_file():
         settings = {
             "run_dir": str(run_dir),
@@ -92,7 +108,7 @@ def run(arm: str, seed: int, steps: int, folder: Path) -> list[dict[str, Any]]:
             "reward": {
                 "functions": [
                     {"path": "benchmarks.objectives:letters", "weight": weight, "workers": 1},
-                    {"path": "benchmarks.objectives:digits", "workers": 1},
+                    {"path": f"benchmarks.objectives:{TASKS[task]}", "workers": 1},
                 ]
             },
             "algorithm": {"name": algorithm, "kl": {"coef": 0.0}},
@@ -114,26 +130,30 @@ def measure(folder: Path, seeds: int, steps: int) -> dict[str, Any]:
     if not (folder / "model" / "config.json").is_file():
         save_model(folder / "model")
     (folder / "train.jsonl").write_text("".join(f'{{"prompt": "write {i}:"}}\n' for i in range(32)))
-    curves: dict[str, Any] = {}
-    for arm in ARMS:
-        records = [run(arm, seed, steps, folder) for seed in range(seeds)]
-        curves[arm] = {
-            "letters": [[r["reward/letters"] / TOKENS for r in record] for record in records],
-            "digits": [[r["reward/digits"] for r in record] for record in records],
-        }
     last = max(1, steps // 10)
-    summary = {
-        arm: {
-            name: {
-                "mean": statistics.mean(ends := [statistics.mean(c[-last:]) for c in curve]),
-                "std": statistics.stdev(ends) if len(ends) > 1 else 0.0,
-                "seeds": ends,
+    tasks: dict[str, Any] = {}
+    for task, other in TASKS.items():
+        curves: dict[str, dict[str, list[list[float]]]] = {}
+        for arm in ARMS:
+            records = [run(task, arm, seed, steps, folder) for seed in range(seeds)]
+            curves[arm] = {
+                "letters": [[r["reward/letters"] / 100 for r in record] for record in records],
+                other: [[r[f"reward/{other}"] for r in record] for record in records],
             }
-            for name, curve in both.items()
+        summary = {
+            arm: {
+                name: summarize([statistics.mean(c[-last:]) for c in curve]) for name, curve in both.items()
+            }
+            for arm, both in curves.items()
         }
-        for arm, both in curves.items()
-    }
-    return {"steps": steps, "last_steps": last, "summary": summary, "curves": curves}
+        tasks[task] = {"summary": summary, "curves": curves}
+    return {"steps": steps, "seeds": seeds, "last_steps": last, "tasks": tasks}
+
+
+def summarize(ends: list[float]) -> dict[str, Any]:
+    """Of the means over the last steps, one a seed."""
+    spread = statistics.stdev(ends) if len(ends) > 1 else 0.0
+    return {"mean": statistics.mean(ends), "std": spread, "seeds": ends}
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -142,19 +162,29 @@ def draw(results: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(ARMS), figsize=(10, 3.2), sharey=True, layout="constrained")
+    tasks = results["tasks"]
+    shape = len(tasks), len(ARMS)
+    figure, axes = pyplot.subplots(*shape, figsize=(10, 5.6), sharey=True, sharex=True, layout="constrained")
     titles = {"sum": "weighted sum", "balanced": "sum, weight of letters 1/16", "gdpo": "GDPO"}
-    for axis, (arm, both) in zip(axes, results["curves"].items(), strict=True):
-        for name, colour in (("letters", "#c0504d"), ("digits", "#1f77b4")):
-            for curve in both[name]:
-                axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.35, linewidth=1)
-            mean = [statistics.mean(values) for values in zip(*both[name], strict=True)]
-            axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.2, label=name)
-        axis.set_title(titles[arm])
-        axis.set_xlabel("step")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("share of the 16 characters")
-    axes[0].legend(frameon=False)
+    names = {
+        "letters": "letters (of 16 characters)",
+        "first": "digits (of the first 4)",
+        "digits": "digits (of 16)",
+    }
+    for row, (task, of_task) in zip(axes, tasks.items(), strict=True):
+        for axis, (arm, both) in zip(row, of_task["curves"].items(), strict=True):
+            for (name, seeds), colour in zip(both.items(), ("#c0504d", "#1f77b4"), strict=True):
+                for curve in seeds:
+                    axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.35, linewidth=1)
+                mean = [statistics.mean(values) for values in zip(*seeds, strict=True)]
+                axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.2, label=names[name])
+            axis.grid(alpha=0.25)
+            if row is axes[0]:
+                axis.set_title(titles[arm])
+            if row is axes[-1]:
+                axis.set_xlabel("step")
+        row[0].set_ylabel(f"{task}: share")
+        row[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -163,7 +193,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, help="where the runs are kept; not given: the figure alone")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--figure", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=80)
     options = parser.parse_args()
     if options.runs is not None:

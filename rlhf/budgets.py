@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from rlhf.algos.budget import SuccessTracker, allocate, allocate_tokens, budget_metrics
-from rlhf.config import BudgetConfig, RewardConfig
+from rlhf.config import BudgetConfig
 from rlhf.distributed import World
 from rlhf.metrics import Metrics
+from rlhf.reward_config import RewardConfig
 from rlhf.rewards import RewardError
 from rlhf.state import Stateful, TensorFiles
 from rlhf.types import Group, Prompt, Trajectory

@@ -25,13 +25,13 @@ from pydantic import (
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
+from rlhf.reward_config import RewardConfig
 from rlhf.settings import (
     ConfigError,
     Count,
     Decay,
     Positive,
     Section,
-    Share,
     algorithm_factory,
     explain,
     read_settings,
@@ -91,34 +91,6 @@ class DataConfig(Section):
     prompt_column: str = "prompt"
     max_prompt_tokens: Positive = 1024
     long_prompts: Literal["refuse", "skip"] = "refuse"
-
-
-class RewardFunction(Section):
-    """One of several: `rlhf.rewards.RewardSpec` says what each setting means."""
-
-    path: str
-    """`package.module:function`, `path/file.py:function`, or a name (see docs/rewards.md)."""
-    weight: float = 1.0
-    params: dict[str, Any] = Field(default_factory=dict)
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
-    weights: dict[str, float] = Field(default_factory=dict)
-    timeout: Annotated[float, Field(gt=0.0)] = 10.0
-    workers: Positive | None = None
-    batch: Positive | Literal["group", "step"] = 1
-    concurrency: Positive = 16
-    memory_gib: Annotated[float, Field(gt=0.0)] = 4.0
-    processes: Positive = 128
-    gpu: bool = False
-
-
-class RewardConfig(Section):
-    functions: tuple[RewardFunction, ...] = Field(min_length=1)
-    max_failed_share: Share = 0.1
-    """The run stops when a larger share of a step's samples got no number from any function."""
-    success_objective: str | None = None
-    """The objective that says whether a completion is right; the weighted sum when not given."""
-    success_threshold: float = 0.5
-    """A completion is right when that objective is at least this."""
 
 
 class RolloutConfig(Section):

@@ -11,6 +11,7 @@ from rlhf.budgets import Budgets, is_right
 from rlhf.buffer import Buffer
 from rlhf.collector import Collector, Sampler
 from rlhf.config import Config
+from rlhf.constraints import Constraints
 from rlhf.critic import Critic, critic_section
 from rlhf.distributed import World
 from rlhf.experience import ExperienceBuilder
@@ -35,6 +36,7 @@ class Parts:
     engine: RolloutEngine
     sampler: Sampler
     budgets: Budgets
+    constraints: Constraints
     collector: Collector
     ahead: Ahead
     experience: ExperienceBuilder
@@ -57,6 +59,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         for trunk in (policy, critic.trunk) if critic is not None and critic.own else (policy,):
             trunk.checkpoint_activations()
     budgets = Budgets(config.budget, config.reward, config.rollout.group_size, world)
+    constraints = Constraints(config.reward.constraints, inputs.rewards, world)
     engine, sampler = _rollout(config, inputs, policy)
     experience, learner = _learning(config, inputs, world, (policy, reference, critic), optimizer)
     tolerance = config.rollout.sync_tolerance or TOLERANCE[config.model.dtype]
@@ -68,6 +71,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         "policy": optimizer,
         "kl": kl,
         "budgets": budgets,
+        "constraints": constraints,
         "reward_scaler": experience.scaler,
         "warmup": learner.warmup,
         "buffer": buffer,
@@ -78,6 +82,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         engine=engine,
         sampler=sampler,
         budgets=budgets,
+        constraints=constraints,
         collector=collector,
         ahead=ahead,
         experience=experience,

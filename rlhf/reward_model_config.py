@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from rlhf.config import CheckpointConfig, Count, LearnerConfig, ModelConfig, MonitorConfig, Positive, Section
+from rlhf.config import CheckpointConfig, LearnerConfig, ModelConfig, MonitorConfig
+from rlhf.settings import Count, Positive, Section
 
 
 class PreferenceData(Section):

@@ -101,7 +101,7 @@ class Trainer:
         parts.ahead.next(pending)
         self.monitor.samples(hooks.step + 1, collected.groups)
         measured = collected.metrics | age
-        observed = parts.budgets.observe(collected.sampled)
+        observed = parts.budgets.observe(collected.sampled) | parts.constraints.observe(collected.sampled)
         parts.buffer.fill(experience, measured | observed | parts.learner.before(experience))
 
     def _learn(self) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from rlhf.budgets import Budgets, is_right
-from rlhf.config import BudgetConfig, ConfigError, RewardConfig, make_config
+from rlhf.config import BudgetConfig, ConfigError, make_config
+from rlhf.reward_config import RewardConfig
 from rlhf.types import Group, Prompt
 from tests.support import ALONE, bandit_settings, metrics_of, train, trajectory
 

@@ -85,6 +85,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "ptx.kind",
         "ptx.path",
         "ptx.samples",
+        "reward.constraints",
         "reward.functions",
         "reward.max_failed_share",
         "reward.success_objective",

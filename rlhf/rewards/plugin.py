@@ -69,6 +69,8 @@ class RewardSpec:
     """Samples of one call: a number, whole groups, or all that are scored at once."""
     concurrency: int = 16
     """Calls of an async function that a worker has under way at once."""
+    cache: int = 0
+    """Samples whose scores are remembered, of a function that always says the same of the same sample."""
     memory_gib: float = 4.0
     """Of a worker with all it starts."""
     processes: int = 128

@@ -16,11 +16,12 @@ import statistics
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from rlhf.metrics import Max, Mean, Metrics
+from rlhf.rewards.batch import Batch, Verdict
+from rlhf.rewards.memory import Memory
 from rlhf.rewards.plugin import ALWAYS_GIVEN, RewardSpec, name_apart
 from rlhf.rewards.pool import Call, Failure, Outcome, Pool, RewardError
 from rlhf.rewards.values import Scores
@@ -29,68 +30,16 @@ from rlhf.types import Completion, Group, Prompt, Trajectory
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Samples end to end: sample `i` belongs to `prompts[i]`; `groups` has the samples of each prompt."""
-
-    groups: list[tuple[Prompt, range]]
-    prompts: list[Prompt]
-    completions: list[Completion]
-    texts: list[str]
-
-    def arguments(
-        self, samples: Sequence[int], wanted: Iterable[str] | None, trainer_state: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """What a call with some of the samples gets. `completions` is always among it."""
-        prompts = [self.prompts[i] for i in samples]
-        chats = [not isinstance(p.content, str) for p in prompts]
-        given: dict[str, Any] = {
-            **{name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
-            "prompts": [p.content if isinstance(p.content, str) else list(p.content) for p in prompts],
-            "completion_ids": [list(self.completions[i].token_ids) for i in samples],
-            "trainer_state": dict(trainer_state),
-        }
-        completions = [
-            [{"role": "assistant", "content": self.texts[i]}] if chat else self.texts[i]
-            for i, chat in zip(samples, chats, strict=True)
-        ]
-        kept = given if wanted is None else {name: given[name] for name in wanted if name in given}
-        return {**kept, "completions": completions}
-
-    def name(self, sample: int) -> str:
-        """For people: the prompt's id and the place in its group."""
-        return f"{self.prompts[sample].id}#{self.completions[sample].index}"
-
-
-class Verdict:
-    """What one function said of every sample of a submission, filled in as answers come."""
-
-    def __init__(self, count: int) -> None:
-        self.scores: list[Scores | None] = [None] * count
-        self.seconds: list[float] = []
-        self.failures: list[tuple[int, Failure]] = []
-        """Samples that got no scores, each with the reason."""
-
-    def add(self, samples: Sequence[int], outcome: Outcome) -> list[tuple[int, Failure]]:
-        """Returns the new failures."""
-        failed: list[tuple[int, Failure]] = []
-        for i, scores in zip(samples, outcome.scores, strict=True):
-            self.scores[i] = scores
-            if scores is None:
-                assert outcome.failure is not None
-                failed.append((i, outcome.failure))
-        self.seconds += [outcome.seconds / len(samples)] * len(samples)
-        self.failures += failed
-        return failed
-
-
 class Scoring:
     """Samples on their way through the workers: `Rewards.submit` makes it, `result` waits for it."""
 
     def __init__(self, rewards: Rewards, batch: Batch, of: int) -> None:
         self.rewards, self.batch, self.of = rewards, batch, of
-        self.verdicts = [Verdict(len(batch.texts)) for _ in rewards.pools]
-        self.left = len(batch.texts) * len(rewards.pools)
+        self.verdicts = [
+            Verdict(batch, memory, pool.wait_ready().accepts)
+            for pool, memory in zip(rewards.pools, rewards.memories, strict=True)
+        ]
+        self.left = sum(verdict.unanswered for verdict in self.verdicts)
         """Answers still to come, one a sample and function."""
 
     @property
@@ -114,6 +63,9 @@ class Rewards:
     ) -> None:
         names = name_apart([spec.name or spec.path.rpartition(":")[2] for spec in specs])
         self.pools = [Pool(name, spec) for name, spec in zip(names, specs, strict=True)]
+        self.memories = [Memory(spec.cache) if spec.cache else None for spec in specs]
+        self.extra_weights: Mapping[str, float] = {}
+        """By objective, beside the weights of the functions: constraints move them."""
         self._max_failed_share = max_failed_share
         self._owner: dict[str, Pool] = {}
         self._logged: set[tuple[str, str]] = set()
@@ -128,6 +80,8 @@ class Rewards:
             for pool in self.pools:
                 pool.wait_ready()
             self.check_columns(columns)
+            for pool in self.pools:
+                _check_cache(pool)
         except ValueError:
             self.close()
             raise
@@ -146,10 +100,11 @@ class Rewards:
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each objective seen so far: a function that returns dicts names them when called."""
-        return {
-            objective: pool.spec.weights.get(objective, pool.spec.weight)
-            for objective, pool in self._owner.items()
-        }
+        return {objective: self._weight(pool, objective) for objective, pool in self._owner.items()}
+
+    def _weight(self, pool: Pool, objective: str) -> float:
+        given = pool.spec.weights.get(objective, pool.spec.weight)
+        return given + self.extra_weights.get(objective, 0.0)
 
     @property
     def sees_whole_step(self) -> bool:
@@ -222,14 +177,14 @@ class Rewards:
         return groups, _metrics(groups) | self._timings(scorings)
 
     def _calls(self, scoring: Scoring, number: int, trainer_state: Mapping[str, Any]) -> list[Call]:
-        pool, batch = self.pools[number], scoring.batch
-        count, size = len(batch.texts), pool.spec.batch
+        pool, batch, wanted = self.pools[number], scoring.batch, scoring.verdicts[number].to_score
+        size = pool.spec.batch
         if size == "group":
             cuts = [tuple(group) for _, group in batch.groups]
         elif size == "step":
-            cuts = [tuple(range(count))]
+            cuts = [tuple(wanted)]
         else:
-            cuts = [tuple(range(first, min(first + size, count))) for first in range(0, count, size)]
+            cuts = [tuple(wanted[first : first + size]) for first in range(0, len(wanted), size)]
         accepts = pool.wait_ready().accepts
 
         def arguments(samples: tuple[int, ...]) -> Mapping[str, Any]:
@@ -247,8 +202,8 @@ class Rewards:
         """Called by a worker's thread with the answer to one call."""
         name, failure = self.pools[number].name, outcome.failure
         with self._changed:
-            failed = scoring.verdicts[number].add(samples, outcome)
-            scoring.left -= len(samples)
+            answered, failed = scoring.verdicts[number].add(samples, outcome)
+            scoring.left -= answered
             self._failed[number] += len(failed)
             if failure is not None and failure.kind == "wrong":
                 self._given_up = f"reward function {name} {failure.message}"
@@ -290,7 +245,7 @@ class Rewards:
                         f"objective {objective!r}; rename one"
                     )
                 objectives[objective] = value
-                total += pool.spec.weights.get(objective, pool.spec.weight) * value
+                total += self._weight(pool, objective) * value
         complete = bool(objectives) and all(scores is not None for scores in scored)
         return Trajectory.single_turn(
             scoring.batch.completions[sample],
@@ -331,14 +286,34 @@ class Rewards:
             verdicts = [scoring.verdicts[number] for scoring in scorings]
             seconds = sorted(s for verdict in verdicts for s in verdict.seconds)
             failures = [failure for verdict in verdicts for _, failure in verdict.failures]
+            count = sum(len(verdict.scores) for verdict in verdicts)
+            late = sum(failure.kind == "timeout" for failure in failures)
+            if count:
+                metrics[f"reward/failed/{pool.name}"] = Mean(len(failures), count)
+                metrics[f"reward/timeout/{pool.name}"] = Mean(late, count)
+            if count and self.memories[number] is not None:
+                recalled = sum(verdict.recalled for verdict in verdicts)
+                metrics[f"reward/recalled/{pool.name}"] = Mean(recalled, count)
             if not seconds:
                 continue
-            late = sum(failure.kind == "timeout" for failure in failures)
-            metrics[f"reward/failed/{pool.name}"] = Mean(len(failures), len(seconds))
-            metrics[f"reward/timeout/{pool.name}"] = Mean(late, len(seconds))
             metrics[f"time/reward_p50/{pool.name}"] = Max(seconds[len(seconds) // 2])
             metrics[f"time/reward_p99/{pool.name}"] = Max(seconds[len(seconds) * 99 // 100])
         return metrics
+
+
+def _check_cache(pool: Pool) -> None:
+    if not pool.spec.cache:
+        return
+    if not isinstance(pool.spec.batch, int):
+        raise ValueError(
+            f"reward function {pool.name} sees whole groups or steps, and may say something else of the same "
+            "sample: cache must be 0"
+        )
+    if "trainer_state" in (pool.wait_ready().accepts or ()):
+        raise ValueError(
+            f"reward function {pool.name} asks for trainer_state, which changes from step to step: cache "
+            "must be 0"
+        )
 
 
 def _close(pools: Sequence[Pool]) -> None:

@@ -1,0 +1,119 @@
+"""What users bring, each as they bring it: a config of under 15 lines, and a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import load_config
+from rlhf.trainer import Trainer
+
+TRL = '''
+import re
+
+# Reward functions with TRL's signature: chat completions, a column of the dataset, the rest as keywords.
+
+
+def format_reward(completions, **kwargs):
+    """1 for a completion that ends with a full stop."""
+    contents = [completion[0]["content"] for completion in completions]
+    return [1.0 if re.search(r"\\.$", content) else 0.0 for content in contents]
+
+
+def accuracy_reward(prompts, completions, ground_truth, trainer_state, **kwargs):
+    assert len(kwargs["completion_ids"]) == len(prompts) == len(completions)
+    assert prompts[0][-1]["role"] == "user"
+    assert trainer_state.global_step in (0, 1)
+    contents = [completion[0]["content"] for completion in completions]
+    return [None if truth == "skip" else float(truth in content)
+            for content, truth in zip(contents, ground_truth)]
+'''
+
+VERL = """
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    assert data_source == "tiny" and extra_info["index"] >= 0
+    return {"score": float(ground_truth in solution_str), "acc": 1.0}
+"""
+
+# the same for all: a tiny model and two small steps
+SMALL = [
+    "rollout.prompts_per_step=4",
+    "rollout.group_size=4",
+    "rollout.max_completion_tokens=6",
+    "learner.microbatch_tokens=4096",
+    "checkpoint.export=false",
+    "monitor.sinks=[]",
+    "model.dtype=float32",
+]
+
+CONFIGS = {
+    "trl": """
+run_dir: run
+steps: 2
+model: {path: MODEL}
+data: {train: chat.jsonl, max_prompt_tokens: 64}
+reward:
+  functions:
+    - {path: "trl.py:accuracy_reward"}
+    - {path: "trl.py:format_reward", weight: 0.5}
+algorithm: {name: grpo}
+""",
+    "verl": """
+run_dir: run
+steps: 2
+model: {path: MODEL}
+data: {train: verl.jsonl, max_prompt_tokens: 64}
+reward:
+  functions:
+    - {path: "verl.py:compute_score"}
+algorithm: {name: dapo, refill: 0}
+""",
+    "gym": """
+run_dir: run
+steps: 2
+model: {path: MODEL}
+data: {train: "gym:chain_sum?size=8&max_terms=2&max_digits=1", max_prompt_tokens: 128}
+algorithm: {name: grpo}
+""",
+}
+OBJECTIVES = {"trl": {"accuracy_reward", "format_reward"}, "verl": {"compute_score"}, "gym": {"gym"}}
+
+
+def write_data(folder: Path) -> None:
+    chat = [
+        {"prompt": [{"role": "user", "content": f"{i} + 1?"}], "ground_truth": str(i % 5)} for i in range(8)
+    ]
+    verl = [
+        {
+            "prompt": chat[i]["prompt"],
+            "data_source": "tiny",
+            "reward_model": {"style": "rule", "ground_truth": str(i % 5)},
+            "extra_info": {"index": i},
+        }
+        for i in range(8)
+    ]
+    for name, rows in (("chat", chat), ("verl", verl)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "trl.py").write_text(TRL)
+    (folder / "verl.py").write_text(VERL)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_of_under_15_lines_runs_it(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    assert len(CONFIGS[kind].strip().splitlines()) < 15
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text(CONFIGS[kind].replace("MODEL", str(tiny_model_dir)))
+    Trainer(load_config("mine.yaml", SMALL)).run()
+    records = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2
+    for record in records:
+        for objective in OBJECTIVES[kind]:
+            assert 0 <= record[f"reward/{objective}"] <= 1
+            assert record[f"reward/std/{objective}"] >= 0
+            assert record[f"reward/failed/{objective}"] == 0
+            assert 0 <= record[f"time/reward_p50/{objective}"] <= record[f"time/reward_p99/{objective}"]
