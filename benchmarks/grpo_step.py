@@ -1,6 +1,6 @@
 """A whole GRPO step, this project's and that of TRL 1.16's GRPOTrainer: seconds, tokens, peak memory.
 
-8 prompts x 8 samples, a KL of 0.04 against a reference, one update, SmolLM2-135M in bfloat16, a reward that
+8 prompts (or `--prompts`) x 8 samples, a KL of 0.04 against a reference, one update, SmolLM2-135M in bfloat16, a reward that
 both compute in well under a millisecond. The model folder is copied with another end-of-sequence token, one
 that it never writes: every completion is cut at the limit, so both sides sample and learn from the same
 number of tokens, and what they counted is compared before anything is reported. Each side is a process of its
@@ -41,7 +41,7 @@ from rlhf.metrics import Metrics
 from rlhf.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
-PROMPTS, GROUP, KL_COEF, LR = 8, 8, 0.04, 1e-6
+GROUP, KL_COEF, LR = 8, 0.04, 1e-6
 FILLER = "Here is some context. "
 UNUSED_TOKEN = 5
 """Of SmolLM2's vocabulary: a marker of its pretraining data that no chat ever contains."""
@@ -92,7 +92,7 @@ def run_tandem(settings: dict[str, Any]) -> None:
         "reward": {"functions": [{"path": f"{__file__}:distinct_characters"}]},
         "algorithm": {"name": "grpo", "kl": {"coef": KL_COEF}},
         "rollout": {
-            "prompts_per_step": PROMPTS,
+            "prompts_per_step": settings["prompts"],
             "group_size": GROUP,
             "max_completion_tokens": settings["max_tokens"],
         },
@@ -133,12 +133,12 @@ class Side:
         self.process.wait()
 
 
-def work(folder: Path, model: Path, prompt_tokens: int) -> Path:
+def work(folder: Path, model: Path, prompt_tokens: int, prompts: int) -> Path:
     """Writes prompts of about so many tokens, and the model that never ends; returns its folder."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     per_filler = len(tokenizer(FILLER).input_ids)
     with (folder / "prompts.jsonl").open("w") as file:
-        for a in range(11, 11 + PROMPTS):
+        for a in range(11, 11 + prompts):
             filler = FILLER * max(0, round((prompt_tokens - 46) / per_filler))
             question = f"{filler}What is {a} + {a + 8}? Answer with the number only."
             file.write(json.dumps({"prompt": [{"role": "user", "content": question}]}) + "\n")
@@ -161,11 +161,11 @@ def measure(case: str, options: argparse.Namespace, taken: dict[str, list[Record
     prompt_tokens, max_tokens = map(int, case.split(":"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model = work(folder, options.model, prompt_tokens)
+        model = work(folder, options.model, prompt_tokens, options.prompts)
         settings = {
             "folder": name,
             "model": str(model),
-            "prompts": PROMPTS,
+            "prompts": options.prompts,
             "group_size": GROUP,
             "max_tokens": max_tokens,
             "steps": 1000,
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--trl-python", required=True)
     parser.add_argument("--case", required=True)
+    parser.add_argument("--prompts", type=int, default=8, help="groups a step")
     parser.add_argument("--microbatch", type=int, default=64, help="of TRL, sequences")
     parser.add_argument("--microbatch-tokens", type=int, default=4096, help="of tandem")
     parser.add_argument("--steps", type=int, default=3)
