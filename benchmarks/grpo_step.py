@@ -1,11 +1,11 @@
 """A whole GRPO step, this project's and that of TRL 1.16's GRPOTrainer: seconds, tokens, peak memory.
 
-8 prompts (or `--prompts`) x 8 samples, a KL of 0.04 against a reference, one update, SmolLM2-135M in bfloat16,
-a reward that both compute in well under a millisecond. The model folder is copied with another
-end-of-sequence token, one
-that it never writes: every completion is cut at the limit, so both sides sample and learn from the same
-number of tokens, and what they counted is compared before anything is reported. Each side is a process of its
-own; steps alternate, one side waiting while the other one works. Peak memory is the largest resident size of
+8 prompts (or `--prompts`) x 8 samples, a KL of 0.04 against a reference, one update, SmolLM2-135M in
+bfloat16, a reward that both compute in well under a millisecond. The model folder is copied with another
+end-of-sequence token, one that it never writes: every completion is cut at the limit, so both sides sample
+and learn from the same number of tokens, and what they counted is compared before anything is reported. Each
+side is a process of its own; steps alternate, one side waiting while the other one works.
+Peak memory is the largest resident size of
 the process.
 
     tandem   rlhf.trainer.Trainer, native engine; float32 master weights, so it holds more of them
