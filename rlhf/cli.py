@@ -174,11 +174,10 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
     from rlhf.checkpoint import CheckpointError
     from rlhf.pretrained import ModelError
     from rlhf.rewards import RewardError
-    from rlhf.rollout.engine import EngineError
+    from rlhf.rollout.engine import EngineError, SyncError
     from rlhf.run_folder import RunFolderError
     from rlhf.shortage import memory_advice
     from rlhf.watchdog import EXIT, RankError
-    from rlhf.weights import SyncError
 
     try:
         trainer.run()

@@ -93,8 +93,15 @@ class DataConfig(Section):
     long_prompts: Literal["refuse", "skip"] = "refuse"
 
 
+class VLLMConfig(Section):
+    """For `rollout.engine: vllm` (docs/engines.md)."""
+
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of vLLM's engine, as its `EngineArgs` names them: gpu_memory_utilization, ..."""
+
+
 class RolloutConfig(Section):
-    engine: Literal["native", "hf"] = "native"
+    engine: Literal["native", "hf", "vllm"] = "native"
     prompts_per_step: Positive = 32
     group_size: Positive = 8
     max_completion_tokens: Positive = 512
@@ -113,6 +120,7 @@ class RolloutConfig(Section):
 
     Not given: 0.1 in bfloat16, 0.001 in float32.
     """
+    vllm: VLLMConfig = VLLMConfig()
 
 
 class BudgetConfig(Section):

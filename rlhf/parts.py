@@ -151,6 +151,8 @@ def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEng
         policy.rollout_model,
         eos_token_ids=inputs.eos_token_ids,
         kv_cache_gib=section.kv_cache_gib,
+        max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
+        vllm_args=section.vllm.args,
     )
     return engine, Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed)
 

@@ -58,6 +58,10 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             raise ConfigError(
                 f"monitor.sinks has {sink}, but {package} is not installed: pip install {package}"
             )
+    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine is vllm, but vllm is not installed: make setup EXTRAS=vllm (docs/engines.md)"
+        )
     algorithm = config.build_algorithm()
     _check_sampling(config, algorithm)
     _check_ahead(config, algorithm)

@@ -15,14 +15,17 @@ from torch import Tensor, nn
 
 from rlhf.packing import pack
 from rlhf.policy import Policy
-from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, SyncReport, generate
+from rlhf.rollout.engine import (
+    RolloutEngine,
+    RolloutRequest,
+    SamplingParams,
+    SyncError,
+    SyncReport,
+    generate,
+)
 from rlhf.types import Prompt
 
 PROBE_TOKENS = 8
-
-
-class SyncError(RuntimeError):
-    """The engine does not sample from the learner's policy."""
 
 
 class WeightSync:

@@ -17,6 +17,10 @@ class EngineError(ValueError):
     """An engine cannot serve a request, or samples nonsense. The message says why and what to do."""
 
 
+class SyncError(RuntimeError):
+    """The engine does not sample from the learner's policy."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one request is sampled.
@@ -62,6 +66,11 @@ class SyncReport:
     version: int
     seconds: float
     bytes: int
+    """Copied; 0 when the engine holds the learner's own module."""
+    compared: int = 0
+    """Weights that the engine was seen to hold as they were sent (rollout/proof.py)."""
+    unread: tuple[str, ...] = ()
+    """Weights that it cannot be asked for."""
 
 
 @runtime_checkable

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
+from rlhf.rollout.embedded import causal_model
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.native import NativeEngine
+from rlhf.rollout.vllm import VLLMEngine, VLLMModel
 
 
 def make_engine(
-    name: str, model: nn.Module, *, eos_token_ids: Sequence[int], kv_cache_gib: float = 4.0
+    name: str,
+    model: nn.Module,
+    *,
+    eos_token_ids: Sequence[int],
+    kv_cache_gib: float = 4.0,
+    max_tokens: int | None = None,
+    vllm_args: Mapping[str, Any] | None = None,
 ) -> RolloutEngine:
-    """An engine that holds `model` itself. If "native" cannot decode it: "hf", with a warning why."""
+    """An engine for `model`: "native" and "hf" hold the module itself, "vllm" has to be sent its weights.
+
+    If "native" cannot decode it: "hf", with a warning why. `max_tokens`: of a prompt and its completion,
+    which vLLM has to know; the model's own limit when not given.
+    """
     if name == "native":
         try:
             return NativeEngine(model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib)
@@ -24,4 +37,17 @@ def make_engine(
             name = "hf"
     if name == "hf":
         return HFEngine(model, eos_token_ids=eos_token_ids)
-    raise ValueError(f"unknown rollout engine {name!r}; there are 'native' and 'hf'")
+    if name != "vllm":
+        raise ValueError(f"unknown rollout engine {name!r}; there are 'native', 'hf' and 'vllm'")
+    held = causal_model(model)
+    return VLLMEngine(
+        VLLMModel(
+            path=held.name_or_path,
+            dtype=held.dtype,
+            max_tokens=max_tokens or held.config.get_text_config().max_position_embeddings,
+            vocabulary=held.get_input_embeddings().weight.shape[0],
+            eos_token_ids=tuple(eos_token_ids),
+            kv_cache_gib=kv_cache_gib,
+            args=vllm_args or {},
+        )
+    )

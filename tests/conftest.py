@@ -44,6 +44,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
     "llama-tied": {"tie_word_embeddings": True},
     # a head that does not learn can favour a token
     "llama-sharp": {"initializer_range": 0.3},
+    # heads that vLLM's attention on a CPU takes
+    "llama-wide": {"tie_word_embeddings": True, "hidden_size": 64, "head_dim": 32},
     "qwen2": {"tie_word_embeddings": True},
     "qwen2-untied": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 16},

@@ -101,6 +101,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "rollout.temperature",
         "rollout.top_k",
         "rollout.top_p",
+        "rollout.vllm.args",
         "run_dir",
         "seed",
         "steps",

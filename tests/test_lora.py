@@ -236,7 +236,7 @@ def test_a_resumed_run_has_its_adapter_bit_for_bit(tmp_path: Path, tiny_model: F
 def test_an_engine_that_never_gets_the_adapter_is_noticed(
     tmp_path: Path, tiny_model: Folder, monkeypatch: pytest.MonkeyPatch
 ):
-    from rlhf.weights import SyncError
+    from rlhf.rollout.engine import SyncError
 
     merge = Adapter.merge
     calls: list[int] = []

@@ -1,0 +1,125 @@
+"""What runs inside vLLM's workers: takes weights, and says which ones the worker really computes with.
+
+vLLM mixes `HeldWeights` into its worker class (`worker_extension_cls`) and calls the methods by name, in this
+process or in one of its own. On a CPU vLLM packs the weight of a linear layer for oneDNN and keeps no other
+copy; the layers it reloads are packed anew, except the head of a model whose head is its embedding: that
+one gets no weight of its own, and would keep the products of the old one.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.rollout.proof import columns, digest, looked_at
+
+PARAMETER, PACKED = "the parameter", "the packed copy"
+
+
+class HeldWeights:
+    """Methods of a vLLM worker. Everything they take and return is plain, but for weights of this process."""
+
+    def tandem_load(self: Any, weights: Any = None, path: str | None = None) -> list[int]:
+        """Takes `(name, tensor)` pairs in the order and under the names of Hugging Face, or such a file."""
+        pairs = weights if path is None else _saved(path)
+        self.reload_weights(weights_iterator=iter(pairs))
+        self.tandem_pack_head()
+        return [0]
+
+    def tandem_pack_head(self: Any) -> None:
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            return
+        for module in self.model_runner.get_model().modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+    @torch.no_grad()
+    def tandem_digests(self: Any, names: Sequence[str], version: int) -> dict[str, dict[str, str]]:
+        model, dtype = self.model_runner.get_model(), self.model_config.dtype
+        return {
+            # vLLM widens a bias for some kernels, which loses nothing
+            name: {copy: digest(part.to(dtype)) for copy, part in _copies(model, name, version).items()}
+            for name in names
+        }
+
+    @torch.no_grad()
+    def tandem_part(self: Any, name: str, copy: str, version: int) -> list[Any]:
+        """Shape, and float32 numbers in base64."""
+        part = _copies(self.model_runner.get_model(), name, version)[copy].float().cpu().contiguous()
+        return [list(part.shape), base64.b64encode(part.numpy().tobytes()).decode()]
+
+
+def _saved(path: str) -> Iterator[tuple[str, Tensor]]:
+    safetensors: Any = importlib.import_module("safetensors")
+    with safetensors.safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            yield name, file.get_tensor(name)
+
+
+def _copies(model: Any, name: str, version: int) -> dict[str, Tensor]:
+    """The compared share of each copy of a weight; empty when there is no way to read it."""
+    found = _locate(model, name)
+    if found is None:
+        return {}
+    module, parameter, shard = found
+    weight: Tensor = module.get_parameter(parameter)
+    own: dict[str, Any] = vars(module)
+    packed = own.get("cpu_linear") if parameter == "weight" else None
+    shares: dict[str, Tensor] = {}
+    if weight.numel():
+        shares[PARAMETER] = looked_at(_rows(module, weight.data, shard), version)
+    if packed is not None:
+        width = weight.shape[1] if weight.numel() else module.input_size_per_partition
+        read = _through_product(packed, weight, width, version)
+        shares[PACKED] = _rows(module, read.t(), shard).t()
+    return shares
+
+
+def _through_product(packed: Any, weight: Tensor, width: int, version: int) -> Tensor:
+    """Rows of the transposed weight, as the product with unit vectors: a sum with one term is exact."""
+    chosen = torch.arange(width)[columns(width, version)]
+    unit = torch.zeros(len(chosen), width, dtype=weight.dtype)
+    unit[torch.arange(len(chosen)), chosen] = 1.0
+    return packed(unit, weight, None)
+
+
+def _locate(model: Any, name: str) -> tuple[Any, str, int | None] | None:
+    """The module and parameter of a Hugging Face name, and which of the weights stacked in it that is."""
+    renamed = model.hf_to_vllm_mapper.get_rename_mapper().map_name(name) if _renames(model) else name
+    if renamed is None:
+        return None
+    path, _, parameter = str(renamed).rpartition(".")
+    parent, _, leaf = path.rpartition(".")
+    shard = None
+    stacks: dict[str, list[str]] = model.packed_modules_mapping if hasattr(model, "packed_modules_mapping") else {}
+    for stacked, leaves in stacks.items():
+        if leaf in leaves and len(leaves) > 1:
+            path, shard = (f"{parent}.{stacked}" if parent else stacked), leaves.index(leaf)
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    # experts are stacked along an axis of their own
+    if parameter not in dict(module.named_parameters(recurse=False)):
+        return None
+    return module, parameter, shard
+
+
+def _renames(model: Any) -> bool:
+    return hasattr(model, "hf_to_vllm_mapper") and model.hf_to_vllm_mapper is not None
+
+
+def _rows(module: Any, weight: Tensor, shard: int | None) -> Tensor:
+    """Those of one weight, of several stacked or padded ones."""
+    if shard is None:
+        return weight[: module.org_vocab_size] if hasattr(module, "org_vocab_size") else weight
+    sizes = module.output_partition_sizes
+    return weight[sum(sizes[:shard]) : sum(sizes[: shard + 1])]

@@ -1,0 +1,251 @@
+"""What every rollout engine does, whatever it is made of: `CHECKS`, each a function of an engine and its
+model.
+
+The engine holds the weights of `model` (version 0), nothing is in flight, and it is left so. A check that
+changes weights gives them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.rollout.engine import RolloutEngine, RolloutRequest, generate
+from rlhf.rollout.sampling import truncate
+from rlhf.rollout.support import logprob_errors
+from rlhf.types import Completion, FinishReason
+
+from .models import EOS, prompt, ragged, request, tiny, untruncated
+
+Check = Callable[[RolloutEngine, PreTrainedModel], None]
+CHECKS: list[Check] = []
+TOLERANCE = 2e-4
+"""Largest difference of float32 log-probs, nats."""
+STOPS = (7, 9, 30, 31, 32)
+
+
+def conforming_model() -> PreTrainedModel:
+    """Small, and still of a shape that every engine takes: heads of 32, tied, float32."""
+    return tiny("llama", head_dim=32, hidden_size=64, tie_word_embeddings=True)
+
+
+def check(function: Check) -> Check:
+    CHECKS.append(function)
+    return function
+
+
+class Source:
+    """A learner's weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.module.named_parameters()
+
+
+def drain(engine: RolloutEngine) -> list[Completion]:
+    completions: list[Completion] = []
+    while polled := engine.poll():
+        completions.extend(polled)
+    return completions
+
+
+def tokens(groups: Sequence[Sequence[Completion]]) -> list[list[tuple[int, ...]]]:
+    return [[completion.token_ids for completion in group] for group in groups]
+
+
+def moved(model: PreTrainedModel, by: float = 0.05) -> PreTrainedModel:
+    """Another model, every weight a little off."""
+    other = conforming_model()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for old, new in zip(model.parameters(), other.parameters(), strict=True):
+            new.copy_(old + by * old.std() * torch.randn_like(old))
+    return other
+
+
+def worst(model: PreTrainedModel, requests: list[RolloutRequest], groups: list[list[Completion]]) -> float:
+    return max(logprob_errors(model, requests, groups))
+
+
+@check
+def check_logprobs_are_those_of_a_forward_over_the_whole_sequence(
+    engine: RolloutEngine, model: PreTrainedModel
+) -> None:
+    requests = untruncated(ragged())
+    groups = generate(engine, requests)
+    assert worst(model, requests, groups) < TOLERANCE
+    assert [len(group) for group in groups] == [r.params.n for r in requests]
+    assert [c.index for c in groups[0]] == list(range(3))
+
+
+@check
+def check_truncated_logprobs_are_renormalised_over_what_is_kept(
+    engine: RolloutEngine, model: PreTrainedModel
+) -> None:
+    requests = [
+        request(40, n=4, max_tokens=20, temperature=1.3, top_p=0.8),
+        request(12, n=4, max_tokens=15, top_k=5),
+        request(13, n=4, max_tokens=15, top_k=20, top_p=0.6, temperature=2.0),
+    ]
+    for asked, group in zip(requests, generate(engine, requests), strict=True):
+        for completion in group:
+            expected = kept_logprobs(model, asked, completion)
+            got = torch.tensor(completion.rollout_logprobs)
+            torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+
+
+def kept_logprobs(model: PreTrainedModel, asked: RolloutRequest, completion: Completion) -> Tensor:
+    """Log-probs over the tokens that top-k and top-p leave; -inf for one that they do not."""
+    ids = torch.tensor([asked.prompt.token_ids + completion.token_ids])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, len(asked.prompt.token_ids) - 1 : -1].float()
+    probs = (logits / asked.params.temperature).softmax(-1)
+    rows = len(probs)
+    kept = truncate(
+        probs,
+        torch.full((rows,), asked.params.top_k),
+        torch.full((rows,), asked.params.top_p, dtype=torch.float64),
+    )
+    chosen = ids[0, -rows:, None]
+    return (kept / kept.sum(-1, keepdim=True)).gather(1, chosen)[:, 0].log()
+
+
+@check
+def check_temperature_0_takes_the_most_probable_token(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    asked = request(6, n=2, max_tokens=10, temperature=0.0, top_p=0.5)
+    for completion in generate(engine, [asked])[0]:
+        ids = torch.tensor([asked.prompt.token_ids + completion.token_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(asked.prompt.token_ids) - 1 : -1]
+        assert tuple(logits.argmax(-1).tolist()) == completion.token_ids
+
+
+@check
+def check_the_stop_token_belongs_to_the_completion(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    (group,) = generate(engine, [request(9, n=16, max_tokens=40, stop_token_ids=STOPS)])
+    stopped = [c for c in group if c.finish_reason is FinishReason.STOP]
+    assert stopped
+    for completion in stopped:
+        assert completion.token_ids[-1] in (EOS, *STOPS)
+        assert not {EOS, *STOPS} & set(completion.token_ids[:-1])
+    assert all(len(c.token_ids) == 40 for c in group if c.finish_reason is FinishReason.LENGTH)
+
+
+@check
+def check_the_same_seed_samples_the_same_tokens(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    first, again, other = (
+        tokens(generate(engine, [request(9, n=4, seed=seed)]))[0] for seed in (5, 5, 6)
+    )
+    assert first == again
+    assert len(set(first)) == 4
+    assert not set(first) & set(other)
+
+
+@check
+def check_the_global_generator_is_left_alone(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    before = torch.random.get_rng_state()
+    generate(engine, [request(9)])
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@check
+def check_groups_are_handed_over_whole(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    engine.submit([request(9, n=2, max_tokens=60), request(4, n=3, max_tokens=2)])
+    sizes: list[tuple[str, int]] = []
+    while polled := engine.poll():
+        sizes += [(c.prompt_id, len([o for o in polled if o.prompt_id == c.prompt_id])) for c in polled]
+    assert sorted(set(sizes)) == [("prompt-4", 3), ("prompt-9", 2)]
+    assert engine.poll() == []
+
+
+@check
+def check_abort_returns_what_was_sampled(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    asked = request(9, n=2, max_tokens=400)
+    engine.submit([asked])
+    engine.poll(timeout=0.0)
+    engine.pause("abort")
+    aborted = drain(engine)
+    engine.resume()
+    assert [c.finish_reason for c in aborted] == [FinishReason.ABORT] * 2
+    assert all(len(c.token_ids) < 400 for c in aborted)
+    assert worst(model, [asked], [aborted]) < TOLERANCE if any(c.token_ids for c in aborted) else True
+    assert len(generate(engine, [request(9)])[0]) == 2
+
+
+@check
+def check_wait_decodes_to_the_end_and_keep_continues(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    expected = sorted(c.token_ids for c in generate(engine, [request(9)])[0])
+    engine.submit([request(9)])
+    engine.pause("wait")
+    assert sorted(c.token_ids for c in drain(engine)) == expected
+    engine.resume()
+    engine.submit([request(9)])
+    engine.pause("keep")
+    assert engine.poll(timeout=0.0) == []
+    engine.resume()
+    assert sorted(c.token_ids for c in drain(engine)) == expected
+
+
+@check
+def check_the_weights_in_force_are_those_of_the_last_update(
+    engine: RolloutEngine, model: PreTrainedModel
+) -> None:
+    # the prompt is in the engine's cache: what it computed for it by older weights may not be used
+    requests = [request(70, n=3), request(9, n=2)]
+    generate(engine, requests)
+    other = moved(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    report = engine.update_weights(Source(other), 3)
+    groups = generate(engine, requests)
+    assert (report.version, report.bytes) == (3, sum(p.nbytes for p in other.parameters()))
+    assert worst(other, requests, groups) < TOLERANCE
+    assert {span.version for group in groups for c in group for span in c.versions} == {3}
+    with torch.no_grad():
+        for parameter, old in zip(model.parameters(), before, strict=True):
+            parameter.copy_(old)
+    engine.update_weights(Source(model), 0)
+    assert worst(model, requests, generate(engine, requests)) < TOLERANCE
+
+
+@check
+def check_weights_in_flight_are_told_apart(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    asked = request(9, n=2, max_tokens=200)
+    engine.submit([asked])
+    engine.poll(timeout=0.0)
+    engine.pause("keep")
+    engine.update_weights(Source(model), 8)
+    engine.resume()
+    completions = drain(engine)
+    engine.update_weights(Source(model), 0)
+    assert len(completions) == 2
+    for completion in completions:
+        spans = completion.versions
+        assert [span.version for span in spans] in ([0, 8], [8])
+        assert (spans[0].start, spans[-1].end) == (0, len(completion.token_ids))
+        assert all(a.end == b.start for a, b in pairwise(spans))
+    # the weights are equal, so the log-probs must be those of one forward
+    assert worst(model, [asked], [completions]) < TOLERANCE
+
+
+@check
+def check_bad_requests_are_refused_and_nothing_is_submitted(
+    engine: RolloutEngine, model: PreTrainedModel
+) -> None:
+    long = request(9)
+    engine.submit([long])
+    with pytest.raises(ValueError, match="in flight already"):
+        engine.submit([request(8), request(9)])
+    with pytest.raises(ValueError, match="no tokens"):
+        engine.submit([request(0)])
+    with pytest.raises(ValueError, match="was it tokenised for another"):
+        bad = prompt(5, "bad")
+        ids = (*bad.token_ids, 10_000)
+        engine.submit([RolloutRequest(type(bad)(id="bad", token_ids=ids, content=""), long.params)])
+    assert {c.prompt_id for c in drain(engine)} == {"prompt-9"}

@@ -1,0 +1,23 @@
+"""The engines of this process against what every engine must do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rlhf.rollout.hf import HFEngine
+from rlhf.rollout.native import NativeEngine
+
+from .conformance import CHECKS, Check, conforming_model
+from .models import EOS
+
+
+@pytest.mark.parametrize("kind", [NativeEngine, HFEngine])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_embedded_engines_conform(kind: Any, check: Check) -> None:
+    held, model = conforming_model(), conforming_model()
+    engine = kind(held, eos_token_ids=[EOS])
+    check(engine, model)
+    assert engine.poll() == []
+    engine.close()
