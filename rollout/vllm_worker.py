@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import importlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,8 +71,7 @@ def _copies(model: Any, name: str, version: int) -> dict[str, Tensor]:
         return {}
     module, parameter, shard = found
     weight: Tensor = module.get_parameter(parameter)
-    own: dict[str, Any] = vars(module)
-    packed = own.get("cpu_linear") if parameter == "weight" else None
+    packed = cast(dict[str, Any], vars(module)).get("cpu_linear") if parameter == "weight" else None
     shares: dict[str, Tensor] = {}
     if weight.numel():
         shares[PARAMETER] = looked_at(_rows(module, weight.data, shard), version)
@@ -99,7 +98,8 @@ def _locate(model: Any, name: str) -> tuple[Any, str, int | None] | None:
     path, _, parameter = str(renamed).rpartition(".")
     parent, _, leaf = path.rpartition(".")
     shard = None
-    stacks: dict[str, list[str]] = model.packed_modules_mapping if hasattr(model, "packed_modules_mapping") else {}
+    packs = hasattr(model, "packed_modules_mapping")
+    stacks: dict[str, list[str]] = model.packed_modules_mapping if packs else {}
     for stacked, leaves in stacks.items():
         if leaf in leaves and len(leaves) > 1:
             path, shard = (f"{parent}.{stacked}" if parent else stacked), leaves.index(leaf)

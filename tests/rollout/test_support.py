@@ -87,8 +87,8 @@ def test_engines_are_made_by_name() -> None:
     assert isinstance(plain, HFEngine)
     assert isinstance(native, RolloutEngine)
     assert isinstance(plain, RolloutEngine)
-    with pytest.raises(ValueError, match="'native' and 'hf'"):
-        make_engine("vllm", model, eos_token_ids=[EOS])
+    with pytest.raises(ValueError, match="'native', 'hf' and 'vllm'"):
+        make_engine("sglang", model, eos_token_ids=[EOS])
     with pytest.raises(ValueError, match="PreTrainedModel"):
         make_engine("hf", nn.Linear(1, 1), eos_token_ids=[EOS])
 
