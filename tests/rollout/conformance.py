@@ -222,11 +222,11 @@ def check_the_weights_in_force_are_those_of_the_last_update(
 def check_weights_in_flight_are_told_apart(engine: RolloutEngine, model: PreTrainedModel) -> None:
     asked = request(9, n=2, max_tokens=200)
     engine.submit([asked])
-    engine.poll(timeout=0.0)
+    completions = engine.poll(timeout=0.0)
     engine.pause("keep")
     engine.update_weights(Source(model), 8)
     engine.resume()
-    completions = drain(engine)
+    completions += drain(engine)
     engine.update_weights(Source(model), 0)
     assert len(completions) == 2
     for completion in completions:
