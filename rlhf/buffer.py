@@ -6,8 +6,9 @@ that is stopped between two of them is saved with this buffer and goes on with t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from rlhf.checkpoint import TensorFiles
 from rlhf.metrics import ExpMean, Max, Mean, Metrics, Partial, Sum, merge
 from rlhf.state import Stateful
 from rlhf.typed import integers
-from rlhf.types import CriticTargets, Experience, PerceptionInputs
+from rlhf.types import CriticTargets, Experience, Images, PerceptionInputs
 
 KINDS: dict[str, type[Partial]] = {kind.__name__: kind for kind in (Mean, ExpMean, Sum, Max)}
 NESTED = {"critic": CriticTargets, "perception": PerceptionInputs}
@@ -58,6 +59,7 @@ class Buffer(Stateful):
             "prompt_lengths": torch.tensor([len(p) for p in x.prompts], dtype=torch.long),
             "prompts": torch.cat([*x.prompts, x.token_ids[:0]]),
         }
+        plain |= {f"images.{name}": tensor for name, tensor in pack_images(x.images).items()}
         return {"experience": {name: tensor.clone() for name, tensor in plain.items()}}
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
@@ -74,8 +76,44 @@ class Buffer(Stateful):
         for name, kind in NESTED.items():
             parts = {k.removeprefix(f"{name}."): t for k, t in saved.items() if k.startswith(f"{name}.")}
             values[name] = kind(**parts) if parts else None
+        packed = {k.removeprefix("images."): t for k, t in saved.items() if k.startswith("images.")}
+        values["images"] = unpack_images(packed)
         values |= {name: tensor for name, tensor in saved.items() if "." not in name}
         self.experience = Experience(**values)
+
+
+def pack_images(images: Sequence[Images | None]) -> dict[str, Tensor]:
+    """Which pictures each prompt has, as tensors: names and files end to end, as bytes."""
+    if not images:
+        return {}
+    files = [source for i in images if i is not None for source in i.sources]
+    parts = [b"" if i is None else i.prompt_id.encode() for i in images]
+    parts += [file.encode() if isinstance(file, str) else file for file in files]
+    return {
+        "bytes": torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8),
+        "lengths": torch.tensor([len(part) for part in parts]),
+        "pictures": torch.tensor([0 if i is None else len(i.sources) for i in images]),
+        "is_path": torch.tensor([isinstance(file, str) for file in files]),
+    }
+
+
+def unpack_images(tensors: Mapping[str, Tensor]) -> tuple[Images | None, ...]:
+    """Inverse of `pack_images`."""
+    if not tensors:
+        return ()
+    ends = list(accumulate(integers(tensors["lengths"]), initial=0))
+    held = tensors["bytes"].cpu().numpy().tobytes()
+    parts = [held[start:end] for start, end in pairwise(ends)]
+    pictures = integers(tensors["pictures"])
+    kinds = integers(tensors["is_path"])
+    files = iter(
+        part.decode() if is_path else part
+        for part, is_path in zip(parts[len(pictures) :], kinds, strict=True)
+    )
+    return tuple(
+        Images(name.decode(), tuple(islice(files, count))) if count else None
+        for name, count in zip(parts[: len(pictures)], pictures, strict=True)
+    )
 
 
 def _tensors(owner: Any, prefix: str) -> dict[str, Tensor]:

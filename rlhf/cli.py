@@ -172,6 +172,7 @@ def _trainer(config: Config | RewardModelConfig) -> Trainer | RewardModelTrainer
 def _run(trainer: Trainer | RewardModelTrainer) -> int:
     """What a person can mend is said in a sentence; everything else is a bug and keeps its traceback."""
     from rlhf.checkpoint import CheckpointError
+    from rlhf.pictures import ImageError
     from rlhf.pretrained import ModelError
     from rlhf.rewards import RewardError
     from rlhf.rollout.engine import EngineError, SyncError
@@ -181,7 +182,15 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
 
     try:
         trainer.run()
-    except (CheckpointError, EngineError, ModelError, RewardError, RunFolderError, SyncError) as error:
+    except (
+        CheckpointError,
+        EngineError,
+        ImageError,
+        ModelError,
+        RewardError,
+        RunFolderError,
+        SyncError,
+    ) as error:
         return _refuse("train", error)
     except RankError as error:
         _refuse("train", error)

@@ -89,6 +89,8 @@ class DataConfig(Section):
     """jsonl or parquet file, a `datasets` folder, or `gym:TASK?setting=value` of reasoning-gym."""
     eval: str | None = None
     prompt_column: str = "prompt"
+    image_column: str | None = "images"
+    """Where pictures stand that are not in the messages themselves (docs/papo.md); it may be missing."""
     max_prompt_tokens: Positive = 1024
     long_prompts: Literal["refuse", "skip"] = "refuse"
 

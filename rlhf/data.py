@@ -10,7 +10,7 @@ import difflib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +19,8 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.pictures import ImageError, has_pictures
+from rlhf.processor import Processor
 from rlhf.rewards import gym
 from rlhf.types import Messages, Prompt
 
@@ -77,25 +79,33 @@ def load_prompts(
     tokenizer: PreTrainedTokenizerBase,
     *,
     prompt_column: str = "prompt",
+    image_column: str | None = None,
     max_prompt_tokens: int,
     long_prompts: Literal["refuse", "skip"] = "refuse",
+    processor: Processor | None = None,
 ) -> PromptDataset:
     """Reads, checks and tokenises every prompt.
 
     A prompt is plain text, tokenised as it is, or a list of chat messages, written out by the tokenizer's
-    chat template with the opening of the assistant's turn at the end.
+    chat template with the opening of the assistant's turn at the end. The `processor` of a model that can see
+    writes messages with pictures (rlhf/pictures.py), those of `image_column` among them.
 
     Raises ValueError for all that `inspect_prompts` raises it for, for chat messages without a chat template
-    to write them, and for prompts longer than `max_prompt_tokens` unless they are to be skipped.
+    to write them, for pictures that cannot be read or that the model cannot see, and for prompts longer than
+    `max_prompt_tokens` unless they are to be skipped.
     """
     path = Path(path)
+    tokenize = partial(_tokenize, tokenizer=tokenizer)
+    if processor is not None:
+        folder = path.parent if path.is_file() else path
+        tokenize = partial(_tokenize_with_pictures, tokenizer=tokenizer, processor=processor, folder=folder)
     prompts: list[Prompt] = []
     too_long: list[Prompt] = []
     columns: tuple[str, ...] = ()
     rows = _checked_rows(path, prompt_column)
     while some := list(islice(rows, TOKENIZE_AT_ONCE)):
-        columns = _others(some[0], prompt_column)
-        for prompt in _tokenize(some, tokenizer, prompt_column):
+        columns = _others(some[0], prompt_column, image_column)
+        for prompt in tokenize(some, prompt_column=prompt_column, image_column=image_column):
             (too_long if len(prompt.token_ids) > max_prompt_tokens else prompts).append(prompt)
     if too_long and (long_prompts == "refuse" or not prompts):
         raise ValueError(
@@ -141,9 +151,19 @@ def _shuffled(seed: int, num_prompts: int, epoch: int) -> np.ndarray[tuple[int],
 
 
 def _tokenize(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, prompt_column: str
+    rows: Sequence[Row],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_column: str,
+    image_column: str | None,
 ) -> Iterator[Prompt]:
     contents: list[Messages] = [row.columns[prompt_column] for row in rows]
+    for row, content in zip(rows, contents, strict=True):
+        if _loose_pictures(row, image_column) is not None or has_pictures(content):
+            raise ValueError(
+                f"{row.where}: the prompt has pictures, but the model cannot see; take one that can, or set "
+                "data.image_column to null where they are in a column of their own"
+            )
     ids: list[list[int]] = [[]] * len(rows)
     chats = [i for i, content in enumerate(contents) if not isinstance(content, str)]
     texts = [i for i, content in enumerate(contents) if isinstance(content, str)]
@@ -156,8 +176,41 @@ def _tokenize(
     for row, content, token_ids in zip(rows, contents, ids, strict=True):
         if not token_ids:
             raise ValueError(f"{row.where}: the tokenizer makes no token of the prompt {content!r}")
-        others = {name: row.columns[name] for name in _others(row, prompt_column)}
+        others = {name: row.columns[name] for name in _others(row, prompt_column, image_column)}
         yield Prompt(row.id, tuple(token_ids), content, others)
+
+
+def _tokenize_with_pictures(
+    rows: Sequence[Row],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor,
+    folder: Path,
+    prompt_column: str,
+    image_column: str | None,
+) -> Iterator[Prompt]:
+    """One by one: every picture is read, which finds the broken ones before weights are loaded."""
+    for row in rows:
+        content: Messages = row.columns[prompt_column]
+        loose = _loose_pictures(row, image_column)
+        others = {name: row.columns[name] for name in _others(row, prompt_column, image_column)}
+        if isinstance(content, str):
+            if loose is not None:
+                raise ValueError(f"{row.where}: a prompt with pictures must be chat messages, got text")
+            ids = cast(list[int], cast(Any, tokenizer)(content)["input_ids"])
+            yield Prompt(row.id, tuple(ids), content, others)
+            continue
+        try:
+            written, images, ids = processor.prompt(row.id, content, loose, folder)
+        except ImageError as error:
+            raise ValueError(f"{row.where}: {error}") from None
+        yield Prompt(row.id, tuple(ids), written, others, images or None)
+
+
+def _loose_pictures(row: Row, image_column: str | None) -> object | None:
+    """Those in a column of their own, None when there are none."""
+    value: object = None if image_column is None else row.columns.get(image_column)
+    return None if value == [] else value
 
 
 def _encode(
@@ -219,15 +272,39 @@ def _problem_of(content: object) -> str | None:
         if not isinstance(message, Mapping):
             return f"must be a list of chat messages, but message {number} is {message!r:.80}"
         fields = cast(Mapping[str, object], message)
+        if isinstance(fields.get("content"), list) and isinstance(fields.get("role"), str):
+            problem = _problem_of_parts(cast(list[object], fields["content"]))
+            if problem:
+                return f"has in message {number} {problem}"
+            continue
         for key in ("role", "content"):
             if not isinstance(fields.get(key), str):
                 came = f"{fields.get(key)!r:.80}"
                 return f"needs text under {key!r} in each message, but message {number} has {came}"
-    if not messages or not any(str(cast(Any, message)["content"]).strip() for message in messages):
+    if not messages or not any(_says_something(cast(Any, message)["content"]) for message in messages):
         return "is empty"
     if cast(Any, messages[-1])["role"] == "assistant":
         return "ends with a message of the assistant, which leaves the policy nothing to say"
     return None
+
+
+def _problem_of_parts(parts: list[object]) -> str | None:
+    """Of a message's content that is a list: text and pictures."""
+    for part in parts:
+        fields = cast(Mapping[str, object], part if isinstance(part, Mapping) else {})
+        if fields.get("type") == "image":
+            continue
+        if fields.get("type") == "text" and isinstance(fields.get("text"), str):
+            continue
+        return (
+            f"a part {part!r:.80}, which is neither {{'type': 'text', 'text': ...}} nor "
+            "{'type': 'image', 'image': ...}"
+        )
+    return None
+
+
+def _says_something(content: object) -> bool:
+    return bool(content.strip() if isinstance(content, str) else content)
 
 
 def _read(path: Path) -> Iterator[Row]:
@@ -304,8 +381,8 @@ def _number(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
         yield Row(f"{path.name}:{number}", f"{path}:{number}", columns)
 
 
-def _others(row: Row, prompt_column: str) -> tuple[str, ...]:
-    return tuple(name for name in row.columns if name != prompt_column)
+def _others(row: Row, *taken: str | None) -> tuple[str, ...]:
+    return tuple(name for name in row.columns if name not in taken)
 
 
 def _entries(folder: Path) -> list[str]:

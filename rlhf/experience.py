@@ -207,6 +207,7 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
     stated = [p for t in trajectories for p in t.rollout_logprobs or (0.0,) * len(t.token_ids)]
     logprobs = torch.tensor(stated, dtype=torch.float32)
     recorded = ~torch.tensor(unknown).repeat_interleave(lengths).to(device) if any(unknown) else None
+    images = tuple(g.prompt.pictures for g in groups)
     return Experience(
         prompts=tuple(torch.tensor(g.prompt.token_ids, device=device) for g in groups),
         token_ids=torch.tensor(token_ids, dtype=torch.long, device=device),
@@ -220,6 +221,7 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
         ref_logprobs=None,
         advantages=torch.zeros_like(logprobs, device=device),
         recorded=recorded,
+        images=images if any(images) else (),
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf.typed import integers
-from rlhf.types import Experience
+from rlhf.types import Experience, Images
 
 Layout = Literal["shared_prefix", "packed", "padded"]
 """A prompt once a group; a prompt once a sequence, end to end; a padded row a sequence."""
@@ -49,6 +49,8 @@ class Packed:
     targets: Tensor
     """`[N]`: the completion tokens."""
     spans: tuple[GroupSpan, ...]
+    images: tuple[Images | None, ...] = ()
+    """Of each span's prompt; empty where none has any. The positions above do not know of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,16 @@ class Microbatch:
     """`[N]`: which tokens of the experience these are."""
 
 
-def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> Packed:
-    """Packs groups one after another; `completions[i]` are those of `prompts[i]`. None of them is empty."""
+def pack(
+    prompts: Sequence[Tensor],
+    completions: Sequence[Sequence[Tensor]],
+    images: Sequence[Images | None] = (),
+) -> Packed:
+    """Packs groups one after another; `completions[i]` are those of `prompts[i]`. None of them is empty.
+
+    `images[i]` are the pictures of `prompts[i]`; all of them may be left out.
+    """
+    assert not images or len(images) == len(prompts)
     token_ids: list[Tensor] = []
     positions: list[Tensor] = []
     rows: list[Tensor] = []
@@ -87,6 +97,7 @@ def pack(prompts: Sequence[Tensor], completions: Sequence[Sequence[Tensor]]) -> 
         rows=torch.cat(rows).to(device),
         targets=targets,
         spans=tuple(spans),
+        images=tuple(images) if any(images) else (),
     )
 
 
@@ -178,7 +189,8 @@ def microbatches(
             torch.split(experience.token_ids[starts[u.first] : starts[u.last]], lengths[u.first : u.last])
             for u in units
         ]
-        packed = pack([experience.prompts[u.group] for u in units], completions)
+        images = [experience.images[u.group] for u in units] if experience.images else ()
+        packed = pack([experience.prompts[u.group] for u in units], completions, images)
         yield Microbatch(packed, index.to(experience.token_ids.device))
 
 
@@ -192,7 +204,8 @@ def separate(packed: Packed) -> Packed:
     if all(len(span.completions) == 1 for span in packed.spans):
         return packed
     parts = list(_sequences(packed))
-    return pack([prompt for prompt, _ in parts], [[completion] for _, completion in parts])
+    images = [i for i, span in zip(packed.images, packed.spans, strict=False) for _ in span.completions]
+    return pack([prompt for prompt, _ in parts], [[completion] for _, completion in parts], images)
 
 
 def _sequences(packed: Packed) -> Iterator[tuple[Tensor, Tensor]]:

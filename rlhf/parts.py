@@ -25,6 +25,7 @@ from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.factory import make_engine
 from rlhf.sharding import Sharding
 from rlhf.state import Cursor, KLCoefficient, Stateful
+from rlhf.vision import Vision
 from rlhf.weights import WeightSync
 
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
@@ -101,14 +102,14 @@ def _models(
     section = config.model
     if sharding is not None:
         return _sharded_models(config, inputs, world, sharding)
-    policy = Policy.load(section, section.path, world.device)
+    policy = Policy.load(section, section.path, world.device, inputs.processor)
     if section.lora is not None:
         policy.add_adapter(section.lora, seed=config.seed)
     if not inputs.algorithm.needs_reference:
         return policy, None
     if section.lora is not None and section.reference is None:
         return policy, WithoutAdapter(policy)
-    reference = Policy.load(section, section.reference or section.path, world.device)
+    reference = Policy.load(section, section.reference or section.path, world.device, inputs.processor)
     reference.freeze(_dtype(config))
     return policy, reference
 
@@ -146,6 +147,7 @@ def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, pol
 def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEngine, Sampler]:
     section = config.rollout
     policy.merge()
+    eyes = None if inputs.processor is None else Vision(policy.rollout_model, inputs.processor)
     engine = make_engine(
         section.engine,
         policy.rollout_model,
@@ -153,6 +155,7 @@ def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEng
         kv_cache_gib=section.kv_cache_gib,
         max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
         vllm_args=section.vllm.args,
+        eyes=eyes,
     )
     return engine, Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed)
 

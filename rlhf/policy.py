@@ -31,7 +31,10 @@ from rlhf.pretrained import (
     takes_attention,
     text_settings,
 )
+from rlhf.processor import Processor
 from rlhf.sharding import Sharding, backbone, gathered, give_up, open_policy
+from rlhf.sight import difference, sight_error
+from rlhf.vision import Vision
 
 LONG_PROMPT = CONCAT_BELOW + 2
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -67,8 +70,9 @@ class Trunk:
     every sequence is a padded row of its own, which any causal model can do.
     """
 
-    def __init__(self, model: PreTrainedModel, *, layout: Layout) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: Layout, processor: Processor | None = None) -> None:
         self.model = model
+        self.vision = None if processor is None else Vision(model, processor)
         self._own_attention = attention_of(model)
         self.layout = layout
 
@@ -127,12 +131,18 @@ class Trunk:
         self.model.train()
 
     def hidden(self, packed: Packed) -> Tensor:
-        """Hidden states `[N, H]` that predict the completion tokens."""
+        """Hidden states `[N, H]` that predict the completion tokens. Raises ImageError (rlhf/vision.py)."""
+        if packed.images and self.vision is None:
+            raise ModelError(f"a prompt has pictures, but {type(self.model).__name__} has no eyes here")
         if self.layout == "padded":
             token_ids, mask, rows = padded(packed)
+            if self.vision is not None:
+                return self.vision.padded_states(packed, mask).flatten(0, 1)[rows]
             states = backbone(self.model, input_ids=token_ids, attention_mask=mask, use_cache=False)
             return states.flatten(0, 1)[rows]
         packed = packed if self.layout == "shared_prefix" else separate(packed)
+        if self.vision is not None:
+            return self.vision.states(packed, spans=packed.spans)[0, packed.rows]
         states = backbone(
             self.model,
             input_ids=packed.token_ids[None],
@@ -146,21 +156,23 @@ class Trunk:
 class Policy(Trunk):
     """A causal language model: a trunk and a head that gives the log-probs of tokens."""
 
-    def __init__(self, model: PreTrainedModel, *, layout: Layout) -> None:
+    def __init__(self, model: PreTrainedModel, *, layout: Layout, processor: Processor | None = None) -> None:
         self.head = Head.of(model)
-        super().__init__(model, layout=layout)
+        super().__init__(model, layout=layout, processor=processor)
         self.adapter: Adapter | None = None
         self.replica: PreTrainedModel | None = None
         """The whole of a model that learns in shards."""
 
     @classmethod
-    def load(cls, section: ModelConfig, path: str, device: torch.device) -> Policy:
+    def load(
+        cls, section: ModelConfig, path: str, device: torch.device, processor: Processor | None = None
+    ) -> Policy:
         """Loads the weights in float32 (the optimizer makes its masters from them) and checks the forward.
 
         Raises ModelError: the model cannot be loaded, its head is of another kind, or it cannot do the
         packing that was asked for (the reason is named).
         """
-        return cls._checked(section, path, load_model(path, device))
+        return cls._checked(section, path, load_model(path, device), processor)
 
     @classmethod
     def load_sharded(cls, section: ModelConfig, path: str, sharding: Sharding, *, trains: bool) -> Policy:
@@ -179,10 +191,12 @@ class Policy(Trunk):
         return reopened
 
     @classmethod
-    def _checked(cls, section: ModelConfig, path: str, model: PreTrainedModel) -> Policy:
+    def _checked(
+        cls, section: ModelConfig, path: str, model: PreTrainedModel, processor: Processor | None = None
+    ) -> Policy:
         without_dropout(model)
-        policy = cls(model, layout="padded")
-        policy.fit(path, section.packing, lambda: forward_error(policy))
+        policy = cls(model, layout="padded", processor=processor)
+        policy.fit(path, section.packing, lambda: forward_error(policy) or sight_error(policy))
         return policy
 
     def add_adapter(self, section: LoraConfig, *, seed: int) -> None:
@@ -259,6 +273,7 @@ class WithoutAdapter(Policy):
     def __init__(self, policy: Policy) -> None:
         assert policy.adapter is not None
         super().__init__(policy.model, layout=policy.layout)
+        self.vision = policy.vision
         self._policy, self._trained = policy, policy.adapter
 
     def hidden(self, packed: Packed) -> Tensor:
@@ -315,10 +330,7 @@ def forward_error(policy: Policy) -> str | None:
     others = [torch.cat([ids[8:9], p[1:]]) for p in prompts]
     elsewhere = torch.cat([_full_forward(policy.model, p, completions) for p in others])
     policy.layout = layout
-    signal, error = (elsewhere - want).abs().max().item(), (got - want).abs().max().item()
-    if error <= 0.01 * signal + 1e-5:
-        return None
-    return f"by {error:.2g} nats, where another prompt makes {signal:.2g}"
+    return difference(got, want, elsewhere, "prompt")
 
 
 def _full_forward(model: PreTrainedModel, prompt: Tensor, completions: list[Tensor]) -> Tensor:

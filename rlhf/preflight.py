@@ -19,6 +19,7 @@ from rlhf.config import Config, ConfigError
 from rlhf.data import PromptDataset, load_prompts
 from rlhf.pretrained import eos_token_ids, load_model_config, load_tokenizer, local_or_hub, text_settings
 from rlhf.pretraining import Text, load_texts
+from rlhf.processor import Processor, load_processor
 from rlhf.rewards import Rewards, RewardSpec
 
 SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -37,6 +38,8 @@ class Inputs:
     eos_token_ids: tuple[int, ...]
     texts: tuple[Text, ...] = ()
     """What `ptx` mixes in."""
+    processor: Processor | None = None
+    """Of a model that can see."""
 
 
 def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
@@ -72,8 +75,12 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             local_or_hub(path)
     _check_lengths(config, model)
     _check_weights(config, model)
-    train = _prompts(config, config.data.train, tokenizer)
-    held_out = None if config.data.eval is None else _prompts(config, config.data.eval, tokenizer)
+    processor = load_processor(config.model.path, tokenizer)
+    train = _prompts(config, config.data.train, tokenizer, processor)
+    held_out = None
+    if config.data.eval is not None:
+        held_out = _prompts(config, config.data.eval, tokenizer, processor)
+    _check_pictures(config, algorithm, train)
     texts = ()
     if config.ptx.path is not None:
         texts = tuple(load_texts(config.ptx, tokenizer, config.learner.microbatch_tokens))
@@ -84,7 +91,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
         except ValueError as error:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
     ends = _eos_token_ids(config, tokenizer)
-    return Inputs(tokenizer, model, train, held_out, rewards, algorithm, ends, texts)
+    return Inputs(tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor)
 
 
 def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
@@ -92,14 +99,31 @@ def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
     return Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
 
 
-def _prompts(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> PromptDataset:
+def _check_pictures(config: Config, algorithm: Algorithm, train: PromptDataset) -> None:
+    if not any(prompt.images for prompt in train.prompts):
+        return
+    if config.distributed.mode == "sharded":
+        raise ConfigError(
+            "prompts have pictures, and models that see are not sharded: take distributed.mode=replicated"
+        )
+    if algorithm.critic is not None and config.critic.trunk == "own":
+        raise ConfigError(
+            "critic.trunk is own, but a critic of its own sees no pictures; set critic.trunk to policy"
+        )
+
+
+def _prompts(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, processor: Processor | None
+) -> PromptDataset:
     data = config.data
     return load_prompts(
         Path(path).expanduser(),
         tokenizer,
         prompt_column=data.prompt_column,
+        image_column=data.image_column,
         max_prompt_tokens=data.max_prompt_tokens,
         long_prompts=data.long_prompts,
+        processor=processor,
     )
 
 
@@ -184,6 +208,10 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         f"data         {len(inputs.train)} prompts of {lengths[0]} to {lengths[-1]} tokens "
         f"(median {statistics.median(lengths):.0f}), {inputs.train.skipped} skipped as too long"
     )
+    pictures = [len(p.images or ()) for p in inputs.train.prompts]
+    if any(pictures):
+        seeing = sum(n > 0 for n in pictures)
+        yield f"pictures     {sum(pictures)}, with {seeing} of the {len(pictures)} prompts"
     held_out = (
         "none" if inputs.eval is None else f"{len(inputs.eval)} prompts x {config.eval.samples} samples"
     )

@@ -25,9 +25,15 @@ class ModelError(ValueError):
 
 
 def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """In evaluation mode. Raises ModelError when there is no causal language model at `path`."""
+    """In evaluation mode, with its vision tower if it has one.
+
+    Raises ModelError when there is no causal language model at `path`.
+    """
+    kind = _transformers.AutoModelForCausalLM
     try:
-        model = _transformers.AutoModelForCausalLM.from_pretrained(local_or_hub(path), dtype=dtype)
+        if "vision_config" in load_model_config(path).to_dict():
+            kind = _transformers.AutoModelForImageTextToText
+        model = kind.from_pretrained(local_or_hub(path), dtype=dtype)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
     return model.to(device).eval()
@@ -193,12 +199,15 @@ def register_attention(name: str, function: Callable[..., tuple[Tensor, None]]) 
 
 
 def attention_of(model: Any) -> str:
-    """The name under which the model's attention is registered; there is no public way to ask for it."""
-    return model.config._attn_implementation
+    """The name under which its attention to text is registered; there is no public way to ask for it."""
+    return model.config.get_text_config()._attn_implementation
 
 
 def set_attention(model: Any, name: str) -> None:
-    model.set_attn_implementation(name)
+    """Of the language model; a vision tower beside it keeps its own."""
+    text = model.config.get_text_config()
+    parts = {part: name for part in model.config.sub_configs if getattr(model.config, part) is text}
+    model.set_attn_implementation(parts or name)
 
 
 def takes_attention(model: Any) -> bool:

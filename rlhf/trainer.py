@@ -193,10 +193,11 @@ class Trainer:
         if not self.world.is_main:
             return
         if self.config.checkpoint.export:
-            policy, tokenizer, path = self.parts.policy, self.inputs.tokenizer, self.folder.path
-            checkpoint.export(policy.rollout_model, tokenizer, path / "model")
+            policy, path = self.parts.policy, self.folder.path
+            reader = self.inputs.processor or self.inputs.tokenizer
+            checkpoint.export(policy.rollout_model, reader, path / "model")
             if policy.adapter is not None:
-                checkpoint.export(policy.adapter, tokenizer, path / "adapter")
+                checkpoint.export(policy.adapter, reader, path / "adapter")
         write_report(self.folder)
         self.monitor.close()
         self.monitor.note(closing_summary(self.folder))

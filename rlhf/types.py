@@ -53,6 +53,28 @@ class VersionSpan:
     end: int
 
 
+Image = str | bytes
+"""Where a picture is: the absolute path of a file, or what such a file holds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Squares of `patch` pixels, each made black with probability `ratio`, drawn from `seed` (PAPO)."""
+
+    patch: int
+    ratio: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """The pictures of one prompt, in the order of their placeholders, and what of them is to be hidden."""
+
+    prompt_id: str
+    sources: tuple[Image, ...]
+    mask: Mask | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One question, tokenised.
@@ -67,7 +89,12 @@ class Prompt:
     """As the dataset has it: plain text or chat messages. Rewards receive this."""
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Every further column of the dataset, for rewards."""
-    images: tuple[Any, ...] | None = None
+    images: tuple[Image, ...] | None = None
+    """In the order of their placeholders, which `token_ids` holds as often as the model needs."""
+
+    @property
+    def pictures(self) -> Images | None:
+        return None if not self.images else Images(self.id, self.images)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +194,14 @@ class CriticTargets:
 
 @dataclass(frozen=True, slots=True)
 class PerceptionInputs:
-    """Log-probs of the same tokens given the masked image, fp32 `[N]`; `has_image` bool `[N]`."""
+    """What the perception term is computed from; text-only samples have no part in it."""
 
     masked_logprobs: Tensor
+    """fp32 `[N]`: of the same tokens given the masked pictures, before the update."""
     has_image: Tensor
+    """bool `[N]`"""
+    seeds: Tensor
+    """int64 `[P]`: what the mask of each group's pictures is drawn from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +236,8 @@ class Experience:
     """bool `[S]`: completions that solve their prompt; None: the algorithm does not ask."""
     critic: CriticTargets | None = None
     perception: PerceptionInputs | None = None
+    images: tuple[Images | None, ...] = ()
+    """Of each group's prompt; empty where no prompt has any."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ class WeightSync:
 
     def __init__(self, policy: Policy, prompt: Prompt, *, temperature: float, tolerance: float) -> None:
         self.policy, self.temperature, self.tolerance = policy, temperature, tolerance
-        self.prompt = Prompt(id="weight-sync-probe", token_ids=prompt.token_ids, content=prompt.content)
+        self.prompt = replace(prompt, id="weight-sync-probe", columns={})
 
     @property
     def module(self) -> nn.Module:
@@ -70,6 +71,7 @@ class WeightSync:
         packed = pack(
             [torch.tensor(self.prompt.token_ids, device=device)],
             [[torch.tensor(completion.token_ids, device=device)]],
+            [self.prompt.pictures],
         )
         logprob = self.policy.statistics(packed, temperature=self.temperature, want=("logprob",)).logprob
         assert logprob is not None

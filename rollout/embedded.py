@@ -40,16 +40,23 @@ def sampling_mode(model: Model, attention: str | None) -> Generator[None]:
     the length) would hand the learner one that cannot be saved for backward.
     """
     training = [module for module in model.modules() if module.training]
-    before = model.config._attn_implementation
+    text = model.config.get_text_config()
+    before = text._attn_implementation
+    # a vision tower beside the language model keeps its own
+    parts = [part for part in model.config.sub_configs if getattr(model.config, part) is text]
+
+    def attend(name: str) -> None:
+        model.set_attn_implementation(dict.fromkeys(parts, name) or name)
+
     model.eval()
     try:
         if attention is not None:
-            model.set_attn_implementation(attention)
+            attend(attention)
         with torch.no_grad():
             yield
     finally:
         if attention is not None:
-            model.set_attn_implementation(before)
+            attend(before)
         for module in training:
             module.training = True
 

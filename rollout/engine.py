@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -71,6 +71,22 @@ class SyncReport:
     """Weights that the engine was seen to hold as they were sent (rollout/proof.py)."""
     unread: tuple[str, ...] = ()
     """Weights that it cannot be asked for."""
+
+
+@runtime_checkable
+class Eyes(Protocol):
+    """How an engine of this process feeds pictures to the model it samples from (`rlhf.vision`)."""
+
+    def inputs(self, prompt: Prompt) -> Mapping[str, Tensor]:
+        """What `model(input_ids=...)` takes beside the ids of one prompt, a row of each."""
+        ...
+
+    def read(self, prompts: Sequence[Prompt], **arguments: Any) -> tuple[Tensor, list[int]]:
+        """Hidden states `[1, T, H]` of prompts end to end, and the position of each one's next token.
+
+        `arguments` go to the attention of the language model.
+        """
+        ...
 
 
 @runtime_checkable

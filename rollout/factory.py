@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from rlhf.rollout.embedded import causal_model
-from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.engine import Eyes, RolloutEngine
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.native import NativeEngine
 from rlhf.rollout.vllm import VLLMEngine, VLLMModel
@@ -23,20 +23,24 @@ def make_engine(
     kv_cache_gib: float = 4.0,
     max_tokens: int | None = None,
     vllm_args: Mapping[str, Any] | None = None,
+    eyes: Eyes | None = None,
 ) -> RolloutEngine:
     """An engine for `model`: "native" and "hf" hold the module itself, "vllm" has to be sent its weights.
 
     If "native" cannot decode it: "hf", with a warning why. `max_tokens`: of a prompt and its completion,
     which vLLM has to know; the model's own limit when not given.
+    `eyes`: for prompts with pictures, of a model in this process that can see.
     """
     if name == "native":
         try:
-            return NativeEngine(model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib)
+            return NativeEngine(
+                model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib, eyes=eyes
+            )
         except ValueError as error:
             warnings.warn(f"{error}; rollouts use the slower engine 'hf' instead", stacklevel=2)
             name = "hf"
     if name == "hf":
-        return HFEngine(model, eos_token_ids=eos_token_ids)
+        return HFEngine(model, eos_token_ids=eos_token_ids, eyes=eyes)
     if name != "vllm":
         raise ValueError(f"unknown rollout engine {name!r}; there are 'native', 'hf' and 'vllm'")
     held = causal_model(model)

@@ -7,7 +7,7 @@ that one possible.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf.rollout.embedded import Model, causal_model, sampling_mode, take_weights
-from rlhf.rollout.engine import PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.engine import Eyes, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import RowSampling, sample
 from rlhf.types import Completion
@@ -52,8 +52,10 @@ def _own_generation_config(model: Model, config: GenerationConfig) -> Generator[
 class HFEngine:
     """`poll` decodes one request and returns its whole group; nothing is kept between polls."""
 
-    def __init__(self, model: nn.Module, *, eos_token_ids: Sequence[int]) -> None:
-        self._model = causal_model(model)
+    def __init__(
+        self, model: nn.Module, *, eos_token_ids: Sequence[int], eyes: Eyes | None = None
+    ) -> None:
+        self._model, self._eyes = causal_model(model), eyes
         self._eos_token_ids = tuple(eos_token_ids)
         self._attention = "sdpa" if self._model._supports_sdpa else None
         self._waiting: list[RolloutRequest] = []
@@ -62,9 +64,10 @@ class HFEngine:
         self._paused = False
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises ValueError for a prompt that is empty, has images, or is in flight already."""
+        """Raises ValueError for a prompt that is empty, in flight already, or cannot be seen."""
         in_flight = [request.prompt.id for request in self._waiting]
-        check_requests(requests, in_flight, self._model.get_input_embeddings().weight.shape[0])
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        check_requests(requests, in_flight, vocabulary, sees=self._eyes is not None)
         self._waiting.extend(requests)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
@@ -114,10 +117,14 @@ class HFEngine:
             pad_token_id=stop_ids[0] if stop_ids else 0,
         )
         prompts = torch.tensor([request.prompt.token_ids] * params.n, device=device)
+        seen: Mapping[str, Tensor] = {}
+        if request.prompt.images and self._eyes is not None:
+            seen = self._eyes.inputs(request.prompt)
         with sampling_mode(self._model, self._attention), _own_generation_config(self._model, config):
             self._model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
+                **{name: torch.cat([row] * params.n) for name, row in seen.items()},
                 logits_processor=LogitsProcessorList([draw]),
             )
         drawn: tuple[Any, Any] = torch.stack(draw.tokens, 1), torch.stack(draw.logprobs, 1)

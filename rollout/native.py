@@ -27,12 +27,12 @@ from transformers import AttentionInterface
 
 from rlhf.rollout.cache import AttentionPass, Decode, Prefill, SharedPrefixCache, last_tokens
 from rlhf.rollout.embedded import Model, causal_model, sampling_mode, take_weights
-from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.engine import EngineError, Eyes, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.packed import PackedLinears
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import RowSampling, sample
 from rlhf.rollout.support import check_decoding, why_unsupported
-from rlhf.types import Completion
+from rlhf.types import Completion, Prompt
 
 ATTENTION = "tandem_rollout"
 PREFILL_TOKENS = 4096
@@ -98,8 +98,15 @@ class NativeEngine:
     decoding a few tokens does not reproduce the log-probs of a plain forward.
     """
 
-    def __init__(self, model: nn.Module, *, eos_token_ids: Sequence[int], kv_cache_gib: float = 4.0) -> None:
-        self._model = causal_model(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eos_token_ids: Sequence[int],
+        kv_cache_gib: float = 4.0,
+        eyes: Eyes | None = None,
+    ) -> None:
+        self._model, self._eyes = causal_model(model), eyes
         reason = self.supports(self._model)
         if reason is not None:
             raise ValueError(f"the native engine cannot decode {type(self._model).__name__}: {reason}")
@@ -123,8 +130,9 @@ class NativeEngine:
         return why_unsupported(model)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises ValueError for a prompt that is empty, has images, is in flight, or can never fit."""
-        check_requests(requests, self._in_flight(), self._model.get_input_embeddings().weight.shape[0])
+        """Raises ValueError for a prompt that is empty, in flight, can never fit, or cannot be seen."""
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        check_requests(requests, self._in_flight(), vocabulary, sees=self._eyes is not None)
         for request in requests:
             needed = _reserve([request]) * self._bytes_per_token
             if needed > self._budget:
@@ -219,16 +227,18 @@ class NativeEngine:
             self._prefill(groups)
 
     def _prefill(self, groups: list[list[Row]]) -> None:
-        prompts = [rows[0].request.prompt.token_ids for rows in groups]
+        requested = [rows[0].request.prompt for rows in groups]
+        prompts = [prompt.token_ids for prompt in requested]
         sizes = [len(rows) for rows in groups]
         longest = max(rows[0].request.params.max_tokens for rows in groups)
         cache = SharedPrefixCache([len(prompt) for prompt in prompts], sizes, longest)
-        logits = [self._prefill_some(cache, prompts, part) for part in _parts(prompts)]
+        parts = [self._prefill_some(cache, requested, part) for part in _parts(prompts)]
+        logits = [logits for logits, _ in parts]
         self._bytes_per_token = cache.bytes_per_token
         device = self._model.device
         rows = [row for group in groups for row in group]
         owner = torch.tensor(cache.owner, device=device)
-        ends = torch.tensor(cache.prompt_lengths, device=device)[owner] - 1
+        ends = torch.tensor([place for _, places in parts for place in places], device=device)[owner] - 1
         cohort = _Cohort(cache, rows, owner, ends)
         sampling = _sampling_of(rows, device)
         self._record([cohort], sample(torch.cat(logits)[owner], sampling, torch.zeros_like(owner)))
@@ -237,14 +247,19 @@ class NativeEngine:
         self._sampling = None
 
     def _prefill_some(
-        self, cache: SharedPrefixCache, prompts: list[tuple[int, ...]], part: Sequence[int]
-    ) -> Float[Tensor, "P V"]:
-        """Logits after each prompt of this part."""
+        self, cache: SharedPrefixCache, prompts: list[Prompt], part: Sequence[int]
+    ) -> tuple[Float[Tensor, "P V"], list[int]]:
+        """Logits after each prompt of this part, and where the next token of each stands."""
         device = self._model.device
-        tokens = torch.tensor([token for p in part for token in prompts[p]], device=device)
-        positions = torch.cat([torch.arange(len(prompts[p])) for p in part]).to(device)
-        last = last_tokens([len(prompts[p]) for p in part]).to(device)
-        return self._forward(tokens[None], positions[None], Prefill(cache, part), last)[0]
+        ids = [prompts[p].token_ids for p in part]
+        lengths = [len(prompt) for prompt in ids]
+        last, prefill = last_tokens(lengths).to(device), Prefill(cache, part)
+        if self._eyes is not None and any(prompts[p].images for p in part):
+            hidden, following = self._eyes.read([prompts[p] for p in part], rollout_pass=prefill)
+            return self._model.get_output_embeddings()(hidden[0, last]), following
+        tokens = torch.tensor([token for prompt in ids for token in prompt], device=device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        return self._forward(tokens[None], positions[None], prefill, last)[0], lengths
 
     def _decode(self) -> None:
         """One more token for every row."""

@@ -53,7 +53,9 @@ def rows_of(request: RolloutRequest, eos_token_ids: Iterable[int], version: int)
     return [Row(request, index, stop_ids, [(version, 0)]) for index in range(request.params.n)]
 
 
-def check_requests(requests: Sequence[RolloutRequest], in_flight: Iterable[str], vocabulary: int) -> None:
+def check_requests(
+    requests: Sequence[RolloutRequest], in_flight: Iterable[str], vocabulary: int, *, sees: bool = False
+) -> None:
     """Raises EngineError for what an engine of this process cannot sample; nothing is submitted then."""
     seen = set(in_flight)
     for request in requests:
@@ -68,5 +70,5 @@ def check_requests(requests: Sequence[RolloutRequest], in_flight: Iterable[str],
                 f"prompt {prompt.id!r} has token ids from {min(prompt.token_ids)} to "
                 f"{max(prompt.token_ids)}, the model has 0 to {vocabulary - 1}; was it tokenised for another?"
             )
-        if prompt.images:
-            raise EngineError(f"prompt {prompt.id!r} has images; this engine takes token ids only")
+        if prompt.images and not sees:
+            raise EngineError(f"prompt {prompt.id!r} has pictures, and the model of this engine cannot see")

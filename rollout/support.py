@@ -12,6 +12,8 @@ from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, g
 from rlhf.rollout.hf import HFEngine
 from rlhf.types import Completion, Prompt
 
+LOOKING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
+"""Kinds of models whose pictures go before the language model, which is then like any other."""
 TOLERANCE = 1e-3
 """Mean |difference| of log-probs, in nats."""
 NOISE_FACTOR = 3.0
@@ -26,8 +28,8 @@ def why_unsupported(model: Model) -> str | None:
     layers = set(settings.get("layer_types") or ["full_attention"]) - {"full_attention"}
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
-    if text is not config:
-        return "it is multi-modal"
+    if text is not config and config.model_type not in LOOKING:
+        return f"it is a {config.model_type}, which takes more than text"
     if not model._can_set_attn_implementation():
         return "its attention cannot be replaced (it does not use the AttentionInterface of transformers)"
     if layers:

@@ -50,6 +50,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "critic.path",
         "critic.trunk",
         "data.eval",
+        "data.image_column",
         "data.long_prompts",
         "data.max_prompt_tokens",
         "data.prompt_column",
