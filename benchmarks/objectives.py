@@ -1,24 +1,23 @@
 """Two objectives in conflict, on scales of their own: does the weighted sum keep both, does GDPO?
 
-A completion has 16 characters. `letters` counts its letters a (0 to 16). The other objective is a share (0 to
-1), and nobody has tuned the weights: both are 1. Two tasks:
+A completion has 16 characters. Nobody has tuned the weights of the objectives: both are 1. Two tasks:
 
-    first     `first`: of the first four characters, those that are digits. Both can be had: four digits, then
-              twelve letters
-    anywhere  `digits`: of all characters, those that are digits. Each character serves one side or the other
+    compromise  `points`: 100 for each letter a, 90 for each b, in the mean; `share_of_b`: 0 to 1.
+                What is best for one is worst for the other, but b is nearly as good for the first
+    exclusive   `letters`: how many a, 0 to 16; `digits`: their share, 0 to 1.
+                Each character serves one side only, there is no compromise
 
 Three arms, the same tiny random model, the same seeds:
 
     sum       GRPO on the weighted sum
-    balanced  GRPO on the weighted sum with the weight of `letters` divided by its range, 1/16
+    balanced  GRPO on the weighted sum with the weight of the first objective divided by its range
     gdpo      each objective normalised in its group, then the batch
 
-Expected of `first`: a digit earns 1/4 and costs a letter, which earns 1, so `sum` gives the digits up. Under
-`gdpo` a digit moves its own objective by much and the letters, which vary by much, by little: both are
-learned. `balanced` shows what a person who knows the ranges gets from the sum: a digit earns 1/4 and costs
-1/16, so both.
+Expected of `compromise`: to `sum` an a is worth 100 and a b 91, so share_of_b is given up in the end. To
+`gdpo` the two are nearly the same for the points, and far apart for share_of_b: b, so 90 points and a share
+of 1. `balanced` is what a person who knows the ranges gets from the sum: 1 against 1.9, so b too.
 
-Expected of `anywhere`: `sum` is `letters` in all but name. Under `gdpo` the two z-scores cancel as soon as
+Expected of `exclusive`: `sum` is `letters` in all but name. Under `gdpo` the two z-scores cancel as soon as
 every character is one or the other; training should come to rest at a mixture, but nothing holds it there.
 `balanced` cancels exactly too.
 
@@ -40,26 +39,25 @@ import torch
 from rlhf.config import make_config
 
 TOKENS = 16
-ARMS: dict[str, tuple[str, float]] = {
-    "sum": ("grpo", 1.0),
-    "balanced": ("grpo", 1 / 100),
-    "gdpo": ("gdpo", 1.0),
-}
+ALGORITHMS = {"sum": "grpo", "balanced": "grpo", "gdpo": "gdpo"}
+TASKS = {"compromise": ("points", "share_of_b", 100), "exclusive": ("letters", "digits", TOKENS)}
+"""Objectives of each task, and the range of the first; that of the second is 1."""
 
-TASKS = {"first": "first", "anywhere": "digits"}
-"""Task to the objective beside `letters`."""
+
+def points(completions: list[str]) -> list[float]:
+    return [(100 * text.count("a") + 90 * text.count("b")) / TOKENS for text in completions]
+
+
+def share_of_b(completions: list[str]) -> list[float]:
+    return [text.count("b") / TOKENS for text in completions]
 
 
 def letters(completions: list[str]) -> list[float]:
-    return [100 * text.count("a") / TOKENS for text in completions]
+    return [float(text.count("a")) for text in completions]
 
 
 def digits(completions: list[str]) -> list[float]:
     return [sum(map(str.isdigit, text)) / TOKENS for text in completions]
-
-
-def first(completions: list[str]) -> list[float]:
-    return [float(text[:1].isdigit()) for text in completions]
 
 
 def save_model(folder: Path) -> None:
@@ -96,7 +94,7 @@ def run(task: str, arm: str, seed: int, steps: int, folder: Path) -> list[dict[s
     """The records of one run; one that was finished before is not repeated."""
     from rlhf.trainer import Trainer
 
-    algorithm, weight = ARMS[arm]
+    one, other, span = TASKS[task]
     run_dir = folder / task / f"{arm}-{seed}"
     if not (run_dir / "report.html").is_file():
         settings = {
@@ -107,11 +105,15 @@ def run(task: str, arm: str, seed: int, steps: int, folder: Path) -> list[dict[s
             "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 32},
             "reward": {
                 "functions": [
-                    {"path": "benchmarks.objectives:letters", "weight": weight, "workers": 1},
-                    {"path": f"benchmarks.objectives:{TASKS[task]}", "workers": 1},
+                    {
+                        "path": f"benchmarks.objectives:{one}",
+                        "weight": 1 / span if arm == "balanced" else 1.0,
+                        "workers": 1,
+                    },
+                    {"path": f"benchmarks.objectives:{other}", "workers": 1},
                 ]
             },
-            "algorithm": {"name": algorithm, "kl": {"coef": 0.0}},
+            "algorithm": {"name": ALGORITHMS[arm], "kl": {"coef": 0.0}},
             "rollout": {"prompts_per_step": 8, "group_size": 8, "max_completion_tokens": TOKENS},
             "learner": {"lr": 5e-3, "microbatch_tokens": 4096},
             "checkpoint": {"export": False, "every": 0},
@@ -132,12 +134,12 @@ def measure(folder: Path, seeds: int, steps: int) -> dict[str, Any]:
     (folder / "train.jsonl").write_text("".join(f'{{"prompt": "write {i}:"}}\n' for i in range(32)))
     last = max(1, steps // 10)
     tasks: dict[str, Any] = {}
-    for task, other in TASKS.items():
+    for task, (one, other, span) in TASKS.items():
         curves: dict[str, dict[str, list[list[float]]]] = {}
-        for arm in ARMS:
+        for arm in ALGORITHMS:
             records = [run(task, arm, seed, steps, folder) for seed in range(seeds)]
             curves[arm] = {
-                "letters": [[r["reward/letters"] / 100 for r in record] for record in records],
+                one: [[r[f"reward/{one}"] / span for r in record] for record in records],
                 other: [[r[f"reward/{other}"] for r in record] for record in records],
             }
         summary = {
@@ -163,27 +165,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     tasks = results["tasks"]
-    shape = len(tasks), len(ARMS)
+    shape = len(tasks), len(ALGORITHMS)
     figure, axes = pyplot.subplots(*shape, figsize=(10, 5.6), sharey=True, sharex=True, layout="constrained")
-    titles = {"sum": "weighted sum", "balanced": "sum, weight of letters 1/16", "gdpo": "GDPO"}
-    names = {
-        "letters": "letters (of 16 characters)",
-        "first": "digits (of the first 4)",
-        "digits": "digits (of 16)",
-    }
+    titles = {"sum": "weighted sum, weights 1", "balanced": "sum, weights by range", "gdpo": "GDPO"}
     for row, (task, of_task) in zip(axes, tasks.items(), strict=True):
         for axis, (arm, both) in zip(row, of_task["curves"].items(), strict=True):
             for (name, seeds), colour in zip(both.items(), ("#c0504d", "#1f77b4"), strict=True):
                 for curve in seeds:
                     axis.plot(range(1, len(curve) + 1), curve, color=colour, alpha=0.35, linewidth=1)
                 mean = [statistics.mean(values) for values in zip(*seeds, strict=True)]
-                axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.2, label=names[name])
+                axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.2, label=name)
             axis.grid(alpha=0.25)
             if row is axes[0]:
                 axis.set_title(titles[arm])
             if row is axes[-1]:
                 axis.set_xlabel("step")
-        row[0].set_ylabel(f"{task}: share")
+        row[0].set_ylabel(f"{task}: share of the range")
         row[0].legend(frameon=False)
     figure.savefig(path, dpi=150)
 
