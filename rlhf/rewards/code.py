@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 
 from rlhf.rewards.builtin import Completion, completion_text
@@ -17,7 +18,6 @@ from rlhf.rewards.sandbox import PROTECTS, Limits, isolation, run_python
 logger = logging.getLogger(__name__)
 
 BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
-DONE = "the tests have run to their end"
 
 
 class CodeReward:
@@ -50,9 +50,14 @@ class CodeReward:
         return sum(self._prints(program, test) for test in tests) / len(tests)
 
     def _asserts_hold(self, program: str, tests: str) -> bool:
-        """The tests must have been reached: a program that ends before them has passed none."""
-        result = run_python(f"{program}\n\n{tests}\nprint({DONE!r})\n", self.limits)
-        return result.status == 0 and not result.ended and result.output.rstrip().endswith(DONE)
+        """The tests must have been reached: a program that ends before them has passed none.
+
+        What is printed behind them is new every time, so that a program cannot print it instead. (It stands
+        in the program's own file: one that reads that file, or gives Python another `==`, can cheat.)
+        """
+        done = secrets.token_hex(16)
+        result = run_python(f"{program}\n\n{tests}\nprint({done!r})\n", self.limits)
+        return result.status == 0 and not result.ended and result.output.rstrip().endswith(done)
 
     def _prints(self, program: str, test: Mapping[str, str]) -> bool:
         result = run_python(program, self.limits, standard_input=str(test["input"]))

@@ -30,20 +30,39 @@ def test_the_last_block_is_the_program_and_without_one_all_of_it() -> None:
     assert program_of("x = 3") == "x = 3"
 
 
-def test_asserts_and_what_is_printed_decide() -> None:
-    reward = CodeReward(seconds=20.0)
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        (ADD, 1.0),
+        (f"First:\n```python\nx = 1\n```\nno,\n{ADD}\nThat is all.", 1.0),
+        (ADD.replace("+", "-"), 0.0),
+        (ADD.replace("return", "raise SystemExit  #"), 0.0),
+        (f"{ADD[:-3]}raise SystemExit(0)\n```", 0.0),
+        (f"{ADD[:-3]}import os\nos._exit(0)\n```", 0.0),
+        (f"{ADD[:-3]}print('passed')\nprint('True')\nraise SystemExit\n```", 0.0),
+        (f"{ADD[:-3]}print = lambda *_: None\n```", 0.0),
+        (f'{ADD[:-3]}x = """\n```', 0.0),
+        (f"{ADD[:-3]}if False:\n```", 0.0),
+        ("def add(", 0.0),
+        ("I cannot do that.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_asserts_decide_and_must_be_reached(completion: str, score: float) -> None:
     asserts = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
-    wrong = ADD.replace("+", "-")
-    early = "import os\nos._exit(0)"
-    forged = "print('the tests have run to their end')\nraise SystemExit"
-    completions = [ADD, wrong, early, forged, "def add("]
-    assert reward(completions, [asserts] * 5)[:3] == [1.0, 0.0, 0.0]
+    assert CodeReward(seconds=20.0)([completion], [asserts]) == [score]
+
+
+def test_what_is_printed_decides_by_the_share_of_tests() -> None:
     pairs = [
         {"input": "1 2\n", "output": "3"},
         {"input": "2 2", "output": "4\n"},
         {"input": "", "output": "x"},
     ]
+    reward = CodeReward(seconds=20.0)
     assert reward(["print(sum(map(int, input().split())))"], [pairs]) == [pytest.approx(2 / 3)]
+    with pytest.raises(ValueError, match="its column 'tests' is an empty list"):
+        reward(["print(1)"], [[]])
 
 
 @pytest.mark.parametrize("level", [LIMITED, "best"])
@@ -57,14 +76,26 @@ def test_asserts_and_what_is_printed_decide() -> None:
         ("open('big', 'wb').write(b'x' * (64 << 20))", "", 1),
         ("import ctypes; ctypes.string_at(0)", "", -11),
         ("import os; os._exit(3)", "", 3),
+        # of a namespace the first process, which nothing inside can kill
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "", None),
+        ("import os; os.closerange(0, 9)\nwhile True: pass", "time", -9),
+        (
+            "import os, signal\nfor s in range(1, 32): s in (9, 19) or signal.signal(s, 1)\nwhile True: pass",
+            "time",
+            -9,
+        ),
+        ("import os; os.rmdir(os.getcwd()); print(1)", "", 1),
+        ("x = [b'x' * (1 << 20) for _ in range(4096)]", "", 1),
+        ("import threading\nfor _ in range(9999): threading.Thread(target=input).start()", "", None),
         ("import numpy", "", 1),
     ],
 )
-def test_a_program_stays_within_its_limits(code: str, ended: str, status: int, level: str) -> None:
+def test_a_program_stays_within_its_limits(code: str, ended: str, status: int | None, level: str) -> None:
+    """A status of None: it may end in several ways, and must end."""
     level = isolation() if level == "best" else level
     limits = Limits(seconds=2.0) if ended == "time" else QUICK
     result = run(code, level, limits)
-    assert (result.ended, result.status) == (ended, status), result
+    assert (result.ended, result.status if status is not None else None) == (ended, status), result
 
 
 def test_a_program_has_no_environment_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,6 +137,39 @@ open("own", "w").write("fine")
     assert [line.split()[0] for line in lines] == ["write", "connect", "settings", "processes", "user"]
     assert lines[3:] == ["processes 1", "user 65534"]
     assert not target.exists()
+
+
+def test_in_namespaces_a_program_can_end_nobody_but_itself() -> None:
+    needs_namespaces()
+    code = """
+import os, signal
+for target in (-1, 0, os.getppid()):
+    try:
+        os.kill(target, signal.SIGTERM if target else 0)
+    except OSError as error:
+        print(type(error).__name__)
+print("alive")
+"""
+    result = run(code)
+    assert result.output.split()[-1] == "alive", result
+
+
+def test_in_namespaces_what_a_program_leaves_behind_ends_with_it() -> None:
+    needs_namespaces()
+    name = f"left{os.getpid()}"
+    code = f"""
+import ctypes, os, time
+if os.fork() == 0:
+    os.setsid()
+    ctypes.CDLL(None).prctl(15, {name.encode()!r})
+    os.closerange(0, 9)
+    time.sleep(600)
+time.sleep(0.2)
+print("done")
+"""
+    result = run(code)
+    assert (result.ended, result.status, result.output) == ("", 0, "done\n")
+    assert name not in map(comm, Path("/proc").glob("[0-9]*/comm"))
 
 
 def test_in_namespaces_a_fork_bomb_ends_with_its_program() -> None:

@@ -240,6 +240,24 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(spec: RewardSpec, mess
         load_reward(spec)
 
 
+def test_an_installed_package_offers_functions_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package as an installer leaves it, on the path of the trainer and so of its workers."""
+    (tmp_path / "their_rewards.py").write_text(
+        "def polite(completions, **_): return [7.0] * len(completions)"
+    )
+    info = tmp_path / "their_rewards-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-rewards\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rlhf.rewards]\npolite = their_rewards:polite\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    groups, _ = score([RewardSpec("polite")], [prompt(1)], [["a"]])
+    assert groups[0].trajectories[0].objectives == {"polite": 7.0}
+    with pytest.raises(ValueError, match=r"function 'polit' \(did you mean 'polite'\?\)"):
+        load_reward(RewardSpec("polit"))
+
+
 def test_a_column_that_a_function_needs_must_be_in_the_dataset() -> None:
     with pytest.raises(ValueError, match=r"numeric_match needs .*: 'answer' \(did you mean 'answers'\?\)"):
         Rewards([RewardSpec("numeric_match")], ["level", "answers"])
