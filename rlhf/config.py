@@ -9,7 +9,7 @@ The keys of `algorithm` are the keyword arguments of its function in `algos/tabl
 from __future__ import annotations
 
 import dataclasses
-import re
+import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +25,7 @@ from pydantic import (
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
+from rlhf.lora_config import LoraConfig
 from rlhf.reward_config import RewardConfig
 from rlhf.settings import (
     ConfigError,
@@ -38,36 +39,7 @@ from rlhf.settings import (
     resolve_algorithm,
 )
 
-
-class LoraConfig(Section):
-    """Trains a low-rank adapter instead of the weights (rlhf/lora.py)."""
-
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0.0)] = 32.0
-    """The adapter's product is multiplied by alpha / rank."""
-    targets: tuple[str, ...] = ()
-    """Linear layers by the last part of their names (`q_proj`); empty: all but the language-model head."""
-    dropout: float = 0.0
-    """0 is the only one."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def is_no_qlora(cls, settings: Any) -> Any:
-        named = [key for key in settings or () if re.search("quant|bit|qlora", str(key).lower())]
-        if named:
-            raise ValueError(
-                f"{named[0]}: QLoRA is not supported, an adapter stands on weights of model.dtype"
-            )
-        return settings
-
-    @field_validator("dropout")
-    @classmethod
-    def is_one_function(cls, dropout: float) -> float:
-        if dropout:
-            raise ValueError(
-                f"must be 0, got {dropout:g}: log-probs before and after an update must be of one function"
-            )
-        return dropout
+ENGINES = ("native", "hf", "vllm")
 
 
 class ModelConfig(Section):
@@ -80,6 +52,7 @@ class ModelConfig(Section):
     packing: Literal["auto", "shared_prefix", "packed", "padded"] = "auto"
     """How a group goes through the model: its prompt once, every sequence by itself, or that padded."""
     gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
     """Train a LoRA adapter only; the reference is then the model with its adapter switched off."""
 
@@ -88,11 +61,15 @@ class DataConfig(Section):
     train: str
     """jsonl or parquet file, a `datasets` folder, or `gym:TASK?setting=value` of reasoning-gym."""
     eval: str | None = None
+    """Held-out prompts, in any of these forms; without them nothing is evaluated."""
     prompt_column: str = "prompt"
+    """Holds plain text, or a list of chat messages; the other columns are given to rewards."""
     image_column: str | None = "images"
     """Where pictures stand that are not in the messages themselves (docs/papo.md); it may be missing."""
     max_prompt_tokens: Positive = 1024
+    """Longest prompt that is taken, chat template included."""
     long_prompts: Literal["refuse", "skip"] = "refuse"
+    """What to do with longer ones: refuse the run, or leave them out and count them."""
 
 
 class VLLMConfig(Section):
@@ -103,14 +80,20 @@ class VLLMConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["native", "hf", "vllm"] = "native"
+    engine: str = "native"
+    """What samples completions: `native`, `hf`, `vllm`, or one's own, `path/file.py:name` (engines.md)."""
     prompts_per_step: Positive = 32
+    """Over all ranks."""
     group_size: Positive = 8
+    """Completions of each prompt; with a knapsack budget the mean over prompts."""
     max_completion_tokens: Positive = 512
+    """A completion is cut here."""
     ahead: Literal[0, 1] = 0
     """1: a step's batch is sampled before the update of the step before, one version older."""
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Of sampling; the learner scores at the same temperature."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """1 keeps the whole vocabulary; below it `algorithm.mismatch.kind` must be `none`."""
     top_k: Count = 0
     """0 keeps the whole vocabulary."""
     stop_token_ids: tuple[int, ...] = ()
@@ -124,12 +107,26 @@ class RolloutConfig(Section):
     """
     vllm: VLLMConfig = VLLMConfig()
 
+    @field_validator("engine")
+    @classmethod
+    def is_an_engine(cls, engine: str) -> str:
+        if engine not in ENGINES and ":" not in engine:
+            near = difflib.get_close_matches(engine, ENGINES, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"must be {', '.join(ENGINES)}, path/file.py:name or package.module:name, "
+                f"got {engine!r}{hint}"
+            )
+        return engine
+
 
 class BudgetConfig(Section):
     rule: Literal["uniform", "knapsack"] = "uniform"
     """`knapsack` shares the completions of a step out by what each prompt's success rate makes them worth."""
     low: Positive = 2
+    """Fewest completions of a prompt under `knapsack`."""
     high: Positive = 128
+    """Most completions of a prompt under `knapsack`."""
     prior: Annotated[float, Field(gt=0.0)] | None = None
     """Success rates as means of a Beta posterior with this prior on both sides, known from the first sample
     on; not given: the plain rate of the last 16 samples, from 8 on, as in the paper."""
@@ -157,12 +154,19 @@ class BudgetConfig(Section):
 
 class LearnerConfig(Section):
     lr: Annotated[float, Field(gt=0.0)] = 1e-6
+    """Of AdamW."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Of AdamW."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Of AdamW."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of AdamW, decoupled."""
     warmup_steps: Count = 0
+    """Steps in which the learning rate rises from 0."""
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    """Of the learning rate after the warm-up, down to 0 at the last step where it falls."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
+    """Longer gradients are scaled down to it."""
     epochs: Positive = 1
     """Passes over the experience of one step."""
     minibatches: Positive = 1
@@ -180,7 +184,9 @@ class CriticConfig(Section):
     """Where an own trunk starts: a causal language model, or a reward model of one score, whose head is taken
     with it. Not given: the policy's model. A head that comes from nowhere starts at 0."""
     lr: Annotated[float, Field(gt=0.0)] = 1.65e-6
+    """Of its own AdamW."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    """Of its own AdamW."""
 
 
 class DistributedConfig(Section):
@@ -199,6 +205,7 @@ class PtxConfig(Section):
     path: str | None = None
     """jsonl or parquet file, or a `datasets` folder; not given: none."""
     kind: Literal["text", "completions"] = "text"
+    """Whole texts, or the completions of prompts."""
     coef: Annotated[float, Field(gt=0.0)] | None = None
     """Weight of its loss: no paper states one, so it must be given."""
     samples: Positive | None = None
@@ -216,18 +223,22 @@ class EvalConfig(Section):
     every: Count = 0
     """Steps between evaluations; 0: before the first step and after the last one only."""
     samples: Positive = 8
+    """Completions of each held-out prompt."""
     max_prompts: Positive | None = None
+    """Only the first so many held-out prompts; not given: all."""
 
 
 class CheckpointConfig(Section):
     every: Count = 50
     """Steps between checkpoints; 0: only at the end and when interrupted."""
     keep_last: Positive = 2
+    """How many of the newest checkpoints stay."""
     keep_best: Count = 0
     """Beside the last ones, those of the steps whose evaluation was the most accurate."""
     background: bool | None = None
     """Write while the next step is computed, from a copy on the host; not given: on a GPU."""
     resume: Literal["never", "auto"] = "never"
+    """`auto` goes on from the newest whole checkpoint in `run_dir`, or begins where there is none."""
     export: bool = True
     """Write the final model in the Hugging Face layout."""
 
@@ -243,8 +254,11 @@ class Config(Section):
     task: Literal["rl"] = "rl"
     """What is trained: a policy, or with `reward_model` that (rlhf/reward_model_config.py)."""
     run_dir: str
+    """Folder of the run, new or with `checkpoint.resume: auto` an earlier one."""
     steps: Positive
+    """Rounds of rollouts and updates."""
     seed: Count = 0
+    """Of everything drawn at random."""
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig

@@ -318,9 +318,8 @@ def _read(path: Path) -> Iterator[Row]:
         raise ValueError(f"there is no dataset {path} (looked from {Path.cwd()}){hint}")
     if (path / "dataset_dict.json").is_file():
         splits = [name for name in _entries(path) if (path / name).is_dir()]
-        raise ValueError(
-            f"{path} holds several splits ({', '.join(splits)}): name one, as in {path / splits[0]}"
-        )
+        example = f", as in {path / splits[0]}" if splits else ", but none is there"
+        raise ValueError(f"{path} holds several splits ({', '.join(splits)}): name one{example}")
     if (path / "state.json").is_file():
         return _read_saved_dataset(path)
     files = [path / name for name in _entries(path) if name.endswith(SUFFIXES)]

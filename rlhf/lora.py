@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.config import LoraConfig
 from rlhf.distributed import derive_seed
+from rlhf.lora_config import LoraConfig
 from rlhf.pretrained import ModelError, head_of
 from rlhf.typed import modules_by_name, seeded
 

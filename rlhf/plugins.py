@@ -6,9 +6,22 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+RAISED = (
+    SyntaxError,
+    ImportError,
+    NameError,
+    AttributeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    OSError,
+)
+"""What the code of a plug-in may raise when it is imported, beside ValueError."""
 
 
 def load_object(spec: str) -> Any:
@@ -28,9 +41,36 @@ def load_object(spec: str) -> Any:
     return getattr(module, name)
 
 
-def _load_file(path: Path) -> ModuleType:
+def load_plugin(spec: str) -> Any:
+    """As `load_object`, but what the imported code raises becomes a ValueError that says where."""
+    try:
+        return load_object(spec)
+    except RAISED as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+        where = spec.rpartition(":")[0]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno
+        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        raise ValueError(
+            f"{where} cannot be imported: {type(error).__name__}: {said}, line {line}"
+        ) from error
+
+
+def absolute(spec: str) -> str:
+    """The same object for a process that works in another folder. Raises ValueError: no such file."""
+    where, colon, name = spec.rpartition(":")
+    if not where.endswith(".py"):
+        return spec
+    _assert_there(Path(where))
+    return f"{Path(where).resolve()}{colon}{name}"
+
+
+def _assert_there(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"there is no file {path} (looked from {Path.cwd()})")
+
+
+def _load_file(path: Path) -> ModuleType:
+    _assert_there(path)
     name = f"rlhf_plugin_{path.stem}_{abs(hash(str(path.resolve())))}"
     if name in sys.modules:
         return sys.modules[name]

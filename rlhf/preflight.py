@@ -15,12 +15,21 @@ from typing import Any, cast
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.algos.algorithm import Algorithm
-from rlhf.config import Config, ConfigError
+from rlhf.config import Config
 from rlhf.data import PromptDataset, load_prompts
-from rlhf.pretrained import eos_token_ids, load_model_config, load_tokenizer, local_or_hub, text_settings
+from rlhf.plugins import load_plugin
+from rlhf.pretrained import (
+    check_writes_text,
+    eos_token_ids,
+    load_model_config,
+    load_tokenizer,
+    local_or_hub,
+    text_settings,
+)
 from rlhf.pretraining import Text, load_texts
 from rlhf.processor import Processor, load_processor
 from rlhf.rewards import Rewards, RewardSpec
+from rlhf.settings import ConfigError
 
 SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
@@ -55,21 +64,13 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             f"learner.minibatches is {config.learner.minibatches}, but with {world_size} ranks one has "
             f"only {mine} of the {config.rollout.prompts_per_step} prompts of a step to deal out"
         )
-    for sink in config.monitor.sinks:
-        package = SINK_PACKAGES[sink]
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"monitor.sinks has {sink}, but {package} is not installed: pip install {package}"
-            )
-    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "rollout.engine is vllm, but vllm is not installed: make setup EXTRAS=vllm (docs/engines.md)"
-        )
+    _check_installed(config)
     algorithm = config.build_algorithm()
     _check_sampling(config, algorithm)
     _check_ahead(config, algorithm)
-    tokenizer = load_tokenizer(config.model.path)
     model = load_model_config(config.model.path)
+    check_writes_text(config.model.path, model)
+    tokenizer = load_tokenizer(config.model.path)
     for path in (config.model.reference, config.critic.path if algorithm.critic is not None else None):
         if path is not None:
             local_or_hub(path)
@@ -92,6 +93,22 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
     ends = _eos_token_ids(config, tokenizer)
     return Inputs(tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor)
+
+
+def _check_installed(config: Config) -> None:
+    """What is asked for by name, beside the algorithm and the rewards, is there."""
+    for sink in config.monitor.sinks:
+        package = SINK_PACKAGES[sink]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"monitor.sinks has {sink}, but {package} is not installed: pip install {package}"
+            )
+    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine is vllm, but vllm is not installed: make setup EXTRAS=vllm (docs/engines.md)"
+        )
+    if ":" in config.rollout.engine and not callable(load_plugin(config.rollout.engine)):
+        raise ConfigError(f"rollout.engine: {config.rollout.engine} is no class or function")
 
 
 def _rewards(config: Config, prompts: PromptDataset) -> Rewards:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import importlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,10 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 # its annotations are too incomplete for a strict check
 _transformers: Any = transformers
 _hub: Any = huggingface_hub
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*vocab*", "*.tiktoken", "tekken.json", "spiece.model")
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 class ModelError(ValueError):
@@ -144,14 +151,57 @@ def model_folder(path: str) -> Path:
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """Raises ModelError when there is none at `path`."""
+    place = local_or_hub(path)
+    if Path(place).is_dir() and not any(list(Path(place).glob(pattern)) for pattern in TOKENIZERS):
+        raise ModelError(f"{path} has no tokenizer: none of {', '.join(TOKENIZERS)} is there")
     try:
-        return _transformers.AutoTokenizer.from_pretrained(local_or_hub(path))
-    except OSError as error:
-        raise ModelError(f"{path} has no tokenizer that can be loaded: {error}") from error
+        return _transformers.AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} has no tokenizer that can be loaded: {_short(error)}") from error
 
 
 def load_model_config(path: str) -> PretrainedConfig:
-    return _transformers.AutoConfig.from_pretrained(local_or_hub(path))
+    """Raises ModelError when there is none at `path`, or of a kind that transformers does not know."""
+    place = local_or_hub(path)
+    _check_json(Path(place) / "config.json")
+    try:
+        return _transformers.AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: its config.json cannot be used: {_short(error)}") from error
+
+
+def _check_json(file: Path) -> None:
+    """Raises ModelError where a local config.json is damaged, or of a kind that nobody knows."""
+    if not file.is_file():
+        return
+    try:
+        settings: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from None
+    known: Any = importlib.import_module("transformers.models.auto.configuration_auto")
+    kind, kinds = settings.get("model_type"), list[str](known.CONFIG_MAPPING_NAMES)
+    if kind not in kinds and "auto_map" not in settings:
+        near = difflib.get_close_matches(str(kind), kinds, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ModelError(f"{file} is of a model_type {kind!r}, which this transformers does not know{hint}")
+
+
+def check_writes_text(path: str, config: PretrainedConfig) -> None:
+    """Raises ModelError for a model that is none of language, and for a folder without weights."""
+    kinds: Any = importlib.import_module("transformers.models.auto.modeling_auto")
+    writers = {**kinds.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **kinds.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+    kind, own_code = config.model_type, "auto_map" in config.to_dict()
+    if kind not in writers and not own_code:
+        raise ModelError(f"{path} is a {kind}, which writes no text: a causal language model is needed")
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
+        raise ModelError(f"{folder} has no weights: none of {', '.join(WEIGHTS)} is there")
+
+
+def _short(error: Exception) -> str:
+    """What transformers says, which may be a page, on one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def local_or_hub(path: str) -> str:

@@ -13,7 +13,6 @@ class RewardFunction(Section):
     """One of several: `rlhf.rewards.RewardSpec` says what each setting means."""
 
     path: str
-    """`package.module:function`, `path/file.py:function`, or a name (see docs/rewards.md)."""
     weight: float = 1.0
     params: dict[str, Any] = Field(default_factory=dict)
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
@@ -32,8 +31,11 @@ class ConstraintConfig(Section):
     """A bound on the mean of one objective, held by a multiplier on its weight (rlhf/constraints.py)."""
 
     objective: str
+    """Whose mean over a step is bounded."""
     at_least: float | None = None
+    """Its lower bound; this or `at_most`."""
     at_most: float | None = None
+    """Its upper bound."""
     rate: Annotated[float, Field(gt=0.0)]
     """How far the multiplier moves after a step, for each unit that the mean is off its bound."""
     start: Annotated[float, Field(ge=0.0)] = 0.0
@@ -58,6 +60,7 @@ class ConstraintConfig(Section):
 
 class RewardConfig(Section):
     functions: tuple[RewardFunction, ...] = Field(min_length=1)
+    """Their numbers, each times its `weight`, add up to the reward."""
     constraints: tuple[ConstraintConfig, ...] = ()
     """Objectives whose mean must keep to a bound."""
     max_failed_share: Share = 0.1

@@ -17,9 +17,13 @@ class PreferenceData(Section):
     eval: str
     """Held out: accuracy and calibration are measured here."""
     prompt_column: str = "prompt"
+    """Holds plain text, or a list of chat messages."""
     max_prompt_tokens: Positive = 1024
+    """Longest prompt that is taken, chat template included."""
     max_completion_tokens: Positive = 512
+    """Longest completion that is taken."""
     long_prompts: Literal["refuse", "skip"] = "refuse"
+    """What to do with longer examples: refuse the run, or leave them out and count them."""
 
 
 class ScoreConfig(Section):
@@ -35,8 +39,9 @@ class BatchConfig(Section):
     tokens: Positive
     """An update takes examples until they have this many tokens."""
     low: Positive = 4
+    """Fewest examples of an update, whatever their tokens."""
     high: Positive = 128
-    """Fewest and most examples of an update."""
+    """Most examples of an update."""
 
 
 class ScoreLearnerConfig(LearnerConfig):
@@ -50,9 +55,13 @@ class HeldOutConfig(Section):
 
 class RewardModelConfig(Section):
     task: Literal["reward_model"]
+    """`rl` trains a policy, `reward_model` this."""
     run_dir: str
+    """Folder of the run."""
     steps: Positive = 1000
+    """Updates."""
     seed: Count = 0
+    """Of everything drawn at random."""
     model: ModelConfig
     data: PreferenceData
     score: ScoreConfig = ScoreConfig()

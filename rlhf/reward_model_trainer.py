@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from rlhf import checkpoint
-from rlhf.config import ConfigError
 from rlhf.distributed import world, world_size
 from rlhf.files import write_atomically
 from rlhf.interrupt import Interrupt, Interrupted
@@ -30,6 +29,7 @@ from rlhf.reward_model_config import RewardModelConfig
 from rlhf.reward_model_data import load_examples
 from rlhf.reward_model_evaluation import evaluate
 from rlhf.run_folder import RunFolder
+from rlhf.settings import ConfigError
 from rlhf.state import Cursor, load_state, state_of, tensors_of
 
 

@@ -1,4 +1,4 @@
-"""Where settings come from: files, overrides, an algorithm's keyword arguments; how a mistake is told."""
+"""Settings from YAML and overrides; an algorithm's keyword arguments as settings; how a mistake is told."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
-from rlhf.plugins import load_object
+from rlhf.plugins import load_plugin
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -23,12 +23,12 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
-class ConfigError(ValueError):
-    """A setting is wrong. The message has one line a problem: the key, what was expected, what came."""
-
-
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The message has one line a problem: the key, what was expected, what came."""
 
 
 def algorithm_factory(name: str) -> Callable[..., Algorithm]:
@@ -36,7 +36,10 @@ def algorithm_factory(name: str) -> Callable[..., Algorithm]:
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     if ":" in name:
-        return load_object(name)
+        found: Any = load_plugin(name)
+        if not callable(found):
+            raise ValueError(f"algorithm.name: {name} must be a function, got {found!r:.80}")
+        return typing.cast(Callable[..., Algorithm], found)
     near = difflib.get_close_matches(name, ALGORITHMS, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(f"unknown algorithm {name!r}{hint} There are: {', '.join(ALGORITHMS)}")
@@ -59,7 +62,9 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     for key, value in values.items():
         if isinstance(value, BaseModel):
             values[key] = hints[key](**value.model_dump())
-    factory(**values)
+    made = typing.cast(object, factory(**values))
+    if not isinstance(made, Algorithm):
+        raise ValueError(f"algorithm.name: {name} must return an Algorithm, got {made!r:.80}")
     return {"name": name, **values}
 
 
@@ -71,7 +76,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
     try:
         tree = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from None
+        raise ConfigError(f"{path} is not YAML: {_problem_of(error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
     settings = typing.cast(dict[str, Any], tree)
@@ -95,7 +100,13 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not YAML: {error}") from None
+        raise ConfigError(f"{override!r}: the value is not YAML: {_problem_of(error)}") from None
+
+
+def _problem_of(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
 
 
 def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> type[BaseModel]:
@@ -140,12 +151,17 @@ def _section(kind: Any) -> type[BaseModel] | None:
 
 def explain(error: ValidationError, *, prefix: str, schema: type[BaseModel]) -> Iterator[str]:
     """A line a problem: the key, what was expected, what came; the nearest neighbour of an unknown one."""
-    for problem in error.errors():
+    problems = error.errors()
+    for problem in problems:
         where = ".".join([prefix, *map(str, problem["loc"])] if prefix else map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             hint = _nearest(where, prefix, schema)
             yield f"unknown setting {where}" + (f"; did you mean {hint}?" if hint else "")
+        elif problem["type"] == "too_short":
+            # a list is also too short when none of its entries is right
+            if not any(len(p["loc"]) > len(problem["loc"]) for p in problems):
+                yield f"{where}: needs at least {problem.get('ctx', {}).get('min_length', 1)}, got none"
         elif problem["type"] == "missing":
             yield f"{where} is required"
         elif problem["type"] == "value_error":

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from rlhf.config import Config, ConfigError, make_config, read_settings
+from rlhf.config import Config, make_config
 from rlhf.reward_model_config import RewardModelConfig
-from rlhf.settings import explain
+from rlhf.settings import ConfigError, explain, read_settings
 
 TASKS = ("rl", "reward_model")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from rlhf.plugins import load_object
 from rlhf.rollout.embedded import causal_model
 from rlhf.rollout.engine import Eyes, RolloutEngine
 from rlhf.rollout.hf import HFEngine
@@ -29,8 +30,11 @@ def make_engine(
 
     If "native" cannot decode it: "hf", with a warning why. `max_tokens`: of a prompt and its completion,
     which vLLM has to know; the model's own limit when not given.
-    `eyes`: for prompts with pictures, of a model in this process that can see.
+    `eyes`: for prompts with pictures, of a model in this process that can see. `path/file.py:name` or
+    `package.module:name` is called with the model and `eos_token_ids`.
     """
+    if ":" in name:
+        return load_object(name)(model, eos_token_ids=eos_token_ids)
     if name == "native":
         try:
             return NativeEngine(

@@ -21,7 +21,14 @@ MAY_IMPORT = {
     "rlhf.metrics": (),
     "rlhf.kernels*": ("rlhf.kernels*",),
     "rlhf.algos*": ("rlhf.types", "rlhf.metrics", "rlhf.kernels*", "rlhf.algos*"),
-    "rlhf.rollout*": ("rlhf.types", "rlhf.metrics", "rlhf.config", "rlhf.kernels*", "rlhf.rollout*"),
+    "rlhf.rollout*": (
+        "rlhf.types",
+        "rlhf.metrics",
+        "rlhf.config",
+        "rlhf.plugins",
+        "rlhf.kernels*",
+        "rlhf.rollout*",
+    ),
     "rlhf.train": ("rlhf.cli",),
     "*": ("rlhf*",),
 }

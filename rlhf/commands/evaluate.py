@@ -16,12 +16,12 @@ from rich.progress import track
 from rlhf.budgets import check_objective, is_right
 from rlhf.collector import Sampler
 from rlhf.commands.source import Source, find_source, load_weights
-from rlhf.config import Config, ConfigError, make_config
+from rlhf.config import Config, make_config
 from rlhf.files import write_atomically
 from rlhf.intervals import bootstrap, pass_at_k
 from rlhf.preflight import Inputs, load_inputs
 from rlhf.rollout.factory import make_engine
-from rlhf.settings import apply_override, read_settings
+from rlhf.settings import ConfigError, apply_override, read_settings
 from rlhf.types import FinishReason, Group
 
 AT_ONCE = 64

@@ -55,6 +55,7 @@ class RewardSpec:
     path: str
     """`package.module:function`, `path/file.py:function`, a built-in's name, or one of the entry points."""
     weight: float = 1.0
+    """Of its number in the sum."""
     params: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Keyword arguments of every call; of a class, of its construction."""
     name: str | None = None

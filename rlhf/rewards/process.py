@@ -15,9 +15,11 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
+from rlhf.plugins import absolute
 from rlhf.rewards.keeper import SLOW
 from rlhf.rewards.plugin import RewardSpec, Signature
 from rlhf.rewards.progress import Progress
@@ -55,6 +57,8 @@ class WorkerProcess:
     """A keeper and the worker below it; alive until `end`, or until a method raises WorkerLost."""
 
     def __init__(self, name: str, spec: RewardSpec, log: Callable[[str], None]) -> None:
+        # the worker has a folder of its own
+        spec = replace(spec, path=absolute(spec.path))
         self.name, self.spec, self._log = name, spec, log
         self._data, its_data = socket.socketpair()
         self._line, its_line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -240,7 +244,10 @@ class WorkerProcess:
 
 
 def _refusal(name: str, answer: Mapping[str, Any]) -> str:
-    return f"reward function {name} cannot be loaded: {answer['raised']}\n{answer['traceback']}"
+    lines = str(answer["traceback"]).splitlines()
+    # where it came from, without the machinery that imports a file
+    shown = [line for line in lines if not line.startswith(("Traceback", '  File "<frozen'))]
+    return "\n".join([f"reward function {name} cannot be loaded: {answer['raised']}", *shown])
 
 
 def _environment(spec: RewardSpec) -> dict[str, str]:

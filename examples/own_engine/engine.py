@@ -1,0 +1,82 @@
+"""A rollout engine of one's own: the least that the protocol (rollout/engine.py) asks for.
+
+It computes the whole sequence anew for each token, so it is slow, and right: the log-probs it reports are of
+the distribution it samples from, which the probe after every weight sync checks against the learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.rollout.embedded import sampling_mode
+from rlhf.rollout.engine import PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.types import Completion, FinishReason, VersionSpan
+
+
+class SlowEngine:
+    """Holds the learner's own module, so an update of the weights is there already."""
+
+    def __init__(self, model: nn.Module, *, eos_token_ids: Sequence[int]) -> None:
+        self.model: Any = model
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.waiting: list[RolloutRequest] = []
+        self.version = 0
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        self.waiting += requests
+
+    def poll(self, timeout: float | None = None) -> list[Completion]:
+        """The group of one request; [] when none is left."""
+        if not self.waiting:
+            return []
+        request = self.waiting.pop(0)
+        # the learner computes its attention another way, and finds its module as it left it
+        with sampling_mode(self.model, "sdpa"):
+            return [self._sample(request, index) for index in range(request.params.n)]
+
+    def _sample(self, request: RolloutRequest, index: int) -> Completion:
+        params, stop = request.params, self.eos_token_ids.union(request.params.stop_token_ids)
+        assert params.top_p == 1 and params.top_k == 0, "this engine does not truncate"
+        # a seed for each sample: what it draws does not depend on what else is sampled
+        generator = torch.Generator().manual_seed(params.seed + index)
+        tokens: list[int] = []
+        logprobs: list[float] = []
+        while len(tokens) < params.max_tokens and not (tokens and tokens[-1] in stop):
+            ids = torch.tensor([[*request.prompt.token_ids, *tokens]], device=self.model.device)
+            logits = self.model(ids).logits[0, -1].float().cpu()
+            scores = (logits / (params.temperature or 1.0)).log_softmax(-1)
+            if params.temperature:
+                token = int(torch.multinomial(scores.exp(), 1, generator=generator))
+            else:
+                token = int(scores.argmax())
+            tokens.append(token)
+            logprobs.append(float(scores[token]))
+        return Completion(
+            prompt_id=request.prompt.id,
+            index=index,
+            token_ids=tuple(tokens),
+            rollout_logprobs=tuple(logprobs),
+            finish_reason=FinishReason.STOP if tokens[-1] in stop else FinishReason.LENGTH,
+            versions=(VersionSpan(self.version, 0, len(tokens)),),
+        )
+
+    def update_weights(self, source: WeightSource, version: int) -> SyncReport:
+        assert source.module is self.model
+        self.version = version
+        return SyncReport(version=version, seconds=0.0, bytes=0)
+
+    def pause(self, mode: PauseMode) -> None:
+        """Between two polls nothing is being decoded: what waits is given up, or goes on waiting."""
+        if mode == "abort":
+            self.waiting.clear()
+
+    def resume(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    def close(self) -> None:
+        self.waiting.clear()
