@@ -2,6 +2,7 @@
 
     loss = reduce(w_t * surrogate_t) + kl_coef * reduce(kl_t) - entropy_coef * reduce(entropy_t)
            + imitation_coef * mean of -logprob over the tokens of right completions
+           + the perception terms of prompts with pictures (`rlhf.algos.perception`)
 
 and for a critic, if there is one, critic.coef * reduce(value_loss_t); with w_t the weight for the mismatch
 between learner and engine, a constant. Differences from the papers: 1. that weight, which most papers leave
@@ -21,6 +22,7 @@ from rlhf.algos import kl as estimators
 from rlhf.algos.advantage import Advantage
 from rlhf.algos.critic import RAW, CriticLoss, RewardScaling
 from rlhf.algos.kl import AdaptiveKL
+from rlhf.algos.perception import Perception
 from rlhf.algos.ratio import CORRECTIONS, Ratio, mismatch_k3
 from rlhf.algos.reduction import Reduction
 from rlhf.algos.shaping import keep_all, unshaped
@@ -126,6 +128,8 @@ class Algorithm:
     """What values are for and how they are learned; None: there is no critic."""
     reward_scaling: RewardScaling = RAW
     """How rewards, after `shape_reward`, are scaled by those of all steps so far."""
+    perception: Perception | None = None
+    """What looking at the pictures of a prompt is worth; it goes with any algorithm."""
     imitation_coef: float = 0.0
     """Of the negative log-likelihood of completions that are right (VAPO's positive-example loss)."""
     cautions: tuple[str, ...] = ()
@@ -192,7 +196,11 @@ class Algorithm:
             loss = loss - self.entropy_coef * reduce(batch.entropy)
         if self.imitation_coef:
             loss = loss + self.imitation_coef * _imitation(batch)
-        return LossOutput(loss, _report(batch, policy.detach(), ratio.detach(), weight, tokens.metrics))
+        metrics = _report(batch, policy.detach(), ratio.detach(), weight, tokens.metrics)
+        if self.perception is not None and batch.perception is not None:
+            looking, more = self.perception.loss(batch, reduce)
+            loss, metrics = loss + looking, metrics | more
+        return LossOutput(loss, metrics)
 
     def _anchor_logprobs(self, batch: LossInputs) -> Tensor:
         if self.anchor == "old":

@@ -26,6 +26,7 @@ from pydantic import (
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
 from rlhf.lora_config import LoraConfig
+from rlhf.perception_config import PerceptionConfig
 from rlhf.reward_config import RewardConfig
 from rlhf.settings import (
     ConfigError,
@@ -268,6 +269,7 @@ class Config(Section):
     budget: BudgetConfig = BudgetConfig()
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()
+    perception: PerceptionConfig = PerceptionConfig()
     distributed: DistributedConfig = DistributedConfig()
     ptx: PtxConfig = PtxConfig()
     eval: EvalConfig = EvalConfig()
@@ -336,7 +338,8 @@ class Config(Section):
 
     def build_algorithm(self) -> Algorithm:
         settings = dict(self.algorithm)
-        return algorithm_factory(settings.pop("name"))(**settings)
+        algorithm = algorithm_factory(settings.pop("name"))(**settings)
+        return dataclasses.replace(algorithm, perception=self.perception.term)
 
     def to_yaml(self) -> str:
         """Every setting with the value in force, as RUN/config.yaml holds it."""

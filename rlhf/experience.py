@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf.algos.algorithm import Algorithm
 from rlhf.critic import Critic
 from rlhf.distributed import World
+from rlhf.looking import Looking
 from rlhf.packing import microbatches
 from rlhf.policy import Policy
 from rlhf.sharding import in_step
@@ -42,12 +43,16 @@ class ExperienceBuilder:
         prompt_values: Mapping[str, float] | None = None,
         critic: Critic | None = None,
         is_right: Callable[[Trajectory], bool] | None = None,
+        looking: Looking | None = None,
     ) -> None:
         """`objective_weights` of the reward functions; an objective not among them has weight 1.
 
         `prompt_values` by the prompt's id, when the algorithm compares rewards with them. `critic`: of an
-        algorithm that has one. `is_right`: for one that imitates right completions.
+        algorithm that has one. `is_right`: for one that imitates right completions. `looking`: for one with a
+        perception term.
         """
+        assert (looking is None) == (algorithm.perception is None)
+        self.looking = looking
         assert (critic is None) == (algorithm.critic is None)
         assert is_right is not None or not algorithm.imitation_coef
         self.critic, self.is_right = critic, is_right
@@ -61,7 +66,7 @@ class ExperienceBuilder:
         self.advantage_clip, self.objective_weights = advantage_clip, objective_weights
         self.prompt_values = prompt_values
 
-    def build(self, groups: Sequence[Group], *, kl_coef: float) -> Experience:
+    def build(self, groups: Sequence[Group], *, kl_coef: float, step: int = 0) -> Experience:
         """Packs what can be learned from: trajectories with tokens and a reward, of groups that have any."""
         learnable = [replace(g, trajectories=tuple(filter(_learnable, g.trajectories))) for g in groups]
         experience = pack_groups(
@@ -76,6 +81,11 @@ class ExperienceBuilder:
         # an exact KL has the reference in every pass of the learner, which gives its log-probs too
         if self.reference is not None and not self.algorithm.needs_exact_kl:
             experience = replace(experience, ref_logprobs=self._logprobs(self.reference, experience))
+        if self.looking is not None:
+            perception = self.looking.inputs(
+                experience, step=step, temperature=self.temperature, budget=self.microbatch_tokens
+            )
+            experience = replace(experience, perception=perception)
         penalty = torch.zeros_like(experience.rollout_logprobs)
         if self.kl_in_reward:
             assert experience.old_logprobs is not None and experience.ref_logprobs is not None

@@ -17,6 +17,7 @@ from rlhf.algos.value import explained_variance
 from rlhf.config import LearnerConfig
 from rlhf.critic import Critic, Warmup
 from rlhf.distributed import World, derive_seed
+from rlhf.looking import Looking
 from rlhf.metrics import Max, Mean, Metrics, Sum, merge
 from rlhf.optimizer import MasterAdamW, step_together
 from rlhf.packing import Microbatch, microbatches
@@ -40,7 +41,10 @@ class Learner:
         temperature: float,
         critic: Critic | None = None,
         pretraining: Pretraining | None = None,
+        looking: Looking | None = None,
     ) -> None:
+        assert (looking is None) == (algorithm.perception is None)
+        self.looking = looking
         self.pretraining = pretraining
         assert (critic is None) == (algorithm.critic is None)
         self.critic, self.warmup = critic, Warmup(algorithm.critic)
@@ -166,6 +170,9 @@ class Learner:
             kl_coef=kl_coef,
             recorded=None if experience.recorded is None else experience.recorded[index],
             right=None if experience.right is None else experience.right[experience.sequence[index]],
+            perception=None
+            if self.looking is None
+            else self.looking.batch(experience, micro, hidden, temperature=self.temperature),
         )
 
     def _minibatch(self, experience: Experience, seed: int, part: int) -> list[int]:
@@ -189,7 +196,8 @@ class Learner:
         kl_in_loss = kl_coef and algorithm.kl.placement == "loss"
         if self.critic is not None or algorithm.imitation_coef:
             return bool(tokens.any())
-        if algorithm.entropy_coef or kl_in_loss or not algorithm.silent_at_zero:
+        looks = algorithm.perception is not None and any(experience.images[group : group + 1])
+        if algorithm.entropy_coef or kl_in_loss or looks or not algorithm.silent_at_zero:
             return bool(tokens.any())
         return bool((experience.advantages[tokens] != 0).any())
 

@@ -15,7 +15,9 @@ from rlhf.constraints import Constraints
 from rlhf.critic import Critic, critic_section
 from rlhf.distributed import World
 from rlhf.experience import ExperienceBuilder
+from rlhf.hacking import HackingWatch
 from rlhf.learner import Learner
+from rlhf.looking import Looking
 from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy, WithoutAdapter
 from rlhf.preflight import Inputs
@@ -46,6 +48,7 @@ class Parts:
     cursor: Cursor
     kl: KLCoefficient
     buffer: Buffer
+    hacking: HackingWatch
     stateful: dict[str, Stateful]
     """What a checkpoint holds, by name."""
 
@@ -63,6 +66,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
     constraints = Constraints(config.reward.constraints, inputs.rewards, world)
     engine, sampler = _rollout(config, inputs, policy)
     experience, learner = _learning(config, inputs, world, (policy, reference, critic), optimizer)
+    hacking = HackingWatch(config.perception)
     tolerance = config.rollout.sync_tolerance or TOLERANCE[config.model.dtype]
     cursor, kl, buffer = Cursor(), KLCoefficient(inputs.algorithm.kl), Buffer()
     collector = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
@@ -77,6 +81,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         "warmup": learner.warmup,
         "buffer": buffer,
         "ahead": ahead,
+        "hacking": hacking,
     }
     return Parts(
         policy=policy,
@@ -92,6 +97,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         cursor=cursor,
         kl=kl,
         buffer=buffer,
+        hacking=hacking,
         stateful=stateful if critic is None else stateful | {"critic": critic},
     )
 
@@ -169,6 +175,7 @@ def _learning(
 ) -> tuple[ExperienceBuilder, Learner]:
     policy, reference, critic = models
     algorithm, section, temperature = inputs.algorithm, config.learner, config.rollout.temperature
+    looking = Looking.of(config, policy)
     experience = ExperienceBuilder(
         policy,
         reference,
@@ -181,6 +188,7 @@ def _learning(
         objective_weights=lambda: inputs.rewards.weights,
         critic=critic,
         is_right=lambda trajectory: is_right(trajectory, config.reward),
+        looking=looking,
     )
     learner = Learner(
         policy,
@@ -192,6 +200,7 @@ def _learning(
         temperature=temperature,
         critic=critic,
         pretraining=_pretraining(config, inputs, world, policy),
+        looking=looking,
     )
     return experience, learner
 

@@ -259,6 +259,24 @@ class Policy(Trunk):
             give_up(self.model)
         return statistics
 
+    def divergence(self, packed: Packed, hidden: Tensor, other: Tensor, *, temperature: float) -> Tensor:
+        """KL(policy at `hidden` || policy at `other` states) `[N]`, exact; gradient into the former alone."""
+        head = self.head
+        weights = {"weight": head.module.weight, "bias": head.module.bias}
+        kl = token_stats(
+            hidden,
+            targets=packed.targets,
+            temperature=temperature,
+            softcap=head.softcap,
+            logit_scale=head.scale,
+            want=("kl",),
+            **weights,
+            ref_hidden=other,
+            **{f"ref_{name}": tensor for name, tensor in weights.items()},
+        ).kl
+        assert kl is not None
+        return kl
+
     def idle(self, reference: Policy | None = None) -> Tensor:
         """A zero that depends on every weight: the pass of a sharded rank that has nothing to compute."""
         packed = least(self.model.device)

@@ -118,6 +118,8 @@ def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
 
 def _check_pictures(config: Config, algorithm: Algorithm, train: PromptDataset) -> None:
     if not any(prompt.images for prompt in train.prompts):
+        if algorithm.perception is not None:
+            raise ConfigError(f"perception has a weight, but no prompt of {config.data.train} has a picture")
         return
     if config.distributed.mode == "sharded":
         raise ConfigError(
@@ -225,10 +227,7 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         f"data         {len(inputs.train)} prompts of {lengths[0]} to {lengths[-1]} tokens "
         f"(median {statistics.median(lengths):.0f}), {inputs.train.skipped} skipped as too long"
     )
-    pictures = [len(p.images or ()) for p in inputs.train.prompts]
-    if any(pictures):
-        seeing = sum(n > 0 for n in pictures)
-        yield f"pictures     {sum(pictures)}, with {seeing} of the {len(pictures)} prompts"
+    yield from _describe_pictures(config, inputs)
     held_out = (
         "none" if inputs.eval is None else f"{len(inputs.eval)} prompts x {config.eval.samples} samples"
     )
@@ -250,6 +249,19 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     )
     yield f"run folder   {config.run_dir}"
     yield from (f"warning      {text}" for text in warnings(config, inputs))
+
+
+def _describe_pictures(config: Config, inputs: Inputs) -> Iterator[str]:
+    pictures = [len(p.images or ()) for p in inputs.train.prompts]
+    if any(pictures):
+        seeing = sum(n > 0 for n in pictures)
+        yield f"pictures     {sum(pictures)}, with {seeing} of the {len(pictures)} prompts"
+    if inputs.algorithm.perception is not None:
+        given = config.perception
+        yield (
+            f"perception   coef {given.coef:g}, entropies {given.entropy_coef:g} and "
+            f"{given.masked_entropy_coef:g}; {given.ratio:.0%} of the {given.patch}-pixel patches hidden"
+        )
 
 
 def warnings(config: Config, inputs: Inputs) -> Iterator[str]:

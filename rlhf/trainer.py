@@ -96,7 +96,7 @@ class Trainer:
             pending = parts.collector.begin(collected.position, replace(hooks, step=hooks.step + 1))
         self.monitor.phase("learn")
         groups, age = parts.ahead.fresh(collected.groups, version=hooks.step)
-        experience = parts.experience.build(groups, kl_coef=parts.kl.value)
+        experience = parts.experience.build(groups, kl_coef=parts.kl.value, step=hooks.step)
         cursor.position = collected.position
         parts.ahead.next(pending)
         self.monitor.samples(hooks.step + 1, collected.groups)
@@ -124,7 +124,7 @@ class Trainer:
         if cursor.steps_done == 0:
             self.parts.sync.push(self.parts.engine, version=0)
             self._evaluate()
-        while cursor.steps_done < config.steps:
+        while cursor.steps_done < config.steps and not self.parts.hacking.stops:
             started = time.monotonic()
             metrics = self.step()
             self.saver.check()
@@ -133,8 +133,11 @@ class Trainer:
                 "throughput/tokens_per_second": Mean(tokens, seconds),
                 "memory/peak_gib": Max(self.world.peak_memory_gib()),
             }
-            self.monitor.log(cursor.steps_done, metrics | speed)
-            last = cursor.steps_done == config.steps
+            signs, texts = self.parts.hacking.look(metrics)
+            self.monitor.log(cursor.steps_done, metrics | speed | signs)
+            for text in texts:
+                self.monitor.warn(text)
+            last = cursor.steps_done == config.steps or self.parts.hacking.stops
             if last or (config.eval.every and cursor.steps_done % config.eval.every == 0):
                 self._evaluate()
             if last or (config.checkpoint.every and cursor.steps_done % config.checkpoint.every == 0):

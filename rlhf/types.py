@@ -197,11 +197,24 @@ class PerceptionInputs:
     """What the perception term is computed from; text-only samples have no part in it."""
 
     masked_logprobs: Tensor
-    """fp32 `[N]`: of the same tokens given the masked pictures, before the update."""
+    """fp32 `[N]`: of the same tokens given the masked pictures, before the update; zeros where each pass of
+    the learner makes its own."""
     has_image: Tensor
     """bool `[N]`"""
-    seeds: Tensor
-    """int64 `[P]`: what the mask of each group's pictures is drawn from."""
+    step: Tensor
+    """int64, one number: what the masks are drawn from, with the run's seed and the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class PerceptionBatch:
+    """What the perception term sees of one microbatch. All `[N]`."""
+
+    masked_logprobs: Tensor
+    has_image: Tensor
+    exact_kl: Tensor | None
+    """KL(policy || policy without the picture) of the whole vocabulary; gradient into the former alone."""
+    scale: float = 1.0
+    """Of the term's coefficients, in this step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,3 +299,4 @@ class LossInputs:
     """bool: where `rollout_logprobs` is known; None: everywhere. Elsewhere no mismatch is corrected."""
     right: Tensor | None = None
     """bool `[N]`: tokens of completions that are right, for an algorithm that imitates them."""
+    perception: PerceptionBatch | None = None
