@@ -262,17 +262,18 @@ class Policy(Trunk):
     def divergence(self, packed: Packed, hidden: Tensor, other: Tensor, *, temperature: float) -> Tensor:
         """KL(policy at `hidden` || policy at `other` states) `[N]`, exact; gradient into the former alone."""
         head = self.head
-        weights = {"weight": head.module.weight, "bias": head.module.bias}
         kl = token_stats(
             hidden,
-            targets=packed.targets,
+            head.module.weight,
+            packed.targets,
             temperature=temperature,
+            bias=head.module.bias,
             softcap=head.softcap,
             logit_scale=head.scale,
             want=("kl",),
-            **weights,
             ref_hidden=other,
-            **{f"ref_{name}": tensor for name, tensor in weights.items()},
+            ref_weight=head.module.weight,
+            ref_bias=head.module.bias,
         ).kl
         assert kl is not None
         return kl

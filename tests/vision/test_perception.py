@@ -71,7 +71,7 @@ ALL = torch.ones(3, dtype=torch.bool)
 
 
 def test_the_loss_is_the_numbers_worked_out_by_hand() -> None:
-    def loss(**perception: float) -> tuple[float, Tensor]:
+    def loss(**perception: Any) -> tuple[float, Tensor]:
         logprobs = f64(-0.1, -0.5, -1.0).requires_grad_()
         output = loss_of(algorithm_of(**perception), logprobs, ALL).loss
         output.backward()
