@@ -38,7 +38,7 @@ CURVES = {
 PARTS = ("reward/correct", "reward/short", "reward/polite")
 CRITIC = ("critic/explained_variance", "critic/loss")
 KEPT = (*CURVES, *PARTS, *CRITIC, "perplexity", "entropy", "kl/coef", "ratio/mean", "length/truncated")
-FEW = 5
+FEW = 3
 """Steps of which the mean is reported, at the beginning and at the end."""
 
 

@@ -22,7 +22,7 @@ from rlhf.sharding import Sharding, WeightFiles, first_row, gathered, in_step, o
 from tests.faults.processes import free_port, launch
 from tests.support import bandit_settings, metrics_of, policy_of
 
-COMPARED = ("reward/mean", "length/mean", "entropy", "grad_norm", "loss/policy", "kl/ref")
+COMPARED = ("reward/mean", "length/mean", "entropy", "grad_norm", "loss/policy", "kl/ref", "ptx/loss")
 
 
 def together(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
@@ -102,8 +102,10 @@ def test_gradients_are_those_of_one_rank(
 
 
 def run(folder: Path, model_dir: Path, ranks: int, **changes: Any) -> list[dict[str, Any]]:
-    """Several updates a step, an exact KL, and prompts that two or four ranks cannot share out evenly."""
+    """Several updates a step, an exact KL, and prompts and texts that ranks cannot share out evenly."""
     folder.mkdir(exist_ok=True)
+    texts = [{"text": "b" * (2 + i)} for i in range(5)]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
     settings = bandit_settings(
         folder,
         model_dir,
@@ -111,6 +113,7 @@ def run(folder: Path, model_dir: Path, ranks: int, **changes: Any) -> list[dict[
         rollout={"prompts_per_step": 6, "group_size": 4, "max_completion_tokens": 6},
         learner={"microbatch_tokens": 64},
         checkpoint={"every": 0, "resume": "auto"},
+        ptx={"path": str(folder / "texts.jsonl"), "coef": 0.1, "samples": 3},
     )
     settings["algorithm"] = {"name": "grpo", "kl": {"coef": 0.01, "estimator": "exact"}}
     for key, value in changes.items():
