@@ -2,13 +2,14 @@
 
 Every arm and seed is one run in a folder of its own; runs that are there already are not repeated. Reported
 over rollouts used: the share of rollouts in groups with both outcomes (`budget/effective_ratio`), the reward,
-and held-out accuracy before, during and after. The plot has the mean of the seeds and the range between them.
+and held-out accuracy before, during and after. The plot has the mean of the seeds and the range between them,
+the first two averaged over twelfths of the run.
 
     knapsack   rates of the last 16 samples, from 8 on, as in the paper: uniform until a prompt was seen
     prior      the same with a Beta(1, 1) prior
     probes     two completions a prompt first, then the rest by the posterior, in every step
 
-Run: `python -m benchmarks.knapsack_run --model MODEL_FOLDER --runs FOLDER --out FILE.json --plot FILE.svg`.
+Run: `python -m benchmarks.knapsack_run --model MODEL_FOLDER --runs FOLDER --out FILE.json --plot FILE.png`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import platform
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +67,21 @@ def draw(results: dict[str, list[tuple[Records, Records]]], file: Path) -> None:
     for arm, runs in results.items():
         used = [sum(s["rollout/samples"] for s in runs[0][0][: i + 1]) for i in range(len(runs[0][0]))]
         for axis, (name, label) in zip(axes, CURVES.items(), strict=False):
-            band(axis, used, [[s[name] for s in steps] for steps, _ in runs], arm)
+            values = [smooth([s[name] for s in steps]) for steps, _ in runs]
+            band(axis, smooth(used), values, arm)
             axis.set(xlabel="rollouts", title=label)
         at = [0 if e["step"] == 0 else used[e["step"] - 1] for e in runs[0][1]]
         band(axes[2], at, [[e["accuracy"] for e in evaluations] for _, evaluations in runs], arm)
     axes[2].set(xlabel="rollouts", title="held-out accuracy")
-    axes[0].legend()
-    figure.savefig(file)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
+    figure.savefig(file, dpi=120)
     plt.close(figure)
+
+
+def smooth(values: Sequence[float], points: int = 12) -> list[float]:
+    """Means over equal parts of the run: a step's value depends on the few prompts it happens to draw."""
+    edges = [len(values) * i // points for i in range(points + 1)]
+    return [statistics.mean(values[a:b]) for a, b in pairwise(edges)]
 
 
 def band(axis: Any, x: Sequence[float], curves: list[list[float]], label: str) -> None:
