@@ -72,6 +72,16 @@ class Adapter:
             else:
                 target.get_parameter("weight").copy_(weight)
 
+    @torch.no_grad()
+    def outdated(self) -> tuple[str, float] | None:
+        """A layer whose merged weight is not that of the adapter of now, and the largest difference."""
+        for name, layer in self._layers.items():
+            current = _merged(layer.get_base_layer().weight, layer)
+            held = self.merged.get_submodule(name).get_parameter("weight")
+            if not torch.equal(held, current):
+                return name, (held.float() - current.float()).abs().max().item()
+        return None
+
     def save_pretrained(self, save_directory: str) -> None:
         """Writes what `peft.PeftModel.from_pretrained(base, folder)` loads."""
         self.peft.save_pretrained(save_directory, save_embedding_layers=False)

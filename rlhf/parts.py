@@ -93,7 +93,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         ahead=ahead,
         experience=experience,
         learner=learner,
-        sync=WeightSync(policy, inputs.train[0], temperature=config.rollout.temperature, tolerance=tolerance),
+        sync=WeightSync(policy, inputs.train[0], config.rollout, tolerance=tolerance),
         cursor=cursor,
         kl=kl,
         buffer=buffer,

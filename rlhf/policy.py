@@ -278,6 +278,15 @@ class Policy(Trunk):
         assert kl is not None
         return kl
 
+    @torch.no_grad()
+    def logits(self, packed: Packed) -> Tensor:
+        """`[N, V]` in float32, at temperature 1: for a few tokens."""
+        head = self.head
+        logits = head.scale * nn.functional.linear(self.hidden(packed), head.module.weight, head.module.bias)
+        give_up(self.model)
+        logits = logits.float()
+        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
     def idle(self, reference: Policy | None = None) -> Tensor:
         """A zero that depends on every weight: the pass of a sharded rank that has nothing to compute."""
         packed = least(self.model.device)

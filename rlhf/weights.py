@@ -1,20 +1,28 @@
-"""Learner -> engine: every weight sync ends with a probe of what the engine does with the weights it holds.
+"""Learner -> engine: every weight sync ends with a proof that the engine samples from the learner's policy.
 
-The engine decodes a few tokens on a fixed prompt, with the run's temperature; the learner scores the same
-tokens. The two log-probs must agree within the rounding of the compute type, or the run stops: a stale head,
-a skipped layer or another temperature would otherwise train on samples of a policy that does not exist.
+1. An engine with weights of its own compares them, bit for bit, with those it was sent (rollout/proof.py).
+2. The engine decodes a few tokens with the run's sampling settings, several samples of one prompt, so that
+   all but the first find it in the cache; the learner scores the same tokens. Beyond the rounding of the
+   compute type, or where a sampling setting explains a smaller difference (diagnosis.py), the run stops.
+3. Before the first sync counts, the engine is sent weights in a wrong order: the probe must see that.
+
+A stale head, a skipped layer or another temperature would otherwise train on samples of a policy that does
+not exist.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.packing import pack
+from rlhf.config import RolloutConfig
+from rlhf.diagnosis import EXPLAINED, LIKELY, diagnose
+from rlhf.packing import Packed, pack
 from rlhf.policy import Policy
 from rlhf.rollout.engine import (
     RolloutEngine,
@@ -24,17 +32,32 @@ from rlhf.rollout.engine import (
     SyncReport,
     generate,
 )
+from rlhf.rollout.sampling import truncate
 from rlhf.types import Prompt
 
-PROBE_TOKENS = 8
+PROBE_TOKENS, PROBE_SAMPLES = 8, 4
+SUSPECT = 0.1
+"""A mean difference below this share of the tolerance is not looked into."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One probe. `difference`: mean |log-prob of the engine - log-prob of the learner|, nats."""
+
+    difference: float
+    engine: Tensor
+    packed: Packed
 
 
 class WeightSync:
     """`tolerance`: largest mean |difference| of log-probs, in nats. `prompt`: any real prompt of the run."""
 
-    def __init__(self, policy: Policy, prompt: Prompt, *, temperature: float, tolerance: float) -> None:
-        self.policy, self.temperature, self.tolerance = policy, temperature, tolerance
+    def __init__(self, policy: Policy, prompt: Prompt, section: RolloutConfig, *, tolerance: float) -> None:
+        self.policy, self.section, self.tolerance = policy, section, tolerance
         self.prompt = replace(prompt, id="weight-sync-probe", columns={})
+        self._proven = False
 
     @property
     def module(self) -> nn.Module:
@@ -44,36 +67,124 @@ class WeightSync:
         yield from self.module.named_parameters()
 
     def push(self, engine: RolloutEngine, version: int) -> SyncReport:
-        """Hands the weights over and probes them. Raises SyncError with the size of the difference."""
+        """Hands the weights over and proves them. Raises SyncError, which names what differs and by how
+        much.
+        """
         self.policy.merge()
+        self._check_adapter(version)
         report = engine.update_weights(self, version)
-        difference = self.probe(engine)
-        if not math.isfinite(difference):
+        if report.bytes and not self._proven:
+            self._prove_the_probe(engine, version)
+            report = engine.update_weights(self, version)
+            if report.unread:
+                log.warning(
+                    "%d weights of the engine cannot be read back after an update (%s, ...): whether it "
+                    "holds them is seen in log-probs only",
+                    len(report.unread),
+                    report.unread[0],
+                )
+        self._proven = True
+        self._check(engine, self.probe(engine), version)
+        return report
+
+    def _check_adapter(self, version: int) -> None:
+        outdated = None if self.policy.adapter is None else self.policy.adapter.outdated()
+        if outdated is not None:
+            name, difference = outdated
+            raise SyncError(
+                f"at version {version} the engine would sample from a weight of {name} that is not merged "
+                f"from the adapter of now: it differs by up to {difference:.3g}"
+            )
+
+    def _prove_the_probe(self, engine: RolloutEngine, version: int) -> None:
+        engine.update_weights(_Shuffled(self), version)
+        seen = self.probe(engine).difference
+        if seen <= 10 * self.tolerance:
+            raise SyncError(
+                f"{type(engine).__name__} was sent weights in a wrong order, and its log-probs differ from "
+                f"the learner's by {seen:.3g} nats only: it does not sample from the weights it is sent"
+            )
+
+    def _check(self, engine: RolloutEngine, reading: Reading, version: int) -> None:
+        found, name = reading.difference, type(engine).__name__
+        if not math.isfinite(found):
             raise SyncError(
                 f"after update {version} the log-probs are not finite: the weights have diverged. Go on from "
                 "an earlier checkpoint with a lower learner.lr"
             )
-        if difference > self.tolerance:
+        if found <= SUSPECT * self.tolerance:
+            return
+        cause = None
+        if not self._truncates:
+            logits = self.policy.logits(reading.packed)
+            left = LIKELY if found > self.tolerance else EXPLAINED
+            targets, temperature = reading.packed.targets, self.section.temperature
+            cause = diagnose(logits, targets, reading.engine, temperature, left)
+        differs = (
+            f"{name} at version {version}: its log-probs differ from the learner's by {found:.3g} nats in "
+            f"the mean over {len(reading.engine)} tokens"
+        )
+        if cause is not None:
+            raise SyncError(f"{differs}, but for {cause.left:.3g} because of the {cause.text}")
+        if found > self.tolerance:
             raise SyncError(
-                f"{type(engine).__name__} at version {version}: its log-probs differ from the learner's by "
-                f"{difference:.3g} nats in the mean over {PROBE_TOKENS} tokens (rollout.sync_tolerance is "
-                f"{self.tolerance:.3g}); it does not hold the weights it was given, or samples from them "
-                "differently"
+                f"{differs} (rollout.sync_tolerance is {self.tolerance:.3g}); it does not hold the weights "
+                "it was given, or samples from them differently"
             )
-        return report
 
     @torch.no_grad()
-    def probe(self, engine: RolloutEngine) -> float:
-        """Mean |log-prob of the engine - log-prob of the learner| on freshly decoded tokens."""
-        params = SamplingParams(n=1, max_tokens=PROBE_TOKENS, seed=0, temperature=self.temperature)
-        (completion,) = generate(engine, [RolloutRequest(self.prompt, params)])[0]
+    def probe(self, engine: RolloutEngine) -> Reading:
+        """Decodes with the settings of the run, and scores."""
+        section = self.section
+        params = SamplingParams(
+            n=PROBE_SAMPLES,
+            max_tokens=PROBE_TOKENS,
+            seed=0,
+            temperature=section.temperature,
+            top_p=section.top_p,
+            top_k=section.top_k,
+            stop_token_ids=section.stop_token_ids,
+        )
+        (group,) = generate(engine, [RolloutRequest(self.prompt, params)])
         device = self.policy.head.module.weight.device
         packed = pack(
             [torch.tensor(self.prompt.token_ids, device=device)],
-            [[torch.tensor(completion.token_ids, device=device)]],
+            [[torch.tensor(completion.token_ids, device=device) for completion in group]],
             [self.prompt.pictures],
         )
-        logprob = self.policy.statistics(packed, temperature=self.temperature, want=("logprob",)).logprob
-        assert logprob is not None
-        rollout = torch.tensor(completion.rollout_logprobs, device=device)
-        return (logprob - rollout).abs().mean().item()
+        sampled = [logprob for completion in group for logprob in completion.rollout_logprobs or ()]
+        rollout = torch.tensor(sampled, device=device)
+        return Reading((self._score(packed) - rollout).abs().mean().item(), rollout, packed)
+
+    @property
+    def _truncates(self) -> bool:
+        return self.section.top_p < 1 or self.section.top_k > 0
+
+    def _score(self, packed: Packed) -> Tensor:
+        """Log-probs of the distribution that is sampled from."""
+        section = self.section
+        if not self._truncates:
+            temperature = section.temperature
+            logprob = self.policy.statistics(packed, temperature=temperature, want=("logprob",)).logprob
+            assert logprob is not None
+            return logprob
+        probs = (self.policy.logits(packed) / section.temperature).softmax(-1)
+        top_k = packed.targets.new_full((len(probs),), section.top_k)
+        top_p = probs.new_full((len(probs),), section.top_p, dtype=torch.float64)
+        kept = truncate(probs, top_k, top_p)
+        return (kept.gather(1, packed.targets[:, None])[:, 0] / kept.sum(-1)).log()
+
+
+class _Shuffled:
+    """A source's weights, the rows of every matrix moved on by one and made 8 times as large."""
+
+    def __init__(self, source: WeightSync) -> None:
+        self._source = source
+
+    @property
+    def module(self) -> nn.Module:
+        return self._source.module
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._source.named_tensors():
+            yield name, 8 * tensor.detach().roll(1, 0) if tensor.ndim > 1 else tensor
