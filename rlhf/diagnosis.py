@@ -25,7 +25,7 @@ EXPLAINED, LIKELY = 0.25, 0.6
 might be rounding, the second where they cannot be."""
 STEP = 0.05
 """Of the logarithm of a temperature, in the first of two searches."""
-SHARES = torch.linspace(0.02, 0.99, 98, dtype=torch.float64)
+SHARES = [k / 100 for k in range(2, 100)]
 LARGEST_K = 256
 
 
@@ -78,17 +78,13 @@ def _temperatures(logits: Tensor, tokens: Tensor, engine: Tensor, temperature: f
     def rest_at(used: float) -> Tensor:
         return engine - _logprobs(logits, tokens, used)
 
-    def best(exponents: Tensor) -> float:
-        return min(
-            (temperature * factor for factor in exponents.exp().tolist()),
-            key=lambda used: float(rest_at(used).square().sum()),
-        )
+    def squares(used: float) -> float:
+        return float(rest_at(used).square().sum())
 
-    rough = best(torch.arange(-1.6, 1.6, STEP, dtype=torch.float64))
-    fine = torch.linspace(-STEP, STEP, 41, dtype=torch.float64) + math.log(rough / temperature)
-    used = best(fine)
+    rough = min((temperature * math.exp(STEP * i) for i in range(-32, 33)), key=squares)
+    used = min((rough * math.exp(STEP * i / 20) for i in range(-20, 21)), key=squares)
     text = f"temperature: the engine samples at {used:.3g}, the learner scores at {temperature:.3g}"
-    yield float(rest_at(used).square().sum()), text, rest_at(used)
+    yield squares(used), text, rest_at(used)
 
 
 def _truncations(logits: Tensor, apart: Tensor, temperature: float) -> Iterator[Candidate]:
@@ -98,11 +94,11 @@ def _truncations(logits: Tensor, apart: Tensor, temperature: float) -> Iterator[
     for k in range(1, min(LARGEST_K, ordered.shape[-1])):
         rest = apart + mass[:, k - 1].log()
         yield float(rest.square().sum()), f"top-k: the engine keeps the {k} most probable tokens only", rest
-    for share in SHARES.tolist():
-        nucleus = mass.gather(-1, ((mass - ordered) < share).sum(-1, keepdim=True) - 1)[:, 0]
+    for share in SHARES:
+        nucleus = mass.gather(-1, torch.lt(mass - ordered, share).sum(-1, keepdim=True) - 1)[:, 0]
         rest = apart + nucleus.log()
         yield float(rest.square().sum()), f"top-p: the engine keeps a share of {share:.2g} only", rest
-        kept = ordered.masked_fill(ordered < share * ordered[:, :1], 0.0).sum(-1)
+        kept = ordered.masked_fill(torch.lt(ordered, share * ordered[:, :1]), 0.0).sum(-1)
         rest = apart + kept.log()
         text = f"min-p: the engine leaves out tokens below {share:.2g} of the most probable one"
         yield float(rest.square().sum()), text, rest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,7 @@ class Skewed(HFEngine):
     skew: Callable[[float], float] = staticmethod(lambda logprob: logprob)
     deaf = False
     requests: Sequence[RolloutRequest] = ()
+    kept: Mapping[str, torch.Tensor]
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         self.requests = requests
