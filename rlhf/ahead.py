@@ -98,7 +98,7 @@ def _group_state(group: Group) -> dict[str, Any]:
         plain |= {"finish_reason": t.finish_reason.value, "objectives": dict(t.objectives)}
         plain |= {"versions": [[v.version, v.start, v.end] for v in t.versions]}
         trajectories.append({k: list(cast(Any, v)) if isinstance(v, tuple) else v for k, v in plain.items()})
-    return {"prompt": group.prompt.id, "trajectories": trajectories}
+    return {"prompt": group.prompt.id, "draw": group.draw, "trajectories": trajectories}
 
 
 def _group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
@@ -111,7 +111,7 @@ def _group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
         values["versions"] = tuple(VersionSpan(*v) for v in plain["versions"])
         values["finish_reason"] = FinishReason(plain["finish_reason"])
         trajectories.append(Trajectory(**values))
-    return Group(prompts[state["prompt"]], tuple(trajectories))
+    return Group(prompts[state["prompt"]], tuple(trajectories), draw=state["draw"])
 
 
 def fresh(groups: Sequence[Group], *, version: int, bound: int) -> tuple[list[Group], Metrics]:

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_task(options.config, options.overrides)
         if options.command == "check":
-            _check(config)
+            _check(config, options.ranks or world_size())
             return 0
         trainer = _trainer(config)
     except ValueError as error:
@@ -55,6 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("config", help="a YAML file, see configs/")
+        if name == "check":
+            command.add_argument("--ranks", type=int, help="as if on so many, for what each of them needs")
         _add_overrides(command)
     summary = "accuracy and pass@k of a run, a checkpoint or a model on a dataset, with 95%% intervals"
     command = commands.add_parser("eval", help=summary, description=summary)
@@ -144,7 +146,7 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
             return run_doctor()
 
 
-def _check(config: Config | RewardModelConfig) -> None:
+def _check(config: Config | RewardModelConfig, ranks: int) -> None:
     if isinstance(config, RewardModelConfig):
         from rlhf.reward_model_trainer import RewardModelTrainer
         from rlhf.reward_model_trainer import describe as describe_reward_model
@@ -154,7 +156,6 @@ def _check(config: Config | RewardModelConfig) -> None:
         return
     from rlhf.preflight import describe, load_inputs
 
-    ranks = world_size()
     inputs = load_inputs(config, world_size=ranks)
     with closing(inputs.rewards):
         for line in describe(config, inputs, world_size=ranks):

@@ -172,6 +172,7 @@ class Collector:
         def wait() -> Collected:
             hooks.phase("reward")
             groups, metrics = self.sampler.rewards.gather(scorings)
+            groups = _drawn(groups, draws)
             kept = [g for g in groups if self.algorithm.keep(g)]
             metrics = metrics | length_metrics(groups) | {"rollout/groups": Sum(float(len(kept)))}
             return Collected(kept, groups, position, metrics)
@@ -198,7 +199,7 @@ class Collector:
                 Group(g.prompt, g.trajectories + h.trajectories) for g, h in zip(groups, others, strict=True)
             ]
             metrics = merge([metrics, more])
-        return groups, metrics | length_metrics(groups)
+        return _drawn(groups, draws), metrics | length_metrics(groups)
 
     def _sample(
         self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: Hooks
@@ -207,6 +208,10 @@ class Collector:
         scorings = self.sampler.rollout(prompts, sizes, labels, hooks)
         hooks.phase("reward")
         return self.sampler.rewards.gather(scorings)
+
+
+def _drawn(groups: Sequence[Group], draws: Sequence[int]) -> list[Group]:
+    return [replace(group, draw=draw) for group, draw in zip(groups, draws, strict=True)]
 
 
 def length_metrics(groups: Sequence[Group]) -> Metrics:

@@ -108,6 +108,13 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def this_device() -> torch.device:
+    """The GPU of this process, or the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
 @contextmanager
 def world(timeout: float = 1800.0) -> Generator[World]:
     """Joins the ranks that torchrun or `accelerate launch` started, and leaves them at the end.
@@ -115,10 +122,8 @@ def world(timeout: float = 1800.0) -> Generator[World]:
     `timeout`: seconds that one may wait for another. Raises RankError, which names the culprit, where a
     collective fails because of another rank.
     """
-    size, rank = world_size(), int(os.environ.get("RANK", "0"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    size, rank, device = world_size(), int(os.environ.get("RANK", "0")), this_device()
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
         yield World(rank, size, device)

@@ -66,14 +66,27 @@ class ExperienceBuilder:
         self.advantage_clip, self.objective_weights = advantage_clip, objective_weights
         self.prompt_values = prompt_values
 
-    def build(self, groups: Sequence[Group], *, kl_coef: float, step: int = 0) -> Experience:
-        """Packs what can be learned from: trajectories with tokens and a reward, of groups that have any."""
+    def build(
+        self,
+        groups: Sequence[Group],
+        *,
+        kl_coef: float,
+        step: int = 0,
+        numbers: Sequence[int] | None = None,
+    ) -> Experience:
+        """Packs what can be learned from: trajectories with tokens and a reward, of groups that have any.
+
+        `numbers` of the groups among those of all ranks, where there are others.
+        """
         learnable = [replace(g, trajectories=tuple(filter(_learnable, g.trajectories))) for g in groups]
         experience = pack_groups(
             [g for g in learnable if g.trajectories],
             device=self.world.device,
             drop_truncated=self.algorithm.drop_truncated,
         )
+        if numbers is not None:
+            kept = [n for n, g in zip(numbers, learnable, strict=True) if g.trajectories]
+            experience = replace(experience, numbers=torch.tensor(kept, dtype=torch.long))
         values = None
         if self.keep_old or self.critic is not None:
             old, values = self._before_update(experience)

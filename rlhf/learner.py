@@ -14,9 +14,10 @@ from torch import Tensor
 
 from rlhf.algos.algorithm import Algorithm, LossOutput
 from rlhf.algos.value import explained_variance
+from rlhf.balance import minibatch_of
 from rlhf.config import LearnerConfig
 from rlhf.critic import Critic, Warmup
-from rlhf.distributed import World, derive_seed
+from rlhf.distributed import World
 from rlhf.looking import Looking
 from rlhf.metrics import Max, Mean, Metrics, Sum, merge
 from rlhf.optimizer import MasterAdamW, step_together
@@ -71,8 +72,7 @@ class Learner:
         parts = self.section.minibatches
         for update in range(done, self.section.epochs * parts):
             epoch, part = divmod(update, parts)
-            seed_of_pass = derive_seed(seed, "minibatches", step, epoch)
-            groups = self._minibatch(experience, seed_of_pass, part)
+            groups = self._minibatch(experience, part, seed=seed, step=step, epoch=epoch)
             number = step * self.section.epochs * parts + update
             yield merge(self._update_once(experience, groups, number=number, step=step, kl_coef=kl_coef))
 
@@ -175,11 +175,14 @@ class Learner:
             else self.looking.batch(experience, micro, hidden, temperature=self.temperature),
         )
 
-    def _minibatch(self, experience: Experience, seed: int, part: int) -> list[int]:
-        """Prompts dealt at random, the `part`-th share of one pass."""
-        num_groups = len(experience.prompts)
-        order = integers(torch.randperm(num_groups, generator=torch.Generator().manual_seed(seed)))
-        return sorted(order[part :: self.section.minibatches])
+    def _minibatch(self, experience: Experience, part: int, *, seed: int, step: int, epoch: int) -> list[int]:
+        """The groups of this rank in the `part`-th minibatch of one pass; all ranks shuffle alike."""
+        numbers = list(range(len(experience.prompts)))
+        if experience.numbers is not None:
+            numbers = integers(experience.numbers)
+        total = 1 + max(self.world.gather(max(numbers, default=-1)))
+        parts = minibatch_of(total, self.section.minibatches, seed=seed, step=step, epoch=epoch)
+        return [group for group, number in enumerate(numbers) if parts[number] == part]
 
     def counts(self, experience: Experience, groups: list[int]) -> Counts:
         """The denominators of an update from these groups of this rank, and those of the other ranks."""

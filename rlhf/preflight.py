@@ -6,17 +6,21 @@ The trainer begins with it and `rlhf check` is nothing else, so what passes the 
 from __future__ import annotations
 
 import importlib.util
+import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.config import Config
 from rlhf.data import PromptDataset, load_prompts
+from rlhf.distributed import this_device
+from rlhf.estimate import Machine, estimate
 from rlhf.plugins import load_plugin
 from rlhf.pretrained import (
     check_writes_text,
@@ -58,11 +62,11 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, fewer than "
             f"the {world_size} ranks"
         )
-    mine = config.rollout.prompts_per_step // world_size
-    if config.learner.minibatches > mine:
+    if config.learner.minibatches > config.rollout.prompts_per_step // world_size:
         raise ConfigError(
-            f"learner.minibatches is {config.learner.minibatches}, but with {world_size} ranks one has "
-            f"only {mine} of the {config.rollout.prompts_per_step} prompts of a step to deal out"
+            f"learner.minibatches is {config.learner.minibatches}: with "
+            f"{config.rollout.prompts_per_step} prompts a step some of the {world_size} ranks would have "
+            "nothing to learn from in an update"
         )
     _check_installed(config)
     algorithm = config.build_algorithm()
@@ -207,21 +211,8 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     rollout, learner = config.rollout, config.learner
     lengths = sorted(len(p.token_ids) for p in inputs.train.prompts)
     samples = rollout.prompts_per_step * rollout.group_size
-    reference = config.model.reference or config.model.path if inputs.algorithm.needs_reference else None
     settings = {key: value for key, value in config.algorithm.items() if key != "name"}
-    lora = config.model.lora
-    adapter = "" if lora is None else f", LoRA of rank {lora.rank}"
-    yield (
-        f"model        {config.model.path} ({inputs.model.model_type}), computed in {config.model.dtype}"
-        f"{adapter}"
-    )
-    if reference and lora is not None and config.model.reference is None:
-        reference = "the model, its adapter switched off"
-    yield f"reference    {reference or 'none: no KL term, not loaded'}"
-    if inputs.algorithm.critic is not None:
-        start = config.critic.path or config.model.path
-        kind = "a head on the policy" if config.critic.trunk == "policy" else f"its own model, from {start}"
-        yield f"critic       {kind}, learning rate {config.critic.lr:g}"
+    yield from _describe_models(config, inputs)
     yield f"algorithm    {config.algorithm['name']} " + ", ".join(f"{k}={v}" for k, v in settings.items())
     yield (
         f"data         {len(inputs.train)} prompts of {lengths[0]} to {lengths[-1]} tokens "
@@ -248,6 +239,7 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         f"{passes:.1f} passes over the data"
     )
     yield f"run folder   {config.run_dir}"
+    yield from estimate(config, inputs, world_size=world_size, machine=_machine(config, world_size)).lines()
     yield from (f"warning      {text}" for text in warnings(config, inputs))
 
 
@@ -262,6 +254,29 @@ def _describe_pictures(config: Config, inputs: Inputs) -> Iterator[str]:
             f"perception   coef {given.coef:g}, entropies {given.entropy_coef:g} and "
             f"{given.masked_entropy_coef:g}; {given.ratio:.0%} of the {given.patch}-pixel patches hidden"
         )
+
+
+def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
+    reference = config.model.reference or config.model.path if inputs.algorithm.needs_reference else None
+    lora = config.model.lora
+    adapter = "" if lora is None else f", LoRA of rank {lora.rank}"
+    yield (
+        f"model        {config.model.path} ({inputs.model.model_type}), computed in {config.model.dtype}"
+        f"{adapter}"
+    )
+    if reference and lora is not None and config.model.reference is None:
+        reference = "the model, its adapter switched off"
+    yield f"reference    {reference or 'none: no KL term, not loaded'}"
+    if inputs.algorithm.critic is not None:
+        start = config.critic.path or config.model.path
+        kind = "a head on the policy" if config.critic.trunk == "policy" else f"its own model, from {start}"
+        yield f"critic       {kind}, learning rate {config.critic.lr:g}"
+
+
+def _machine(config: Config, world_size: int) -> Machine:
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    return Machine.measured(this_device(), dtype, ranks_here=ranks_here)
 
 
 def warnings(config: Config, inputs: Inputs) -> Iterator[str]:

@@ -36,14 +36,19 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
 
     Raises ModelError when there is no causal language model at `path`.
     """
-    kind = _transformers.AutoModelForCausalLM
     try:
-        if "vision_config" in load_model_config(path).to_dict():
-            kind = _transformers.AutoModelForImageTextToText
+        kind = _kind_of(load_model_config(path))
         model = kind.from_pretrained(local_or_hub(path), dtype=dtype)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
     return model.to(device).eval()
+
+
+def _kind_of(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a model with its head, and its vision tower if it has one."""
+    if "vision_config" in config.to_dict():
+        return _transformers.AutoModelForImageTextToText
+    return _transformers.AutoModelForCausalLM
 
 
 def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tensor | None]:
@@ -121,9 +126,10 @@ def score_head_of(model: Any) -> nn.Module | None:
 def empty_model(path: str, dtype: torch.dtype, *, head: bool) -> PreTrainedModel:
     """A causal language model, or its transformer alone, with parameters on the meta device, tied as they
     are; buffers are real."""
-    kind = _transformers.AutoModelForCausalLM if head else _transformers.AutoModel
+    config = load_model_config(path)
+    kind = _kind_of(config) if head else _transformers.AutoModel
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(load_model_config(path), dtype=dtype)
+        model = kind.from_config(config, dtype=dtype)
     model.tie_weights()
     return model.eval()
 

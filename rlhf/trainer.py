@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rlhf import checkpoint
+from rlhf.balance import deal
 from rlhf.collector import Hooks
 from rlhf.config import Config
 from rlhf.distributed import world, world_size
@@ -96,7 +97,11 @@ class Trainer:
             pending = parts.collector.begin(collected.position, replace(hooks, step=hooks.step + 1))
         self.monitor.phase("learn")
         groups, age = parts.ahead.fresh(collected.groups, version=hooks.step)
-        experience = parts.experience.build(groups, kl_coef=parts.kl.value, step=hooks.step)
+        section, seed = self.config.learner, self.config.seed
+        dealt, numbers = deal(groups, self.world, section, seed=seed, step=hooks.step)
+        experience = parts.experience.build(
+            dealt, kl_coef=parts.kl.value, step=hooks.step, numbers=numbers
+        )
         cursor.position = collected.position
         parts.ahead.next(pending)
         self.monitor.samples(hooks.step + 1, collected.groups)

@@ -165,6 +165,8 @@ class Group:
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
+    draw: int = -1
+    """The place of its prompt in the run's order; -1: it is not of a run."""
 
     @property
     def rewards(self) -> list[float]:
@@ -251,6 +253,8 @@ class Experience:
     perception: PerceptionInputs | None = None
     images: tuple[Images | None, ...] = ()
     """Of each group's prompt; empty where no prompt has any."""
+    numbers: Tensor | None = None
+    """int64 `[P]`: of each group among those of all ranks; None: there are no others."""
 
 
 @dataclass(frozen=True, slots=True)

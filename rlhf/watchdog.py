@@ -6,7 +6,8 @@ and ends this process, with a sentence that names the culprit, when
 
 1. this rank has waited longer than `distributed.timeout`: the culprits are those that do not wait;
 2. another rank has given no sign of life for that long, or for a minute: it is frozen, or was killed;
-3. another rank has said why it failed, and this one does not end by itself.
+3. another rank has said why it failed, and this one does not end by itself;
+4. the store is gone, with the process that held it, and this rank does not end by itself.
 
 A rank that dies closes its connections, so that a collective with it fails at once; `explain` then says which
 rank it was and what it last did.
@@ -101,13 +102,16 @@ class Watchdog:
         return RankError(f"rank {self.rank}, in {self._phase}, cannot go on: {culprit}")
 
     def _watch(self) -> None:
+        met = time.monotonic()
         while not self._stop.wait(BEAT):
             try:
                 self._say()
                 self._listen()
+                met = time.monotonic()
             except RuntimeError:
-                # the store is gone with the process that held it; a collective that fails says so too
-                if self._waited() > GRACE:
+                # a rank that waits finds out by a collective that fails, one that does not waits for nobody
+                longest = GRACE if self._waited() else min(LOST, self.timeout)
+                if time.monotonic() - met > longest:
                     self._end("the rank that the others have met by (rank 0, or its launcher) is gone")
                 continue
             if (culprit := self._culprit()) is not None:
@@ -177,6 +181,8 @@ class Watchdog:
 
     def _end(self, culprit: str) -> None:
         """The main thread is in a collective that may never return: there is no other way to end it."""
+        with suppress(RuntimeError):
+            self._say(ended=culprit)
         sys.stderr.write(f"rlhf train: rank {self.rank}, in {self._phase}, ends: {culprit}\n")
         sys.stderr.flush()
         os._exit(EXIT)

@@ -36,6 +36,15 @@ def test_check_prints_the_plan_and_loads_no_weights(write, tiny_model_dir: Path,
     assert not (tiny_model_dir / "run").exists()
 
 
+def test_check_says_what_each_of_several_ranks_needs(write, capsys):
+    assert main(["check", write(), "--ranks", "4", "distributed.mode=sharded"]) == 0
+    plan = capsys.readouterr().out
+    assert "GiB a rank at the fullest moment" in plan and "WILL NOT FIT" not in plan
+    assert "on 4 rank(s)" in plan and "each rank sends" in plan and "at least" in plan
+    assert main(["check", write(), "--ranks=3", "distributed.mode=sharded", "distributed.shard_ranks=2"]) == 2
+    assert "3 ranks cannot be dealt to groups" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

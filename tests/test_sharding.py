@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,35 +17,11 @@ from rlhf.packing import pack
 from rlhf.policy import Policy
 from rlhf.pretrained import ModelError
 from rlhf.sharding import Sharding, WeightFiles, first_row, gathered, in_step, own_rows, shard_ranks
-from tests.faults.processes import free_port, launch
+from tests.faults.processes import launch
+from tests.ranks import together
 from tests.support import bandit_settings, metrics_of, policy_of
 
 COMPARED = ("reward/mean", "length/mean", "entropy", "grad_norm", "loss/policy", "kl/ref", "ptx/loss")
-
-
-def together(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Runs `work` in as many forked processes; each exits with 0 if its assertions hold."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.faults.preloaded"])
-    port = free_port()
-    processes = [
-        context.Process(target=joined, args=(rank, ranks, port, work, arguments)) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert codes == [0] * ranks
-
-
-def joined(rank: int, ranks: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    work(*arguments)
 
 
 def tokens(rank: int) -> Any:

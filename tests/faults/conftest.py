@@ -9,20 +9,29 @@ from typing import Any
 
 import pytest
 
+from tests.faults.kills import NOTICED
 from tests.faults.processes import launch, result, settings_of
 
-Straight = Callable[[int], dict[str, Any]]
+Straight = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Straight:
-    """`straight(ranks)`: what a run of that many ranks leaves when nothing happens to it."""
+    """`straight(ranks, kind)`: what a run of that many ranks leaves when nothing happens to it."""
 
     @cache
-    def leaves(ranks: int) -> dict[str, Any]:
-        folder = tmp_path_factory.mktemp(f"straight-{ranks}")
-        for ended in launch(settings_of(folder, tiny_model_dir), folder / "log", ranks=ranks):
+    def leaves(ranks: int, kind: str = "grpo") -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp(f"straight-{kind}-{ranks}")
+        for ended in launch(settings_of(folder, tiny_model_dir, kind), folder / "log", ranks=ranks):
             assert ended.code == 0, ended.said
         return result(folder)
 
     return leaves
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if NOTICED:
+        text = (
+            f"{len(NOTICED)} ranks ended because another one was killed, {max(NOTICED):.1f} s later at most"
+        )
+        terminalreporter.write_line(text)

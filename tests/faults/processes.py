@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +27,7 @@ from safetensors.torch import load_file
 
 from tests.support import bandit_settings, without_clocks
 
-Action = Literal["kill", "freeze", "term", "no space", "raise", "nan", "little memory"]
+Action = Literal["kill", "freeze", "stall", "term", "no space", "raise", "nan", "little memory"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Ended:
     code: int
     """Exit status, or minus the number of the signal that ended it."""
     said: str
-    seconds: float
+    at: float
+    """When, by the clock of the test."""
 
 
 def launch(
@@ -61,7 +64,7 @@ def launch(
     ranks: int = 1,
     fault: Fault | None = None,
     limits: Mapping[str, int] | None = None,
-    deadline: float = 60.0,
+    deadline: float = 300.0,
 ) -> list[Ended]:
     """Runs `rlhf train` with these settings to its end. A rank that outlives the deadline fails the test."""
     context = multiprocessing.get_context("forkserver")
@@ -76,22 +79,29 @@ def launch(
         )
         process.start()
         started.append(process)
-    frozen = fault is not None and fault.action == "freeze"
-    ended: list[Ended] = []
+    frozen = fault.rank if fault is not None and fault.action == "freeze" else None
+    at: dict[int, float] = {} if frozen is None else {frozen: 0.0}
     try:
-        for rank, process in enumerate(started):
-            if frozen and fault is not None and rank == fault.rank:
-                ended.append(Ended(0, "", 0.0))
-                continue
-            process.join(max(0.0, begin + deadline - time.monotonic()))
-            said = Path(f"{log}.{rank}").read_text(errors="replace")
-            assert process.exitcode is not None, f"rank {rank} hangs {deadline:.0f} s after the start: {said}"
-            ended.append(Ended(process.exitcode, said, time.monotonic() - begin))
+        while len(at) < ranks and time.monotonic() < begin + deadline:
+            running = [process for rank, process in enumerate(started) if rank not in at]
+            wait([process.sentinel for process in running], timeout=1.0)
+            now = time.monotonic()
+            at |= {r: now for r, process in enumerate(started) if r not in at and not process.is_alive()}
+        ended = [_ended(process, f"{log}.{rank}", at.get(rank)) for rank, process in enumerate(started)]
     finally:
         for process in started:
             process.kill()
             process.join()
+    for rank, each in enumerate(ended):
+        assert rank in at, f"rank {rank} hangs {deadline:.0f} s after the start: {each.said}"
     return ended
+
+
+def _ended(process: Any, log: str, at: float | None) -> Ended:
+    """Also of a process that has not ended."""
+    file = Path(log)
+    said = file.read_text(errors="replace") if file.is_file() else ""
+    return Ended(process.exitcode or 0, said, at or 0.0)
 
 
 def free_port() -> int:
@@ -149,7 +159,7 @@ def plant(fault: Fault) -> None:
         result = original(*args, **kwargs)
         if hit and fault.after:
             strike(fault.action)
-        return result
+        return result * math.nan if hit and fault.action == "nan" else result
 
     setattr(owner, name, staticmethod(wrapper) if static else wrapper)
 
@@ -160,6 +170,8 @@ def strike(action: Action) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         case "freeze":
             os.kill(os.getpid(), signal.SIGSTOP)
+        case "stall":
+            time.sleep(600)
         case "term":
             os.kill(os.getpid(), signal.SIGTERM)
         case "no space":
@@ -175,9 +187,17 @@ def strike(action: Action) -> None:
 
 
 STEPS, EVERY = 5, 2
+KINDS: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "ppo_max": {
+        "algorithm": {"name": "ppo_max", "kl": {"coef": 0.01, "estimator": "k1", "placement": "reward"}}
+    },
+    "sharded": {"distributed": {"mode": "sharded"}},
+}
+"""What kinds of runs are disturbed, by what they differ in from the first."""
 
 
-def settings_of(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
+def settings_of(folder: Path, model: Path, kind: str = "grpo", **changes: Any) -> dict[str, Any]:
     """Five steps of two updates with a reference, evaluations, and a checkpoint every second step."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = bandit_settings(
@@ -191,7 +211,10 @@ def settings_of(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
         checkpoint={"every": EVERY, "resume": "auto"},
     )
     settings["algorithm"] = {"name": "grpo", "kl": {"coef": 0.01, "target": 0.05, "horizon": 100}}
-    for key, value in changes.items():
+    for key, value in (KINDS[kind] | changes).items():
+        if key == "algorithm":
+            settings[key] = value
+            continue
         settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
     return settings
 
