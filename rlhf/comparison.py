@@ -20,7 +20,10 @@ from rlhf import plots
 from rlhf.files import write_atomically
 from rlhf.plots import Band
 from rlhf.report import read_eval, read_metrics
-from rlhf.report_page import PLOTS, STYLE
+from rlhf.report_browser import PAINT, browser, read_groups
+from rlhf.report_browser import STYLE as BROWSER_STYLE
+from rlhf.report_page import PLOTS
+from rlhf.report_style import STYLE
 from rlhf.run_folder import RunFolder, RunFolderError
 from rlhf.verdict import verdict
 
@@ -38,6 +41,8 @@ class Run:
     """By dotted key."""
     steps: list[dict[str, float]]
     evaluations: list[dict[str, Any]]
+    groups: list[dict[str, Any]]
+    """Some of its completions, oldest first."""
 
     @property
     def experiment(self) -> tuple[tuple[str, str], ...]:
@@ -67,7 +72,7 @@ def read_run(folder: Path, among: Sequence[Path] = ()) -> Run:
     text = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
     settings = cast(dict[str, Any], yaml.safe_load(text) or {})
     name = folder.resolve().name if alone else str(folder)
-    return Run(name, dict(_flat(settings)), read_metrics(run), read_eval(run))
+    return Run(name, dict(_flat(settings)), read_metrics(run), read_eval(run), read_groups(run.samples))
 
 
 def render(runs: Runs) -> str:
@@ -80,11 +85,14 @@ def render(runs: Runs) -> str:
         _outcomes(groups, names),
         _curves(groups, names),
         _differences(groups, names),
+        _completions(runs),
     ]
     return (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n{MARK}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n" + "\n".join(sections) + "\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{BROWSER_STYLE}</style>\n"
+        + "\n".join(sections)
+        + "\n</html>\n"
     )
 
 
@@ -116,7 +124,17 @@ def _label(group: Runs) -> str:
 
 
 def _outcomes(groups: Sequence[Runs], names: Sequence[str]) -> str:
-    heads = ("", "run", "steps", "first accuracy", "last accuracy", "95% interval", "minutes", "verdict")
+    heads = (
+        "",
+        "run",
+        "steps",
+        "first accuracy",
+        "last accuracy",
+        "95% interval",
+        "minutes",
+        "of which rollout, reward, learn, sync",
+        "verdict",
+    )
     rows: list[str] = []
     for i, (group, _) in enumerate(zip(groups, names, strict=True)):
         for run in group:
@@ -136,10 +154,17 @@ def _facts(run: Run) -> list[str]:
         f"{last[0]['accuracy']:.3f}" if last else "none",
         f"{last[0]['ci_low']:.3f} to {last[0]['ci_high']:.3f}" if last else "",
         f"{seconds / 60:.1f}",
+        ", ".join(f"{100 * share:.0f} %" for share in _split(run, seconds)),
         {"rose": "learned", "fell": "got worse", "unchanged": "no measurable change"}.get(
             said.outcome, "not known"
         ),
     ]
+
+
+def _split(run: Run, seconds: float) -> list[float]:
+    """Shares of the time of all steps."""
+    parts = ("time/rollout", "time/reward", "time/learn", "time/sync")
+    return [sum(s.get(name, 0.0) for s in run.steps) / seconds for name in parts] if seconds else []
 
 
 def _curves(groups: Sequence[Runs], names: Sequence[str]) -> str:
@@ -192,6 +217,17 @@ def _differences(groups: Sequence[Runs], names: Sequence[str]) -> str:
         "<h2>Settings that differ</h2>"
         f'<div class="wide"><table><tr><th>setting</th>{head}</tr>{rows}</table></div>'
     )
+
+
+def _completions(runs: Runs) -> str:
+    """The last groups of each run."""
+    shown = [
+        (run, [g for g in run.groups if g["step"] == run.groups[-1]["step"]]) for run in runs if run.groups
+    ]
+    if not shown:
+        return ""
+    parts = [f"<h3>{escape(run.name)}</h3>{browser(groups)}" for run, groups in shown]
+    return f"<h2>Completions of the last step</h2>{PAINT}{''.join(parts)}"
 
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:

@@ -19,6 +19,7 @@ from rlhf.distributed import World
 from rlhf.looking import Looking
 from rlhf.packing import microbatches
 from rlhf.policy import Policy
+from rlhf.samples import is_learnable
 from rlhf.sharding import in_step
 from rlhf.state import RewardScaler
 from rlhf.typed import numbers
@@ -78,7 +79,7 @@ class ExperienceBuilder:
 
         `numbers` of the groups among those of all ranks, where there are others.
         """
-        learnable = [replace(g, trajectories=tuple(filter(_learnable, g.trajectories))) for g in groups]
+        learnable = [replace(g, trajectories=tuple(filter(is_learnable, g.trajectories))) for g in groups]
         experience = pack_groups(
             [g for g in learnable if g.trajectories],
             device=self.world.device,
@@ -121,7 +122,7 @@ class ExperienceBuilder:
 
         No model is asked: a KL in the reward, which needs one, is left out.
         """
-        learnable = [replace(g, trajectories=tuple(filter(_learnable, g.trajectories))) for g in groups]
+        learnable = [replace(g, trajectories=tuple(filter(is_learnable, g.trajectories))) for g in groups]
         experience = pack_groups(
             [g for g in learnable if g.trajectories],
             device=self.world.device,
@@ -133,7 +134,7 @@ class ExperienceBuilder:
             0, experience.sequence, advantages, "amax"
         )
         found = iter(numbers(largest))
-        return [next(found) if _learnable(t) else 0.0 for g in groups for t in g.trajectories]
+        return [next(found) if is_learnable(t) else 0.0 for g in groups for t in g.trajectories]
 
     @torch.no_grad()
     def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:
@@ -246,10 +247,6 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
         recorded=recorded,
         images=images if any(images) else (),
     )
-
-
-def _learnable(trajectory: Trajectory) -> bool:
-    return trajectory.reward is not None and len(trajectory.token_ids) > 0
 
 
 def _reward(trajectory: Trajectory) -> float:

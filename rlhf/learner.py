@@ -54,6 +54,8 @@ class Learner:
         self.section, self.temperature = section, temperature
         exact = () if self.reference is None else ("kl", "ref_logprob")
         self.want = ("logprob", "entropy", *exact)
+        self.entropy: Tensor | None = None
+        """`[N]` of the last experience, as its first pass found it; NaN where no pass was made."""
 
     def update(self, experience: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
         """All updates of one step. Groups without signal skip the forward and count in every denominator."""
@@ -70,6 +72,7 @@ class Learner:
     ) -> Iterator[Metrics]:
         """The updates of one step, one by one, from the one after the first `done`."""
         parts = self.section.minibatches
+        self.entropy = torch.full_like(experience.advantages, torch.nan)
         for update in range(done, self.section.epochs * parts):
             epoch, part = divmod(update, parts)
             groups = self._minibatch(experience, part, seed=seed, step=step, epoch=epoch)
@@ -152,6 +155,9 @@ class Learner:
         index = micro.index
         logprobs, entropy = statistics.logprob, statistics.entropy
         assert logprobs is not None and entropy is not None
+        if self.entropy is not None:
+            seen = self.entropy[index]
+            self.entropy[index] = torch.where(seen.isnan(), entropy.detach().to(seen.dtype), seen)
         old, ref = experience.old_logprobs, statistics.ref_logprob
         if experience.ref_logprobs is not None:
             ref = experience.ref_logprobs[index]

@@ -21,12 +21,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from rlhf.metrics import Partial
 from rlhf.progress import Display, Nothing, open_display
 from rlhf.report import append_eval, describe_eval
 from rlhf.run_folder import RunFolder
+from rlhf.samples import Shown, TokenTexts
 from rlhf.sinks import Sink, SinkName, make_sink
-from rlhf.types import Group
+from rlhf.types import Experience, Group
 from rlhf.watch import Watch
 
 
@@ -77,7 +80,13 @@ class Monitor:
     """One a run, on the first rank; the others have `Monitor.silent()`."""
 
     def __init__(
-        self, run: RunFolder | None, *, sinks: Sequence[Sink], display: Display, samples_per_step: int
+        self,
+        run: RunFolder | None,
+        *,
+        sinks: Sequence[Sink],
+        display: Display,
+        samples_per_step: int,
+        texts: TokenTexts | None = None,
     ) -> None:
         self.run = run
         self.metrics = None if run is None else Stream(run.metrics)
@@ -85,7 +94,9 @@ class Monitor:
         self.sinks = list(sinks)
         self.display = display
         self.samples_per_step = samples_per_step
+        self.texts = texts
         self.watch: Watch | None = None
+        self._shown: Shown | None = None
         self._told: set[Path] = set()
         self.on_phase: Callable[[str], None] | None = None
         """Is told of each phase as it begins."""
@@ -104,15 +115,17 @@ class Monitor:
         total_steps: int,
         samples_per_step: int,
         settings: Mapping[str, Any],
+        texts: TokenTexts | None = None,
     ) -> Monitor:
-        """Opens the sinks by name; `settings` is what W&B and trackio show as the run's config.
+        """Opens the sinks by name; `settings` is what W&B and trackio show as the run's config. With `texts`
+        the completions in RUN/samples.jsonl are written token by token too.
 
         Raises ValueError: a sink's package is not installed. What a service says when a run is opened there
         (not logged in, no network) passes through.
         """
         opened = [make_sink(name, run, settings) for name in sinks]
         display = open_display(str(run.path), total_steps)
-        return cls(run, sinks=opened, display=display, samples_per_step=samples_per_step)
+        return cls(run, sinks=opened, display=display, samples_per_step=samples_per_step, texts=texts)
 
     @classmethod
     def silent(cls) -> Monitor:
@@ -175,24 +188,21 @@ class Monitor:
         self._write(record["step"], {"eval/accuracy": record["accuracy"]})
         self.note(describe_eval(record))
 
-    def samples(self, step: int, groups: Sequence[Group]) -> None:
-        """Records the completions of the first `samples_per_step` groups."""
-        if self.groups is None:
-            return
-        for group in groups[: self.samples_per_step]:
-            completions = [
-                {
-                    "text": t.text,
-                    "reward": _finite(t.reward),
-                    "objectives": {name: _finite(value) for name, value in t.objectives.items()},
-                    "finish_reason": str(t.finish_reason),
-                }
-                for t in group.trajectories
-            ]
-            prompt = group.prompt
-            content = prompt.content if isinstance(prompt.content, str) else list(prompt.content)
-            entry = {"step": step, "prompt_id": prompt.id, "prompt": content, "completions": completions}
-            self._append(self.groups, entry)
+    def samples(self, step: int, groups: Sequence[Group], experience: Experience | None = None) -> None:
+        """Records the completions of the first `samples_per_step` groups; `experience` begins with these.
+
+        They are written by `learned`, or when the run ends.
+        """
+        self.learned(None)
+        if self.groups is not None and self.samples_per_step:
+            self._shown = Shown(step, tuple(groups[: self.samples_per_step]), experience)
+
+    def learned(self, entropy: Tensor | None) -> None:
+        """The step's samples have been learned from; `entropy` `[N]` is that of the experience's tokens."""
+        if self._shown is not None and self.groups is not None:
+            for record in self._shown.records(self.texts, entropy):
+                self._append(self.groups, record)
+        self._shown = None
 
     def note(self, text: str) -> None:
         self.display.say(text, warning=False)
@@ -203,6 +213,7 @@ class Monitor:
     def close(self) -> None:
         """Closes sinks and display, and says what could not be written. A second time does nothing."""
         self.end_phase()
+        self.learned(None)
         for sink in tuple(self.sinks):
             try:
                 sink.close()
@@ -220,7 +231,8 @@ class Monitor:
         watch = Watch()
         # what cannot be read is written anew soon, and said then
         with suppress(OSError, ValueError):
-            lines = [] if self.run is None else self.run.metrics.read_text(encoding="utf-8").split("\n")
+            known = self.run is not None and self.run.metrics.is_file()
+            lines = self.run.metrics.read_text(encoding="utf-8").split("\n") if self.run and known else []
             for line in filter(None, lines):
                 values: dict[str, float | None] = json.loads(line)
                 watch.recall({name: value for name, value in values.items() if value is not None})
@@ -252,7 +264,3 @@ class Monitor:
         self.warn(
             f"{type(sink).__name__} failed and is left out from here on: {type(error).__name__}: {error}"
         )
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None

@@ -40,6 +40,31 @@ def lines(title: str, steps: Numbers, parts: Sequence[tuple[str, Numbers]]) -> s
     return _as_html(figure, title)
 
 
+def spread(title: str, steps: Numbers, values: Numbers, margins: Numbers) -> str:
+    """A curve between value - margin and value + margin."""
+    figure, axes = _new_figure()
+    axes.plot(steps, values, color=COLORS[0], marker="o" if len(steps) < FEW else "", markersize=3)
+    below = [value - margin for value, margin in zip(values, margins, strict=True)]
+    above = [value + margin for value, margin in zip(values, margins, strict=True)]
+    axes.fill_between(steps, below, above, color=COLORS[0], alpha=0.2, linewidth=0)
+    return _as_html(figure, title)
+
+
+def histogram(title: str, parts: Sequence[tuple[str, Numbers]], *, unit: str) -> str:
+    """Shares of each named part over the same bins."""
+    figure, axes = _new_figure()
+    longest = max(max(values) for _, values in parts)
+    # a bin a value while there are few, or some bins would get two of them and others one
+    count = int(longest) + 1 if longest < 20 else 20
+    bins = [i - 0.5 if longest < 20 else longest * i / count for i in range(count + 1)]
+    for color, (name, values) in zip(COLORS, parts, strict=False):
+        weights = [1 / len(values)] * len(values)
+        axes.hist(values, bins=bins, weights=weights, color=color, alpha=0.55, label=name)
+    axes.set_xlabel(unit, color=INK)
+    _legend(axes, len(parts))
+    return _as_html(figure, title)
+
+
 def stack(title: str, steps: Numbers, parts: Sequence[tuple[str, Numbers]]) -> str:
     """Named parts on top of each other."""
     figure, axes = _new_figure()
@@ -96,6 +121,8 @@ def _new_figure() -> tuple[Figure, Axes]:
 
 
 def _legend(axes: Axes, columns: int) -> None:
+    # more than four side by side would be wider than the figure
+    columns = columns if columns <= 4 else 3
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns, frameon=False, labelcolor=INK)
 
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from rlhf.files import write_atomically
+from rlhf.report_browser import read_groups, whole_lines
 from rlhf.run_folder import RunFolder
 from rlhf.verdict import verdict
 
@@ -55,7 +55,7 @@ def describe_eval(record: Mapping[str, Any]) -> str:
 
 def read_metrics(run: RunFolder) -> list[dict[str, float]]:
     """The steps of a run, oldest first, with the finite values of each. A torn last line is left out."""
-    entries = map(json.loads, _whole_lines(run.metrics))
+    entries = map(json.loads, whole_lines(run.metrics))
     return [{name: value for name, value in entry.items() if value is not None} for entry in entries]
 
 
@@ -73,7 +73,7 @@ def write_report(run: RunFolder) -> None:
         verdict(evaluations, steps),
         evaluations=evaluations,
         steps=steps,
-        groups=_first_and_last(run),
+        groups=read_groups(run.samples),
         config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
     )
     write_atomically(run.report, page)
@@ -91,20 +91,6 @@ def closing_summary(run: RunFolder) -> str:
     if run.report.is_file():
         lines.append(f"report      {run.report}")
     return "\n".join(lines)
-
-
-def _first_and_last(run: RunFolder) -> list[dict[str, Any]]:
-    """The groups of the first and of the last step in RUN/samples.jsonl."""
-    groups = [json.loads(line) for line in _whole_lines(run.samples)]
-    ends = {group["step"] for group in groups[:1] + groups[-1:]}
-    return [group for group in groups if group["step"] in ends]
-
-
-def _whole_lines(stream: Path) -> list[str]:
-    if not stream.is_file():
-        return []
-    # not splitlines, which takes some characters inside of a text for line ends
-    return stream.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
 def _is_record(record: object) -> bool:

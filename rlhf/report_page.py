@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from rlhf import plots
+from rlhf import plots, report_browser
+from rlhf.report_browser import PAINT, browser, lengths_of, reward_text
+from rlhf.report_style import STYLE
 from rlhf.verdict import Verdict
 
 Steps = Sequence[Mapping[str, float]]
@@ -24,10 +26,12 @@ class Plot(NamedTuple):
     names: tuple[str, ...]
     labels: tuple[str, ...] = ()
     whole: bool = True
+    spread: str = ""
+    """Metric that is a margin around the only curve."""
 
 
 PLOTS = (
-    Plot("Reward, mean of a step", ("reward/mean",)),
+    Plot("Reward, mean of a step", ("reward/mean",), spread="reward/std"),
     Plot("KL to the reference, nats a token", ("kl/ref",)),
     Plot("Entropy, nats a token", ("entropy",)),
     Plot("Length of completions, tokens", ("length/mean",)),
@@ -42,35 +46,14 @@ PLOTS = (
         tuple(SOLVED.values()),
         whole=False,
     ),
+    Plot(
+        "Share of prompts, by the share of their rollouts that was right",
+        tuple(f"budget/solved_{bucket}" for bucket in SOLVED),
+        tuple(SOLVED.values()),
+    ),
     Plot("Seconds a step", ("time/rollout", "time/reward", "time/learn", "time/sync")),
     Plot("Tokens sampled a second", ("throughput/tokens_per_second",)),
 )
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8882; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.3rem; font-weight: 600; overflow-wrap: anywhere; }
-h2 { font-size: 1.1rem; margin-top: 2.5rem; }
-.verdict { font-size: 1.25rem; padding: .8rem 1rem; background: var(--soft); }
-.verdict { border-left: .4rem solid #64748b; }
-.rose { border-color: #10b981; } .fell { border-color: #ef4444; } .unchanged { border-color: #f59e0b; }
-.reasons { padding-left: 1.2rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .35rem 1.5rem .35rem 0; border-bottom: 1px solid var(--line); }
-.plots { display: grid; gap: 1.5rem; margin-top: 1rem; }
-.plots { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-.completions { display: grid; gap: 0 1.5rem; }
-.completions { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
-.question { margin-top: 1.2rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-figure { margin: 0; } figcaption { font-size: .95rem; }
-svg { width: 100%; height: auto; } svg text { font-family: inherit !important; }
-blockquote { margin: .2rem 0 .6rem; padding: .4rem .8rem; background: var(--soft); border-radius: .3rem;
-  white-space: pre-wrap; overflow-wrap: anywhere; max-height: 16rem; overflow-y: auto; }
-pre { padding: .8rem; background: var(--soft); overflow-x: auto; font-size: .9rem; }
-.wide { overflow-x: auto; } .legend span { margin-right: 1.5rem; white-space: nowrap; }
-.swatch { display: inline-block; width: 1.4rem; vertical-align: middle; }
-.right { color: #0ca678; } .wrong { color: #e5484d; } .note { opacity: .75; }
-"""
 
 
 def render(
@@ -78,21 +61,22 @@ def render(
 ) -> str:
     """The page. A plot whose metrics are missing is left out, and named; so are evaluations.
 
-    `groups`, some of training, are shown where there are no completions of an evaluation.
+    `groups`: some of RUN/samples.jsonl, oldest first.
     """
     sections = [
         f"<h1>{escape(title)}</h1>",
         _verdict(said),
         _facts(steps),
         _accuracy(evaluations),
-        _curves(steps),
-        _evaluated(evaluations) or _trained_on(groups),
+        _curves(steps, groups),
+        _evaluated(evaluations),
+        f"<h2>Completions in training</h2>{PAINT}{browser(groups)}" if groups else "",
         f"<h2>Configuration</h2><pre>{escape(config)}</pre>" if config else "",
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{report_browser.STYLE}</style>\n"
         + "\n".join(section for section in sections if section)
         + "\n</html>\n"
     )
@@ -131,7 +115,8 @@ def _accuracy(evaluations: Records) -> str:
         f"<td>{e['ci_low']:.3f} to {e['ci_high']:.3f}</td><td>{e['num_samples']}</td></tr>"
         for e in evaluations
     )
-    page = f"<h2>Accuracy on held-out prompts</h2><table><tr>{heads}</tr>{rows}</table>"
+    page = "<h2>Accuracy on held-out prompts</h2>"
+    page += f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div>'
     if len(evaluations) > 2:
         steps, accuracy = [e["step"] for e in evaluations], [e["accuracy"] for e in evaluations]
         bounds = [(e["ci_low"], e["ci_high"]) for e in evaluations]
@@ -147,21 +132,9 @@ def _evaluated(evaluations: Records) -> str:
     for e in [*evaluations[:1], *evaluations[1:][-1:]]:
         for sample in e["samples"]:
             word = "right" if sample["right"] else "wrong"
-            head = f'after step {e["step"]}: <span class="{word}">{word}</span>, {_reward(sample)}'
+            head = f'after step {e["step"]}: <span class="{word}">{word}</span>, {reward_text(sample)}'
             completions.setdefault(sample["prompt"], []).append(_completion(head, sample["completion"]))
-    return _questions("Completions", completions.items())
-
-
-def _trained_on(groups: Records) -> str:
-    """Groups of the first and of the last step, a few completions of each."""
-    questions = [
-        (
-            f"step {group['step']}: {_text(group['prompt'])}",
-            [_completion(_reward(c), c["text"]) for c in group["completions"][:3]],
-        )
-        for group in groups
-    ]
-    return _questions("Completions of the first and the last step", questions)
+    return _questions("Completions of held-out prompts", completions.items())
 
 
 def _questions(title: str, questions: Iterable[tuple[str, list[str]]]) -> str:
@@ -176,16 +149,7 @@ def _completion(head: str, text: str) -> str:
     return f"<div><small>{head}</small><blockquote>{escape(text)}</blockquote></div>"
 
 
-def _reward(sample: Mapping[str, Any]) -> str:
-    return "no reward" if sample["reward"] is None else f"reward {sample['reward']:.2f}"
-
-
-def _text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    """The last message of a chat."""
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-
-
-def _curves(steps: Steps) -> str:
+def _curves(steps: Steps, groups: Records) -> str:
     if not steps:
         return ""
     drawn: list[str] = []
@@ -201,6 +165,7 @@ def _curves(steps: Steps) -> str:
             drawn.append(_draw(plot, named, steps))
         else:
             missing.append(plot.title)
+    drawn += _lengths(groups)
     page = f'<h2>Training</h2><div class="plots">{"".join(drawn)}</div>'
     if missing:
         page += f'<p class="note">Not recorded in this run: {escape("; ".join(missing))}.</p>'
@@ -211,6 +176,17 @@ def _draw(plot: Plot, named: Sequence[tuple[str, str]], steps: Steps) -> str:
     numbers = [values["step"] for values in steps]
     gap = math.nan if len(named) == 1 or not plot.whole else 0.0
     parts = [(label, [values.get(name, gap) for values in steps]) for name, label in named]
+    if len(parts) == 1 and plot.spread:
+        margins = [values.get(plot.spread, math.nan) for values in steps]
+        return plots.spread(f"{plot.title}, and its spread in a group", numbers, parts[0][1], margins)
     if len(parts) == 1:
         return plots.curve(plot.title, numbers, parts[0][1])
     return (plots.stack if plot.whole else plots.lines)(plot.title, numbers, parts)
+
+
+def _lengths(groups: Records) -> list[str]:
+    """Of the recorded completions, those of the first half of the run against the second."""
+    half = len(groups) // 2
+    parts = [("first half", lengths_of(groups[:half])), ("second half", lengths_of(groups[half:]))]
+    found = [(name, values) for name, values in parts if values]
+    return [plots.histogram("Lengths of the recorded completions", found, unit="tokens")] if found else []

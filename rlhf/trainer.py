@@ -21,6 +21,7 @@ from rlhf.parts import build_parts
 from rlhf.preflight import load_inputs, warnings
 from rlhf.report import closing_summary, write_report
 from rlhf.run_folder import RunFolder
+from rlhf.samples import TokenTexts
 from rlhf.saver import Saver
 from rlhf.state import Cursor
 
@@ -79,6 +80,7 @@ class Trainer:
             self._fill()
         parts.engine.release()
         self._learn()
+        self.monitor.learned(parts.learner.entropy)
         cursor.steps_done += 1
         self.monitor.phase("sync")
         parts.sync.push(parts.engine, version=cursor.steps_done)
@@ -104,7 +106,7 @@ class Trainer:
         )
         cursor.position = collected.position
         parts.ahead.next(pending)
-        self.monitor.samples(hooks.step + 1, collected.groups)
+        self.monitor.samples(hooks.step + 1, dealt, experience)
         measured = collected.metrics | age
         observed = parts.budgets.observe(collected.sampled) | parts.constraints.observe(collected.sampled)
         parts.buffer.fill(experience, measured | observed | parts.learner.before(experience))
@@ -231,5 +233,6 @@ class Trainer:
             total_steps=self.config.steps,
             samples_per_step=section.samples_per_step,
             settings=settings,
+            texts=TokenTexts(self.inputs.tokenizer),
         ) as monitor:
             yield monitor

@@ -112,14 +112,27 @@ def test_a_time_that_is_given_counts(tmp_path: Path) -> None:
 def test_samples_hold_what_a_person_asks_of_a_completion(tmp_path: Path) -> None:
     with monitor(tmp_path, samples=2) as m:
         m.samples(3, [group("a"), group("b", content=[{"role": "user", "content": "größer?"}]), group("c")])
+        m.learned(None)
         first, second = lines(tmp_path / "samples.jsonl")
     assert first == {
         "step": 3,
         "prompt_id": "a",
         "prompt": "What is 3 + 5?",
         "completions": [
-            {"text": "8", "reward": 1.0, "objectives": {"right": 1.0}, "finish_reason": "stop"},
-            {"text": "nine", "reward": None, "objectives": {"right": None}, "finish_reason": "length"},
+            {
+                "text": "8",
+                "reward": 1.0,
+                "objectives": {"right": 1.0},
+                "finish_reason": "stop",
+                "num_tokens": 1,
+            },
+            {
+                "text": "nine",
+                "reward": None,
+                "objectives": {"right": None},
+                "finish_reason": "length",
+                "num_tokens": 1,
+            },
         ],
     }
     assert second["prompt"] == [{"role": "user", "content": "größer?"}]
