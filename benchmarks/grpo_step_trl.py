@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import load_dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -20,6 +21,12 @@ from trl import GRPOConfig, GRPOTrainer
 
 def distinct_characters(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
     return [len(set(messages[0]["content"])) / 50 for messages in completions]
+
+
+def peak_gib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 class Timed(GRPOTrainer):
@@ -55,7 +62,7 @@ class Paced(TrainerCallback):
         record["step_s"] = time.perf_counter() - self.start
         record["learn_s"] = record["step_s"] - record["rollout_s"] - record["reward_s"]
         record["sync_s"] = 0.0
-        record["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        record["peak_gib"] = peak_gib()
         print("STEP " + json.dumps(record), flush=True)  # noqa: T201
 
 
@@ -73,7 +80,7 @@ def main() -> None:
         learning_rate=settings["lr"],
         loss_type="grpo",
         max_steps=settings["steps"],
-        use_cpu=True,
+        use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
         model_init_kwargs={"dtype": "bfloat16"},

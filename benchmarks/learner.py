@@ -2,14 +2,15 @@
 
     padded, logits   a padded row a sequence, float32 logits of completion rows, log_softmax by autograd
     padded           the same rows, `token_stats`
+    packed           the same sequences end to end without padding, `token_stats`
     shared, logits   the prompt once a group, float32 logits, log_softmax by autograd
     shared           the prompt once a group, `token_stats`: what the learner does
 
-Groups of 8 completions of 64 tokens, bfloat16 with a float32 master, GRPO without a reference, forward,
-backward and optimizer step. All contenders make the same update: before anything is reported their losses and
-gradient norms are compared (within 2 %, the rounding of bfloat16). Each repeat runs every contender once in
-turn; peak memory is the largest resident size of a process of its own that makes two updates, less that
-before the first.
+Groups of 8 completions of 64 tokens (`--size`, `--length`), bfloat16 with a float32 master, GRPO without a
+reference, forward, backward and optimizer step. All contenders make the same update: before anything is
+reported their entropies and gradient norms are compared (within 2 %, the rounding of bfloat16). Each repeat
+runs every contender once in turn; peak memory is that of two updates in a process of its own, less what the
+model and its optimizer hold: of the allocator on a GPU, else the largest resident size.
 
 Run: `python -m benchmarks.learner --model MODEL_FOLDER --out benchmarks/results/MACHINE/learner.json`.
 """
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,9 @@ from rlhf.packing import Layout, Packed
 from rlhf.policy import Policy
 from rlhf.types import Experience, FinishReason, Group, Prompt, Trajectory
 
-SIZE, LENGTH = 8, 64
-CONTENDERS = ("padded, logits", "padded", "shared, logits", "shared")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CONTENDERS = ("padded, logits", "padded", "packed", "shared, logits", "shared")
+LAYOUT: dict[str, Layout] = {"padded": "padded", "packed": "packed", "shared": "shared_prefix"}
 
 
 class WithLogits(Policy):
@@ -73,7 +76,7 @@ class Contender:
     """A way to compute updates. All share one model and one optimizer, or memory for four would be needed."""
 
     def __init__(self, name: str, learner: Learner, experience: Experience) -> None:
-        self.layout: Layout = "shared_prefix" if name.startswith("shared") else "padded"
+        self.layout = LAYOUT[name.split(",")[0]]
         policy = learner.policy
         if name.endswith("logits"):
             # a policy takes the attention it finds for the model's own
@@ -87,13 +90,23 @@ class Contender:
         return self.learner.update(self.experience, step=0, seed=0, kl_coef=0.0)
 
 
-def contenders(
-    names: Sequence[str], model: str, prompt: int, microbatch_tokens: int, count: int
-) -> dict[str, Contender]:
-    world = World(0, 1, torch.device("cpu"))
-    policy = Policy.load(ModelConfig(path=model), model, world.device)
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one update learns from."""
+
+    model: str
+    prompt: int
+    groups: int
+    size: int
+    length: int
+    microbatch_tokens: int
+
+
+def contenders(names: Sequence[str], work: Work) -> dict[str, Contender]:
+    world = World(0, 1, DEVICE)
+    policy = Policy.load(ModelConfig(path=work.model), work.model, world.device)
     # so small that the weights stay where they are
-    section = LearnerConfig(lr=1e-12, microbatch_tokens=microbatch_tokens)
+    section = LearnerConfig(lr=1e-12, microbatch_tokens=work.microbatch_tokens)
     optimizer = MasterAdamW(policy.model, torch.bfloat16, section, 100)
     algorithm = ALGORITHMS["grpo"](kl=KL())
     builder = ExperienceBuilder(
@@ -102,29 +115,28 @@ def contenders(
         algorithm,
         world,
         temperature=1.0,
-        microbatch_tokens=microbatch_tokens,
+        microbatch_tokens=work.microbatch_tokens,
         keep_old=False,
     )
     learner = Learner(policy, None, algorithm, optimizer, world, section, temperature=1.0)
-    vocabulary = policy.head.module.weight.shape[0]
-    experience = builder.build(groups(count, prompt, vocabulary), kl_coef=0.0)
+    experience = builder.build(groups(work, policy.head.module.weight.shape[0]), kl_coef=0.0)
     return {name: Contender(name, learner, experience) for name in names}
 
 
-def groups(count: int, prompt: int, vocabulary: int) -> list[Group]:
+def groups(work: Work, vocabulary: int) -> list[Group]:
     rng = random.Random(0)
 
     def tokens(n: int) -> tuple[int, ...]:
         return tuple(rng.randrange(3, vocabulary) for _ in range(n))
 
     def sample(reward: float) -> Trajectory:
-        ids = tokens(LENGTH)
+        ids = tokens(work.length)
         n = len(ids)
         return Trajectory(ids, (True,) * n, (0,) * n, (-10.0,) * n, FinishReason.STOP, (), "", reward)
 
     return [
-        Group(Prompt(f"{i}", tokens(prompt), ""), tuple(sample(float(k % 2)) for k in range(SIZE)))
-        for i in range(count)
+        Group(Prompt(f"{i}", tokens(work.prompt), ""), tuple(sample(float(k % 2)) for k in range(work.size)))
+        for i in range(work.groups)
     ]
 
 
@@ -137,32 +149,47 @@ def check(first: dict[str, Metrics]) -> None:
             raise SystemExit(f"contenders differ in {name}: {values}")
 
 
-def seconds(
-    model: str, prompt: int, microbatch_tokens: int, count: int, repeats: int
-) -> dict[str, list[float]]:
-    ways = contenders(CONTENDERS, model, prompt, microbatch_tokens, count)
+def wait() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(work: Work, repeats: int) -> dict[str, list[float]]:
+    ways = contenders(CONTENDERS, work)
     check({name: way.update() for name, way in ways.items()})
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
     for repeat in range(repeats):
         order = list(CONTENDERS) if repeat % 2 == 0 else list(reversed(CONTENDERS))
         for name in order:
+            wait()
             start = time.perf_counter()
             ways[name].update()
+            wait()
             times[name].append(time.perf_counter() - start)
     return times
 
 
-def peak_gib(name: str, model: str, prompt: int, microbatch_tokens: int, count: int) -> float:
-    """In a process of its own: the resident size that updates add to the loaded model and its optimizer."""
-    arguments = ["--model", model, "--prompt", str(prompt), "--microbatch-tokens", str(microbatch_tokens)]
-    arguments += ["--groups", str(count)]
+def peak_gib(name: str, work: Work) -> float:
+    """In a process of its own: what updates add to the loaded model and its optimizer."""
+    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(work).items()]
     command = [sys.executable, "-m", "benchmarks.learner", "--memory-of", name, *arguments]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"the memory of {name} could not be measured:\n{done.stderr}")
+    return float(done.stdout.split()[-1])
 
 
-def measure_memory(name: str, model: str, prompt: int, microbatch_tokens: int, count: int) -> float:
-    contender = contenders([name], model, prompt, microbatch_tokens, count)[name]
+def measure_memory(name: str, work: Work) -> float:
+    contender = contenders([name], work)[name]
+    # the optimizer's moments are there before, not a part of an update
     contender.learner.optimizer.step(0, contender.learner.world)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        for _ in range(2):
+            contender.update()
+        return (torch.cuda.max_memory_allocated() - held) / 2**30
+
     def kib(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field))
@@ -175,6 +202,23 @@ def measure_memory(name: str, model: str, prompt: int, microbatch_tokens: int, c
     return (kib("VmHWM:") - resident) / 2**20
 
 
+def measure(work: Work, repeats: int) -> list[dict[str, Any]]:
+    times = seconds(work, repeats)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    rows: list[dict[str, Any]] = []
+    for name in CONTENDERS:
+        row = {
+            "prompt_tokens": work.prompt,
+            "contender": name,
+            "median_s": round(medians[name], 4),
+            "speedup_over_padded_logits": round(medians["padded, logits"] / medians[name], 2),
+            "peak_gib_of_updates": round(peak_gib(name, work), 2),
+        }
+        print(row, flush=True)  # noqa: T201
+        rows.append({**row, "all_s": [round(t, 4) for t in times[name]]})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -182,46 +226,35 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--prompt", type=int, nargs="+", default=[46, 128, 256, 512])
-    parser.add_argument("--microbatch-tokens", type=int, default=4096)
     parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--size", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--microbatch-tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-of", choices=CONTENDERS)
     options = parser.parse_args()
+    work = Work(
+        options.model,
+        options.prompt[0],
+        options.groups,
+        options.size,
+        options.length,
+        options.microbatch_tokens,
+    )
     if options.memory_of:
-        gib = measure_memory(
-            options.memory_of, options.model, options.prompt[0], options.microbatch_tokens, options.groups
-        )
-        print(gib)  # noqa: T201
+        print(measure_memory(options.memory_of, work))  # noqa: T201
         return
-
     rows: list[dict[str, Any]] = []
     for prompt in options.prompt:
-        times = seconds(options.model, prompt, options.microbatch_tokens, options.groups, options.repeats)
-        medians = {name: statistics.median(t) for name, t in times.items()}
-        for name in CONTENDERS:
-            memory = peak_gib(name, options.model, prompt, options.microbatch_tokens, options.groups)
-            row = {
-                "prompt_tokens": prompt,
-                "contender": name,
-                "median_s": round(medians[name], 3),
-                "speedup_over_padded_logits": round(medians["padded, logits"] / medians[name], 2),
-                "peak_gib_of_updates": round(memory, 2),
-                "all_s": [round(t, 3) for t in times[name]],
-            }
-            rows.append(row)
-            print({k: v for k, v in row.items() if k != "all_s"}, flush=True)  # noqa: T201
+        rows += measure(replace(work, prompt=prompt), options.repeats)
     if options.out:
         result = {
             "command": "python -m benchmarks.learner " + " ".join(sys.argv[1:]),
-            "work": {
-                "groups": options.groups,
-                "completions": SIZE,
-                "tokens": LENGTH,
-                "repeats": options.repeats,
-            },
+            "work": {**asdict(work), "prompt": options.prompt, "repeats": options.repeats},
             "machine": {
                 "processor": platform.processor() or platform.machine(),
                 "threads": torch.get_num_threads(),
+                "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
             },
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "rows": rows,

@@ -51,7 +51,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def teach(words: PreTrainedTokenizerFast, withheld: set[tuple[int, int]]) -> LlamaForCausalLM:
+def teach(words: PreTrainedTokenizerFast, withheld: set[tuple[int, int]], lessons: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(words),
@@ -68,7 +68,7 @@ def teach(words: PreTrainedTokenizerFast, withheld: set[tuple[int, int]]) -> Lla
     )
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-    for lesson in range(LESSONS):
+    for lesson in range(lessons):
         pairs = [pair for pair in problems(BATCH, lesson + 1000) if pair not in withheld]
         texts = [f"{a}+{b}={a + b}<end>" for a, b in pairs]
         batch = words(texts, return_tensors="pt", padding=True, padding_side="right")
@@ -107,16 +107,21 @@ def config_of(folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes a small model and sums of three kinds.")
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
+    parser.add_argument("--lessons", type=int, default=LESSONS)
+    parser.add_argument("--out", type=Path, help="write what was made as JSON")
+    options = parser.parse_args()
+    folder = options.folder
     pairs = problems(TRAIN + HELD_OUT, seed=0)
     words = tokenizer()
-    model = teach(words, set(pairs))
+    model = teach(words, set(pairs), options.lessons)
     model.save_pretrained(folder / "model")
     words.save_pretrained(folder / "model")
     (folder / "config.yaml").write_text(yaml.safe_dump(config_of(folder), sort_keys=False))
     for name, part in (("train", pairs[:TRAIN]), ("eval", pairs[TRAIN:])):
         lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) for a, b in part]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    if options.out:
+        options.out.write_text(json.dumps({"lessons": options.lessons}) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rlhf.kernels.token_stats import problem
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
-    if "gpu" in request.keywords:
+    if request.node.get_closest_marker("gpu"):
         yield
         return
     torch.use_deterministic_algorithms(True)

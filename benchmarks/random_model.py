@@ -1,0 +1,74 @@
+"""A model with random weights in the shape of a real one, for speed: what it says means nothing.
+
+The shapes of Qwen2.5-0.5B and -1.5B (their published configurations), and a tiny one that a CPU gets through.
+The tokenizer has a token a character, and fills the vocabulary with numbered ones.
+
+Run: `python -m benchmarks.random_model FOLDER --shape 0.5b`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+SHAPES = {
+    "tiny": {"hidden": 64, "inner": 192, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 512},
+    "0.5b": {"hidden": 896, "inner": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocabulary": 151936},
+    "1.5b": {"hidden": 1536, "inner": 8960, "layers": 28, "heads": 12, "kv_heads": 2, "vocabulary": 151936},
+}
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def tokenizer(size: int) -> PreTrainedTokenizerFast:
+    characters = [chr(code) for code in range(32, 127)]
+    words = ["<pad>", "<end>", *characters]
+    words += [f"<{number}>" for number in range(len(words), size)]
+    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    backend.decoder = decoders.Fuse()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def make(folder: Path, shape: str) -> None:
+    size = SHAPES[shape]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=size["vocabulary"],
+        hidden_size=size["hidden"],
+        intermediate_size=size["inner"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["kv_heads"],
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+        dtype="bfloat16",
+    )
+    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    tokenizer(size["vocabulary"]).save_pretrained(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes a model with random weights.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--out", type=Path, help="write what was made as JSON")
+    options = parser.parse_args()
+    make(options.folder, options.shape)
+    if options.out:
+        options.out.write_text(json.dumps({"shape": SHAPES[options.shape]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
