@@ -7,6 +7,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+# processes that run tests
+JOBS ?= 2
 # of pyproject.toml, several with spaces between:   make setup EXTRAS="vllm wandb"
 EXTRAS ?=
 # names the folder of a benchmark's results
@@ -26,7 +28,7 @@ quickstart: setup
 		model.path="$(SMALL_MODEL)" $(ARGS)
 
 test: setup $(VENV)/.dev $(VENV)/.tested-vllm
-	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest $(ARGS)
+	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # every kill point, damage and shortage, about ten minutes; `make test` has a few of each
 test-faults: setup $(VENV)/.dev
