@@ -256,7 +256,7 @@ def test_a_run_stops_when_too_many_fail_and_before_all_have() -> None:
 
 
 def test_the_stack_of_a_loop_is_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    with made("misbehave", max_failed_share=1.0, timeout=0.5) as rewards:
+    with made("misbehave", max_failed_share=1.0, timeout=TIMEOUT) as rewards:
         submit(rewards, ["loop"]).result()
     assert "failed on sample a.jsonl:1#0" in caplog.text
     assert "in loop" in caplog.text

@@ -140,7 +140,7 @@ def test_nobody_there_is_an_error_too() -> None:
 @pytest.mark.parametrize(("path", "kind"), [("slow", "timeout"), ("drop", "exception"), ("short", "wrong")])
 def test_a_run_outlives_its_service_or_says_who_it_was(service: Service, path: str, kind: str) -> None:
     params = {"url": service.url(path), "seconds": 30.0, "attempts": 2, "pause": 0.01}
-    with made_of("remote", params=params, timeout=0.7, max_failed_share=1.0) as rewards:
+    with made_of("remote", params=params, timeout=2.0, max_failed_share=1.0) as rewards:
         scoring = submit(rewards, ["abc"])
         if kind == "wrong":
             with pytest.raises(Exception, match="reward function remote must return 1 values"):
