@@ -46,7 +46,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, self.headers["Idempotency-Key"], sent))
         kind = self.path.removeprefix("/").removesuffix("/chat/completions")
         if kind == "slow" or (kind == "slow-once" and not seen):
-            time.sleep(1.5)
+            time.sleep(4.0 if kind == "slow" else 1.5)
         if kind == "drop" or (kind == "drop-once" and not seen):
             self.close_connection = True
             self.connection.close()
