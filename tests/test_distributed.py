@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import yaml
 
 from rlhf.distributed import World, derive_seed
-from tests.support import bandit_settings
+from tests.support import bandit_settings, metrics_of, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,20 +29,26 @@ def test_seeds_are_the_same_everywhere_and_differ_by_what_they_belong_to():
     assert all(0 <= s < 2**62 for s in seeds)
 
 
-def launch(folder: Path, settings: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+# the flag stands for several processes; where there is no GPU they are processes of the CPU
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2"]
+ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no"]
+
+
+def launch(folder: Path, settings: dict[str, Any], command: list[str]) -> list[dict[str, Any]]:
+    """The records of a run that `python -m command` starts."""
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     result = subprocess.run(
-        [*command, str(ROOT / "rlhf" / "train.py"), str(config)],
+        [sys.executable, "-m", *command, str(ROOT / "rlhf" / "train.py"), str(config)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
         env=clean_environment(),
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    return metrics_of(folder)
 
 
 def clean_environment() -> dict[str, str]:
@@ -53,9 +58,13 @@ def clean_environment() -> dict[str, str]:
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize("ahead", [0, 1])
-def test_two_ranks_learn_what_one_rank_learns(tmp_path: Path, tiny_model_dir: Path, ahead: int):
-    records: dict[int, list[dict[str, Any]]] = {}
+@pytest.mark.parametrize(
+    ("ahead", "command"), [(0, TORCHRUN), (1, ACCELERATE)], ids=["torchrun", "accelerate"]
+)
+def test_two_ranks_learn_what_one_rank_learns(
+    tmp_path: Path, tiny_model_dir: Path, ahead: int, command: list[str]
+):
+    records: list[list[dict[str, Any]]] = []
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)
         folder.mkdir()
@@ -63,9 +72,13 @@ def test_two_ranks_learn_what_one_rank_learns(tmp_path: Path, tiny_model_dir: Pa
             folder, tiny_model_dir, steps=4, algorithm={"name": "reinforce_pp"}, rollout={"ahead": ahead}
         )
         settings["algorithm"]["kl"] = {"coef": 0.01, "estimator": "k1", "placement": "reward"}
-        records[ranks] = launch(folder, settings, ranks)
-    assert len(records[1]) == len(records[2]) == 4
-    for one, two in zip(records[1], records[2], strict=True):
+        if ranks == 1:
+            train(settings)
+            records.append(metrics_of(folder))
+        else:
+            records.append(launch(folder, settings, command))
+    assert len(records[0]) == len(records[1]) == 4
+    for one, two in zip(*records, strict=True):
         for name in ("reward/mean", "length/mean", "entropy", "grad_norm", "loss/policy", "kl/ref"):
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=1e-5), name
         assert one["rollout/samples"] == two["rollout/samples"] == 64

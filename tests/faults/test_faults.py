@@ -22,7 +22,7 @@ BACKWARD = "torch.autograd:backward"
 
 @pytest.mark.multi
 def test_a_frozen_rank_is_named_by_the_one_that_waits_for_it(tmp_path: Path, tiny_model_dir: Path) -> None:
-    settings = settings_of(tmp_path, tiny_model_dir, distributed={"timeout": 20})
+    settings = settings_of(tmp_path, tiny_model_dir, distributed={"timeout": 30})
     fault = Fault(BACKWARD, 3, action="freeze", rank=1)
     waiting = launch(settings, tmp_path / "log", ranks=2, fault=fault)[0]
     assert waiting.code == 3, waiting.said
