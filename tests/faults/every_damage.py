@@ -111,7 +111,7 @@ def damaged_and_resumed(
 @pytest.mark.parametrize(
     ("where", "call", "phase"),
     [
-        ("rlhf.rollout.native:NativeEngine._decode", 40, "rollout"),
+        ("rlhf.collector:generate", 2, "rollout"),
         ("rlhf.rewards.scoring:Rewards.gather", 2, "reward"),
         ("torch.autograd:backward", 3, "learn"),
     ],

@@ -25,7 +25,7 @@ ALONE: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "experience": [("rlhf.experience:ExperienceBuilder.build", (0, 3))],
     "backward": [("torch.autograd:backward", (0, 3, 6, 9))],
     "optimizer": [
-        ("rlhf.optimizer:MasterAdamW.step", (0, 1, 7)),
+        ("rlhf.optimizer:MasterAdamW.apply", (0, 1, 7)),
         ("torch.optim:AdamW.step", (2, 5)),
         ("torch.nn.utils:clip_grads_with_norm_", (3, 8)),
     ],
