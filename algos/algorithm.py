@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlhf.algos import kl as estimators
 from rlhf.algos.advantage import Advantage
+from rlhf.algos.balance import Balance
 from rlhf.algos.critic import RAW, CriticLoss, RewardScaling
 from rlhf.algos.kl import AdaptiveKL
 from rlhf.algos.perception import Perception
@@ -151,6 +152,8 @@ class Algorithm:
     """What a completion weighs does not depend on the others of its group: it may come without them."""
     needs_prompt_value: bool = False
     """Rewards are compared with a frozen value of the prompt (`AdvantageInputs.prompt_values`)."""
+    balance: Balance | None = None
+    """When given, each prompt has a temperature of its own (`AdvantageInputs.balance`)."""
     silent_at_zero: bool = True
     """A token whose advantage is 0 has no policy gradient."""
 

@@ -13,14 +13,14 @@ The functions here turn scored sequences `[S]` into such weights; those in the t
 Differences from the papers and codes: 1. A-LoL's ratios are those of `rlhf.algos.ratio`, its clip CISPO's; 2.
 the reward baselines (R-LoL, weighted behaviour cloning, reward GOLD) take a negative reward for 0; 3. AWR's
 standardisation is over sequences, unbiased, and its weights have the mean 1 over the completions of an
-experience unless `normalize` is off; 4. AWR's advantage is that of the whole completion, where the paper has
-TD(lambda).
+experience unless `normalize` is off; 4. `awr` has the advantage of the whole completion, where the paper has
+TD(lambda); `awr_token` has that, and the critic learns along with the policy, not before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -30,12 +30,15 @@ from torch import Tensor
 from rlhf.algos import surrogate
 from rlhf.algos.advantage import Advantage, group_center, leave_one_out, to_tokens, whiten, without_penalty
 from rlhf.algos.algorithm import KL, NO_KL, Algorithm, Mismatch
+from rlhf.algos.balance import Balance
+from rlhf.algos.critic import CriticLoss
 from rlhf.algos.ratio import product_ratio, token_ratio
 from rlhf.algos.reduction import sequence_mean_token_sum, token_mean
 from rlhf.algos.weighted import awr_weights
 from rlhf.types import AdvantageInputs
 
 NO_MISMATCH = Mismatch("none")
+AWR_CRITIC = CriticLoss(lam=0.95, value_clip=None)
 
 Baseline = Literal["none", "group_mean", "leave_one_out", "prompt_value"]
 Compare = Callable[[AdvantageInputs], Tensor]
@@ -85,26 +88,58 @@ def best_of_group(compare: Compare) -> Advantage:
     return advantage
 
 
-def exponential(
-    compare: Compare, *, temperature: float, max_weight: float, standardize: bool, normalize: bool
-) -> Advantage:
-    """min(exp(A / temperature), max_weight) for all tokens of a sequence (AWR, arXiv:1910.00177 eq. 10).
+@dataclass(frozen=True, slots=True)
+class Exponential:
+    """min(exp(A / temperature), max_weight) (AWR, arXiv:1910.00177 eq. 10)."""
 
-    `standardize`: A minus its mean, divided by its standard deviation, over the sequences of all ranks first.
-    `normalize`: divided by the mean weight, which makes the learning rate independent of the temperature.
-    """
+    temperature: float
+    max_weight: float
+    standardize: bool
+    """A minus its mean, divided by its standard deviation, over what all ranks have, first."""
+    normalize: bool
+    """Divided by the mean weight, which makes the learning rate independent of the temperature."""
 
-    def advantage(inputs: AdvantageInputs) -> Tensor:
-        compared, known = compare(inputs), ~inputs.rewards.isnan()
-        if standardize:
-            compared = whiten(compared, known, all_sum=inputs.all_sum, eps=1e-10)
-        weights = awr_weights(compared, temperature=temperature, max_weight=max_weight)
-        weights = weights.masked_fill(~known, 0.0)
-        if normalize:
-            weights = weights / _mean(weights, known, inputs.all_sum)
-        return to_tokens(weights.to(inputs.rewards.dtype), inputs)
+    def __post_init__(self) -> None:
+        if self.temperature <= 0 or self.max_weight <= 0:
+            raise ValueError(
+                f"temperature and max_weight must be above 0, got {self.temperature}, {self.max_weight}"
+            )
 
-    return advantage
+    def by_sequence(self, compare: Compare) -> Advantage:
+        """One for all tokens of a sequence; `inputs.balance`, if given, multiplies the temperature."""
+        exponents = self.exponents(compare)
+
+        def advantage(inputs: AdvantageInputs) -> Tensor:
+            exponent = exponents(inputs)
+            if inputs.balance is not None:
+                exponent = exponent / inputs.balance
+            weights = self._weights(exponent, ~inputs.rewards.isnan(), inputs.all_sum)
+            return to_tokens(weights.to(inputs.rewards.dtype), inputs)
+
+        return advantage
+
+    def by_token(self, compare: Advantage) -> Advantage:
+        """For each token by its own A."""
+
+        def advantage(inputs: AdvantageInputs) -> Tensor:
+            exponent = self._exponent(compare(inputs), inputs.loss_mask, inputs.all_sum)
+            weights = self._weights(exponent, inputs.loss_mask, inputs.all_sum)
+            return weights.to(inputs.token_penalty.dtype)
+
+        return advantage
+
+    def exponents(self, compare: Compare) -> Compare:
+        """A / temperature of each sequence, A standardised if it is to be."""
+        return lambda inputs: self._exponent(compare(inputs), ~inputs.rewards.isnan(), inputs.all_sum)
+
+    def _exponent(self, compared: Tensor, known: Tensor, all_sum: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.standardize:
+            compared = whiten(compared, known, all_sum=all_sum, eps=1e-10)
+        return compared / self.temperature
+
+    def _weights(self, exponent: Tensor, known: Tensor, all_sum: Callable[[Tensor], Tensor]) -> Tensor:
+        weights = awr_weights(exponent, max_weight=self.max_weight).masked_fill(~known, 0.0)
+        return weights / _mean(weights, known, all_sum) if self.normalize else weights
 
 
 def _mean(x: Tensor, mask: Tensor, all_sum: Callable[[Tensor], Tensor]) -> Tensor:
@@ -202,14 +237,26 @@ def a_lol_kl(
 
 def awr(
     *, temperature: float = 1.0, max_weight: float = 20.0, baseline: Baseline = "leave_one_out",
-    standardize: bool = True, normalize: bool = True,
+    standardize: bool = True, normalize: bool = True, divergence: float | None = None,
     kl: KL = NO_KL, mismatch: Mismatch = NO_MISMATCH, entropy_coef: float = 0.0,
 ) -> Algorithm:
     """Advantage-weighted regression with a completion as one action, arXiv:1910.00177."""
-    weights = exponential(COMPARE[baseline], temperature=temperature, max_weight=max_weight,
-                          standardize=standardize, normalize=normalize)
-    return replace(sft(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef), advantage=weights,
-                   pointwise=baseline in POINTWISE, needs_prompt_value=baseline == "prompt_value")
+    weigh, compare = Exponential(temperature, max_weight, standardize, normalize), COMPARE[baseline]
+    base = sft(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, advantage=weigh.by_sequence(compare),
+                   pointwise=baseline in POINTWISE, needs_prompt_value=baseline == "prompt_value",
+                   balance=None if divergence is None else Balance(divergence, weigh.exponents(compare)))
+
+
+def awr_token(
+    *, temperature: float = 1.0, max_weight: float = 20.0, critic: CriticLoss = AWR_CRITIC,
+    standardize: bool = True, normalize: bool = True,
+    kl: KL = NO_KL, mismatch: Mismatch = NO_MISMATCH, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """Advantage-weighted regression with a token as an action and a critic, arXiv:1910.00177."""
+    weigh = Exponential(temperature, max_weight, standardize, normalize)
+    return replace(sft(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef),
+                   advantage=weigh.by_token(critic.advantages), critic=critic)
 
 
 # fmt: on
@@ -227,4 +274,5 @@ IMITATION: dict[str, Callable[..., Algorithm]] = {
     "a_lol_ref_free": a_lol_ref_free,
     "a_lol_kl": a_lol_kl,
     "awr": awr,
+    "awr_token": awr_token,
 }

@@ -1,8 +1,8 @@
 """Tandem: reinforcement learning for language models.
 
-    from rlhf import Trainer, load_config
+from rlhf import Trainer, load_config
 
-    Trainer(load_config("configs/quickstart.yaml", ["steps=5"])).run()
+Trainer(load_config("configs/quickstart.yaml", ["steps=5"])).run()
 """
 
 from typing import TYPE_CHECKING, Any

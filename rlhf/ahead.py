@@ -65,7 +65,7 @@ class Ahead(Stateful):
             self._everyones = _dealt(self._everyones, self.world.size)
         mine = self._everyones[self.world.rank]
         prompts = {p.id: p for p in self._prompts.prompts}
-        sampled = [_group_of(g, prompts) for g in mine["groups"]]
+        sampled = [group_of(g, prompts) for g in mine["groups"]]
         kept = [group for group, plain in zip(sampled, mine["groups"], strict=True) if plain["kept"]]
         collected = Collected(kept, sampled, mine["position"], metrics_from(mine["metrics"]))
         self._pending = Pending(collected=collected)
@@ -74,7 +74,7 @@ class Ahead(Stateful):
 def _batch_state(collected: Collected) -> dict[str, Any]:
     kept = {id(group) for group in collected.groups}
     return {
-        "groups": [_group_state(g) | {"kept": id(g) in kept} for g in collected.sampled],
+        "groups": [group_state(g) | {"kept": id(g) in kept} for g in collected.sampled],
         "position": collected.position,
         "metrics": metrics_state(collected.metrics),
     }
@@ -90,7 +90,7 @@ def _dealt(ranks: Sequence[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     ]
 
 
-def _group_state(group: Group) -> dict[str, Any]:
+def group_state(group: Group) -> dict[str, Any]:
     """What JSON can hold; the prompt by its id."""
     trajectories: list[dict[str, Any]] = []
     for t in group.trajectories:
@@ -101,8 +101,8 @@ def _group_state(group: Group) -> dict[str, Any]:
     return {"prompt": group.prompt.id, "draw": group.draw, "trajectories": trajectories}
 
 
-def _group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
-    """Inverse of `_group_state`."""
+def group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
+    """Inverse of `group_state`."""
     trajectories: list[Trajectory] = []
     for plain in state["trajectories"]:
         values: dict[str, Any] = {

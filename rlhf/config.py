@@ -16,16 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import (
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
 from rlhf.lora_config import LoraConfig
+from rlhf.origin import DataConfig, PromptValueConfig, ReplayConfig, check_origin
 from rlhf.perception_config import PerceptionConfig
 from rlhf.reward_config import RewardConfig
 from rlhf.settings import (
@@ -56,21 +52,6 @@ class ModelConfig(Section):
     """Compute activations again in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
     """Train a LoRA adapter only; the reference is then the model with its adapter switched off."""
-
-
-class DataConfig(Section):
-    train: str
-    """jsonl or parquet file, a `datasets` folder, or `gym:TASK?setting=value` of reasoning-gym."""
-    eval: str | None = None
-    """Held-out prompts, in any of these forms; without them nothing is evaluated."""
-    prompt_column: str = "prompt"
-    """Holds plain text, or a list of chat messages; the other columns are given to rewards."""
-    image_column: str | None = "images"
-    """Where pictures stand that are not in the messages themselves (docs/papo.md); it may be missing."""
-    max_prompt_tokens: Positive = 1024
-    """Longest prompt that is taken, chat template included."""
-    long_prompts: Literal["refuse", "skip"] = "refuse"
-    """What to do with longer ones: refuse the run, or leave them out and count them."""
 
 
 class VLLMConfig(Section):
@@ -262,11 +243,13 @@ class Config(Section):
     """Of everything drawn at random."""
     model: ModelConfig
     data: DataConfig
-    reward: RewardConfig
+    reward: RewardConfig = RewardConfig()
     algorithm: dict[str, Any]
     """`name` (a key of `ALGORITHMS`, or `path/file.py:function`) and that function's keyword arguments."""
     rollout: RolloutConfig = RolloutConfig()
     budget: BudgetConfig = BudgetConfig()
+    prompt_value: PromptValueConfig = PromptValueConfig()
+    replay: ReplayConfig = ReplayConfig()
     learner: LearnerConfig = LearnerConfig()
     critic: CriticConfig = CriticConfig()
     perception: PerceptionConfig = PerceptionConfig()
@@ -299,6 +282,7 @@ class Config(Section):
         rollout, learner, budget = self.rollout, self.learner, self.budget
         settings = resolve_algorithm(self.algorithm, max_tokens=rollout.max_completion_tokens)
         object.__setattr__(self, "algorithm", settings)
+        check_origin(self, self.build_algorithm())
         longest = self.data.max_prompt_tokens + rollout.max_completion_tokens
         if learner.microbatch_tokens < longest:
             raise ValueError(

@@ -94,18 +94,10 @@ def load_prompts(
     to write them, for pictures that cannot be read or that the model cannot see, and for prompts longer than
     `max_prompt_tokens` unless they are to be skipped.
     """
-    path = Path(path)
-    tokenize = partial(_tokenize, tokenizer=tokenizer)
-    if processor is not None:
-        folder = path.parent if path.is_file() else path
-        tokenize = partial(_tokenize_with_pictures, tokenizer=tokenizer, processor=processor, folder=folder)
-    prompts: list[Prompt] = []
-    too_long: list[Prompt] = []
-    columns: tuple[str, ...] = ()
-    rows = _checked_rows(path, prompt_column)
-    while some := list(islice(rows, TOKENIZE_AT_ONCE)):
-        columns = _others(some[0], prompt_column, image_column)
-        for prompt in tokenize(some, prompt_column=prompt_column, image_column=image_column):
+    path, prompts, too_long, columns = Path(path), list[Prompt](), list[Prompt](), tuple[str, ...]()
+    for rows, found in tokenized(path, tokenizer, prompt_column, image_column, processor):
+        columns = columns or _others(rows[0], prompt_column, image_column)
+        for prompt in found:
             (too_long if len(prompt.token_ids) > max_prompt_tokens else prompts).append(prompt)
     if too_long and (long_prompts == "refuse" or not prompts):
         raise ValueError(
@@ -117,6 +109,23 @@ def load_prompts(
     return PromptDataset(tuple(prompts), columns, skipped=len(too_long), source=path)
 
 
+def tokenized(
+    path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_column: str,
+    image_column: str | None,
+    processor: Processor | None,
+) -> Iterator[tuple[list[Row], list[Prompt]]]:
+    """Checked lines and their prompts, some at a time. Raises ValueError as `load_prompts` does."""
+    tokenize = partial(_tokenize, tokenizer=tokenizer)
+    if processor is not None:
+        folder = path.parent if path.is_file() else path
+        tokenize = partial(_tokenize_with_pictures, tokenizer=tokenizer, processor=processor, folder=folder)
+    rows = _checked_rows(path, prompt_column)
+    while some := list(islice(rows, TOKENIZE_AT_ONCE)):
+        yield some, list(tokenize(some, prompt_column=prompt_column, image_column=image_column))
+
+
 def inspect_prompts(path: str | Path, prompt_column: str = "prompt") -> Inspection:
     """Checks every line of a dataset without a tokenizer.
 
@@ -124,12 +133,10 @@ def inspect_prompts(path: str | Path, prompt_column: str = "prompt") -> Inspecti
     object, the prompt column is missing (its nearest neighbour is named), a prompt is empty or neither text
     nor chat messages, or a line has other columns than the first one.
     """
-    first: list[Row] = []
-    count = 0
+    first, count = list[Row](), 0
     for row in _checked_rows(Path(path), prompt_column):
         count += 1
-        if len(first) < 3:
-            first.append(row)
+        first = first if len(first) == 3 else [*first, row]
     return Inspection(_others(first[0], prompt_column), count, tuple(first))
 
 
@@ -245,7 +252,7 @@ def _checked_rows(path: Path, prompt_column: str) -> Iterator[Row]:
         if prompt_column not in row.columns:
             near = difflib.get_close_matches(prompt_column, row.columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{row.where}: no column {prompt_column!r} among {_names(row.columns)}{hint}")
+            raise ValueError(f"{row.where}: no column {prompt_column!r} among {quoted(row.columns)}{hint}")
         problem = _problem_of(row.columns[prompt_column])
         if problem:
             raise ValueError(f"{row.where}: column {prompt_column!r} {problem}")
@@ -253,8 +260,8 @@ def _checked_rows(path: Path, prompt_column: str) -> Iterator[Row]:
         if row.columns.keys() != first.columns.keys():
             odd = sorted(row.columns.keys() ^ first.columns.keys())
             raise ValueError(
-                f"{row.where}: has the columns {_names(row.columns)}, but {first.where} has "
-                f"{_names(first.columns)}; every line needs the same ones, {_names(odd)} differ"
+                f"{row.where}: has the columns {quoted(row.columns)}, but {first.where} has "
+                f"{quoted(first.columns)}; every line needs the same ones, {quoted(odd)} differ"
             )
         yield row
     if first is None:
@@ -388,5 +395,5 @@ def _entries(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
 
 
-def _names(columns: Iterable[str]) -> str:
+def quoted(columns: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in columns) or "none at all"

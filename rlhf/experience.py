@@ -42,15 +42,16 @@ class ExperienceBuilder:
         advantage_clip: float | None = None,
         objective_weights: Callable[[], Mapping[str, float]] = dict,
         prompt_values: Mapping[str, float] | None = None,
+        balance: Mapping[str, float] | None = None,
         critic: Critic | None = None,
         is_right: Callable[[Trajectory], bool] | None = None,
         looking: Looking | None = None,
     ) -> None:
         """`objective_weights` of the reward functions; an objective not among them has weight 1.
 
-        `prompt_values` by the prompt's id, when the algorithm compares rewards with them. `critic`: of an
-        algorithm that has one. `is_right`: for one that imitates right completions. `looking`: for one with a
-        perception term.
+        `prompt_values` and `balance` by the prompt's id, when the algorithm has a use for them. `critic`: of
+        an algorithm that has one. `is_right`: for one that imitates right completions. `looking`: for one
+        with a perception term.
         """
         assert (looking is None) == (algorithm.perception is None)
         self.looking = looking
@@ -60,12 +61,14 @@ class ExperienceBuilder:
         self.scaler = RewardScaler(algorithm.reward_scaling, world.all_sum)
         assert reference is not None or not algorithm.needs_reference
         assert prompt_values is not None or not algorithm.needs_prompt_value
+        assert balance is not None or algorithm.balance is None
         self.policy, self.reference, self.algorithm, self.world = policy, reference, algorithm, world
         self.temperature, self.microbatch_tokens = temperature, microbatch_tokens
         self.kl_in_reward = algorithm.kl.coef > 0 and algorithm.kl.placement == "reward"
         self.keep_old = keep_old or self.kl_in_reward
         self.advantage_clip, self.objective_weights = advantage_clip, objective_weights
-        self.prompt_values = prompt_values
+        self.prompt_values = prompt_values if algorithm.needs_prompt_value else None
+        self.balance = None if algorithm.balance is None else balance
 
     def build(
         self,
@@ -118,7 +121,17 @@ class ExperienceBuilder:
         return replace(experience, advantages=advantages)
 
     def weights(self, groups: Sequence[Group]) -> list[float]:
-        """The largest advantage of each trajectory, all of them one batch; 0 for one that has no reward.
+        """The largest advantage of each trajectory, all of them one batch; 0 for one that has no reward."""
+        inputs = self.scores(groups)
+        advantages = self.algorithm.advantage(inputs).masked_fill(~inputs.loss_mask, -torch.inf)
+        largest = torch.full_like(inputs.rewards, -torch.inf, dtype=advantages.dtype).scatter_reduce(
+            0, inputs.sequence, advantages, "amax"
+        )
+        found = iter(numbers(largest))
+        return [next(found) if is_learnable(t) else 0.0 for g in groups for t in g.trajectories]
+
+    def scores(self, groups: Sequence[Group]) -> AdvantageInputs:
+        """What advantages are made of, for those that can be learned from, as one batch.
 
         No model is asked: a KL in the reward, which needs one, is left out.
         """
@@ -128,13 +141,7 @@ class ExperienceBuilder:
             device=self.world.device,
             drop_truncated=self.algorithm.drop_truncated,
         )
-        inputs = self._scores(learnable, experience, torch.zeros_like(experience.rollout_logprobs))
-        advantages = self.algorithm.advantage(inputs).masked_fill(~experience.loss_mask, -torch.inf)
-        largest = torch.full_like(inputs.rewards, -torch.inf, dtype=advantages.dtype).scatter_reduce(
-            0, experience.sequence, advantages, "amax"
-        )
-        found = iter(numbers(largest))
-        return [next(found) if is_learnable(t) else 0.0 for g in groups for t in g.trajectories]
+        return self._scores(learnable, experience, torch.zeros_like(experience.rollout_logprobs))
 
     @torch.no_grad()
     def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:
@@ -190,7 +197,13 @@ class ExperienceBuilder:
         rewards = [self.algorithm.shape_reward(_reward(t), sum(t.loss_mask)) for t in trajectories]
         objectives = [[t.objectives.get(name, float("nan")) for name in names] for t in trajectories]
         weights, device = self.objective_weights(), self.world.device
-        known = self.prompt_values if self.algorithm.needs_prompt_value else None
+
+        def of_prompts(known: Mapping[str, float] | None) -> Tensor | None:
+            # empty as long as they are being learned
+            if not known:
+                return None
+            return torch.tensor([known[g.prompt.id] for g in groups for _ in g.trajectories], device=device)
+
         return AdvantageInputs(
             rewards=self.scaler(torch.tensor(rewards, dtype=torch.float32, device=device)),
             objectives=torch.tensor(objectives, dtype=torch.float32, device=device).view(
@@ -201,9 +214,8 @@ class ExperienceBuilder:
             token_penalty=penalty,
             sequence=experience.sequence,
             loss_mask=experience.loss_mask,
-            prompt_values=None
-            if known is None
-            else torch.tensor([known[g.prompt.id] for g in groups for _ in g.trajectories], device=device),
+            prompt_values=of_prompts(self.prompt_values),
+            balance=of_prompts(self.balance),
             all_sum=self.world.all_sum,
         )
 

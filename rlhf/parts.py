@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -14,10 +16,12 @@ from rlhf.config import Config
 from rlhf.constraints import Constraints
 from rlhf.critic import Critic, critic_section
 from rlhf.distributed import World
+from rlhf.engine_on_demand import EngineOnDemand, SyncOnDemand
 from rlhf.experience import ExperienceBuilder
 from rlhf.hacking import HackingWatch
 from rlhf.learner import Learner
 from rlhf.looking import Looking
+from rlhf.offline_collector import Collects
 from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy, WithoutAdapter
 from rlhf.preflight import Inputs
@@ -26,9 +30,10 @@ from rlhf.pretraining import Pretraining
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.factory import make_engine
 from rlhf.sharding import Sharding
+from rlhf.sources import Sources
 from rlhf.state import Cursor, KLCoefficient, Stateful
 from rlhf.vision import Vision
-from rlhf.weights import WeightSync
+from rlhf.weights import Sync, WeightSync
 
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
 
@@ -40,17 +45,19 @@ class Parts:
     sampler: Sampler
     budgets: Budgets
     constraints: Constraints
-    collector: Collector
+    collector: Collects
     ahead: Ahead
     experience: ExperienceBuilder
     learner: Learner
-    sync: WeightSync
+    sync: Sync
     cursor: Cursor
     kl: KLCoefficient
     buffer: Buffer
     hacking: HackingWatch
     stateful: dict[str, Stateful]
     """What a checkpoint holds, by name."""
+    preparations: list[Callable[[], str]]
+    """What is done once, before the first step; each says what came out."""
 
 
 def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
@@ -64,12 +71,13 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
             trunk.checkpoint_activations()
     budgets = Budgets(config.budget, config.reward, config.rollout.group_size, world)
     constraints = Constraints(config.reward.constraints, inputs.rewards, world)
-    engine, sampler = _rollout(config, inputs, policy)
-    experience, learner = _learning(config, inputs, world, (policy, reference, critic), optimizer)
     hacking = HackingWatch(config.perception)
-    tolerance = config.rollout.sync_tolerance or TOLERANCE[config.model.dtype]
+    engine, sync, sampler = _rollout(config, inputs, policy)
+    sources = Sources(config, inputs, world, reference or policy, sampler)
+    experience, learner = _learning(config, inputs, world, (policy, reference, critic), optimizer, sources)
+    rollouts = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
+    collector = sources.collector(rollouts, experience)
     cursor, kl, buffer = Cursor(), KLCoefficient(inputs.algorithm.kl), Buffer()
-    collector = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
     ahead = Ahead(inputs.train, world, config.rollout.ahead)
     stateful: dict[str, Stateful] = {
         "cursor": cursor,
@@ -82,6 +90,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         "buffer": buffer,
         "ahead": ahead,
         "hacking": hacking,
+        **sources.stateful,
     }
     return Parts(
         policy=policy,
@@ -93,12 +102,13 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
         ahead=ahead,
         experience=experience,
         learner=learner,
-        sync=WeightSync(policy, inputs.train[0], config.rollout, tolerance=tolerance),
+        sync=sync,
         cursor=cursor,
         kl=kl,
         buffer=buffer,
         hacking=hacking,
         stateful=stateful if critic is None else stateful | {"critic": critic},
+        preparations=sources.preparations,
     )
 
 
@@ -150,11 +160,14 @@ def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, pol
     return Critic.on_own_trunk(path, device, _dtype(config), section, config.steps)
 
 
-def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEngine, Sampler]:
+def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEngine, Sync, Sampler]:
     section = config.rollout
     policy.merge()
     eyes = None if inputs.processor is None else Vision(policy.rollout_model, inputs.processor)
-    engine = make_engine(
+    tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
+    sync = WeightSync(policy, inputs.train[0], section, tolerance=tolerance)
+    start = partial(
+        make_engine,
         section.engine,
         policy.rollout_model,
         eos_token_ids=inputs.eos_token_ids,
@@ -163,7 +176,10 @@ def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEng
         vllm_args=section.vllm.args,
         eyes=eyes,
     )
-    return engine, Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed)
+    on_demand = config.data.mode == "offline"
+    engine = EngineOnDemand(start, sync) if on_demand else start()
+    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed)
+    return engine, SyncOnDemand(sync) if on_demand else sync, sampler
 
 
 def _learning(
@@ -172,6 +188,7 @@ def _learning(
     world: World,
     models: tuple[Policy, Policy | None, Critic | None],
     optimizer: MasterAdamW,
+    sources: Sources,
 ) -> tuple[ExperienceBuilder, Learner]:
     policy, reference, critic = models
     algorithm, section, temperature = inputs.algorithm, config.learner, config.rollout.temperature
@@ -189,6 +206,8 @@ def _learning(
         critic=critic,
         is_right=lambda trajectory: is_right(trajectory, config.reward),
         looking=looking,
+        prompt_values=sources.prompt_values,
+        balance=sources.balance,
     )
     learner = Learner(
         policy,

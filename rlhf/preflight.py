@@ -21,6 +21,7 @@ from rlhf.config import Config
 from rlhf.data import PromptDataset, load_prompts
 from rlhf.distributed import this_device
 from rlhf.estimate import Machine, estimate
+from rlhf.offline import OfflineDataset, load_offline
 from rlhf.plugins import load_plugin
 from rlhf.pretrained import (
     check_writes_text,
@@ -53,6 +54,8 @@ class Inputs:
     """What `ptx` mixes in."""
     processor: Processor | None = None
     """Of a model that can see."""
+    offline: OfflineDataset | None = None
+    """The completions that `train`'s prompts come with, when they are learned from."""
 
 
 def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
@@ -81,10 +84,10 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     _check_lengths(config, model)
     _check_weights(config, model)
     processor = load_processor(config.model.path, tokenizer)
-    train = _prompts(config, config.data.train, tokenizer, processor)
-    held_out = None
-    if config.data.eval is not None:
-        held_out = _prompts(config, config.data.eval, tokenizer, processor)
+    ends = _eos_token_ids(config, tokenizer)
+    offline = None if config.data.mode == "online" else _offline(config, tokenizer, processor, ends)
+    train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
+    held_out = None if config.data.eval is None else _prompts(config, config.data.eval, tokenizer, processor)
     _check_pictures(config, algorithm, train)
     texts = ()
     if config.ptx.path is not None:
@@ -95,8 +98,24 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             rewards.check_columns(held_out.columns)
         except ValueError as error:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
-    ends = _eos_token_ids(config, tokenizer)
-    return Inputs(tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor)
+    return Inputs(tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor, offline)
+
+
+def _offline(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor | None,
+    eos_token_ids: tuple[int, ...],
+) -> OfflineDataset:
+    eos = tokenizer.eos_token_id
+    return load_offline(
+        Path(config.data.train).expanduser(),
+        tokenizer,
+        config.data,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        eos_token_id=eos if isinstance(eos, int) else eos_token_ids[0],
+        processor=processor,
+    )
 
 
 def _check_installed(config: Config) -> None:
@@ -128,6 +147,11 @@ def _check_pictures(config: Config, algorithm: Algorithm, train: PromptDataset) 
     if config.distributed.mode == "sharded":
         raise ConfigError(
             "prompts have pictures, and models that see are not sharded: take distributed.mode=replicated"
+        )
+    if algorithm.needs_prompt_value or algorithm.balance is not None:
+        raise ConfigError(
+            f"prompts have pictures, and what {config.algorithm['name']} learns of a prompt, it learns from "
+            "text alone; take awr with a baseline of the group"
         )
     if algorithm.critic is not None and config.critic.trunk == "own":
         raise ConfigError(
@@ -223,11 +247,7 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         "none" if inputs.eval is None else f"{len(inputs.eval)} prompts x {config.eval.samples} samples"
     )
     yield f"held out     {held_out}"
-    yield f"rewards      {', '.join(f'{f.path} x {f.weight:g}' for f in config.reward.functions)}"
-    yield (
-        f"a step       {rollout.prompts_per_step} prompts x {rollout.group_size} = {samples} completions of "
-        f"at most {rollout.max_completion_tokens} tokens on {world_size} rank(s)"
-    )
+    yield from _describe_completions(config, inputs, world_size)
     updates = learner.epochs * learner.minibatches
     yield (
         f"updates      {learner.epochs} epoch(s) x {learner.minibatches} minibatch(es) = {updates} a step, "
@@ -279,6 +299,29 @@ def _machine(config: Config, world_size: int) -> Machine:
     return Machine.measured(this_device(), dtype, ranks_here=ranks_here)
 
 
+def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> Iterator[str]:
+    """Where a step's completions come from, and what gives them a reward."""
+    rollout, data, offline = config.rollout, config.data, inputs.offline
+    given = offline is not None and data.reward_column is not None
+    functions = [f"{f.path} x {f.weight:g}" for f in config.reward.functions]
+    yield f"rewards      {', '.join([f'column {data.reward_column} of the data'] * given + functions)}"
+    samples = rollout.prompts_per_step * rollout.group_size
+    drawn = f"{rollout.prompts_per_step} prompts x {rollout.group_size} = {samples} completions"
+    sampled = f"{drawn} of at most {rollout.max_completion_tokens} tokens on {world_size} rank(s)"
+    if offline is None:
+        yield f"a step       {sampled}"
+        return
+    yield f"completions  {offline.num_completions} in the data, {offline.skipped} skipped as too long"
+    groups = f"{rollout.prompts_per_step} prompts with all their completions"
+    first = groups if data.sampling == "groups" else f"{samples} completions, drawn as {data.sampling}"
+    if data.mode == "offline":
+        yield f"a step       {first}, from the data"
+        return
+    if data.offline_steps:
+        yield f"steps 1 to {data.offline_steps:<3}{first}, from the data"
+    yield f"then         {sampled}" + (", and the data's of the same prompts" if data.mix else "")
+
+
 def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     """What is allowed and hardly ever meant."""
     yield from inputs.algorithm.cautions
@@ -289,6 +332,9 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
             f"a step draws {config.rollout.prompts_per_step} prompts, but the data has {len(inputs.train)}: "
             "some are drawn twice"
         )
+    if inputs.offline is not None and inputs.offline.splitting:
+        columns = ", ".join(inputs.offline.splitting)
+        yield f"completions of one prompt are not compared where they differ in the columns {columns}"
     if inputs.train.skipped > len(inputs.train):
         left = len(inputs.train)
         yield f"{inputs.train.skipped} prompts are skipped as too long, more than are left ({left})"

@@ -59,8 +59,8 @@ class ConstraintConfig(Section):
 
 
 class RewardConfig(Section):
-    functions: tuple[RewardFunction, ...] = Field(min_length=1)
-    """Their numbers, each times its `weight`, add up to the reward."""
+    functions: tuple[RewardFunction, ...] = ()
+    """Their numbers, each times its `weight`, add up to the reward. Data that has its rewards needs none."""
     constraints: tuple[ConstraintConfig, ...] = ()
     """Objectives whose mean must keep to a bound."""
     max_failed_share: Share = 0.1

@@ -101,9 +101,7 @@ class Trainer:
         groups, age = parts.ahead.fresh(collected.groups, version=hooks.step)
         section, seed = self.config.learner, self.config.seed
         dealt, numbers = deal(groups, self.world, section, seed=seed, step=hooks.step)
-        experience = parts.experience.build(
-            dealt, kl_coef=parts.kl.value, step=hooks.step, numbers=numbers
-        )
+        experience = parts.experience.build(dealt, kl_coef=parts.kl.value, step=hooks.step, numbers=numbers)
         cursor.position = collected.position
         parts.ahead.next(pending)
         self.monitor.samples(hooks.step + 1, dealt, experience)
@@ -130,6 +128,8 @@ class Trainer:
         config, cursor = self.config, self.parts.cursor
         if cursor.steps_done == 0:
             self.parts.sync.push(self.parts.engine, version=0)
+        self._prepare()
+        if cursor.steps_done == 0:
             self._evaluate()
         while cursor.steps_done < config.steps and not self.parts.hacking.stops:
             started = time.monotonic()
@@ -154,6 +154,12 @@ class Trainer:
         """The other ranks are told, and an exception finds it here."""
         self.place = phase if self._cursor is None else f"{phase}, step {self._cursor.steps_done + 1}"
         self.world.at(self.place)
+
+    def _prepare(self) -> None:
+        with self.monitor.phase("prepare"):
+            for prepare in self.parts.preparations:
+                self.interrupt.check()
+                self.monitor.note(prepare())
 
     def _evaluate(self) -> None:
         held_out, step = self.inputs.eval, self.parts.cursor.steps_done

@@ -22,6 +22,11 @@ def numbers(tensor: Tensor) -> list[float]:
     return _torch.Tensor.tolist(tensor)
 
 
+def pieces(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """Consecutive parts of a tensor's first axis."""
+    return list(_torch.Tensor.split(tensor, list(sizes)))
+
+
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copies each source into its target, whatever their types, in a few kernels for all of them."""
     _torch._foreach_copy_(list(targets), list(sources))
@@ -43,8 +48,11 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def seeded(seed: int) -> Generator[None]:
-    """The host's generator starts from `seed`, and goes on afterwards as if nothing had been drawn."""
-    with _torch.random.fork_rng(devices=[]):
+def seeded(seed: int, device: torch.device | None = None) -> Generator[None]:
+    """The host's generator, and that of a GPU if it is given, starts from `seed` in here.
+
+    Afterwards it goes on as if nothing had been drawn.
+    """
+    with _torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         _torch.manual_seed(seed)
         yield

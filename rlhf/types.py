@@ -276,6 +276,8 @@ class AdvantageInputs:
     values: Tensor | None = None
     prompt_values: Tensor | None = None
     """`[S]`: the frozen value of each sequence's prompt, when the algorithm asks for it."""
+    balance: Tensor | None = None
+    """`[S]`: the factor of its prompt's temperature, when the algorithm asks for it."""
     all_sum: Callable[[Tensor], Tensor] = lambda t: t
 
 

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,13 @@ class Reading:
     difference: float
     engine: Tensor
     packed: Packed
+
+
+@runtime_checkable
+class Sync(Protocol):
+    """Hands the learner's weights to an engine."""
+
+    def push(self, engine: RolloutEngine, version: int) -> SyncReport: ...
 
 
 class WeightSync:

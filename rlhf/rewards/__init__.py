@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf.rewards.plugin import RewardSpec, load_reward
     from rlhf.rewards.pool import RewardError
-    from rlhf.rewards.scoring import Rewards, Scoring
+    from rlhf.rewards.scoring import Rewards, Scoring, reward_metrics
 
 HOME = {
     "RewardError": "rlhf.rewards.pool",
@@ -19,9 +19,10 @@ HOME = {
     "Rewards": "rlhf.rewards.scoring",
     "Scoring": "rlhf.rewards.scoring",
     "load_reward": "rlhf.rewards.plugin",
+    "reward_metrics": "rlhf.rewards.scoring",
 }
 
-__all__ = ["RewardError", "RewardSpec", "Rewards", "Scoring", "load_reward"]
+__all__ = ["RewardError", "RewardSpec", "Rewards", "Scoring", "load_reward", "reward_metrics"]
 
 
 def __getattr__(name: str) -> Any:

@@ -174,7 +174,7 @@ class Rewards:
             with self._changed:
                 self._failed = [0] * len(self.pools)
                 self._given_up = None
-        return groups, _metrics(groups) | self._timings(scorings)
+        return groups, reward_metrics(groups) | self._timings(scorings)
 
     def _calls(self, scoring: Scoring, number: int, trainer_state: Mapping[str, Any]) -> list[Call]:
         pool, batch, wanted = self.pools[number], scoring.batch, scoring.verdicts[number].to_score
@@ -334,7 +334,7 @@ def _log(name: str, sample: str, failure: Failure) -> None:
     )
 
 
-def _metrics(groups: Sequence[Group]) -> Metrics:
+def reward_metrics(groups: Sequence[Group]) -> Metrics:
     """`reward/std` is the mean over groups of the standard deviation within the group."""
     samples = [trajectory for group in groups for trajectory in group.trajectories]
     if not samples:

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.balance import Balance, factor_of
+from rlhf.algos.critic import CriticLoss
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.weighted import a_lol, awr
 from rlhf.types import AdvantageInputs, Counts, LossInputs
@@ -206,7 +208,69 @@ def test_and_only_if_it_is_better_than_what_the_prompt_is_worth():
     assert not algorithm.pointwise
 
 
-@pytest.mark.parametrize("name", [name for name in IMITATION if name != "sft"])
+def test_weights_of_tokens_are_those_of_their_own_advantages():
+    # gamma 1 and lambda 1: the reward, 2, less the value of each token; the mask hides the third one
+    inputs = AdvantageInputs(
+        rewards=f64(2.0),
+        objectives=f64(2.0)[:, None],
+        objective_weights=torch.ones(1),
+        group=torch.tensor([0]),
+        token_penalty=torch.zeros(4, dtype=torch.float64),
+        sequence=torch.zeros(4, dtype=torch.long),
+        loss_mask=torch.tensor([True, True, False, True]),
+        values=f64(1.0, 2.0, torch.nan, 4.0),
+    )
+    critic = CriticLoss(lam=1.0, value_clip=None)
+    plain = IMITATION["awr_token"](critic=critic, standardize=False, normalize=False)
+    expected = f64(1.0, 0.0, -torch.inf, -2.0).exp()
+    torch.testing.assert_close(plain.advantage(inputs), expected)
+    shares = IMITATION["awr_token"](critic=critic, standardize=False).advantage(inputs)
+    torch.testing.assert_close(shares, expected / (expected.sum() / 3))
+    standard = IMITATION["awr_token"](critic=critic, normalize=False).advantage(inputs)
+    deviation = f64(1.0, 0.0, -2.0).std()
+    torch.testing.assert_close(standard[0], ((1 + 1 / 3) / deviation).exp())
+    assert plain.critic is critic
+    assert plain.imitates and not plain.needs_reference
+
+
+@given(
+    exponents=st.lists(st.floats(-3, 3), min_size=2, max_size=6),
+    share=st.floats(0.05, 0.95),
+    divergence=st.floats(0.05, 2.0),
+)
+def test_the_dual_falls_until_the_weights_differ_by_the_divergence(
+    exponents: list[float], share: float, divergence: float
+):
+    """Its slope in the factor is divergence - KL(w || equal weights), w ~ exp(A / factor)."""
+    balance = Balance(divergence, lambda inputs: inputs.rewards)
+    factor = factor_of(f64(share)).requires_grad_()
+    # a group of another size beside it, padded
+    rows = torch.cat([f64(*exponents), f64(torch.nan)])[None]
+    there = torch.tensor([[True] * len(exponents) + [False]])
+    slope = torch.autograd.grad(balance.dual(factor, rows, there).sum(), factor)[0]
+    weights = (f64(*exponents) / factor.detach()).softmax(0)
+    divergence_of_weights = (weights * (weights * len(weights)).log()).sum()
+    torch.testing.assert_close(slope[0], divergence - divergence_of_weights)
+
+
+def test_a_balance_multiplies_the_temperature_of_its_prompt():
+    settings: dict[str, Any] = {"baseline": "none", "standardize": False, "normalize": False}
+    algorithm = IMITATION["awr"](divergence=0.5, **settings)
+    inputs = replace(scores(f64(0, 1, 0, 1), [0, 0, 1, 1]), balance=f64(0.5, 0.5, 4.0, 4.0))
+    torch.testing.assert_close(algorithm.advantage(inputs), f64(0, 2, 0, 0.25).exp())
+    assert algorithm.balance is not None
+    torch.testing.assert_close(algorithm.balance.exponents(inputs), f64(0, 1, 0, 1))
+    torch.testing.assert_close(factor_of(f64(0, 0.5, 1)), f64(0.1, 1, 10))
+    assert IMITATION["awr"](**settings).balance is None
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"max_weight": -1.0}, {"divergence": 0.0}])
+def test_settings_of_awr_are_above_zero(settings: dict[str, float]):
+    with pytest.raises(ValueError, match="above 0"):
+        IMITATION["awr"](**settings)
+
+
+@pytest.mark.parametrize("name", [name for name in IMITATION if name not in ("sft", "awr_token")])
 def test_a_completion_without_a_reward_weighs_nothing(name: str):
     got = IMITATION[name]().advantage(scores(f64(1.0, torch.nan, 0.5), [0, 0, 0], f64(0.2, 0.2, 0.2)))
     assert got[1].item() == 0.0
