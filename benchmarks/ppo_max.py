@@ -99,6 +99,21 @@ def summary(arm: str, seed: int, steps: Records, evaluations: Records) -> dict[s
     }
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The page's table: means of the first and the last few steps; held-out share before and after."""
+    lines = [
+        "| | true score | reward model | length | KL at the end, highest | held-out answers right |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        first, last = row["first"], row["last"]
+        moved = [f"{first[name]:.2f} → {last[name]:.2f}" for name in CURVES if name != "kl/ref"]
+        held_out = [f"{share:.2f}" for share in row["held_out_right"]]
+        cells = [*moved, f"{last['kl/ref']:.3f}, {row['kl_max']:.3f}", f"{held_out[0]} → {held_out[-1]}"]
+        lines.append(f"| {ARMS[row['arm']]}, seed {row['seed']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def draw(runs: dict[tuple[str, int], Records], target: float, file: Path) -> None:
     """Thin: single seeds; thick: their mean, where there are several."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained")
@@ -164,6 +179,7 @@ def main() -> None:
             runs[arm, seed] = steps
             rows.append(summary(arm, seed, steps, evaluations))
             print(json.dumps({k: v for k, v in rows[-1].items() if k != "by_step"}), flush=True)  # noqa: T201
+    print(table(rows))  # noqa: T201
     target = yaml.safe_load((ROOT / "configs" / "ppo_max.yaml").read_text())["algorithm"]["kl"]["target"]
     report = {
         "command": "python -m benchmarks.ppo_max " + " ".join(sys.argv[1:]),
