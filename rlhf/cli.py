@@ -6,11 +6,9 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterable, Sequence
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 from rlhf.config import Config
-from rlhf.distributed import world_size
 from rlhf.reward_model_config import RewardModelConfig
 from rlhf.tasks import load_task
 
@@ -38,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_task(options.config, options.overrides)
         if options.command == "check":
-            _check(config, options.ranks or world_size())
+            from rlhf.commands.check import run_check
+
+            for line in run_check(config, ranks=options.ranks, every_setting=options.settings):
+                sys.stdout.write(line + "\n")
             return 0
         trainer = _trainer(config)
     except ValueError as error:
@@ -56,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=summary, description=summary)
         command.add_argument("config", help="a YAML file, see configs/")
         if name == "check":
+            command.add_argument("--settings", action="store_true", help="show every setting in force too")
             command.add_argument("--ranks", type=int, help="as if on so many, for what each of them needs")
         _add_overrides(command)
     summary = "accuracy and pass@k of a run, a checkpoint or a model on a dataset, with 95%% intervals"
@@ -144,22 +146,6 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
             from rlhf.commands.doctor import run_doctor
 
             return run_doctor()
-
-
-def _check(config: Config | RewardModelConfig, ranks: int) -> None:
-    if isinstance(config, RewardModelConfig):
-        from rlhf.reward_model_trainer import RewardModelTrainer
-        from rlhf.reward_model_trainer import describe as describe_reward_model
-
-        for line in describe_reward_model(RewardModelTrainer(config)):
-            sys.stdout.write(line + "\n")
-        return
-    from rlhf.preflight import describe, load_inputs
-
-    inputs = load_inputs(config, world_size=ranks)
-    with closing(inputs.rewards):
-        for line in describe(config, inputs, world_size=ranks):
-            sys.stdout.write(line + "\n")
 
 
 def _trainer(config: Config | RewardModelConfig) -> Trainer | RewardModelTrainer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,15 @@ class Weights:
 
     model: PreTrainedModel
     adapter: Adapter | None
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """As an engine takes them (`WeightSource`)."""
+        return self.model
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        model: nn.Module = self.model
+        yield from model.named_parameters()
 
 
 def find_source(name: str) -> Source:

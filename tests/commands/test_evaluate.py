@@ -48,6 +48,34 @@ def test_another_engine_greedy_takes_one_sample_and_agrees(finished_run: Path, t
     assert texts[0] == texts[1]
 
 
+FAR = """
+import copy
+import torch
+from rlhf.rollout.hf import HFEngine
+
+class Far(HFEngine):
+    def __init__(self, model, *, eos_token_ids):
+        super().__init__(copy.deepcopy(model), eos_token_ids=eos_token_ids)
+        with torch.no_grad():
+            for weight in self._model.parameters():
+                weight.zero_()
+"""
+
+
+def test_an_engine_with_weights_of_its_own_is_sent_those_of_the_checkpoint(
+    finished_run: Path, tmp_path: Path
+):
+    (tmp_path / "engine.py").write_text(FAR)
+    texts: list[list[str]] = []
+    for engine in ("hf", f"{tmp_path}/engine.py:Far"):
+        out = tmp_path / f"{len(texts)}.json"
+        assert (
+            main(["eval", str(finished_run), "--greedy", "--out", str(out), f"rollout.engine={engine}"]) == 0
+        )
+        texts.append([r["completions"][0]["text"] for r in json.loads(out.read_text())["records"]])
+    assert texts[0] == texts[1]
+
+
 def test_a_plain_model_needs_data_and_a_reward_alone(tiny_model_dir: Path, tmp_path: Path, capsys):
     (tmp_path / "reward.py").write_text(RIGHT)
     (tmp_path / "data.jsonl").write_text('{"prompt": "say a:"}\n{"prompt": "say b:"}\n')

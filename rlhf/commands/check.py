@@ -1,0 +1,108 @@
+"""`rlhf check`: what a run will do and load, and what is likely to go wrong, without any weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import Config
+from rlhf.distributed import world_size
+from rlhf.preflight import Inputs, describe, load_inputs
+from rlhf.reward_model_config import RewardModelConfig
+from rlhf.run_folder import RunFolder
+from rlhf.types import Prompt
+
+T = TypeVar("T")
+SAMPLE = 256
+"""Prompts that are looked at for the risk of truncation."""
+LONG = 0.05
+"""Share of reference answers over the limit from which a warning is given."""
+
+
+def run_check(
+    config: Config | RewardModelConfig, *, ranks: int | None = None, every_setting: bool = False
+) -> Iterator[str]:
+    """The lines to show, for as many ranks as there are, or as are named.
+
+    Raises ValueError for all that a run would refuse before it loads weights.
+    """
+    if isinstance(config, RewardModelConfig):
+        from rlhf.reward_model_trainer import RewardModelTrainer
+        from rlhf.reward_model_trainer import describe as describe_reward_model
+
+        yield from describe_reward_model(RewardModelTrainer(config))
+    else:
+        ranks = ranks or world_size()
+        inputs = load_inputs(config, world_size=ranks)
+        with closing(inputs.rewards):
+            yield from describe(config, inputs, world_size=ranks)
+            yield from truncation(config, inputs)
+    yield from _run_folder(config)
+    if every_setting:
+        yield from ("", "every setting in force:", "", *config.to_yaml().splitlines())
+
+
+def truncation(config: Config, inputs: Inputs) -> Iterator[str]:
+    """How near the limits the data comes: prompts by their length, completions by that of reference answers.
+
+    A policy reasons before it answers, so an answer that does not fit is the least that will be cut.
+    """
+    prompts = spaced(inputs.train.prompts, SAMPLE)
+    limit = config.rollout.max_completion_tokens
+    lengths = sorted(len(p.token_ids) for p in prompts)
+    near = sum(n > 0.9 * config.data.max_prompt_tokens for n in lengths)
+    yield (
+        f"lengths      prompts: {quantile(lengths, 0.95)} tokens at 95 %, limit "
+        f"{config.data.max_prompt_tokens}; {near} of {len(lengths)} looked at are within a tenth of it"
+    )
+    for column, counts in answer_lengths(prompts, inputs.tokenizer).items():
+        over = sum(n > limit for n in counts)
+        yield (
+            f"             column {column}: {quantile(counts, 0.5)} tokens in the median, "
+            f"{quantile(counts, 0.95)} at 95 %; completions end at {limit}"
+        )
+        if over > LONG * len(counts):
+            yield (
+                f"warning      {over} of {len(counts)} texts in the column {column} are longer than "
+                f"rollout.max_completion_tokens = {limit}: completions like them would be cut"
+            )
+
+
+def answer_lengths(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """Tokens of the texts in each column that has them, sorted; numbers and short labels are left out."""
+    columns: Mapping[str, Any] = prompts[0].columns
+    found: dict[str, list[int]] = {}
+    for column in columns:
+        texts = [p.columns[column] for p in prompts if isinstance(p.columns[column], str)]
+        if texts and max(map(len, texts)) > 40:
+            encoded = cast(Any, tokenizer)(texts, add_special_tokens=False)["input_ids"]
+            found[column] = sorted(len(ids) for ids in encoded)
+    return found
+
+
+def quantile(values: Sequence[int], share: float) -> int:
+    """Of sorted values: at least this share of them is no larger."""
+    return values[max(0, math.ceil(share * len(values)) - 1)]
+
+
+def spaced(items: Sequence[T], count: int) -> Sequence[T]:
+    """At most `count` of them, evenly over all."""
+    return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
+
+
+def _run_folder(config: Config | RewardModelConfig) -> Iterator[str]:
+    folder = RunFolder(Path(config.run_dir).expanduser())
+    resumes = config.checkpoint.resume == "auto"
+    if folder.has_run() and not resumes:
+        yield (
+            f"warning      {folder.path} holds a run, which rlhf train will not overwrite: another run_dir, "
+            "or checkpoint.resume=auto to continue it"
+        )
+    elif resumes:
+        what = "the run in it goes on" if folder.has_run() else "no run is in it yet, so one begins"
+        yield f"resume       {what}"

@@ -1,0 +1,68 @@
+"""`rlhf check`: what a run will do, and what of it is likely to be cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf.cli import main
+from rlhf.commands.check import quantile, spaced
+from tests.support import bandit_settings
+
+
+@pytest.fixture
+def check(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]):
+    def check(rows: list[dict[str, Any]] | None = None, *arguments: str) -> str:
+        settings = bandit_settings(tmp_path, tiny_model_dir)
+        if rows is not None:
+            (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+        assert main(["check", str(tmp_path / "mine.yaml"), *arguments]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return check
+
+
+def test_answers_longer_than_completions_may_be_are_a_warning(check) -> None:
+    # a token a character
+    rows = [{"prompt": "x" * (i + 1), "solution": "y" * 50, "label": "a", "answer": i} for i in range(20)]
+    said = check(rows, "rollout.max_completion_tokens=20")
+    assert "column solution: 50 tokens in the median, 50 at 95 %; completions end at 20" in said
+    assert "warning      20 of 20 texts in the column solution are longer" in said
+    assert "column label" not in said and "column answer" not in said
+    said = check(rows, "rollout.max_completion_tokens=60")
+    assert "column solution" in said and "are longer" not in said
+
+
+def test_prompts_near_the_limit_are_counted(check) -> None:
+    said = check([{"prompt": "x" * n} for n in [10] * 15 + [30, 31, 31, 31, 32]])
+    assert "prompts: 31 tokens at 95 %, limit 32; 5 of 20 looked at are within a tenth of it" in said
+
+
+def test_a_run_that_would_be_refused_is_said_at_once(check, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert "holds a run, which rlhf train will not overwrite" in check()
+    said = check(None, "checkpoint.resume=auto")
+    assert "the run in it goes on" in said and "will not overwrite" not in said
+
+
+def test_every_setting_in_force_can_be_shown(check) -> None:
+    assert "weight_decay" not in check()
+    said = check(None, "--settings", "learner.lr=3e-5")
+    shown = yaml.safe_load(said.partition("every setting in force:")[2])
+    assert shown["learner"]["lr"] == 3e-5 and shown["learner"]["weight_decay"] == 0.0
+
+
+def test_it_says_what_it_will_take(check) -> None:
+    said = check()
+    assert "GiB a rank at the fullest moment" in said and "a step with completions of full length" in said
+
+
+def test_quantiles_and_samples_by_hand() -> None:
+    assert [quantile([1, 2, 3, 4], q) for q in (0.0, 0.25, 0.5, 0.95, 1.0)] == [1, 1, 2, 4, 4]
+    assert spaced(list(range(10)), 5) == [0, 2, 4, 6, 8] and spaced([1, 2], 5) == [1, 2]
