@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,7 @@ def test_settings_that_cannot_work_are_refused(
 
 def test_quantized_weights_are_refused_before_they_are_loaded(tmp_path: Path, tiny_model: Folder):
     folder = tmp_path / "quantized"
-    folder.mkdir()
-    for file in tiny_model("llama").iterdir():
-        if file.suffix == ".json":
-            (folder / file.name).write_text(file.read_text())
+    shutil.copytree(tiny_model("llama"), folder)
     settings = json.loads((folder / "config.json").read_text())
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": quantization}))
