@@ -7,11 +7,12 @@ A completion has 16 characters. Nobody has tuned the weights of the objectives: 
     exclusive   `letters`: how many a, 0 to 16; `digits`: their share, 0 to 1.
                 Each character serves one side only, there is no compromise
 
-Three arms, the same tiny random model, the same seeds:
+Four arms, the same tiny random model, the same seeds:
 
     sum       GRPO on the weighted sum
     balanced  GRPO on the weighted sum with the weight of the first objective divided by its range
     gdpo      each objective normalised in its group, then the batch
+    bound     `sum`, and the mean of the second objective must be at least 0.5 (a Lagrange multiplier)
 
 Expected of `compromise`: to `sum` an a is worth 100 and a b 91, so share_of_b is given up in the end. To
 `gdpo` the two are nearly the same for the points, and far apart for share_of_b: b, so 90 points and a share
@@ -20,6 +21,9 @@ of 1. `balanced` is what a person who knows the ranges gets from the sum: 1 agai
 Expected of `exclusive`: `sum` is `letters` in all but name. Under `gdpo` the two z-scores cancel as soon as
 every character is one or the other; training should come to rest at a mixture, but nothing holds it there.
 `balanced` cancels exactly too.
+
+Expected of `bound`: the best answer to any multiplier is an end, all of one objective or all of the other, so
+the level swings around the bound, and the mean over the run is near it.
 
     python -m benchmarks.objectives --runs runs/objectives --out benchmarks/results/<machine>/objectives.json
     python -m benchmarks.objectives --figure docs/objectives.png \
@@ -39,7 +43,7 @@ import torch
 from rlhf.config import make_config
 
 TOKENS = 16
-ALGORITHMS = {"sum": "grpo", "balanced": "grpo", "gdpo": "gdpo"}
+ALGORITHMS = {"sum": "grpo", "balanced": "grpo", "gdpo": "gdpo", "bound": "grpo"}
 TASKS = {"compromise": ("points", "share_of_b", 100), "exclusive": ("letters", "digits", TOKENS)}
 """Objectives of each task, and the range of the first; that of the second is 1."""
 
@@ -111,7 +115,9 @@ def run(task: str, arm: str, seed: int, steps: int, folder: Path) -> list[dict[s
                         "workers": 1,
                     },
                     {"path": f"benchmarks.objectives:{other}", "workers": 1},
-                ]
+                ],
+                "constraints": [{"objective": other, "at_least": 0.5, "rate": 4.0}] if arm == "bound" else [],
+                "success_objective": one,
             },
             "algorithm": {"name": ALGORITHMS[arm], "kl": {"coef": 0.0}},
             "rollout": {"prompts_per_step": 8, "group_size": 8, "max_completion_tokens": TOKENS},
@@ -166,9 +172,15 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
     tasks = results["tasks"]
     shape = len(tasks), len(ALGORITHMS)
-    figure, axes = pyplot.subplots(*shape, figsize=(10, 5.6), sharey=True, sharex=True, layout="constrained")
-    titles = {"sum": "weighted sum, weights 1", "balanced": "sum, weights by range", "gdpo": "GDPO"}
-    for row, (task, of_task) in zip(axes, tasks.items(), strict=True):
+    figure, axes = pyplot.subplots(*shape, figsize=(12, 5.6), sharey=True, sharex=True, layout="constrained")
+    titles = {
+        "sum": "weighted sum, weights 1",
+        "balanced": "sum, weights by range",
+        "gdpo": "GDPO",
+        "bound": "sum, second at least 0.5",
+    }
+    for line, (task, of_task) in enumerate(tasks.items()):
+        row = axes[line]
         for axis, (arm, both) in zip(row, of_task["curves"].items(), strict=True):
             for (name, seeds), colour in zip(both.items(), ("#c0504d", "#1f77b4"), strict=True):
                 for curve in seeds:
@@ -176,13 +188,13 @@ def draw(results: dict[str, Any], path: Path) -> None:
                 mean = [statistics.mean(values) for values in zip(*seeds, strict=True)]
                 axis.plot(range(1, len(mean) + 1), mean, color=colour, linewidth=2.2, label=name)
             axis.grid(alpha=0.25)
-            if row is axes[0]:
+            if line == 0:
                 axis.set_title(titles[arm])
-            if row is axes[-1]:
+            if line == len(tasks) - 1:
                 axis.set_xlabel("step")
         row[0].set_ylabel(f"{task}: share of the range")
         row[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -196,7 +208,7 @@ def main() -> None:
     if options.runs is not None:
         torch.set_num_threads(1)
         results = measure(options.runs, options.seeds, options.steps)
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+        options.out.write_text(json.dumps(results) + "\n")
     if options.figure is not None:
         draw(json.loads(options.out.read_text()), options.figure)
 

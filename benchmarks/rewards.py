@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import sys
 import time
@@ -81,11 +83,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    load = os.getloadavg()[0]
     results: dict[str, Any] = {
         function: {str(n): measure(function, n, options.repeats) for n in options.workers}
         for function in options.functions
     }
-    text = json.dumps(results, indent=1)
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        # what else ran: the ideal does not know of it
+        "load_average_before": load,
+    }
+    text = json.dumps(
+        {"samples": SAMPLES, "repeats": options.repeats, "machine": machine, **results}, indent=1
+    )
     sys.stdout.write(text + "\n")
     if options.out is not None:
         options.out.write_text(text + "\n")

@@ -305,6 +305,9 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
     given = offline is not None and data.reward_column is not None
     functions = [f"{f.path} x {f.weight:g}" for f in config.reward.functions]
     yield f"rewards      {', '.join([f'column {data.reward_column} of the data'] * given + functions)}"
+    for c in config.reward.constraints:
+        bound = f"at most {c.bound:g}" if c.at_least is None else f"at least {c.bound:g}"
+        yield f"constraint   mean of {c.objective} {bound}: multiplier from {c.start:g}, rate {c.rate:g}"
     samples = rollout.prompts_per_step * rollout.group_size
     drawn = f"{rollout.prompts_per_step} prompts x {rollout.group_size} = {samples} completions"
     sampled = f"{drawn} of at most {rollout.max_completion_tokens} tokens on {world_size} rank(s)"

@@ -12,6 +12,7 @@ from rlhf.config import ConfigError, make_config
 from rlhf.constraints import Constraints
 from rlhf.distributed import World
 from rlhf.metrics import Max
+from rlhf.preflight import describe, load_inputs
 from rlhf.reward_config import ConstraintConfig
 from rlhf.rewards import RewardError, Rewards, RewardSpec
 from rlhf.types import Group, Prompt
@@ -129,6 +130,16 @@ def two_objectives(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
         "success_objective": "share_of_a",
     }
     return bandit_settings(folder, model, reward=reward, **changes)
+
+
+def test_the_check_says_what_is_held(tmp_path: Path, tiny_model_dir: Path) -> None:
+    config = make_config(two_objectives(tmp_path, tiny_model_dir))
+    inputs = load_inputs(config)
+    try:
+        lines = list(describe(config, inputs))
+    finally:
+        inputs.rewards.close()
+    assert "constraint   mean of share_of_b at least 0.25: multiplier from 0, rate 0.5" in lines
 
 
 def test_a_resumed_run_goes_on_with_its_multipliers(tmp_path: Path, tiny_model_dir: Path) -> None:

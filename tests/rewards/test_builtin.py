@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf.rewards.builtin import exact_match, format_match, last_number, numeric_match
+from rlhf.rewards.builtin import (
+    exact_match,
+    format_match,
+    json_match,
+    last_number,
+    length,
+    numeric_match,
+    overlong,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +83,55 @@ def test_tags_stand_once_each_in_order_with_nothing_outside() -> None:
         "<think>3<think>4</think></think><answer>8</answer>",
     ]
     assert format_match([good, *bad], pattern=["think", "answer"]) == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("completion", "any_json", "by_schema"),
+    [
+        ('{"name": "Ada", "age": 36}', 1.0, 1.0),
+        (' ```json\n{"name": "Ada"}\n``` ', 1.0, 1.0),
+        ('```\n{"name": "Ada"}\n```', 1.0, 1.0),
+        ('{"age": 36}', 1.0, 0.0),
+        ('{"name": "Ada", "age": -1}', 1.0, 0.0),
+        ('{"name": "Ada", "pet": "cat"}', 1.0, 0.0),
+        ("[1, 2]", 1.0, 0.0),
+        ('Here it is: {"name": "Ada"}', 0.0, 0.0),
+        ('{"name": "Ada"', 0.0, 0.0),
+        ('{"name": NaN}', 0.0, 0.0),
+        ("[" * 100_000, 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_json_is_the_whole_completion_and_keeps_to_the_schema(
+    completion: str, any_json: float, by_schema: float
+) -> None:
+    assert json_match([completion]) == [any_json]
+    assert json_match([completion], schema=SCHEMA) == [by_schema]
+
+
+def test_a_schema_that_is_none_is_refused() -> None:
+    from jsonschema import SchemaError
+
+    with pytest.raises(SchemaError, match="'text' is not valid"):
+        json_match(["1"], schema={"type": "text"})
+
+
+def test_lengths_are_in_tokens() -> None:
+    ids = [[1] * 4, [1] * 10, []]
+    assert length(ids) == [-4.0, -10.0, 0.0]
+    assert length(ids, target=6, scale=2.0) == [-1.0, -2.0, -3.0]
+
+
+def test_overlong_falls_in_a_line_over_its_cache() -> None:
+    ids = [[1] * n for n in (0, 8, 9, 10, 12, 15)]
+    assert overlong(ids, max_tokens=12, cache=4) == [0.0, 0.0, -0.25, -0.5, -1.0, -1.0]
+    with pytest.raises(ValueError, match="needs 0 < cache <= max_tokens, got 5 and 4"):
+        overlong(ids, max_tokens=4, cache=5)

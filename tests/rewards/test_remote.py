@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
 from rlhf.rewards.remote import LLMJudge, RemoteError, RemoteReward
-from tests.rewards.test_hostile import causes, given, made_of, submit
+from tests.rewards.test_hostile import PATIENCE, TIMEOUT, causes, given, made_of, submit
 
 
 class Service(ThreadingHTTPServer):
@@ -24,6 +24,10 @@ class Service(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: list[tuple[str, str, Any]] = []
         self.connections = 0
+        self.closing = threading.Event()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that give up are part of the tests."""
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{path}"
@@ -46,8 +50,10 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.path, self.headers["Idempotency-Key"], sent))
         kind = self.path.removeprefix("/").removesuffix("/chat/completions")
         if kind == "slow" or (kind == "slow-once" and not seen):
-            time.sleep(4.0 if kind == "slow" else 1.5)
-        if kind == "drop" or (kind == "drop-once" and not seen):
+            self.server.closing.wait(PATIENCE)
+            return
+        odd = len(self.server.requests) % 2
+        if kind == "drop" or (kind == "drop-once" and not seen) or (kind == "drop-odd" and odd):
             self.close_connection = True
             self.connection.close()
             return
@@ -75,16 +81,23 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-@pytest.fixture(scope="module")
-def service() -> Iterator[Service]:
+@contextmanager
+def serving() -> Iterator[Service]:
     with Service() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
+        server.closing.set()
         server.shutdown()
 
 
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with serving() as server:
+        yield server
+
+
 def remote(service: Service, path: str, **changes: Any) -> RemoteReward:
-    return RemoteReward(service.url(path), **({"seconds": 5.0, "attempts": 3, "pause": 0.01} | changes))
+    return RemoteReward(service.url(path), **({"seconds": PATIENCE, "attempts": 3, "pause": 0.01} | changes))
 
 
 def test_samples_go_in_batches_with_their_columns_and_one_connection(service: Service) -> None:
@@ -139,8 +152,9 @@ def test_nobody_there_is_an_error_too() -> None:
 
 @pytest.mark.parametrize(("path", "kind"), [("slow", "timeout"), ("drop", "exception"), ("short", "wrong")])
 def test_a_run_outlives_its_service_or_says_who_it_was(service: Service, path: str, kind: str) -> None:
-    params = {"url": service.url(path), "seconds": 30.0, "attempts": 2, "pause": 0.01}
-    with made_of("remote", params=params, timeout=2.0, max_failed_share=1.0) as rewards:
+    params = {"url": service.url(path), "seconds": PATIENCE, "attempts": 2, "pause": 0.01}
+    timeout = TIMEOUT if kind == "timeout" else PATIENCE
+    with made_of("remote", params=params, timeout=timeout, max_failed_share=1.0) as rewards:
         scoring = submit(rewards, ["abc"])
         if kind == "wrong":
             with pytest.raises(Exception, match="reward function remote must return 1 values"):
