@@ -27,7 +27,7 @@ Every model that was trained is kept in `--runs` and not trained again. Run:
     python -m benchmarks.advantage_weighted tiny --runs FOLDER --out FILE.json
     python -m benchmarks.advantage_weighted ablations --runs FOLDER --out FILE.json
     python -m benchmarks.advantage_weighted small --model MODEL_FOLDER --runs FOLDER --out FILE.json
-    python -m benchmarks.advantage_weighted plot --out FIGURE.png TINY.json SMALL.json
+    python -m benchmarks.advantage_weighted plot TINY.json ABLATIONS.json --out FIGURE.png
 """
 
 from __future__ import annotations
@@ -79,6 +79,11 @@ ABLATIONS: dict[str, Settings] = {
     "best_gated": {"algorithm": {"name": "best_of", "baseline": "prompt_value"}, "data": MIXED},
 }
 ALL = ARMS | ABLATIONS
+TITLES = {
+    "tiny": "two-layer model",
+    "ablations": "two-layer model: ours, off by default",
+    "small": "SmolLM2-135M-Instruct",
+}
 LABELS = {
     "sft": "SFT, all",
     "sft_best": "SFT, best",
@@ -231,18 +236,16 @@ def plot(options: argparse.Namespace) -> None:
     figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 4.2), squeeze=False)
     for axis, file in zip(axes[0], options.results, strict=True):
         report = json.loads(file.read_text())
-        for number, name in enumerate(["before", *ALL]):
+        for number, name in enumerate(row["arm"] for row in report["summary"]):
             runs = [row for row in report["rows"] if row["arm"] == name]
-            if not runs:
-                continue
             x, y = ([row[key] for row in runs] for key in ("distinct_2", "reward"))
-            colour, label = f"C{number}" if number else "grey", LABELS.get(name, name)
+            colour, label = f"C{number - 1}" if number else "black", LABELS.get(name, name)
             axis.scatter(x, y, s=22, alpha=0.5, color=colour)
             mean = [statistics.mean(x)], [statistics.mean(y)]
             axis.scatter(*mean, marker="P", s=90, color=colour, label=label)
         axis.set(xlabel="distinct 2-grams (share)", ylabel="held-out reward", title=report["title"])
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(options.out, dpi=130)
     plt.close(figure)
@@ -270,7 +273,7 @@ def main() -> None:
     rows = task(options)
     report = {
         "command": "python -m benchmarks.advantage_weighted " + " ".join(sys.argv[1:]),
-        "title": "SmolLM2-135M-Instruct" if options.task == "small" else "two-layer model",
+        "title": TITLES[options.task],
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         "summary": [summary(name, rows) for name in ("before", *options.arms)],
         "rows": rows,
