@@ -36,7 +36,7 @@ from rlhf.settings import (
     resolve_algorithm,
 )
 
-ENGINES = ("native", "hf", "vllm")
+ENGINES = ("native", "hf", "vllm", "vllm-server")
 
 
 class ModelConfig(Section):
@@ -55,8 +55,14 @@ class ModelConfig(Section):
 
 
 class VLLMConfig(Section):
-    """For `rollout.engine: vllm` (docs/engines.md)."""
+    """For `rollout.engine: vllm` and `vllm-server` (docs/engines.md); the first takes `args` alone."""
 
+    replicas: Positive = 1
+    """Servers to start on this host."""
+    urls: tuple[str, ...] = ()
+    """Servers that run already, on this host, in place of those."""
+    deadline: Annotated[float, Field(gt=0.0)] = 600.0
+    """Seconds that a server may take to start, and to give the next sample; then it is started again."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's engine, as its `EngineArgs` names them: gpu_memory_utilization, ..."""
 

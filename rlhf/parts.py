@@ -173,7 +173,7 @@ def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEng
         eos_token_ids=inputs.eos_token_ids,
         kv_cache_gib=section.kv_cache_gib,
         max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
-        vllm_args=section.vllm.args,
+        vllm=section.vllm,
         eyes=eyes,
     )
     on_demand = config.data.mode == "offline"

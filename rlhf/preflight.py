@@ -72,6 +72,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             "nothing to learn from in an update"
         )
     _check_installed(config)
+    _check_vllm(config, world_size)
     algorithm = config.build_algorithm()
     _check_sampling(config, algorithm)
     _check_ahead(config, algorithm)
@@ -126,10 +127,6 @@ def _check_installed(config: Config) -> None:
             raise ConfigError(
                 f"monitor.sinks has {sink}, but {package} is not installed: pip install {package}"
             )
-    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            "rollout.engine is vllm, but vllm is not installed: make setup EXTRAS=vllm (docs/engines.md)"
-        )
     if ":" in config.rollout.engine and not callable(load_plugin(config.rollout.engine)):
         raise ConfigError(f"rollout.engine: {config.rollout.engine} is no class or function")
 
@@ -172,6 +169,23 @@ def _prompts(
         long_prompts=data.long_prompts,
         processor=processor,
     )
+
+
+def _check_vllm(config: Config, world_size: int) -> None:
+    engine, section = config.rollout.engine, config.rollout.vllm
+    if not engine.startswith("vllm"):
+        return
+    if not section.urls and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"rollout.engine is {engine}, but vllm is not installed: make setup EXTRAS=vllm (docs/engines.md)"
+        )
+    if engine == "vllm" and (section.urls or section.replicas > 1):
+        raise ConfigError("rollout.vllm.urls and replicas are servers: set rollout.engine=vllm-server")
+    if engine == "vllm-server" and world_size > 1:
+        raise ConfigError(
+            f"rollout.engine is vllm-server, which takes weights from one rank, and there are {world_size}: "
+            "take rollout.engine=vllm"
+        )
 
 
 def _check_sampling(config: Config, algorithm: Algorithm) -> None:

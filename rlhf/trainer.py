@@ -63,7 +63,10 @@ class Trainer:
                 self._resume()
                 for text in warnings(self.config, self.inputs):
                     self.monitor.warn(text)
-            with Interrupt(self.monitor.warn, alone=self.world.size == 1) as self.interrupt:
+            with (
+                closing(self.parts.engine),
+                Interrupt(self.monitor.warn, alone=self.world.size == 1) as self.interrupt,
+            ):
                 try:
                     self._train()
                 except Interrupted:
@@ -71,7 +74,6 @@ class Trainer:
                     return
             self.saver.wait()
             self._finish()
-            self.parts.engine.close()
 
     def step(self) -> Metrics:
         """One round: rollouts and rewards, unless the buffer has some left; updates, weight sync."""

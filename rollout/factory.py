@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
+from rlhf.config import VLLMConfig
 from rlhf.plugins import load_object
 from rlhf.rollout.embedded import causal_model
 from rlhf.rollout.engine import Eyes, RolloutEngine
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.native import NativeEngine
 from rlhf.rollout.vllm import VLLMEngine, VLLMModel
+from rlhf.rollout.vllm_pool import Service
+from rlhf.rollout.vllm_server import VLLMServerEngine
 
 
 def make_engine(
@@ -23,10 +25,11 @@ def make_engine(
     eos_token_ids: Sequence[int],
     kv_cache_gib: float = 4.0,
     max_tokens: int | None = None,
-    vllm_args: Mapping[str, Any] | None = None,
+    vllm: VLLMConfig | None = None,
     eyes: Eyes | None = None,
 ) -> RolloutEngine:
-    """An engine for `model`: "native" and "hf" hold the module itself, "vllm" has to be sent its weights.
+    """An engine for `model`: "native" and "hf" hold the module itself, "vllm" and "vllm-server" are sent
+    weights.
 
     If "native" cannot decode it: "hf", with a warning why. `max_tokens`: of a prompt and its completion,
     which vLLM has to know; the model's own limit when not given.
@@ -37,25 +40,27 @@ def make_engine(
         return load_object(name)(model, eos_token_ids=eos_token_ids)
     if name == "native":
         try:
-            return NativeEngine(
-                model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib, eyes=eyes
-            )
+            return NativeEngine(model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib, eyes=eyes)
         except ValueError as error:
             warnings.warn(f"{error}; rollouts use the slower engine 'hf' instead", stacklevel=2)
             name = "hf"
     if name == "hf":
         return HFEngine(model, eos_token_ids=eos_token_ids, eyes=eyes)
-    if name != "vllm":
-        raise ValueError(f"unknown rollout engine {name!r}; there are 'native', 'hf' and 'vllm'")
-    held = causal_model(model)
-    return VLLMEngine(
-        VLLMModel(
-            path=held.name_or_path,
-            dtype=held.dtype,
-            max_tokens=max_tokens or held.config.get_text_config().max_position_embeddings,
-            vocabulary=held.get_input_embeddings().weight.shape[0],
-            eos_token_ids=tuple(eos_token_ids),
-            kv_cache_gib=kv_cache_gib,
-            args=vllm_args or {},
+    if name not in ("vllm", "vllm-server"):
+        raise ValueError(
+            f"unknown rollout engine {name!r}; there are 'native', 'hf', 'vllm' and 'vllm-server'"
         )
+    section = vllm or VLLMConfig()
+    held = causal_model(model)
+    sampled = VLLMModel(
+        path=held.name_or_path,
+        dtype=held.dtype,
+        max_tokens=max_tokens or held.config.get_text_config().max_position_embeddings,
+        vocabulary=held.get_input_embeddings().weight.shape[0],
+        eos_token_ids=tuple(eos_token_ids),
+        kv_cache_gib=kv_cache_gib,
+        args=section.args,
     )
+    if name == "vllm":
+        return VLLMEngine(sampled)
+    return VLLMServerEngine(sampled, Service(section.replicas, section.urls, section.deadline))

@@ -46,6 +46,8 @@ class Proven:
 
     compared: int
     unread: tuple[str, ...]
+    expected: Mapping[str, str]
+    """Digests of what was sent."""
 
 
 def looked_at(weight: Tensor, version: int) -> Tensor:
@@ -84,14 +86,9 @@ def sent_weights(source: WeightSource) -> Iterator[tuple[str, Tensor]]:
 def prove(engine: str, holder: Holder, source: WeightSource, version: int, dtype: torch.dtype) -> Proven:
     """Raises SyncError naming the first weight that differs, by how much, and how many more do."""
     sent = {name: looked_at(weight, version).to(dtype) for name, weight in sent_weights(source)}
-    held = holder.digests(list(sent), version)
     expected = {name: digest(part) for name, part in sent.items()}
-    wrong = [
-        (name, copy)
-        for name in sent
-        for copy, found in held.get(name, {}).items()
-        if found != expected[name]
-    ]
+    held = holder.digests(list(sent), version)
+    wrong = differing(expected, held)
     if wrong:
         name, copy = wrong[0]
         what = _difference(sent[name].float(), holder.part(name, copy, version), dtype)
@@ -101,7 +98,19 @@ def prove(engine: str, holder: Holder, source: WeightSource, version: int, dtype
             f"{engine} at version {version} does not hold {name} ({copy}) as it was sent: {what}{rest}"
         )
     unread = tuple(name for name in sent if not held.get(name))
-    return Proven(len(sent) - len(unread), unread)
+    return Proven(len(sent) - len(unread), unread, expected)
+
+
+def differing(
+    expected: Mapping[str, str], held: Mapping[str, Mapping[str, str]]
+) -> list[tuple[str, str]]:
+    """Weights and copies of them that are not as they were sent."""
+    return [
+        (name, copy)
+        for name, wanted in expected.items()
+        for copy, found in held.get(name, {}).items()
+        if found != wanted
+    ]
 
 
 def _difference(sent: Tensor, held: Tensor, dtype: torch.dtype) -> str:

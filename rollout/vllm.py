@@ -86,6 +86,14 @@ class VLLMModel:
             **self.args,
         }
 
+    def check_length(self, request: RolloutRequest) -> None:
+        longest = len(request.prompt.token_ids) + request.params.max_tokens
+        if longest > self.max_tokens:
+            raise EngineError(
+                f"prompt {request.prompt.id!r} and its completion may have {longest} tokens, vllm was "
+                f"started for {self.max_tokens}"
+            )
+
 
 def require_vllm() -> Any:
     """The vllm module. Raises EngineError: it is not installed, or of another version."""
@@ -162,12 +170,7 @@ class VLLMEngine:
         """Raises EngineError for a prompt that is empty, has images, is in flight, or is too long."""
         check_requests(requests, self._ended, self._model.vocabulary)
         for request in requests:
-            longest = len(request.prompt.token_ids) + request.params.max_tokens
-            if longest > self._model.max_tokens:
-                raise EngineError(
-                    f"prompt {request.prompt.id!r} and its completion may have {longest} tokens, vllm was "
-                    f"started for {self._model.max_tokens}"
-                )
+            self._model.check_length(request)
         self._wake()
         for request in requests:
             self._ended[request.prompt.id] = []

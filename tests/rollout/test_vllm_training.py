@@ -5,11 +5,34 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from rlhf.config import ConfigError, make_config
+from rlhf.preflight import load_inputs
 from tests.support import bandit_settings, metrics_of, train
 
 from .vllm_support import needs_vllm
 
 pytestmark = needs_vllm
+
+
+def test_what_cannot_work_is_refused_at_once(tmp_path: Path, tiny_model: Any) -> None:
+    def refused(world_size: int, **rollout: Any) -> None:
+        settings = bandit_settings(tmp_path, tiny_model("llama-wide"), rollout=rollout)
+        load_inputs(make_config(settings), world_size=world_size)
+
+    with pytest.raises(ConfigError, match="there are 2"):
+        refused(2, engine="vllm-server")
+    with pytest.raises(ConfigError, match="are servers: set"):
+        refused(1, engine="vllm", vllm={"replicas": 2})
+
+
+def test_training_from_a_server(tmp_path: Path, tiny_model: Any) -> None:
+    rollout = {"engine": "vllm-server", "kv_cache_gib": 0.1}
+    train(bandit_settings(tmp_path, tiny_model("llama-wide"), steps=3, rollout=rollout))
+    records = metrics_of(tmp_path)
+    assert len(records) == 3
+    assert max(record["mismatch/k3"] for record in records) < 1e-6
 
 
 def test_training_learns(tmp_path: Path, tiny_model: Any) -> None:

@@ -1,0 +1,160 @@
+"""One vLLM server, as the engine sees it: started here and ended with us, or found at its address."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf.rollout.engine import EngineError
+from rlhf.rollout.vllm import VERSIONS, decoded_part
+
+LOOK_EVERY, PATIENCE = 0.5, 30.0
+"""Seconds: between two looks at a server that starts, and for an answer about its health."""
+NEEDED = (
+    "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out --logprobs-mode processed_logprobs "
+    "--generation-config vllm --worker-extension-cls rlhf.rollout.vllm_worker.HeldWeights"
+)
+
+
+class ReplicaError(Exception):
+    """A server is gone, does not answer in time, or answers that it is broken."""
+
+
+class Replica:
+    """`arguments`: to start it with, of vLLM's command line; None: it runs at `url` already."""
+
+    def __init__(self, url: str, arguments: Sequence[str] | None, folder: Path) -> None:
+        self.arguments, self.folder = arguments, folder
+        self.url = url.rstrip("/")
+        self.ready = False
+        self.reason = "it has not started yet"
+        self.failures = 0
+        self.moved = time.monotonic()
+        """When it last gave a sample, or got the first it had to give."""
+        self._keeper: subprocess.Popen[bytes] | None = None
+        self._log = folder / "none.log"
+
+    def __str__(self) -> str:
+        return f"the vllm server at {self.url}"
+
+    def start(self) -> None:
+        """On a free port of this host; a server found by its address is left as it is."""
+        if self.arguments is None:
+            return
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = self.folder / f"{port}.log"
+        environ = {
+            **os.environ,
+            "VLLM_SERVER_DEV_MODE": "1",
+            # the worker in the process of the engine core, its threads where the system puts them
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "PYTHONPATH": f"{_root()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        }
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            environ.pop(name, None)
+        with self._log.open("wb") as log:
+            self._keeper = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "rlhf.rollout.vllm_replica",
+                    *(str(os.getpid()), str(self.folder)),
+                    *("--host", "127.0.0.1", "--port", str(port)),
+                    *self.arguments,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environ,
+                # not the terminal's: Ctrl-C is a request to the trainer, which ends its servers itself
+                start_new_session=True,
+            )
+
+    def wait_until_healthy(self, seconds: float) -> None:
+        """Raises ReplicaError: it ended, or is not healthy within `seconds`; EngineError: another version."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if self._keeper is not None and self._keeper.poll() is not None:
+                raise ReplicaError(f"{self} ended while it started: {self.last_words()}")
+            try:
+                self.call("GET", "/health", timeout=PATIENCE)
+                break
+            except ReplicaError as error:
+                if time.monotonic() > deadline:
+                    raise ReplicaError(f"{self} was not healthy within {seconds:g} s: {error}") from error
+            time.sleep(LOOK_EVERY)
+        version = str(self.call("GET", "/version", timeout=PATIENCE)["version"])
+        if not version.startswith(VERSIONS):
+            raise EngineError(f"{self} is of version {version}; this adapter is for {', '.join(VERSIONS)}.*")
+
+    def stop(self) -> None:
+        """Ends a server that was started here, and waits until it is gone."""
+        self.ready = False
+        if self._keeper is None:
+            return
+        self._keeper.send_signal(signal.SIGTERM)
+        self._keeper.wait()
+        self._keeper = None
+
+    def last_words(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
+        told = [line.strip() for line in lines if "Error" in line] or lines[-3:]
+        return " | ".join(told[-3:]) or "it said nothing"
+
+    def call(self, method: str, path: str, body: Any = None, *, timeout: float) -> Any:
+        """The JSON of its answer. Raises ReplicaError; EngineError when the request itself is refused."""
+        address = urllib.parse.urlsplit(self.url)
+        connection = http.client.HTTPConnection(address.hostname or "", address.port or 80, timeout=timeout)
+        try:
+            payload = None if body is None else json.dumps(body)
+            connection.request(method, path, payload, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            status, text = response.status, response.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            raise ReplicaError(f"{self} does not answer: {type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+        if status in (403, 404):
+            raise EngineError(f"{self} refuses {path} ({status}): {NEEDED}")
+        if 400 <= status < 500:
+            raise EngineError(f"{self} refuses a request to {path} ({status}): {text[:500]}")
+        if status >= 500:
+            raise ReplicaError(f"{self} is broken ({status}): {text[:500]}")
+        return json.loads(text) if text else None
+
+    def worker(self, method: str, timeout: float, **kwargs: Any) -> Any:
+        body = {"method": method, "kwargs": kwargs}
+        (answer,) = self.call("POST", "/collective_rpc", body, timeout=timeout)["results"]
+        return answer
+
+    def digests(self, names: Sequence[str], version: int) -> Mapping[str, Mapping[str, str]]:
+        return self.worker("tandem_digests", 10 * PATIENCE, names=list(names), version=version)
+
+    def part(self, name: str, copy: str, version: int) -> Tensor:
+        answer = self.worker("tandem_part", 10 * PATIENCE, name=name, copy=copy, version=version)
+        return decoded_part(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _root() -> Path:
+    """Where `rlhf` is imported from, for a process that is started elsewhere."""
+    return Path(__file__).absolute().parents[2]

@@ -1,0 +1,204 @@
+"""The vLLM servers of a run: started, watched, given weights, and brought back when they are lost."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from rlhf.rollout.engine import EngineError, SyncError, WeightSource
+from rlhf.rollout.proof import Proven, differing, prove
+from rlhf.rollout.vllm import VLLMModel
+from rlhf.rollout.vllm_client import PATIENCE, Replica, ReplicaError
+
+SHARED_MEMORY = Path("/dev/shm")
+LOOK_EVERY = 0.5
+MAX_FAILURES = 3
+"""In a row; a server that is lost more often is given up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """`urls`: servers that run already; none: `replicas` are started here. `deadline`: seconds."""
+
+    replicas: int = 1
+    urls: tuple[str, ...] = ()
+    deadline: float = 600.0
+
+
+class Pool:
+    """Raises EngineError when a server does not start, is not there, or lacks what is needed."""
+
+    def __init__(self, model: VLLMModel, service: Service) -> None:
+        self._model, self._service = model, service
+        shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
+        self.folder = Path(tempfile.mkdtemp(prefix="tandem-vllm-", dir=shared))
+        arguments = command_line(model)
+        urls: list[str] = list(service.urls) or [""] * service.replicas
+        self.replicas = [Replica(url, None if url else arguments, self.folder) for url in urls]
+        self._version = 0
+        self._proven: Proven | None = None
+        self._closed = False
+        try:
+            self._everywhere(self._start, self.replicas)
+        except (EngineError, ReplicaError) as error:
+            self.close()
+            raise EngineError(str(error)) from error
+
+    @property
+    def ready(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.ready]
+
+    @property
+    def given_up(self) -> bool:
+        return all(replica.failures > MAX_FAILURES for replica in self.replicas)
+
+    def why_none_is_left(self) -> str:
+        reasons = "; ".join(replica.reason for replica in self.replicas)
+        return f"no vllm server is left to sample from: {reasons}"
+
+    def tell_all(self, path: str, lost: Callable[[Replica, str], None]) -> None:
+        """`lost` gets those that do not answer."""
+        timeout = min(PATIENCE, self._service.deadline)
+
+        def tell(replica: Replica) -> None:
+            replica.call("POST", path, timeout=timeout)
+
+        self._or_lost(tell, lost)
+
+    def update(self, source: WeightSource, version: int, lost: Callable[[Replica, str], None]) -> int:
+        """Bytes. Raises SyncError: a server does not hold what it was sent. A lost one is given it later."""
+        self._version, self._proven = version, None
+        sent = self._write(source)
+        proofs: dict[str, Proven] = {}
+
+        def update(replica: Replica) -> None:
+            self._load(replica)
+            proofs[replica.url] = prove(str(replica), replica, source, version, self._model.dtype)
+
+        self._or_lost(update, lost)
+        if not proofs:
+            raise EngineError(self.why_none_is_left())
+        self._proven = next(iter(proofs.values()))
+        return sent
+
+    @property
+    def proven(self) -> Proven:
+        assert self._proven is not None
+        return self._proven
+
+    def lose(self, replica: Replica, reason: str) -> None:
+        """It is brought back, unless that was tried too often."""
+        replica.ready, replica.reason = False, reason
+        replica.failures += 1
+        if replica.failures <= MAX_FAILURES and not self._closed:
+            threading.Thread(target=self._bring_back, args=(replica,), daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the servers that were started here, and waits until they are gone."""
+        if not self._closed:
+            self._closed = True
+            self._everywhere(Replica.stop, self.replicas)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self, replica: Replica) -> None:
+        replica.start()
+        replica.wait_until_healthy(self._service.deadline)
+        replica.digests([], 0)
+        replica.ready = True
+
+    def _bring_back(self, replica: Replica) -> None:
+        """A server that comes back has the weights of now before it samples."""
+        while replica.failures <= MAX_FAILURES and not self._closed:
+            try:
+                replica.stop()
+                replica.start()
+                replica.wait_until_healthy(self._service.deadline)
+                while not self._closed and not self._caught_up(replica):
+                    time.sleep(LOOK_EVERY)
+                replica.moved, replica.ready = time.monotonic(), True
+                break
+            except (EngineError, ReplicaError, SyncError) as error:
+                replica.reason = str(error)
+                replica.failures += 1
+        if self._closed:
+            replica.stop()
+
+    def _caught_up(self, replica: Replica) -> bool:
+        """Loads the file of the last update, unless there is a new one by then."""
+        version, proven = self._version, self._proven
+        if proven is None:
+            return False
+        self._load(replica)
+        wrong = differing(proven.expected, replica.digests(list(proven.expected), version))
+        if self._proven is not proven:
+            return False
+        if wrong:
+            raise ReplicaError(f"{replica} came back and does not hold {wrong[0][0]} as it was sent")
+        return True
+
+    def _load(self, replica: Replica) -> None:
+        """The file in shared memory, of version `self._version`."""
+        version, deadline = self._version, self._service.deadline
+        replica.worker("tandem_load", deadline, path=str(self._weights))
+        path = "/reset_prefix_cache?reset_running_requests=true"
+        if not replica.call("POST", path, timeout=deadline)["success"]:
+            raise SyncError(f"{replica} did not give up its prefix cache after a weight update")
+        replica.call("POST", "/update_weight_version", {"new_version": str(version)}, timeout=deadline)
+
+    @property
+    def _weights(self) -> Path:
+        return self.folder / "weights.safetensors"
+
+    def _write(self, source: WeightSource) -> int:
+        """Under the names of the Hugging Face layout; bytes."""
+        weights: dict[str, Tensor] = {
+            name: tensor.detach().to("cpu", self._model.dtype).contiguous()
+            for name, tensor in source.named_tensors()
+        }
+        written = self._weights.with_suffix(".new")
+        library: Any = safetensors.torch
+        library.save_file(weights, written)
+        written.replace(self._weights)
+        return sum(tensor.nbytes for tensor in weights.values())
+
+    def _or_lost(self, action: Callable[[Replica], None], lost: Callable[[Replica, str], None]) -> None:
+        failed: list[tuple[Replica, str]] = []
+
+        def attempt(replica: Replica) -> None:
+            try:
+                action(replica)
+            except ReplicaError as error:
+                failed.append((replica, str(error)))
+
+        self._everywhere(attempt, self.ready)
+        for replica, reason in failed:
+            lost(replica, reason)
+
+    def _everywhere(self, action: Callable[[Replica], None], replicas: Sequence[Replica]) -> None:
+        """At once; the first error is raised when all are through."""
+        if replicas:
+            with ThreadPoolExecutor(len(replicas)) as pool:
+                for done in [pool.submit(action, replica) for replica in replicas]:
+                    done.result()
+
+
+def command_line(model: VLLMModel) -> list[str]:
+    """Arguments of a server that is started here."""
+    words = ["--enable-scale-out", "--disable-uvicorn-access-log"]
+    for name, value in model.engine_args().items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif value is not False:
+            words += [option, str(value)]
+    return words
