@@ -50,6 +50,8 @@ class RewardModelTrainer:
                 f"batch.low is {config.batch.low}, fewer than the {world_size()} ranks that share a batch"
             )
         self.folder = RunFolder(Path(config.run_dir).expanduser())
+        self.place = "start"
+        """What the run is doing."""
 
     def run(self) -> None:
         """Trains from the start or the last checkpoint to the last step, or until interrupted.
@@ -57,6 +59,7 @@ class RewardModelTrainer:
         Raises RunFolderError, ModelError or CheckpointError, which say what to do.
         """
         with world() as self.world, self._folder_claimed(), self._monitored() as self.monitor:
+            self.monitor.on_phase = self._at
             with self.monitor.phase("load"):
                 self._build()
                 self._resume()
@@ -68,6 +71,11 @@ class RewardModelTrainer:
                     self.monitor.note("stopped; continue with checkpoint.resume=auto")
                     return
             self._finish()
+
+    def _at(self, phase: str) -> None:
+        """The other ranks are told, and an exception finds it here."""
+        self.place = phase
+        self.world.at(phase)
 
     def step(self) -> Metrics:
         """One update."""

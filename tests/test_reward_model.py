@@ -244,6 +244,18 @@ def replace_steps(config: RewardModelConfig, steps: int) -> RewardModelConfig:
     return config.model_copy(update={"steps": steps})
 
 
+def test_out_of_memory_is_said_with_what_it_was_doing(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def no_memory(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 17 bytes")
+
+    monkeypatch.setattr("torch.autograd.backward", no_memory)
+    (tmp_path / "c.yaml").write_text(json.dumps(settings(tmp_path, tiny_model_dir, steps=1)))
+    assert cli.main(["train", str(tmp_path / "c.yaml")]) == 2
+    assert "out of memory in learn: lower learner.microbatch_tokens" in capsys.readouterr().err
+
+
 def test_it_is_one_task_of_the_same_command(
     tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
 ):
