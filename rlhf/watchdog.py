@@ -1,13 +1,13 @@
 """Nobody waits for ever, and the one that is waited for has a name.
 
 Every rank says once a second where it is (its phase, how long it has been there, whether it waits for others)
-in the store that the ranks have met by, from a thread of its own. The same thread reads what the others say
-and ends this process, with a sentence that names the culprit, when
+in the store that the ranks have met by, and reads what the others say, from a thread of its own. Another
+thread, which talks to nobody and so cannot hang, ends this process, naming the culprit, when
 
 1. this rank has waited longer than `distributed.timeout`: the culprits are those that do not wait;
 2. another rank has given no sign of life for that long, or for a minute: it is frozen, or was killed;
 3. another rank has said why it failed, and this one does not end by itself;
-4. the store is gone, with the process that held it, and this rank does not end by itself.
+4. the store is gone or does not answer: the process that held it was killed, or is frozen.
 
 A rank that dies closes its connections, so that a collective with it fails at once; `explain` then says which
 rank it was and what it last did.
@@ -60,20 +60,24 @@ class Watchdog:
         }
         self._phase, self._since, self._waits_since = "start", time.monotonic(), None
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._met, self._refused = time.monotonic(), False
+        """When the store has last answered, and whether it has refused to since."""
         # a connection of its own: the ranks' own may block it in a rendezvous
         self._store = _dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
         )
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._talk, self._watch)]
 
     def __enter__(self) -> Watchdog:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """The others are told how this rank has ended."""
         self._stop.set()
-        self._thread.join(BEAT + 1.0)
+        for thread in self._threads:
+            thread.join(BEAT + 1.0)
         with suppress(RuntimeError):
             self._say(ended="done" if error is None else f"{type(error).__name__}: {error}")
 
@@ -101,23 +105,35 @@ class Watchdog:
         culprit = "; ".join(texts) or f"a rank has closed its connection ({str(error).splitlines()[0]})"
         return RankError(f"rank {self.rank}, in {self._phase}, cannot go on: {culprit}")
 
-    def _watch(self) -> None:
-        met = time.monotonic()
+    def _talk(self) -> None:
         while not self._stop.wait(BEAT):
             try:
                 self._say()
                 self._listen()
-                met = time.monotonic()
+                self._met, self._refused = time.monotonic(), False
             except RuntimeError:
-                # a rank that waits finds out by a collective that fails, one that does not waits for nobody
-                longest = GRACE if self._waited() else min(LOST, self.timeout)
-                if time.monotonic() - met > longest:
-                    self._end("the rank that the others have met by (rank 0, or its launcher) is gone")
-                continue
-            if (culprit := self._culprit()) is not None:
+                self._refused = True
+
+    def _watch(self) -> None:
+        while not self._stop.wait(BEAT):
+            if (culprit := self._store_gone() or self._culprit()) is not None:
                 self._end(culprit)
 
+    def _store_gone(self) -> str | None:
+        """A rank that waits for others cannot go on without it; one that does not is in no hurry."""
+        longest = GRACE if self._refused and self._waited() else min(LOST, self.timeout)
+        silence = time.monotonic() - self._met
+        if silence <= longest:
+            return None
+        return (
+            f"the process by which the ranks have met (rank 0, or its launcher) has not answered for "
+            f"{silence:.0f} s: it is gone or frozen"
+        )
+
     def _culprit(self) -> str | None:
+        if time.monotonic() - self._met > 3 * BEAT:
+            # what the others say is not heard
+            return None
         lost = [text for r in self.others if (text := self._silent(r, min(LOST, self.timeout)))]
         if lost:
             return "; ".join(lost)
@@ -167,13 +183,24 @@ class Watchdog:
             "waits": self._waits_since is not None,
             "beat": now,
         }
-        with self._lock:
-            self._store.set(f"sign/{self.rank}", json.dumps(said | more))
+        with self._alone() as alone:
+            if alone:
+                self._store.set(f"sign/{self.rank}", json.dumps(said | more))
+
+    @contextmanager
+    def _alone(self) -> Generator[bool]:
+        """False when another thread is waiting for an answer of the store, which may never come."""
+        alone = self._lock.acquire(timeout=BEAT)
+        try:
+            yield alone
+        finally:
+            if alone:
+                self._lock.release()
 
     def _listen(self) -> None:
         for rank in self.others:
-            with self._lock:
-                if not self._store.check([f"sign/{rank}"]):
+            with self._alone() as alone:
+                if not alone or not self._store.check([f"sign/{rank}"]):
                     continue
                 said = json.loads(self._store.get(f"sign/{rank}"))
             if said != self.signs[rank].said:
