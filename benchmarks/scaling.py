@@ -86,13 +86,15 @@ class Sent:
     def count_all(self) -> None:
         self.count("all_reduce", lambda n, tensor, *_, **__: 2 * (n - 1) / n * tensor.nbytes)
         self.count("all_gather_object", lambda n, _, value, **__: (n - 1) * len(pickle.dumps(value)))
-        self.count("all_gather_into_tensor", lambda n, *a, **k: (n - 1) / n * _first(a, k, "output_tensor"))
-        self.count("reduce_scatter_tensor", lambda n, *a, **k: (n - 1) * _first(a, k, "output"))
+        # what FSDP2 calls
+        self.count("all_gather_single", lambda n, *a, **k: (n - 1) / n * _output(a, k))
+        self.count("reduce_scatter_single", lambda n, *a, **k: (n - 1) * _output(a, k))
 
 
-def _first(arguments: tuple[Any, ...], named: dict[str, Any], name: str) -> float:
-    tensor: torch.Tensor = arguments[0] if arguments else named[name]
-    return float(tensor.nbytes)
+def _output(arguments: tuple[Any, ...], named: dict[str, Any]) -> float:
+    """Bytes of the tensor that a collective writes, its first argument or named by its end."""
+    tensors = [*arguments, *(t for name, t in named.items() if name.startswith("output"))]
+    return float(tensors[0].nbytes)
 
 
 def one_rank(config: str, out: str) -> None:
