@@ -90,7 +90,7 @@ def summary(arm: str, seed: int, steps: Records, evaluations: Records) -> dict[s
         "last": {name: mean(name, steps[-FEW:]) for name in (*CURVES, *PARTS)},
         "kl_max": rounded(max(s["kl/ref"] for s in learned)),
         "held_out_right": [round(e["accuracy"], 4) for e in evaluations],
-        "held_out_samples": evaluations[-1]["num_samples"],
+        "held_out_samples": evaluations[-1]["num_samples"] if evaluations else 0,
         "completions": int(sum(s["rollout/samples"] for s in steps)),
         "minutes": minutes(steps),
         "seconds_a_step": rounded(statistics.median(s["time/step"] for s in steps)),
@@ -109,7 +109,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         first, last = row["first"], row["last"]
         moved = [f"{first[name]:.2f} → {last[name]:.2f}" for name in CURVES if name != "kl/ref"]
         held_out = [f"{share:.2f}" for share in row["held_out_right"]]
-        cells = [*moved, f"{last['kl/ref']:.3f}, {row['kl_max']:.3f}", f"{held_out[0]} → {held_out[-1]}"]
+        known = f"{held_out[0]} → {held_out[-1]}" if len(held_out) > 1 else "not measured"
+        cells = [*moved, f"{last['kl/ref']:.3f}, {row['kl_max']:.3f}", known]
         lines.append(f"| {ARMS[row['arm']]}, seed {row['seed']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -125,7 +126,8 @@ def draw(runs: dict[tuple[str, int], Records], target: float, file: Path) -> Non
             if len(curves) > 1:
                 middle = [statistics.mean(column) for column in zip(*map(numbers, curves), strict=True)]
                 axis.plot(middle, color=f"C{number}", linewidth=2)
-            axis.plot([], [], color=f"C{number}", label=title)
+            if curves:
+                axis.plot([], [], color=f"C{number}", label=title)
         axis.set_title(label, fontsize=10)
         axis.grid(alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="of the policies' runs")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -174,7 +177,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     # seed by seed, so that what is there when time runs out is comparable
     for seed in options.seeds:
-        for arm in ARMS:
+        for arm in options.arms:
             steps, evaluations = run_arm(arm, seed, options)
             runs[arm, seed] = steps
             rows.append(summary(arm, seed, steps, evaluations))

@@ -29,6 +29,7 @@ def train(config: Path, run: Path, settings: Sequence[str], *, done: str = "repo
 
 
 def read(run: Path) -> tuple[Records, Records]:
-    """The steps and the evaluations of a run."""
+    """The steps and the evaluations of a run, if it had any."""
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return steps, json.loads((run / "eval.json").read_text())
+    evaluations = run / "eval.json"
+    return steps, json.loads(evaluations.read_text()) if evaluations.is_file() else []
