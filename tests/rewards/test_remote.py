@@ -33,8 +33,8 @@ class Service(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/{path}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that did not wait. Nothing is printed: two threads that format a traceback at the same time
-        can fail in Python 3.11, which parses the source to mark the place."""
+        """A client that did not wait. Nothing is printed: two threads that format a traceback at once can
+        fail in Python 3.11, which parses the source to mark the place."""
 
 
 class Handler(BaseHTTPRequestHandler):
