@@ -105,7 +105,7 @@ def test_relatives_share_what_they_do_not_change():
     # reinforce_pp has no group, but two rewards for a batch are a group too
     assert signs == {name: [1.0, -1.0, 0.0] if name not in IMITATION else signs[name] for name in ALGORITHMS}
     # sft takes all alike, awr takes the worse one a little; the others leave it out
-    some = {"sft", "awr"}
+    some = {"sft", "awr", "awr_token"}
     assert {name: signs[name] for name in IMITATION} == {
         name: [1.0, float(name in some), 0.0] for name in IMITATION
     }
