@@ -30,7 +30,7 @@ from typing import Any
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 TICK = 0.05
 """Seconds between two looks at the tree."""
-DUMP_SECONDS = 0.2
+DUMP_SECONDS = 1.0
 """What a worker has to write its stack before it is killed."""
 OUTPUT_LIMIT = 1 << 18
 """Bytes of a worker's output that are passed on; the rest is counted and dropped."""
