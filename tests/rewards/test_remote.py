@@ -26,9 +26,6 @@ class Service(ThreadingHTTPServer):
         self.connections = 0
         self.closing = threading.Event()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Clients that give up are part of the tests."""
-
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{path}"
 
