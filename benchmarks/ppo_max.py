@@ -117,15 +117,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def draw(runs: dict[tuple[str, int], Records], target: float, file: Path) -> None:
     """Thin: single seeds; thick: their mean, where there are several."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharex=True)
     for axis, (name, label) in zip(axes.flat, CURVES.items(), strict=True):
         for number, (arm, title) in enumerate(ARMS.items()):
-            curves = [[s.get(name) for s in steps] for (of, _), steps in runs.items() if of == arm]
+            curves = [[s.get(name) for s in record] for (of, _), record in runs.items() if of == arm]
             for curve in curves:
-                axis.plot(numbers(curve), color=f"C{number}", alpha=1.0 if len(curves) == 1 else 0.3)
+                steps = range(1, len(curve) + 1)
+                axis.plot(steps, numbers(curve), color=f"C{number}", alpha=1.0 if len(curves) == 1 else 0.3)
             if len(curves) > 1:
                 middle = [statistics.mean(column) for column in zip(*map(numbers, curves), strict=True)]
-                axis.plot(middle, color=f"C{number}", linewidth=2)
+                axis.plot(range(1, len(middle) + 1), middle, color=f"C{number}", linewidth=2)
             if curves:
                 axis.plot([], [], color=f"C{number}", label=title)
         axis.set_title(label, fontsize=10)
