@@ -49,6 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
 COLOURS = {"grpo": "#666666", "papo_g": "#1f77b4", "entropies": "#2ca02c", "tenfold": "#d62728"}
 # a square is a whole cell of the grid, or it would leave enough of a shape to tell its colour
 MASK = {"patch": CELL, "ratio": 0.6}
+AT_ONCE = 60
 
 
 def settings_of(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -87,20 +88,26 @@ def measure(model: Path, data: Path) -> dict[str, float]:
         data / "eval.jsonl", tokenizer, image_column="images", max_prompt_tokens=48, processor=processor
     )
     found: dict[str, list[float]] = {}
-    for prompt in held_out.prompts:
-        answer = tokenizer(prompt.columns["answer"])["input_ids"]
-        packed = pack([torch.tensor(prompt.token_ids)], [[torch.tensor(answer)]], [prompt.pictures])
+    for first in range(0, len(held_out), AT_ONCE):
+        prompts = held_out.prompts[first : first + AT_ONCE]
+        # the first token is the answer, and what is asked for stands where it is predicted
+        answers = torch.tensor([tokenizer(p.columns["answer"])["input_ids"][0] for p in prompts])
+        packed = pack(
+            [torch.tensor(p.token_ids) for p in prompts],
+            [[answer[None]] for answer in answers],
+            [p.pictures for p in prompts],
+        )
         hidden = policy.hidden(packed)
-        probabilities = (hidden[0] @ policy.head.module.weight.T).softmax(-1)
+        probabilities = (hidden @ policy.head.module.weight.T).softmax(-1)
         blind = policy.hidden(looking.masked(packed, 0))
-        kl = policy.divergence(packed, hidden, blind, temperature=1.0)[0].item()
-        kind = "agree" if prompt.columns["agrees"] else "contradict"
-        for name, value in (
-            (f"accuracy_{kind}", float(probabilities.argmax().item() == answer[0])),
-            (f"probability_{kind}", probabilities[answer[0]].item()),
-            ("perception_kl", kl),
-        ):
-            found.setdefault(name, []).append(value)
+        kls = policy.divergence(packed, hidden, blind, temperature=1.0)
+        right = (probabilities.argmax(-1) == answers).float()
+        chances = probabilities.gather(-1, answers[:, None])[:, 0]
+        for prompt, *values in zip(prompts, right.tolist(), chances.tolist(), kls.tolist(), strict=True):
+            kind = "agree" if prompt.columns["agrees"] else "contradict"
+            names = (f"accuracy_{kind}", f"probability_{kind}", "perception_kl")
+            for name, value in zip(names, values, strict=True):
+                found.setdefault(name, []).append(value)
     means = {name: statistics.mean(values) for name, values in found.items()}
     both = [found["accuracy_agree"], found["accuracy_contradict"]]
     return {"accuracy": statistics.mean([x for part in both for x in part]), **means}
@@ -110,8 +117,9 @@ def run(arm: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
     settings = settings_of(arm, seed, options)
     folder = Path(settings["run_dir"])
     result = folder / "result.json"
-    if not result.is_file():
+    if not (folder / "report.html").is_file():
         Trainer(make_config(settings)).run()
+    if not result.is_file():
         result.write_text(json.dumps(measure(folder / "model", options.data)))
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     curves = {
