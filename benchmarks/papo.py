@@ -65,11 +65,11 @@ def settings_of(arm: str, seed: int, options: argparse.Namespace) -> dict[str, A
             "clip_low": 0.2,
             "clip_high": 0.3,
             "clip_dual": 3.0,
-            "kl": {"coef": 0.01},
+            "kl": {"coef": 0.0},
         },
         "perception": {**MASK, **ARMS[arm]},
         "rollout": {"prompts_per_step": 24, "group_size": 5, "max_completion_tokens": 3},
-        "learner": {"lr": options.lr, "microbatch_tokens": 8192, "minibatches": 2},
+        "learner": {"lr": options.lr, "microbatch_tokens": 8192},
         "checkpoint": {"every": 0},
         "monitor": {"sinks": []},
     }
@@ -158,7 +158,7 @@ def plot(
     axes[1].set(title="held-out accuracy (dashes: before)", ylim=(0, 1.02))
     for axis, curve, title in (
         (axes[2], "reward/mean", "reward in training"),
-        (axes[3], "perception/kl", "perception KL in training, nats a token"),
+        (axes[3], "perception/kl", "perception KL, nats a token"),
     ):
         for arm, runs in results.items():
             curves = [smooth(r["curves"][curve]) for r in runs if r["curves"][curve][0] is not None]
@@ -192,16 +192,13 @@ def _show_pictures(axis: Any, data: Path) -> None:
         for a in (True, False)
     ]
     axis.set_axis_off()
-    axis.set(title="held-out pictures", xlim=(0, 2), ylim=(0, 3.45))
     for i, row in enumerate(chosen):
         image, text = row["prompt"][0]["content"]
-        x, y = i % 2, 2 - i // 2
-        axis.imshow(
-            Image.open(data / image["image"]),
-            extent=(x + 0.22, x + 0.78, y * 1.15 + 0.32, y * 1.15 + 1.0),
-            aspect="auto",
-        )
+        x, y = i % 2 * 1.9, 2 - i // 2
+        where = (x + 0.19, x + 0.81, y * 1.15 + 0.33, y * 1.15 + 0.95)
+        axis.imshow(Image.open(data / image["image"]), extent=where)
         axis.text(x + 0.5, y * 1.15 + 0.08, f"{text['text']}: {row['answer']}", ha="center", fontsize=7.5)
+    axis.set(title="held-out pictures", xlim=(-0.5, 3.4), ylim=(0, 3.45), aspect="equal")
 
 
 def main() -> None:
@@ -212,8 +209,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, required=True)
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     # seeds outside: what is there after a while compares all arms

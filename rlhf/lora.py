@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,16 +95,25 @@ def _merged(base: Tensor, layer: Any) -> Tensor:
 
 
 def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
-    """Names of layers as peft takes them: the last part of a path, or several of its last parts."""
-    head = head_of(model)
-    linears = [n for n, m in modules_by_name(model).items() if isinstance(m, nn.Linear) and m is not head]
+    """Names of layers as peft takes them: the last part of a path, several of its last parts, or all."""
+    head, modules = head_of(model), modules_by_name(model)
+    linears = {name for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
     last = sorted({name.rpartition(".")[2] for name in linears})
     for target in wanted:
-        if not any(name == target or name.endswith(f".{target}") for name in linears):
+        if not _named(target, linears):
             near = difflib.get_close_matches(target, last, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise ModelError(
                 f"model.lora.targets has {target!r}, which is no linear layer of {type(model).__name__} "
                 f"below its head{hint} There are: {', '.join(last)}"
             )
-    return sorted(wanted) or last
+    targets: set[str] = set()
+    for target in wanted or last:
+        named = _named(target, linears)
+        # a vision tower has convolutions and numbered layers that share a name with linear ones
+        targets |= {target} if named == _named(target, modules) else named
+    return sorted(targets)
+
+
+def _named(target: str, names: Iterable[str]) -> set[str]:
+    return {name for name in names if name == target or name.endswith(f".{target}")}

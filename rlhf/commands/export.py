@@ -12,6 +12,7 @@ from rlhf.checkpoint import CheckpointError
 from rlhf.commands.source import find_source, load_weights
 from rlhf.config import load_config
 from rlhf.pretrained import load_tokenizer
+from rlhf.processor import load_processor
 
 
 def run_export(name: str, folder: str, *, adapter: bool) -> Iterator[str]:
@@ -27,11 +28,12 @@ def run_export(name: str, folder: str, *, adapter: bool) -> Iterator[str]:
         raise CheckpointError(f"{name} trained all weights, there is no adapter; export without --adapter")
     checkpoint.check_export(target)
     tokenizer = load_tokenizer(config.model.path)
+    reader = load_processor(config.model.path, tokenizer) or tokenizer
     weights = load_weights(source, config.model, torch.device("cpu"), seed=config.seed)
     if adapter and weights.adapter is not None:
-        checkpoint.export(weights.adapter, tokenizer, target)
+        checkpoint.export(weights.adapter, reader, target)
         yield f"{source.checkpoint} -> {target}: a LoRA adapter on {config.model.path}"
         return
-    checkpoint.export(weights.model, tokenizer, target)
+    checkpoint.export(weights.model, reader, target)
     merged = "" if weights.adapter is None else ", its adapter merged into the weights"
     yield f"{source.checkpoint} -> {target}: a model of {config.model.dtype} weights{merged}"

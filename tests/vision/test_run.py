@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf.buffer import Buffer, pack_images, unpack_images
+from rlhf.cli import main
 from rlhf.config import make_config
 from rlhf.experience import pack_groups
 from rlhf.preflight import describe, load_inputs
@@ -24,7 +25,7 @@ Folder = Callable[[str], Path]
 def test_a_model_that_sees_learns_and_is_exported_whole(
     tmp_path: Path, tiny_vlm: Folder, family: str
 ) -> None:
-    settings = picture_settings(tmp_path, tiny_vlm(family), steps=10, checkpoint={"export": True})
+    settings = picture_settings(tmp_path, tiny_vlm(family), steps=8, checkpoint={"export": True})
     train(settings)
     steps = metrics_of(tmp_path)
     assert steps[-1]["reward/mean"] > 3 * steps[0]["reward/mean"] + 0.02
@@ -65,3 +66,29 @@ def test_the_buffer_of_an_interrupted_step_keeps_its_pictures(tiny_vlm: Folder) 
     images = (None, Images("ä", (WIDE, "/a/b.png", HIGH)), Images("x", ("c.png",)), None)
     assert unpack_images(pack_images(images)) == images
     assert unpack_images(pack_images(())) == ()
+
+
+def test_an_adapter_of_a_model_that_sees_is_trained_evaluated_and_exported(
+    tmp_path: Path, tiny_vlm: Folder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft")
+    settings = picture_settings(
+        tmp_path,
+        tiny_vlm("qwen2_vl"),
+        steps=2,
+        model={"lora": {"rank": 4}},
+        algorithm={"name": "grpo", "kl": {"coef": 0.1}},
+        perception={"coef": 0.02, "patch": 4},
+        rollout={"prompts_per_step": 4, "group_size": 4},
+        learner={"lr": 1e-2},
+    )
+    train(settings)
+    steps = metrics_of(tmp_path)
+    assert max(step["mismatch/k3"] for step in steps) < 1e-8
+    assert steps[1]["kl/ref"] > 0 and steps[1]["perception/kl"] > 0
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    assert main(["export", run, str(out)]) == 0, capsys.readouterr().err
+    assert processor_of(out).image_token_id == processor_of(tiny_vlm("qwen2_vl")).image_token_id
+    data = ["--data", str(tmp_path / "train.jsonl"), "eval.samples=2", "eval.max_prompts=4"]
+    assert main(["eval", run, *data]) == 0, capsys.readouterr().err
+    assert "4 prompts x 2 samples" in capsys.readouterr().out
