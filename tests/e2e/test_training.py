@@ -98,7 +98,8 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
     (folders["stopped"] / "interrupted").touch()
     train(runs["straight"])
     train(runs["stopped"])
-    assert len(metrics_of(folders["stopped"])) == 3
+    # a batch that is ahead is scored while the update before it runs
+    assert len(metrics_of(folders["stopped"])) in ((2, 3) if ahead else (3,))
     train(runs["stopped"] | {"checkpoint": {"resume": "auto", "export": True}})
     straight, stopped = (without_clocks(metrics_of(f)) for f in (folders["straight"], folders["stopped"]))
     assert stopped == straight
