@@ -203,7 +203,7 @@ def _sample(request: Request, source: Source, config: Config, inputs: Inputs) ->
         eos_token_ids=inputs.eos_token_ids,
         kv_cache_gib=section.kv_cache_gib,
         max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
-        vllm_args=section.vllm.args,
+        vllm=section.vllm,
         eyes=eyes,
     )
     # one that does not hold this very module has loaded the weights of `model.path`
