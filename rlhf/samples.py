@@ -6,7 +6,8 @@
 
 `advantage` is one number where all tokens of a completion have the same, else one a token; `entropy` is that
 of the whole vocabulary in the pass that the policy learned from, in nats. Both are absent where the
-completion was not learned from, and `entropy` where its group taught nothing, so that no pass was made.
+completion was not learned from, and `entropy` where its group taught nothing, so that no pass was made, or
+where the run was stopped between the updates of the step.
 """
 
 from __future__ import annotations

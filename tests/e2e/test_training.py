@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,8 @@ def test_a_run_stopped_in_the_middle_of_its_buffer_goes_on_with_the_next_update(
     assert stopped == straight and len(stopped) == 4
     assert [record["critic/warmup"] for record in stopped] == [1.0, 0.0, 0.0, 0.0]
     folders = [tmp_path / name / "run" for name in ("straight", "stopped")]
-    assert len({(folder / "samples.jsonl").read_text() for folder in folders}) == 1
+    # the pass that measured the entropy of the step that was stopped is gone
+    assert len({re.sub(r', "entropy": [^]]*]', "", (f / "samples.jsonl").read_text()) for f in folders}) == 1
     last = [load(folder / "checkpoints" / "step_000004", device="cpu") for folder in folders]
     assert last[0].state == last[1].state
     for file, tensors in last[0].tensors.items():
