@@ -25,7 +25,7 @@ Folder = Callable[[str], Path]
 def test_a_model_that_sees_learns_and_is_exported_whole(
     tmp_path: Path, tiny_vlm: Folder, family: str
 ) -> None:
-    settings = picture_settings(tmp_path, tiny_vlm(family), steps=8, checkpoint={"export": True})
+    settings = picture_settings(tmp_path, tiny_vlm(family), steps=14, checkpoint={"export": True})
     train(settings)
     steps = metrics_of(tmp_path)
     assert steps[-1]["reward/mean"] > 3 * steps[0]["reward/mean"] + 0.02
