@@ -62,6 +62,22 @@ class Head:
         scale = settings.get("logit_scale") or 1.0 / (settings.get("logits_scaling") or 1.0)
         return cls(module, settings.get("final_logit_softcapping"), scale)
 
+    def statistics(
+        self, hidden: Tensor, targets: Tensor, *, temperature: float, want: tuple[str, ...], **against: Any
+    ) -> TokenStats:
+        """`token_stats` under this head; `against`: the `ref_...` arguments of another model."""
+        return token_stats(
+            hidden,
+            self.module.weight,
+            targets,
+            temperature=temperature,
+            bias=self.module.bias,
+            softcap=self.softcap,
+            logit_scale=self.scale,
+            want=want,
+            **against,
+        )
+
 
 class Trunk:
     """A causal transformer and how packed groups go through it, whatever head their hidden states go to.
@@ -233,7 +249,6 @@ class Policy(Trunk):
         With a `reference`, also its log-prob and, where wanted, the exact KL (no gradient into it). `hidden`
         are the states of `packed` where they are known already.
         """
-        head = self.head
         against: dict[str, Any] = {}
         if reference is not None:
             with torch.no_grad():
@@ -242,16 +257,9 @@ class Policy(Trunk):
                     "ref_weight": reference.head.module.weight,
                     "ref_bias": reference.head.module.bias,
                 }
-        statistics = token_stats(
-            self.hidden(packed) if hidden is None else hidden,
-            head.module.weight,
-            packed.targets,
-            temperature=temperature,
-            bias=head.module.bias,
-            softcap=head.softcap,
-            logit_scale=head.scale,
-            want=want,
-            **against,
+        states = self.hidden(packed) if hidden is None else hidden
+        statistics = self.head.statistics(
+            states, packed.targets, temperature=temperature, want=want, **against
         )
         if reference is not None:
             give_up(reference.model)
@@ -261,19 +269,14 @@ class Policy(Trunk):
 
     def divergence(self, packed: Packed, hidden: Tensor, other: Tensor, *, temperature: float) -> Tensor:
         """KL(policy at `hidden` || policy at `other` states) `[N]`, exact; gradient into the former alone."""
-        head = self.head
-        kl = token_stats(
+        kl = self.head.statistics(
             hidden,
-            head.module.weight,
             packed.targets,
             temperature=temperature,
-            bias=head.module.bias,
-            softcap=head.softcap,
-            logit_scale=head.scale,
             want=("kl",),
             ref_hidden=other,
-            ref_weight=head.module.weight,
-            ref_bias=head.module.bias,
+            ref_weight=self.head.module.weight,
+            ref_bias=self.head.module.bias,
         ).kl
         assert kl is not None
         return kl
