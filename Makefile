@@ -32,7 +32,7 @@ test: setup $(VENV)/.dev $(VENV)/.tested-vllm
 
 # every kill point, damage and shortage, about ten minutes; `make test` has a few of each
 test-faults: setup $(VENV)/.dev
-	$(VENV)/bin/python -m pytest tests/faults tests/faults/every_kill.py tests/faults/every_damage.py $(ARGS)
+	$(VENV)/bin/python -m pytest tests/faults/test_*.py tests/faults/every_*.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

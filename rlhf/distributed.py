@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf.metrics import Metrics, merge
 from rlhf.typed import copy_all
-from rlhf.watchdog import Watchdog, deadline, lost_connection
+from rlhf.watchdog import RankError, Watchdog, deadline, lost_connection
 
 # its annotations are too incomplete for a strict check
 _dist: Any = dist
@@ -44,6 +44,11 @@ class World:
         """Tells the other ranks what this one does from here on."""
         if self.watchdog is not None:
             self.watchdog.at(phase)
+
+    def check_others(self) -> None:
+        """Raises RankError where another rank is known to have failed or died: for waits of one's own."""
+        if self.watchdog is not None:
+            self.watchdog.look()
 
     def _waiting(self) -> AbstractContextManager[None]:
         return nullcontext() if self.watchdog is None else self.watchdog.waiting()
@@ -134,7 +139,7 @@ def world(timeout: float = 1800.0) -> Generator[World]:
             try:
                 yield World(rank, size, device, watchdog)
             except RuntimeError as error:
-                if not lost_connection(error):
+                if isinstance(error, RankError) or not lost_connection(error):
                     raise
                 raise watchdog.explain(error) from error
     finally:

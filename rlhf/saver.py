@@ -30,6 +30,7 @@ from rlhf.files import write_atomically
 from rlhf.sharding import is_sharded, savers
 from rlhf.state import Stateful, load_state, state_of, tensors_of
 from rlhf.tensor_files import TensorFile, tensor_files
+from rlhf.watchdog import RankError
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,13 @@ class Saver:
         self.background = world.device.type == "cuda" if background is None else background
         self.token: str = world.gather(uuid4().hex[:8])[0]
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | None = None
+        self._error: CheckpointError | RankError | None = None
 
     def save(self, step: int, parts: Mapping[str, Stateful], *, score: float | None = None) -> None:
         """Begins a checkpoint when the one before is done, and ends it unless that is left to the background.
 
-        Raises CheckpointError, of either: the disk is full or cannot be written, or a rank's part is missing.
-        Every rank calls it.
+        Raises CheckpointError, of either: the disk is full or cannot be written, or a rank's part is missing;
+        RankError: a rank whose part was waited for has died. Every rank calls it.
         """
         self.wait()
         tensors = tensors_of(parts)
@@ -78,13 +79,13 @@ class Saver:
             self._write(job)
 
     def wait(self) -> None:
-        """Until the checkpoint under way is done. Raises its CheckpointError."""
+        """Until the checkpoint under way is done. Raises what `save` does."""
         if self._thread is not None:
             self._thread.join()
         self.check()
 
     def check(self) -> None:
-        """Raises the CheckpointError of the background, if there is one."""
+        """Raises the error of the background, if there is one."""
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -115,7 +116,7 @@ class Saver:
     def _write_behind(self, job: _Job) -> None:
         try:
             self._write(job)
-        except CheckpointError as error:
+        except (CheckpointError, RankError) as error:
             self._error = error
 
     def _write(self, job: _Job) -> None:
@@ -153,6 +154,8 @@ class Saver:
                 entries |= json.loads((beside / _part(rank)).read_text())
                 (beside / _part(rank)).unlink()
                 missing.remove(rank)
+            if missing:
+                self.world.check_others()
             if missing and time.monotonic() > deadline:
                 late = ", ".join(map(str, missing))
                 raise CheckpointError(

@@ -6,11 +6,12 @@ thread, which talks to nobody and so cannot hang, ends this process, naming the 
 
 1. this rank has waited longer than `distributed.timeout`: the culprits are those that do not wait;
 2. another rank has given no sign of life for that long, or for a minute: it is frozen, or was killed;
-3. another rank has said why it failed, and this one does not end by itself;
+3. another rank has said why it failed, or its process has ended without a word, as those of the same machine
+   see (liveness.py) and tell the others, and this one does not end by itself;
 4. the store is gone or does not answer: the process that held it was killed, or is frozen.
 
 A rank that dies closes its connections, so that a collective with it fails at once; `explain` then says which
-rank it was and what it last did.
+rank it was and what it last did. Who waits for others in another way asks with `look`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import threading
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+from rlhf.liveness import Process
 
 # its annotations are too incomplete for a strict check
 _dist: Any = dist
@@ -47,6 +50,11 @@ class Sign:
 
     said: dict[str, Any]
     at: float
+    died: float | None = None
+    """When its process was seen to have ended without having said why."""
+
+    def process_ended(self) -> bool:
+        return "process" in self.said and Process(*self.said["process"]).has_ended()
 
 
 class Watchdog:
@@ -59,6 +67,7 @@ class Watchdog:
             r: Sign({"phase": "start", "since": 0.0, "waits": False}, time.monotonic()) for r in self.others
         }
         self._phase, self._since, self._waits_since = "start", time.monotonic(), None
+        self._process = astuple(Process.own())
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._met, self._refused = time.monotonic(), False
         """When the store has last answered, and whether it has refused to since."""
@@ -69,6 +78,8 @@ class Watchdog:
         self._threads = [threading.Thread(target=t, daemon=True) for t in (self._talk, self._watch)]
 
     def __enter__(self) -> Watchdog:
+        with suppress(RuntimeError):
+            self._say()
         for thread in self._threads:
             thread.start()
         return self
@@ -97,13 +108,22 @@ class Watchdog:
     def explain(self, error: Exception) -> RankError:
         """What became of the others, when a collective with them has failed; waits for signs of it."""
         deadline = time.monotonic() + 3 * BEAT
-        while time.monotonic() < deadline and not self._ended():
+        while time.monotonic() < deadline and not (self._ended() or self._dead()):
             time.sleep(0.1)
-            with suppress(RuntimeError):
+            try:
                 self._listen()
-        texts = self._ended() or [text for r in self.others if (text := self._silent(r, 2 * BEAT))]
+            except RuntimeError:
+                # the store has gone with the rank that held it
+                self._see_dead()
+        texts = self._ended() or self._dead() or self._silent(2 * BEAT)
         culprit = "; ".join(texts) or f"a rank has closed its connection ({str(error).splitlines()[0]})"
         return RankError(f"rank {self.rank}, in {self._phase}, cannot go on: {culprit}")
+
+    def look(self) -> None:
+        """Raises RankError where another rank has failed or died, as the last beat has shown."""
+        texts = self._ended() or self._dead()
+        if texts:
+            raise RankError(f"rank {self.rank}, in {self._phase}, cannot go on: {'; '.join(texts)}")
 
     def _talk(self) -> None:
         while not self._stop.wait(BEAT):
@@ -134,12 +154,14 @@ class Watchdog:
         if time.monotonic() - self._met > 3 * BEAT:
             # what the others say is not heard
             return None
-        lost = [text for r in self.others if (text := self._silent(r, min(LOST, self.timeout)))]
+        lost = self._silent(min(LOST, self.timeout))
         if lost:
             return "; ".join(lost)
         failed = self._ended()
         if failed and time.monotonic() - max(self.signs[r].at for r in self.others) > GRACE:
             return "; ".join(failed)
+        if dead := self._dead(GRACE):
+            return "; ".join(dead)
         if self._waited() > self.timeout:
             late = [self._place(r) for r in self.others if not self.signs[r].said["waits"]]
             where = "; ".join(late) or "every rank waits, so they wait for different things"
@@ -147,16 +169,26 @@ class Watchdog:
             return f"{waited}, longer than distributed.timeout = {self.timeout:g} s: {where}"
         return None
 
-    def _silent(self, rank: int, longest: float) -> str | None:
-        """What to say of a rank that has given no sign for longer than that."""
-        sign = self.signs[rank]
-        silence = time.monotonic() - sign.at
-        if silence <= longest or sign.said.get("ended") == "done":
-            return None
-        return (
-            f"rank {rank} has given no sign of life for {silence:.0f} s, last in {sign.said['phase']}: "
-            "it is frozen or was killed (by the system, perhaps, for its memory)"
-        )
+    def _silent(self, longest: float) -> list[str]:
+        """What to say of the ranks that have given no sign for longer than that."""
+        silence = {r: time.monotonic() - s.at for r, s in self.signs.items() if s.said.get("ended") != "done"}
+        return [
+            f"rank {rank} has given no sign of life for {seconds:.0f} s, last in "
+            f"{self.signs[rank].said['phase']}: it is frozen or was killed (by the system, perhaps, for its "
+            "memory)"
+            for rank, seconds in silence.items()
+            if seconds > longest
+        ]
+
+    def _dead(self, longest: float = 0.0) -> list[str]:
+        """Of the ranks whose process has ended without a word, and was seen to for as long as that."""
+        now = time.monotonic()
+        return [
+            f"the process of rank {rank} (number {sign.said['process'][1]}) has ended without a word, last "
+            f"in {sign.said['phase']}: it was killed, by the system, perhaps, for its memory"
+            for rank, sign in self.signs.items()
+            if sign.died is not None and now - sign.died >= longest
+        ]
 
     def _ended(self) -> list[str]:
         """Of the ranks that have said why they failed."""
@@ -182,6 +214,7 @@ class Watchdog:
             "since": now - self._since,
             "waits": self._waits_since is not None,
             "beat": now,
+            "process": self._process,
         }
         with self._alone() as alone:
             if alone:
@@ -197,14 +230,23 @@ class Watchdog:
             if alone:
                 self._lock.release()
 
+    def _see_dead(self) -> None:
+        for sign in self.signs.values():
+            if sign.died is None and "ended" not in sign.said and sign.process_ended():
+                sign.died = time.monotonic()
+
     def _listen(self) -> None:
         for rank in self.others:
+            # looked at before: what it said at its end is then heard
+            ended = self.signs[rank].process_ended()
             with self._alone() as alone:
                 if not alone or not self._store.check([f"sign/{rank}"]):
                     continue
                 said = json.loads(self._store.get(f"sign/{rank}"))
             if said != self.signs[rank].said:
                 self.signs[rank] = Sign(said, time.monotonic())
+            elif ended and "ended" not in said and self.signs[rank].died is None:
+                self.signs[rank].died = time.monotonic()
 
     def _end(self, culprit: str) -> None:
         """The main thread is in a collective that may never return: there is no other way to end it."""

@@ -39,6 +39,24 @@ def test_a_rank_that_fails_ends_the_other_with_its_reason(tmp_path: Path, tiny_m
 
 
 @pytest.mark.multi
+@pytest.mark.parametrize("background", [False, True])
+def test_a_rank_that_dies_while_shards_are_saved_ends_the_one_that_needs_its_part(
+    tmp_path: Path, tiny_model_dir: Path, straight: Straight, background: bool
+) -> None:
+    """That one waits for a file, which no connection breaks; the process tells, long before silence does."""
+    settings = settings_of(tmp_path, tiny_model_dir, "sharded", checkpoint={"background": background})
+    fault = Fault("rlhf.saver:write_atomically", 1, rank=1)
+    waiting, killed = launch(settings, tmp_path / "log", ranks=2, fault=fault)
+    assert killed.code == -9 and waiting.code == 3, waiting.said
+    assert "the process of rank 1 (number" in waiting.said, waiting.said
+    if not background:
+        assert "rank 0, in save, step" in waiting.said and "has ended without a word" in waiting.said
+    newest = latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None and newest.name == "step_000002"
+    resumed(tmp_path, settings, 2, straight(2, "sharded"))
+
+
+@pytest.mark.multi
 def test_a_signal_to_one_rank_saves_and_ends_both(
     tmp_path: Path, tiny_model_dir: Path, straight: Straight
 ) -> None:

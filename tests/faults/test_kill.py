@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
@@ -35,6 +38,20 @@ def test_a_killed_rank_ends_the_other_and_both_go_on_as_if_it_had_not_been(
 ) -> None:
     fault = Fault("torch.autograd:backward", 3, rank=1)
     killed_and_resumed(tmp_path, tiny_model_dir, fault, 2, straight)
+
+
+def test_make_runs_all_of_them() -> None:
+    """pytest leaves out a file of another name beside its folder, and says nothing."""
+    root = Path(__file__).parents[2]
+    makefile = (root / "Makefile").read_text()
+    line = re.search(r"^test-faults:.*\n.* pytest (.*) \$\(ARGS\)$", makefile, re.MULTILINE)
+    assert line is not None
+    files = [str(file) for pattern in line[1].split() for file in sorted(root.glob(pattern))]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *files]
+    said = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False).stdout
+    kills = len(alone()) + len(together()) + 2 * len(PPO_MAX) + len(SHARDED)
+    assert len(re.findall(r"every_kill.py::.*killed_anywhere\[", said)) == kills, said
+    assert "every_damage.py::" in said and "test_faults.py::" in said
 
 
 def test_every_kill_point_is_a_function_of_the_code_as_it_is() -> None:
