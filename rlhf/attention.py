@@ -76,8 +76,10 @@ def attention_by_groups(
 ) -> Tensor:
     """As `varlen.packed_attention`, group by group, with the CPU's kernel; a window needs groups of one."""
     outputs: list[Tensor] = []
-    for span in spans:
-        q, k, v = (t[:, span.start : span.end] for t in (query, key, value))
+    # split, not sliced: the gradient of each slice would be as large as what it was cut from
+    lengths = [span.end - span.start for span in spans]
+    parts = zip(*(torch.split(t, lengths, dim=1) for t in (query, key, value)), strict=True)
+    for span, (q, k, v) in zip(spans, parts, strict=True):
         if len(span.completions) == 1:
             outputs.append(one_sequence(q, k, v, scale=scale, window=window))
             continue

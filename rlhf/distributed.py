@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf.allocator import keep_freed_memory
 from rlhf.metrics import Metrics, merge
 from rlhf.typed import copy_all
 from rlhf.watchdog import RankError, Watchdog, deadline, lost_connection
@@ -130,6 +131,8 @@ def world(timeout: float = 1800.0) -> Generator[World]:
     size, rank, device = world_size(), int(os.environ.get("RANK", "0")), this_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if size == 1:
         yield World(rank, size, device)
         return

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.norms import fuse_norms
+
 # its annotations are too incomplete for a strict check
 _transformers: Any = transformers
 _hub: Any = huggingface_hub
@@ -41,6 +43,11 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
         model = kind.from_pretrained(local_or_hub(path), dtype=dtype)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be loaded: {error}") from error
+    return _ready(model, device)
+
+
+def _ready(model: Any, device: torch.device) -> PreTrainedModel:
+    fuse_norms(model)
     return model.to(device).eval()
 
 
@@ -61,7 +68,7 @@ def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tenso
     try:
         if not architecture.endswith("ForSequenceClassification"):
             trunk = _transformers.AutoModel.from_pretrained(local_or_hub(path), dtype=torch.float32)
-            return trunk.to(device).eval(), None
+            return _ready(trunk, device), None
         model = _transformers.AutoModelForSequenceClassification.from_pretrained(
             local_or_hub(path), dtype=torch.float32
         )
@@ -70,7 +77,7 @@ def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tenso
     head = score_head_of(model)
     if not isinstance(head, nn.Linear) or "bias" in dict(head.named_parameters()):
         raise ModelError(f"{path} is a {architecture}, whose score is not one linear map of hidden states")
-    return model.base_model.to(device).eval(), head.weight.detach().to(device)
+    return _ready(model.base_model, device), head.weight.detach().to(device)
 
 
 SCORED_AT_END = {"scored_at": "end_of_sequence"}

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rlhf import checkpoint
+from rlhf.allocator import give_back_memory
 from rlhf.balance import deal
 from rlhf.collector import Hooks
 from rlhf.config import Config
@@ -61,6 +62,7 @@ class Trainer:
                     timeout=self.config.distributed.timeout,
                 )
                 self._resume()
+                give_back_memory()
                 for text in warnings(self.config, self.inputs):
                     self.monitor.warn(text)
             with (

@@ -214,6 +214,7 @@ def test_in_bfloat16_with_a_kl_in_the_reward_and_another_engine_it_learns_too(
         tmp_path, tiny_model("llama-sharp"), **LORA, algorithm=algorithm, rollout=rollout
     )
     settings["model"]["dtype"] = "bfloat16"
+    settings["learner"]["lr"] = 2e-2
     train(settings)
     rewards = [record["reward/mean"] for record in metrics_of(tmp_path)]
     assert sum(rewards[-3:]) / 3 > 3 * max(0.01, sum(rewards[:3]) / 3), rewards

@@ -1,0 +1,33 @@
+"""What the C library does with freed memory on a CPU: keep it for the next step, or give it back.
+
+As delivered, glibc gives large blocks and the top of the heap back to the system when they are freed, and the
+system clears every page of them when they are asked for again. A training step frees and asks for the same
+gigabytes each time: about a sixth of its seconds went there (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Of `mallopt`, from malloc.h."""
+_NEVER = -1
+
+
+def keep_freed_memory() -> None:
+    """From here on this process keeps what it frees; elsewhere than with glibc nothing happens."""
+    for libc in _glibc():
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, _NEVER)
+
+
+def give_back_memory() -> None:
+    """What is free right now, after something large that does not come again."""
+    for libc in _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> list[ctypes.CDLL]:
+    """It, or none."""
+    return [ctypes.CDLL(None)] if platform.libc_ver()[0] == "glibc" else []
