@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
+import torch
+
 from rlhf.buffer import metrics_from, metrics_state
 from rlhf.checkpoint import TensorFiles
 from rlhf.collector import Collected, Pending
@@ -22,7 +24,8 @@ from rlhf.data import PromptDataset
 from rlhf.distributed import World
 from rlhf.metrics import Max, Mean, Metrics, merge
 from rlhf.state import Stateful
-from rlhf.types import FinishReason, Group, Trajectory, VersionSpan
+from rlhf.typed import integers
+from rlhf.types import FinishReason, Group, Kept, Trajectory, VersionSpan
 
 
 class Ahead(Stateful):
@@ -97,6 +100,8 @@ def group_state(group: Group) -> dict[str, Any]:
         plain = {f.name: getattr(t, f.name) for f in fields(t)}
         plain |= {"finish_reason": t.finish_reason.value, "objectives": dict(t.objectives)}
         plain |= {"versions": [[v.version, v.start, v.end] for v in t.versions]}
+        if t.kept is not None:
+            plain["kept"] = {"ids": integers(t.kept.ids), "sizes": integers(t.kept.sizes)}
         trajectories.append({k: list(cast(Any, v)) if isinstance(v, tuple) else v for k, v in plain.items()})
     return {"prompt": group.prompt.id, "draw": group.draw, "trajectories": trajectories}
 
@@ -110,6 +115,10 @@ def group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
         }
         values["versions"] = tuple(VersionSpan(*v) for v in plain["versions"])
         values["finish_reason"] = FinishReason(plain["finish_reason"])
+        kept = plain.get("kept")
+        if kept is not None:
+            ids = torch.tensor(kept["ids"], dtype=torch.int32)
+            values["kept"] = Kept(ids, torch.tensor(kept["sizes"], dtype=torch.long))
         trajectories.append(Trajectory(**values))
     return Group(prompts[state["prompt"]], tuple(trajectories), draw=state["draw"])
 

@@ -18,10 +18,10 @@ from rlhf.checkpoint import TensorFiles
 from rlhf.metrics import ExpMean, Max, Mean, Metrics, Partial, Sum, merge
 from rlhf.state import Stateful
 from rlhf.typed import integers
-from rlhf.types import CriticTargets, Experience, Images, PerceptionInputs
+from rlhf.types import CriticTargets, Experience, Images, Kept, PerceptionInputs
 
 KINDS: dict[str, type[Partial]] = {kind.__name__: kind for kind in (Mean, ExpMean, Sum, Max)}
-NESTED = {"critic": CriticTargets, "perception": PerceptionInputs}
+NESTED = {"critic": CriticTargets, "perception": PerceptionInputs, "kept": Kept}
 
 
 class Buffer(Stateful):

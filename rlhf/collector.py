@@ -37,8 +37,10 @@ class Sampler:
     tokenizer: PreTrainedTokenizerBase
     section: RolloutConfig
     seed: int
+    says_kept: bool = False
+    """Rollouts that are learned from say what truncation left."""
 
-    def request(self, prompt: Prompt, *, n: int, label: str) -> RolloutRequest:
+    def request(self, prompt: Prompt, *, n: int, label: str, says_kept: bool = False) -> RolloutRequest:
         """`label` names the draw: it makes the request's id unique and its seed its own."""
         params = SamplingParams(
             n=n,
@@ -47,7 +49,9 @@ class Sampler:
             temperature=self.section.temperature,
             top_p=self.section.top_p,
             top_k=self.section.top_k,
+            min_p=self.section.min_p,
             stop_token_ids=self.section.stop_token_ids,
+            says_kept=says_kept,
         )
         return RolloutRequest(replace(prompt, id=f"{prompt.id}@{label}"), params)
 
@@ -65,7 +69,9 @@ class Sampler:
         once, where a function wants to see the whole step.
         """
         places = [place for place, size in enumerate(sizes) if size]
-        requests = [self.request(prompts[p], n=sizes[p], label=labels[p]) for p in places]
+        requests = [
+            self.request(prompts[p], n=sizes[p], label=labels[p], says_kept=self.says_kept) for p in places
+        ]
         groups: list[list[Completion]] = [[] for _ in prompts]
         scorings: dict[int, Scoring] = {}
         together = self.rewards.sees_whole_step

@@ -81,9 +81,11 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Field(gt=0.0)] = 1.0
     """Of sampling; the learner scores at the same temperature."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """1 keeps the whole vocabulary; below it `algorithm.mismatch.kind` must be `none`."""
+    """1 keeps the whole vocabulary. What truncates and is learned from needs `top_k` (docs/engines.md)."""
     top_k: Count = 0
     """0 keeps the whole vocabulary."""
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Tokens below this share of the most probable one are left out, before `top_k` and `top_p`."""
     stop_token_ids: tuple[int, ...] = ()
     """Beside the end-of-sequence tokens of the model."""
     kv_cache_gib: Annotated[float, Field(gt=0.0)] = 4.0
@@ -94,6 +96,11 @@ class RolloutConfig(Section):
     Not given: 0.1 in bfloat16, 0.001 in float32.
     """
     vllm: VLLMConfig = VLLMConfig()
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
     @field_validator("engine")
     @classmethod

@@ -23,7 +23,7 @@ from rlhf.samples import is_learnable
 from rlhf.sharding import in_step
 from rlhf.state import RewardScaler
 from rlhf.typed import numbers
-from rlhf.types import AdvantageInputs, Experience, FinishReason, Group, Trajectory
+from rlhf.types import AdvantageInputs, Experience, FinishReason, Group, Kept, Trajectory
 
 
 class ExperienceBuilder:
@@ -258,7 +258,15 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
         advantages=torch.zeros_like(logprobs, device=device),
         recorded=recorded,
         images=images if any(images) else (),
+        kept=_kept(trajectories, device),
     )
+
+
+def _kept(trajectories: Sequence[Trajectory], device: torch.device) -> Kept | None:
+    """What their tokens were drawn from; None where nothing was truncated."""
+    if all(t.kept is None for t in trajectories):
+        return None
+    return Kept.join([t.kept or Kept.of([()] * len(t.token_ids)) for t in trajectories]).to(device)
 
 
 def _reward(trajectory: Trajectory) -> float:

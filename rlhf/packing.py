@@ -9,7 +9,7 @@ group of prompt `p q r` with completions `a b` and `c`:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf.typed import integers
-from rlhf.types import Experience, Images
+from rlhf.types import Experience, Images, Kept
 
 Layout = Literal["shared_prefix", "packed", "padded"]
 """A prompt once a group; a prompt once a sequence, end to end; a padded row a sequence."""
@@ -51,6 +51,8 @@ class Packed:
     spans: tuple[GroupSpan, ...]
     images: tuple[Images | None, ...] = ()
     """Of each span's prompt; empty where none has any. The positions above do not know of them."""
+    kept: Kept | None = None
+    """What each of the N tokens was drawn from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,10 @@ def microbatches(
         ]
         images = [experience.images[u.group] for u in units] if experience.images else ()
         packed = pack([experience.prompts[u.group] for u in units], completions, images)
-        yield Microbatch(packed, index.to(experience.token_ids.device))
+        index = index.to(experience.token_ids.device)
+        if experience.kept is not None:
+            packed = replace(packed, kept=experience.kept.take(index))
+        yield Microbatch(packed, index)
 
 
 def _lengths(experience: Experience) -> list[int]:

@@ -24,7 +24,7 @@ from rlhf.looking import Looking
 from rlhf.offline_collector import Collects
 from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy, WithoutAdapter
-from rlhf.preflight import Inputs
+from rlhf.preflight import Inputs, says_kept
 from rlhf.pretrained import load_model
 from rlhf.pretraining import Pretraining
 from rlhf.rollout.engine import RolloutEngine
@@ -165,7 +165,8 @@ def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEng
     policy.merge()
     eyes = None if inputs.processor is None else Vision(policy.rollout_model, inputs.processor)
     tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
-    sync = WeightSync(policy, inputs.train[0], section, tolerance=tolerance)
+    kept = says_kept(config, inputs.algorithm)
+    sync = WeightSync(policy, inputs.train[0], section, tolerance=tolerance, says_kept=kept)
     start = partial(
         make_engine,
         section.engine,
@@ -178,7 +179,7 @@ def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEng
     )
     on_demand = config.data.mode == "offline"
     engine = EngineOnDemand(start, sync) if on_demand else start()
-    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed)
+    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed, kept)
     return engine, SyncOnDemand(sync) if on_demand else sync, sampler
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from rlhf.attention import CONCAT_BELOW, SHARED_PREFIX
 from rlhf.config import LoraConfig, ModelConfig
-from rlhf.kernels.token_stats import TokenStats, token_stats
+from rlhf.kernels.token_stats import TokenStats, token_stats, whole
 from rlhf.lora import Adapter
 from rlhf.packing import Layout, Packed, least, pack, padded, separate
 from rlhf.pretrained import (
@@ -34,6 +34,8 @@ from rlhf.pretrained import (
 from rlhf.processor import Processor
 from rlhf.sharding import Sharding, backbone, gathered, give_up, open_policy
 from rlhf.sight import difference, sight_error
+from rlhf.truncation import Side, among_kept, merged, still_wanted
+from rlhf.types import Kept
 from rlhf.vision import Vision
 
 LONG_PROMPT = CONCAT_BELOW + 2
@@ -63,20 +65,29 @@ class Head:
         return cls(module, settings.get("final_logit_softcapping"), scale)
 
     def statistics(
-        self, hidden: Tensor, targets: Tensor, *, temperature: float, want: tuple[str, ...], **against: Any
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        *,
+        temperature: float,
+        want: tuple[str, ...],
+        kept: Kept | None = None,
+        **against: Any,
     ) -> TokenStats:
-        """`token_stats` under this head; `against`: the `ref_...` arguments of another model."""
-        return token_stats(
-            hidden,
-            self.module.weight,
-            targets,
-            temperature=temperature,
-            bias=self.module.bias,
-            softcap=self.softcap,
-            logit_scale=self.scale,
-            want=want,
-            **against,
-        )
+        """`token_stats` under this head; `against`: the `ref_...` arguments of another model.
+
+        Log-probs among the `kept` tokens, where these are known.
+        """
+        weight, bias = whole(self.module.weight), self.module.bias
+        scaling: Any = {"temperature": temperature, "softcap": self.softcap, "logit_scale": self.scale}
+        sides: dict[str, Side] = {"logprob": (hidden, weight, bias)}
+        if against:
+            sides["ref_logprob"] = against["ref_hidden"], against["ref_weight"], against["ref_bias"]
+        found = among_kept(kept, want, sides, scaling)
+        statistics = TokenStats()
+        if missing := still_wanted(want, found, kept):
+            statistics = token_stats(hidden, weight, targets, bias=bias, want=missing, **scaling, **against)
+        return merged(statistics, found, kept)
 
 
 class Trunk:
@@ -246,6 +257,8 @@ class Policy(Trunk):
     ) -> TokenStats:
         """Per-token statistics `[N]` at `temperature`, of the whole vocabulary, with gradient if enabled.
 
+        Log-probs, the reference's too, are of what a token was drawn from, where `packed` says that.
+
         With a `reference`, also its log-prob and, where wanted, the exact KL (no gradient into it). `hidden`
         are the states of `packed` where they are known already.
         """
@@ -254,12 +267,12 @@ class Policy(Trunk):
             with torch.no_grad():
                 against = {
                     "ref_hidden": reference.hidden(packed),
-                    "ref_weight": reference.head.module.weight,
+                    "ref_weight": whole(reference.head.module.weight),
                     "ref_bias": reference.head.module.bias,
                 }
         states = self.hidden(packed) if hidden is None else hidden
         statistics = self.head.statistics(
-            states, packed.targets, temperature=temperature, want=want, **against
+            states, packed.targets, temperature=temperature, want=want, kept=packed.kept, **against
         )
         if reference is not None:
             give_up(reference.model)

@@ -189,15 +189,22 @@ def _check_vllm(config: Config, world_size: int) -> None:
 
 
 def _check_sampling(config: Config, algorithm: Algorithm) -> None:
-    """The learner scores the whole vocabulary; an engine that truncates it renormalises what is left."""
+    """What truncation leaves is recorded token by token, which `top_k` must bound."""
     rollout = config.rollout
-    if (rollout.top_p < 1.0 or rollout.top_k > 0) and algorithm.mismatch.kind != "none":
+    if says_kept(config, algorithm) and not rollout.top_k:
         raise ConfigError(
-            f"rollout.top_p = {rollout.top_p}, rollout.top_k = {rollout.top_k} truncate the distribution, so "
-            "the engine's log-probs are not comparable with the learner's: algorithm.mismatch.kind = "
-            f"{algorithm.mismatch.kind} would correct for the truncation, not for a mismatch. Sample with "
-            "top_p=1 and top_k=0, or set algorithm.mismatch.kind=none"
+            f"rollout.top_p = {rollout.top_p} and rollout.min_p = {rollout.min_p} truncate the distribution, "
+            f"and algorithm.mismatch.kind = {algorithm.mismatch.kind} compares log-probs among the tokens "
+            "that were left, which are recorded for each token (4 bytes each): set rollout.top_k too, which "
+            "bounds them, to 1000 for example, or algorithm.mismatch.kind=none, which learns as if nothing "
+            "had been truncated"
         )
+
+
+def says_kept(config: Config, algorithm: Algorithm) -> bool:
+    """Whether engine and learner renormalise over what truncation left, and so have to know it."""
+    learned = config.data.mode != "offline"
+    return learned and config.rollout.truncates and algorithm.mismatch.kind != "none"
 
 
 def _check_ahead(config: Config, algorithm: Algorithm) -> None:
@@ -342,6 +349,12 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
 def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     """What is allowed and hardly ever meant."""
     yield from inputs.algorithm.cautions
+    learned = config.data.mode != "offline"
+    if config.rollout.truncates and learned and not says_kept(config, inputs.algorithm):
+        yield (
+            "rollout.top_k, top_p or min_p truncates the distribution, and with algorithm.mismatch.kind = "
+            "none samples are learned from as if it had not been"
+        )
     if config.rollout.group_size == 1 and inputs.algorithm.critic is None:
         yield "rollout.group_size is 1: an advantage relative to the group has nothing to compare with"
     if config.rollout.prompts_per_step > len(inputs.train):

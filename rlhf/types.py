@@ -17,6 +17,7 @@ Names (one word, one meaning):
     old_logprobs       by the learner, at the weights before the update
     ref_logprobs       by the frozen reference
     logprobs           by the policy being differentiated
+    kept               the tokens that truncated sampling left; all log-probs above are then over them alone
     loss_mask          True where the policy chose the token and learns from it
     policy_version     number of updates behind a token; staleness = current version - policy_version
 """
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Messages = str | Sequence[Mapping[str, Any]]
@@ -97,6 +99,58 @@ class Prompt:
         return None if not self.images else Images(self.id, self.images)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """The tokens that truncated sampling (top-k, top-p, min-p) left to draw each of N tokens from.
+
+    Token by token and end to end, 4 bytes each, the drawn one first: `Kept((7, 3, 5, 9), (3, 1))` says that 7
+    was drawn from 7, 3 and 5, and 9 was the only one left. A size of 0: nothing was truncated.
+    """
+
+    ids: Tensor
+    """int32 `[M]`, M the sum of the sizes."""
+    sizes: Tensor
+    """int64 `[N]`"""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Kept):
+            return NotImplemented
+        return torch.equal(self.ids, other.ids) and torch.equal(self.sizes, other.sizes)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every token was drawn from a few."""
+        return bool((self.sizes > 0).all())
+
+    @classmethod
+    def of(cls, tokens: Sequence[Sequence[int] | Tensor]) -> Kept:
+        """The kept ids of each token."""
+        none = torch.empty(0, dtype=torch.int32)
+        ids = torch.cat([none, *(torch.as_tensor(kept, dtype=torch.int32) for kept in tokens)])
+        return cls(ids, torch.tensor([len(kept) for kept in tokens], dtype=torch.long))
+
+    def each(self) -> list[Tensor]:
+        """Inverse of `of`."""
+        sizes: Any = self.sizes
+        return list(torch.split(self.ids, sizes.tolist()))
+
+    @classmethod
+    def join(cls, parts: Sequence[Kept]) -> Kept:
+        """End to end."""
+        ids = torch.cat([torch.empty(0, dtype=torch.int32), *(part.ids for part in parts)])
+        return cls(ids, torch.cat([torch.empty(0, dtype=torch.long), *(part.sizes for part in parts)]))
+
+    def take(self, index: Tensor) -> Kept:
+        """Those of the tokens at `index`."""
+        sizes = self.sizes[index]
+        starts = (self.sizes.cumsum(0) - self.sizes)[index] - (sizes.cumsum(0) - sizes)
+        places = torch.arange(int(sizes.sum()), device=sizes.device) + starts.repeat_interleave(sizes)
+        return Kept(self.ids[places], sizes)
+
+    def to(self, device: torch.device) -> Kept:
+        return Kept(self.ids.to(device), self.sizes.to(device))
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine returns for one sample of a request.
@@ -113,10 +167,15 @@ class Completion:
     always gives them. None: no engine made this completion, it was read from a file."""
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
+    kept: Kept | None = None
+    """What each token was drawn from, when the request asked for it and truncates."""
 
     def __post_init__(self) -> None:
         if self.rollout_logprobs is not None:
             lengths = len(self.token_ids), len(self.rollout_logprobs)
+            assert lengths[0] == lengths[1], lengths
+        if self.kept is not None:
+            lengths = len(self.token_ids), len(self.kept.sizes)
             assert lengths[0] == lengths[1], lengths
 
 
@@ -139,6 +198,8 @@ class Trajectory:
     reward: float | None
     """Weighted sum of the objectives. None: no function gave a number, the trajectory is not learned from."""
     objectives: Mapping[str, float] = field(default_factory=dict[str, float])
+    kept: Kept | None = None
+    """None: nothing was truncated, or the learner scores the whole vocabulary all the same."""
 
     @classmethod
     def single_turn(
@@ -156,6 +217,7 @@ class Trajectory:
             text=text,
             reward=reward,
             objectives=objectives,
+            kept=completion.kept,
         )
 
 
@@ -255,6 +317,8 @@ class Experience:
     """Of each group's prompt; empty where no prompt has any."""
     numbers: Tensor | None = None
     """int64 `[P]`: of each group among those of all ranks; None: there are no others."""
+    kept: Kept | None = None
+    """What each token was drawn from; every log-prob of the learner is then renormalised over the same."""
 
 
 @dataclass(frozen=True, slots=True)

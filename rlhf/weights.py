@@ -34,7 +34,7 @@ from rlhf.rollout.engine import (
     generate,
 )
 from rlhf.rollout.sampling import truncate
-from rlhf.types import Prompt
+from rlhf.types import Kept, Prompt
 
 PROBE_TOKENS, PROBE_SAMPLES = 8, 4
 SUSPECT = 0.1
@@ -50,6 +50,8 @@ class Reading:
     difference: float
     engine: Tensor
     packed: Packed
+    cut_elsewhere: float = 0.0
+    """Mean |difference| of the logarithm of what truncation left, engine and learner, nats."""
 
 
 @runtime_checkable
@@ -60,10 +62,21 @@ class Sync(Protocol):
 
 
 class WeightSync:
-    """`tolerance`: largest mean |difference| of log-probs, in nats. `prompt`: any real prompt of the run."""
+    """`tolerance`: largest mean |difference| of log-probs, in nats. `prompt`: any real prompt of the run.
 
-    def __init__(self, policy: Policy, prompt: Prompt, section: RolloutConfig, *, tolerance: float) -> None:
-        self.policy, self.section, self.tolerance = policy, section, tolerance
+    `says_kept`: the engine has to say what truncation left for each token.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        prompt: Prompt,
+        section: RolloutConfig,
+        *,
+        tolerance: float,
+        says_kept: bool = False,
+    ) -> None:
+        self.policy, self.section, self.tolerance, self.says_kept = policy, section, tolerance, says_kept
         self.prompt = replace(prompt, id="weight-sync-probe", columns={})
         self._proven = False
 
@@ -120,10 +133,16 @@ class WeightSync:
                 f"after update {version} the log-probs are not finite: the weights have diverged. Go on from "
                 "an earlier checkpoint with a lower learner.lr"
             )
+        if reading.cut_elsewhere > self.tolerance:
+            raise SyncError(
+                f"{name} at version {version} keeps other tokens than rollout.top_k, top_p and min_p say "
+                f"({self.section.top_k}, {self.section.top_p} and {self.section.min_p}): their share differs "
+                f"by {reading.cut_elsewhere:.3g} nats in the mean over {len(reading.engine)} tokens"
+            )
         if found <= SUSPECT * self.tolerance:
             return
         cause = None
-        if not self._truncates:
+        if not self.section.truncates:
             logits = self.policy.logits(reading.packed)
             left = LIKELY if found > self.tolerance else EXPLAINED
             targets, temperature = reading.packed.targets, self.section.temperature
@@ -142,7 +161,7 @@ class WeightSync:
 
     @torch.no_grad()
     def probe(self, engine: RolloutEngine) -> Reading:
-        """Decodes with the settings of the run, and scores."""
+        """Decodes with the settings of the run, and scores. Raises SyncError: what was kept is not said."""
         section = self.section
         params = SamplingParams(
             n=PROBE_SAMPLES,
@@ -151,7 +170,9 @@ class WeightSync:
             temperature=section.temperature,
             top_p=section.top_p,
             top_k=section.top_k,
+            min_p=section.min_p,
             stop_token_ids=section.stop_token_ids,
+            says_kept=self.says_kept,
         )
         (group,) = generate(engine, [RolloutRequest(self.prompt, params)])
         device = self.policy.head.module.weight.device
@@ -160,27 +181,41 @@ class WeightSync:
             [[torch.tensor(completion.token_ids, device=device) for completion in group]],
             [self.prompt.pictures],
         )
+        kept = [completion.kept for completion in group if completion.kept is not None]
+        if self.says_kept:
+            if len(kept) < len(group):
+                raise SyncError(
+                    f"{type(engine).__name__} does not say which tokens truncation left, so its log-probs "
+                    "cannot be compared with the learner's; sample with rollout.top_p=1, top_k=0 and min_p=0"
+                )
+            packed = replace(packed, kept=Kept.join(kept).to(device))
         sampled = [logprob for completion in group for logprob in completion.rollout_logprobs or ()]
         rollout = torch.tensor(sampled, device=device)
-        return Reading((self._score(packed) - rollout).abs().mean().item(), rollout, packed)
-
-    @property
-    def _truncates(self) -> bool:
-        return self.section.top_p < 1 or self.section.top_k > 0
+        scored, elsewhere = self._score(packed), 0.0
+        if self.section.truncates:
+            by_settings = self._score_by_settings(packed)
+            elsewhere = (by_settings - scored).abs().mean().item() if self.says_kept else 0.0
+            scored = scored if self.says_kept else by_settings
+        return Reading((scored - rollout).abs().mean().item(), rollout, packed, elsewhere)
 
     def _score(self, packed: Packed) -> Tensor:
-        """Log-probs of the distribution that is sampled from."""
+        """Log-probs, among what was kept where that is known."""
+        temperature = self.section.temperature
+        logprob = self.policy.statistics(packed, temperature=temperature, want=("logprob",)).logprob
+        assert logprob is not None
+        return logprob
+
+    def _score_by_settings(self, packed: Packed) -> Tensor:
+        """Log-probs, renormalised as the settings truncate the learner's own distribution.
+
+        A token at the very edge, which the learner's rounding leaves out, has one too.
+        """
         section = self.section
-        if not self._truncates:
-            temperature = section.temperature
-            logprob = self.policy.statistics(packed, temperature=temperature, want=("logprob",)).logprob
-            assert logprob is not None
-            return logprob
         probs = (self.policy.logits(packed) / section.temperature).softmax(-1)
         top_k = packed.targets.new_full((len(probs),), section.top_k)
         top_p = probs.new_full((len(probs),), section.top_p, dtype=torch.float64)
-        kept = truncate(probs, top_k, top_p)
-        return (kept.gather(1, packed.targets[:, None])[:, 0] / kept.sum(-1)).log()
+        kept = truncate(probs, top_k, top_p, probs.new_full((len(probs),), section.min_p))
+        return probs.gather(1, packed.targets[:, None])[:, 0].log() - kept.sum(-1).log()
 
 
 class _Shuffled:

@@ -26,8 +26,9 @@ class SamplingParams:
     """How one request is sampled.
 
     Sample `i` of a request, at token `t`, uses the uniform number `hash(seed, i, t)`: what it draws depends
-    neither on the other requests of the batch nor on what was sampled before. `top_p=1` and `top_k=0` switch
-    truncation off.
+    neither on the other requests of the batch nor on what was sampled before. Tokens below `min_p` times the
+    most probable one are left out first, then all but the `top_k` most probable, then those beyond a share
+    `top_p` of the rest; `min_p=0`, `top_k=0` and `top_p=1` leave out none.
     """
 
     n: int
@@ -37,18 +38,29 @@ class SamplingParams:
     """0 takes the most probable token; its log-prob is then that at temperature 1."""
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
+    says_kept: bool = False
+    """Completions come with what truncation left for each token (`Completion.kept`); needs `top_k`, which
+    bounds it."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_tokens < 1:
             raise ValueError(
                 f"n and max_tokens must be at least 1, got n={self.n}, max_tokens={self.max_tokens}"
             )
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or not 0 <= self.min_p <= 1:
             raise ValueError(
-                "sampling needs temperature >= 0, 0 < top_p <= 1 and top_k >= 0, "
-                f"got {self.temperature}, {self.top_p}, {self.top_k}"
+                "sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, "
+                f"got {self.temperature}, {self.top_p}, {self.top_k}, {self.min_p}"
             )
+        if self.says_kept and self.truncates and not self.top_k:
+            raise ValueError("what is kept is said for each token, which top_k must bound: it is 0")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
 @dataclass(frozen=True, slots=True)

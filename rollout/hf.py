@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from rlhf.rollout.embedded import Model, causal_model, sampling_mode, take_weights
 from rlhf.rollout.engine import Eyes, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.requests import Row, check_requests, rows_of
-from rlhf.rollout.sampling import RowSampling, sample
+from rlhf.rollout.sampling import Drawn, RowSampling, sample
 from rlhf.types import Completion
 
 
@@ -26,16 +25,14 @@ class _Draw(LogitsProcessor):
     """Records the token drawn for each row; `generate` then takes it, as the only one left."""
 
     def __init__(self, sampling: RowSampling) -> None:
-        self.tokens: list[Tensor] = []
-        self.logprobs: list[Tensor] = []
+        self.drawn: list[Drawn] = []
         self._sampling = sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        position = torch.full_like(self._sampling.keys, len(self.tokens))
-        tokens, logprobs = sample(scores, self._sampling, position)
-        self.tokens.append(tokens)
-        self.logprobs.append(logprobs)
-        return torch.full_like(scores, float("-inf")).scatter_(1, tokens[:, None], 0.0)
+        position = torch.full_like(self._sampling.keys, len(self.drawn))
+        drawn = sample(scores, self._sampling, position)
+        self.drawn.append(drawn)
+        return torch.full_like(scores, float("-inf")).scatter_(1, drawn.tokens[:, None], 0.0)
 
 
 @contextmanager
@@ -127,9 +124,8 @@ class HFEngine:
                 **{name: torch.cat([row] * params.n) for name, row in seen.items()},
                 logits_processor=LogitsProcessorList([draw]),
             )
-        drawn: tuple[Any, Any] = torch.stack(draw.tokens, 1), torch.stack(draw.logprobs, 1)
-        tokens, logprobs = (x.tolist() for x in drawn)
-        for row, row_tokens, row_logprobs in zip(rows, tokens, logprobs, strict=True):
+        steps = [drawn.of_rows() for drawn in draw.drawn]
+        for row, sampled in zip(rows, zip(*steps, strict=True), strict=True):
             # a row that stopped is padded until the last one has
-            any(map(row.append, row_tokens, row_logprobs))
+            any(row.append(*drawn) for drawn in sampled)
         return [row.completion() for row in rows]

@@ -16,8 +16,9 @@ and values (as in-flight updates do elsewhere); the versions of a completion say
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -30,7 +31,7 @@ from rlhf.rollout.embedded import Model, causal_model, sampling_mode, take_weigh
 from rlhf.rollout.engine import EngineError, Eyes, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.packed import PackedLinears
 from rlhf.rollout.requests import Row, check_requests, rows_of
-from rlhf.rollout.sampling import RowSampling, sample
+from rlhf.rollout.sampling import Drawn, RowSampling, sample
 from rlhf.rollout.support import check_decoding, why_unsupported
 from rlhf.types import Completion, Prompt
 
@@ -76,11 +77,12 @@ class _Cohort:
     positions: Int64[Tensor, " S"]
     """Where it stands, counted from the start of the prompt."""
 
-    def record(self, tokens: Int64[Tensor, " S"], logprobs: Float[Tensor, " S"]) -> list[Row]:
+    def record(
+        self, tokens: Int64[Tensor, " S"], drawn: Iterable[tuple[int, float, Tensor | None]]
+    ) -> list[Row]:
         """Appends one token to every row; the rows it finishes leave."""
-        drawn: tuple[Any, Any] = tokens, logprobs
-        sampled = zip(self.rows, *(x.tolist() for x in drawn), strict=True)
-        finished = [i for i, (row, token, logprob) in enumerate(sampled) if row.append(token, logprob)]
+        ended = [row.append(*one) for row, one in zip(self.rows, drawn, strict=True)]
+        finished = [i for i, has_ended in enumerate(ended) if has_ended]
         self.tokens, self.positions = tokens, self.positions + 1
         gone = [self.rows[i] for i in finished]
         if gone:
@@ -280,10 +282,11 @@ class NativeEngine:
         sampled = torch.cat([torch.full_like(c.tokens, c.cache.length) for c in self._cohorts])
         self._record(self._cohorts, sample(logits, self._sampling, sampled))
 
-    def _record(self, cohorts: list[_Cohort], sampled: tuple[Tensor, Tensor]) -> None:
+    def _record(self, cohorts: list[_Cohort], drawn: Drawn) -> None:
+        sampled = drawn.of_rows()
         sizes = [len(cohort.rows) for cohort in cohorts]
-        for cohort, tokens, logprobs in zip(cohorts, *(torch.split(x, sizes) for x in sampled), strict=True):
-            for row in cohort.record(tokens, logprobs):
+        for cohort, tokens in zip(cohorts, torch.split(drawn.tokens, sizes), strict=True):
+            for row in cohort.record(tokens, list(islice(sampled, len(tokens)))):
                 self._sampling = None
                 self._end(row)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]

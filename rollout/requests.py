@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from rlhf.rollout.engine import EngineError, RolloutRequest
-from rlhf.types import Completion, FinishReason, VersionSpan
+from rlhf.types import Completion, FinishReason, Kept, VersionSpan
 
 
 @dataclass(slots=True, eq=False)
@@ -20,12 +22,22 @@ class Row:
     """`(version, first token)`, one entry a weight update that it lived through."""
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
+    kept: list[Tensor] = field(default_factory=list[Tensor])
+    """What each token was drawn from, itself first, where the request asks for that and truncates."""
 
-    def append(self, token_id: int, logprob: float) -> bool:
+    def append(self, token_id: int, logprob: float, kept: Tensor | None = None) -> bool:
         """Whether the row is finished with this token."""
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
+        if self.says_kept:
+            assert kept is not None
+            self.kept.append(kept)
         return token_id in self.stop_ids or len(self.token_ids) == self.request.params.max_tokens
+
+    @property
+    def says_kept(self) -> bool:
+        params = self.request.params
+        return params.says_kept and params.truncates
 
     def completion(self) -> Completion:
         """What was sampled so far; a row that is not finished is aborted."""
@@ -44,6 +56,7 @@ class Row:
             rollout_logprobs=tuple(self.logprobs),
             finish_reason=reason,
             versions=tuple(span for span in spans if span.start < span.end),
+            kept=Kept.of(self.kept) if self.says_kept else None,
         )
 
 

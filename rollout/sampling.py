@@ -15,14 +15,16 @@ constant, finalised by two multiply-xorshift rounds. Where this differs from the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rlhf.rollout.engine import SamplingParams
+from rlhf.types import Kept
 
 BLOCK = 128
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -67,6 +69,8 @@ class RowSampling:
     greedy: Bool[Tensor, " S"] | None
     top_p: Float[Tensor, " S"] | None
     top_k: Int64[Tensor, " S"] | None
+    min_p: Float[Tensor, " S"] | None = None
+    says_kept: Bool[Tensor, " S"] | None = None
 
     @classmethod
     def of(
@@ -85,36 +89,68 @@ class RowSampling:
             greedy=column(greedy, False, torch.bool),
             top_p=column([p.top_p if p.temperature else 1.0 for p in params], 1.0, torch.float64),
             top_k=column([p.top_k if p.temperature else 0 for p in params], 0, torch.int64),
+            min_p=column([p.min_p if p.temperature else 0.0 for p in params], 0.0, torch.float32),
+            says_kept=column([p.says_kept and p.truncates for p in params], False, torch.bool),
         )
+
+
+class Drawn(NamedTuple):
+    """The next token of each row."""
+
+    tokens: Int64[Tensor, " S"]
+    logprobs: Float[Tensor, " S"]
+    """fp32, under the distribution it was really drawn from."""
+    kept: Kept | None = None
+    """What that left, of the rows that are to say it."""
+
+    def of_rows(self) -> Iterator[tuple[int, float, Tensor | None]]:
+        """On the host, row by row: what `Row.append` takes."""
+        drawn: tuple[Any, Any] = self.tokens, self.logprobs
+        kept = [None] * len(self.tokens) if self.kept is None else self.kept.each()
+        return zip(*(x.tolist() for x in drawn), kept, strict=True)
 
 
 def sample(
     logits: Float[Tensor, "S V"], rows: RowSampling, position: Int64[Tensor, " S"]
-) -> tuple[Int64[Tensor, " S"], Float[Tensor, " S"]]:
-    """The next token of each row and its fp32 log-prob under the distribution it was really drawn from.
-
-    `position` counts the tokens of the completion before this one.
-    """
+) -> Drawn:
+    """`position` counts the tokens of the completion before this one."""
     if rows.temperature is not None:
         logits = logits.float() / rows.temperature[:, None]
     probs = torch.softmax(logits, -1, dtype=torch.float32)
     truncated = _truncated_rows(rows)
     if truncated is not None:
-        probs[truncated] = truncate(probs[truncated], _at(rows.top_k, truncated), _at(rows.top_p, truncated))
+        columns = (_at(column, truncated) for column in (rows.top_k, rows.top_p, rows.min_p))
+        probs[truncated] = truncate(probs[truncated], *columns)
     tokens, total = _inverse_cdf(probs, uniform(rows.keys, position))
     if rows.greedy is not None:
         tokens = torch.where(rows.greedy, logits.argmax(-1), tokens)
-    return tokens, (probs.gather(1, tokens[:, None])[:, 0] / total).log().float()
+    logprobs = (probs.gather(1, tokens[:, None])[:, 0] / total).log().float()
+    return Drawn(tokens, logprobs, None if rows.says_kept is None else _kept(probs, tokens, rows.says_kept))
+
+
+def _kept(probs: Float[Tensor, "S V"], tokens: Int64[Tensor, " S"], rows: Bool[Tensor, " S"]) -> Kept:
+    """The tokens of some probability, the drawn one first; none of the rows that do not say it."""
+    left = (probs > 0) & rows[:, None]
+    sizes = left.sum(-1)
+    owner, ids = left.nonzero(as_tuple=True)
+    # the one that stands first changes places with the drawn one
+    starts = (sizes.cumsum(0) - sizes)[rows]
+    drawn = (ids == tokens[owner]).nonzero()[:, 0]
+    ids[drawn] = ids[starts]
+    ids[starts] = tokens[rows]
+    return Kept(ids.int(), sizes).to(torch.device("cpu"))
 
 
 def _truncated_rows(rows: RowSampling) -> Int64[Tensor, " R"] | None:
-    if rows.top_k is None and rows.top_p is None:
+    if rows.top_k is None and rows.top_p is None and rows.min_p is None:
         return None
     active = torch.zeros_like(rows.keys, dtype=torch.bool)
     if rows.top_k is not None:
         active |= rows.top_k > 0
     if rows.top_p is not None:
         active |= rows.top_p < 1
+    if rows.min_p is not None:
+        active |= rows.min_p > 0
     return active.nonzero()[:, 0]
 
 
@@ -123,18 +159,24 @@ def _at(column: Tensor | None, rows: Tensor) -> Tensor | None:
 
 
 def truncate(
-    probs: Float[Tensor, "R V"], top_k: Int64[Tensor, " R"] | None, top_p: Float[Tensor, " R"] | None
+    probs: Float[Tensor, "R V"],
+    top_k: Int64[Tensor, " R"] | None,
+    top_p: Float[Tensor, " R"] | None,
+    min_p: Float[Tensor, " R"] | None = None,
 ) -> Float[Tensor, "R V"]:
-    """Zero outside the `top_k` most probable tokens (0: all), then outside the smallest set of the rest whose
-    share reaches `top_p`. Not renormalised."""
+    """Zero below `min_p` times the most probable token, then outside the `top_k` most probable (0: all), then
+    outside the smallest set of the rest whose share reaches `top_p`. Not renormalised."""
+    if min_p is not None:
+        probs = probs.masked_fill(probs < min_p[:, None] * probs.amax(-1, keepdim=True), 0.0)
+    if top_k is None and top_p is None:
+        return probs
     size = probs.shape[-1]
     count = probs.new_full((len(probs),), size, dtype=torch.int64)
     if top_k is not None:
         count = torch.where(top_k > 0, top_k.clamp(max=size), count)
-    if top_p is None:
-        ordered = probs.topk(int(count.max())).values
-    else:
-        ordered = probs.sort(-1, descending=True).values
+    widest = int(count.max())
+    ordered = probs.topk(widest).values if widest < size else probs.sort(-1, descending=True).values
+    if top_p is not None:
         mass = ordered.cumsum(-1, dtype=torch.float64)
         wanted = mass.gather(1, count[:, None] - 1) * top_p[:, None]
         # a token is kept when those before it do not reach the share yet: the first one always is

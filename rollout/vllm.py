@@ -35,6 +35,7 @@ from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncErro
 from rlhf.rollout.proof import prove
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import stream_keys
+from rlhf.rollout.vllm_kept import kept_of, logprobs_asked
 from rlhf.types import Completion, FinishReason
 
 VERSIONS = ("0.32",)
@@ -81,6 +82,7 @@ class VLLMModel:
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
+            "max_logprobs": -1,
             "worker_extension_cls": WORKER,
             **cpu,
             **self.args,
@@ -112,7 +114,7 @@ def require_vllm() -> Any:
     return vllm
 
 
-def sampling_settings(request: RolloutRequest, index: int, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+def sampling_settings(request: RolloutRequest, index: int, model: VLLMModel) -> dict[str, Any]:
     """vLLM's SamplingParams of one sample, every setting that matters given."""
     params = request.params
     greedy = params.temperature == 0
@@ -124,10 +126,11 @@ def sampling_settings(request: RolloutRequest, index: int, eos_token_ids: Sequen
         "temperature": params.temperature,
         "top_p": 1.0 if greedy else params.top_p,
         "top_k": 0 if greedy else params.top_k,
+        "min_p": 0.0 if greedy else params.min_p,
         "max_tokens": params.max_tokens,
         "ignore_eos": True,
-        "stop_token_ids": sorted({*eos_token_ids, *params.stop_token_ids}),
-        "logprobs": 0,
+        "stop_token_ids": sorted({*model.eos_token_ids, *params.stop_token_ids}),
+        "logprobs": logprobs_asked(params, model.vocabulary),
         "detokenize": False,
     }
 
@@ -262,7 +265,7 @@ class VLLMEngine:
         self._rows[key] = row
         if self._first is None:
             self._first = key
-        settings = sampling_settings(request, row.index, self._model.eos_token_ids)
+        settings = sampling_settings(request, row.index, self._model)
         self._llm.add_request(
             key,
             {"prompt_token_ids": list(request.prompt.token_ids)},
@@ -278,8 +281,10 @@ class VLLMEngine:
                 f"vllm found {output.num_cached_tokens} tokens of a prompt in its cache after the weight "
                 f"update to version {self._version}: it keeps keys and values of older weights"
             )
-        for token, candidates in zip(sampled.token_ids, sampled.logprobs, strict=True):
-            row.append(token, candidates[token].logprob)
+        for token, found in zip(sampled.token_ids, sampled.logprobs, strict=True):
+            candidates = [(other, logprob.logprob) for other, logprob in found.items()]
+            kept = kept_of(row, token, candidates, self._model.vocabulary)
+            row.append(token, found[token].logprob, kept)
         if output.finished:
             check_prompt(row, output.prompt_token_ids)
             check_end(row, sampled.finish_reason)

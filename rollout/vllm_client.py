@@ -24,7 +24,7 @@ LOOK_EVERY, PATIENCE = 0.5, 30.0
 """Seconds: between two looks at a server that starts, and for an answer about its health."""
 NEEDED = (
     "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out --logprobs-mode processed_logprobs "
-    "--generation-config vllm --worker-extension-cls rlhf.rollout.vllm_worker.HeldWeights"
+    "--max-logprobs -1 --generation-config vllm --worker-extension-cls rlhf.rollout.vllm_worker.HeldWeights"
 )
 
 

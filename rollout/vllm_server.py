@@ -26,6 +26,7 @@ from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncRepo
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.vllm import MAX_SEQUENCES, VLLMModel, check_end, check_prompt, sampling_settings
 from rlhf.rollout.vllm_client import PATIENCE, Replica, ReplicaError
+from rlhf.rollout.vllm_kept import kept_of
 from rlhf.rollout.vllm_pool import LOOK_EVERY, Pool, Service
 from rlhf.types import Completion
 
@@ -159,7 +160,7 @@ class VLLMServerEngine:
         if not self._aborting and sample.attempt == attempt:
             body = {
                 "token_ids": list(request.prompt.token_ids),
-                "sampling_params": sampling_settings(request, sample.row.index, self._model.eos_token_ids),
+                "sampling_params": sampling_settings(request, sample.row.index, self._model),
                 "return_token_ids": sample.row.index == 0,
             }
             try:
@@ -194,9 +195,10 @@ class VLLMServerEngine:
             (choice,) = answer.response["choices"]
             check_prompt(row, answer.response.get("prompt_token_ids"))
             logged: Any = choice["logprobs"]
-            content = logged["content"] if logged and logged["content"] else ()
-            for token, logprob in zip(choice["token_ids"], content, strict=True):
-                row.append(token, logprob["logprob"])
+            content: list[Any] = logged["content"] if logged and logged["content"] else []
+            for token, found in zip(choice["token_ids"], content, strict=True):
+                candidates = [(other["token_id"], other["logprob"]) for other in found["top_logprobs"]]
+                row.append(token, found["logprob"], kept_of(row, token, candidates, self._model.vocabulary))
             row.versions[:] = [(int(s["version"]), s["start"]) for s in choice["weight_versions"] or ()] or (
                 row.versions
             )

@@ -54,7 +54,7 @@ def test_check_says_what_each_of_several_ranks_needs(write, capsys):
         (["data.prompt_column=question"], "question"),
         (["data.max_prompt_tokens=4"], "4"),
         (["rollout.max_completion_tokens=500", "data.max_prompt_tokens=100"], "positions for 512 tokens"),
-        (["rollout.top_p=0.9"], "mismatch"),
+        (["rollout.top_p=0.9"], "set rollout.top_k too"),
         (["rollout.ahead=1", "algorithm.mismatch.kind=none"], "rollout.ahead"),
         (["reward.functions=[{path: 'nowhere:f'}]"], "nowhere"),
         (["reward.functions=[{path: 'rlhf.rewards.builtin:numeric_match'}]"], "answer"),

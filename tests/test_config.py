@@ -120,6 +120,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "rollout.group_size",
         "rollout.kv_cache_gib",
         "rollout.max_completion_tokens",
+        "rollout.min_p",
         "rollout.prompts_per_step",
         "rollout.stop_token_ids",
         "rollout.sync_tolerance",

@@ -40,7 +40,7 @@ class SlowEngine:
 
     def _sample(self, request: RolloutRequest, index: int) -> Completion:
         params, stop = request.params, self.eos_token_ids.union(request.params.stop_token_ids)
-        assert params.top_p == 1 and params.top_k == 0, "this engine does not truncate"
+        assert not params.truncates, "this engine does not truncate"
         # a seed for each sample: what it draws does not depend on what else is sampled
         generator = torch.Generator().manual_seed(params.seed + index)
         tokens: list[int] = []

@@ -68,8 +68,8 @@ def token_stats(
     Raises ValueError for shapes, precisions, names or backends that cannot work together.
     """
     wanted = wanted_fields(want, has_reference=ref_hidden is not None)
-    weight, bias = _whole(weight), None if bias is None else _whole(bias)
-    ref_weight = None if ref_weight is None else _whole(ref_weight)
+    weight, bias = whole(weight), None if bias is None else whole(bias)
+    ref_weight = None if ref_weight is None else whole(ref_weight)
     _check(hidden, weight, targets, bias)
     if NEEDS_REFERENCE & wanted and ref_hidden is not None:
         _check_reference(hidden, weight, ref_hidden, ref_weight, ref_bias)
@@ -107,7 +107,7 @@ def token_stats(
     return TokenStats(*(outputs[i] if name in wanted else None for i, name in enumerate(FIELDS)))
 
 
-def _whole(weight: Tensor) -> Tensor:
+def whole(weight: Tensor) -> Tensor:
     """A head that is sharded over ranks, gathered; its gradient is summed over them and scattered again."""
     if type(weight) in (Tensor, torch.nn.Parameter):
         return weight

@@ -128,7 +128,7 @@ ALGORITHM = (
         "A KL in a reward that has several objectives",
         ["'algorithm={name: gdpo, kl: {coef: 0.1, estimator: k1, placement: reward}}'"],
     ),
-    ("Truncated sampling under a mismatch correction", ["rollout.top_p=0.9"]),
+    ("Truncated sampling whose support nothing bounds", ["rollout.top_p=0.9"]),
     ("A file that is not there", ["algorithm.name=mine.py:parabola"]),
 )
 MODEL = (

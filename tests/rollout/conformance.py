@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,8 @@ def check_truncated_logprobs_are_renormalised_over_what_is_kept(
         request(40, n=4, max_tokens=20, temperature=1.3, top_p=0.8),
         request(12, n=4, max_tokens=15, top_k=5),
         request(14, n=4, max_tokens=15, top_k=20, top_p=0.6, temperature=2.0),
+        request(15, n=4, max_tokens=15, min_p=0.1, temperature=1.5),
+        request(16, n=4, max_tokens=15, min_p=0.05, top_k=9, top_p=0.8, temperature=1.5),
     ]
     for asked, group in zip(requests, generate(engine, requests), strict=True):
         for completion in group:
@@ -101,20 +104,50 @@ def check_truncated_logprobs_are_renormalised_over_what_is_kept(
             torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
 
 
+@check
+def check_what_truncation_left_is_said(engine: RolloutEngine, model: PreTrainedModel) -> None:
+    truncated: list[dict[str, Any]] = [
+        {"top_k": 5},
+        {"top_k": 12, "top_p": 0.7},
+        {"top_k": 12, "min_p": 0.1, "temperature": 1.5},
+        {"top_k": 12, "min_p": 0.02, "top_p": 0.8, "temperature": 1.5},
+    ]
+    requests = [
+        request(20 + i, n=3, max_tokens=12, says_kept=True, **cut) for i, cut in enumerate(truncated)
+    ]
+    requests += [request(30, n=2, says_kept=True), request(31, n=2, top_k=5)]
+    *groups, whole, silent = generate(engine, requests)
+    assert all(completion.kept is None for completion in (*whole, *silent))
+    for asked, group in zip(requests[: len(groups)], groups, strict=True):
+        for completion in group:
+            assert completion.kept is not None
+            said = completion.kept.each()
+            assert [int(ids[0]) for ids in said] == list(completion.token_ids)
+            expected = kept_distribution(model, asked, completion)
+            for ids, left in zip(said, expected, strict=True):
+                assert sorted(ids.tolist()) == left.nonzero()[:, 0].tolist()
+
+
 def kept_logprobs(model: PreTrainedModel, asked: RolloutRequest, completion: Completion) -> Tensor:
-    """Log-probs over the tokens that top-k and top-p leave; -inf for one that they do not."""
+    """Log-probs over the tokens that truncation leaves; -inf for one that it does not."""
+    kept = kept_distribution(model, asked, completion)
+    chosen = torch.tensor(completion.token_ids)[:, None]
+    return (kept / kept.sum(-1, keepdim=True)).gather(1, chosen)[:, 0].log()
+
+
+def kept_distribution(model: PreTrainedModel, asked: RolloutRequest, completion: Completion) -> Tensor:
+    """Probabilities before each token, zero for what min-p, top-k and top-p leave out."""
     ids = torch.tensor([asked.prompt.token_ids + completion.token_ids])
     with torch.no_grad():
         logits = model(input_ids=ids).logits[0, len(asked.prompt.token_ids) - 1 : -1].float()
     probs = (logits / asked.params.temperature).softmax(-1)
     rows = len(probs)
-    kept = truncate(
+    return truncate(
         probs,
         torch.full((rows,), asked.params.top_k),
         torch.full((rows,), asked.params.top_p, dtype=torch.float64),
+        torch.full((rows,), asked.params.min_p),
     )
-    chosen = ids[0, -rows:, None]
-    return (kept / kept.sum(-1, keepdim=True)).gather(1, chosen)[:, 0].log()
 
 
 @check

@@ -63,10 +63,11 @@ def ragged() -> list[RolloutRequest]:
         request(40, n=4, max_tokens=30, temperature=1.3, top_p=0.8),
         request(12, n=2, max_tokens=15, top_k=5),
         request(13, n=2, max_tokens=15, top_k=20, top_p=0.6, temperature=2.0),
+        request(14, n=2, max_tokens=15, top_k=30, min_p=0.05, says_kept=True),
         request(6, n=2, max_tokens=10, temperature=0.0, top_p=0.5),
     ]
 
 
 def untruncated(requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
     """Those whose log-probs are a log-softmax over the whole vocabulary."""
-    return [r for r in requests if r.params.temperature == 0 or (r.params.top_p == 1 and r.params.top_k == 0)]
+    return [r for r in requests if not r.params.truncates]

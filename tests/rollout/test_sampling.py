@@ -20,7 +20,7 @@ def draws(logits: Tensor, count: int, **settings: float) -> tuple[Tensor, Tensor
     """`count` samples of one row of logits."""
     params = SamplingParams(n=count, max_tokens=1, seed=3, **settings)  # type: ignore[arg-type]
     rows = RowSampling.of([params] * count, range(count), CPU)
-    return sample(logits.expand(count, -1), rows, torch.zeros(count, dtype=torch.int64))
+    return sample(logits.expand(count, -1), rows, torch.zeros(count, dtype=torch.int64))[:2]
 
 
 def test_the_hash_is_splitmix64() -> None:
@@ -87,7 +87,7 @@ def test_rows_of_one_batch_are_sampled_each_in_its_own_way() -> None:
         SamplingParams(n=1, max_tokens=9, seed=6, temperature=2.0),
     ]
     position = torch.arange(6)
-    tokens, logprobs = sample(logits, RowSampling.of(params, [0] * 6, CPU), position)
+    tokens, logprobs, _ = sample(logits, RowSampling.of(params, [0] * 6, CPU), position)
     for row, one in enumerate(params):
         alone = sample(logits[row : row + 1], RowSampling.of([one], [0], CPU), position[row : row + 1])
         assert alone[0].item() == tokens[row].item()
@@ -104,10 +104,11 @@ def test_temperature_zero_takes_the_most_probable_token_with_its_logprob_at_temp
 def test_truncation_by_hand() -> None:
     probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
 
-    def kept(top_k: int | None, top_p: float | None) -> list[int]:
+    def kept(top_k: int | None, top_p: float | None, min_p: float | None = None) -> list[int]:
         k = None if top_k is None else torch.tensor([top_k])
         p = None if top_p is None else torch.tensor([top_p], dtype=torch.float64)
-        return truncate(probs, k, p)[0].nonzero()[:, 0].tolist()
+        m = None if min_p is None else torch.tensor([min_p])
+        return truncate(probs, k, p, m)[0].nonzero()[:, 0].tolist()
 
     assert kept(2, None) == [1, 3]
     assert kept(0, None) == kept(9, None) == [0, 1, 2, 3]
@@ -117,6 +118,55 @@ def test_truncation_by_hand() -> None:
     # 0.4 is 4/7 of what top-k leaves
     assert kept(2, 0.5) == [1]
     assert kept(2, 0.6) == [1, 3]
+    # 0.4 times 0.4 is 0.16, times 0.6 it is 0.24
+    assert kept(None, None, 0.4) == [1, 2, 3]
+    assert kept(None, None, 0.6) == kept(0, 1.0, 0.6) == [1, 3]
+    assert kept(None, None, 1.0) == [1]
+    assert kept(3, 1.0, 0.6) == [1, 3]
+    # 0.4 is 4/9 of what min-p leaves, with 0.3 it is 7/9
+    assert kept(None, 0.7, 0.4) == [1, 3]
+    assert kept(None, 0.8, 0.4) == [1, 2, 3]
+
+
+def test_what_is_kept_is_said_with_the_drawn_token_first() -> None:
+    logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(2))
+    params = [
+        SamplingParams(n=1, max_tokens=9, seed=1),
+        SamplingParams(n=1, max_tokens=9, seed=2, top_k=7, says_kept=True),
+        SamplingParams(n=1, max_tokens=9, seed=3, top_k=7),
+        SamplingParams(n=1, max_tokens=9, seed=4, top_k=50, top_p=0.4, min_p=0.1, says_kept=True),
+        SamplingParams(n=1, max_tokens=9, seed=5, top_k=1, says_kept=True),
+        SamplingParams(n=1, max_tokens=9, seed=6, temperature=0.0, top_k=3, says_kept=True),
+    ]
+    rows = RowSampling.of(params, [0] * 6, CPU)
+    drawn = sample(logits, rows, torch.zeros(6, dtype=torch.int64))
+    assert drawn.kept is not None
+    kept = drawn.kept.each()
+    assert [len(ids) for ids in (*kept[:3], *kept[4:])] == [0, 7, 0, 1, 0]
+    assert set(kept[1].tolist()) == set(logits[1].topk(7).indices.tolist())
+    for row in (1, 3, 4):
+        assert kept[row][0] == drawn.tokens[row]
+        among = logits[row, kept[row].long()].log_softmax(-1)
+        assert drawn.logprobs[row].item() == pytest.approx(among[0].item(), abs=1e-6)
+
+
+def test_a_row_draws_the_same_whether_it_says_what_is_kept_or_not() -> None:
+    logits = torch.randn(64, 300, generator=torch.Generator().manual_seed(2))
+    found = [
+        sample(logits, RowSampling.of([params] * 64, range(64), CPU), torch.zeros(64, dtype=torch.int64))
+        for says in (False, True)
+        for params in [SamplingParams(n=1, max_tokens=9, seed=1, top_k=40, top_p=0.9, says_kept=says)]
+    ]
+    assert found[0].kept is None
+    assert torch.equal(found[0].tokens, found[1].tokens)
+    assert torch.equal(found[0].logprobs, found[1].logprobs)
+
+
+def test_what_is_kept_must_be_bounded() -> None:
+    with pytest.raises(ValueError, match="top_k must bound"):
+        SamplingParams(n=1, max_tokens=1, seed=0, top_p=0.9, says_kept=True)
+    # nothing is truncated: there is nothing to say
+    SamplingParams(n=1, max_tokens=1, seed=0, says_kept=True)
 
 
 def test_ties_at_the_edge_are_kept_together() -> None:
