@@ -236,7 +236,7 @@ def test_a_run_learns_from_truncated_samples_and_resumes_within_a_step(
     train(settings)
     records = metrics_of(tmp_path)
     assert records[-1]["reward/mean"] > 1.5 * records[0]["reward/mean"]
-    assert max(record["mismatch/k3"] for record in records) < 1e-6
+    assert max(record["mismatch/k3"] for record in records if "mismatch/k3" in record) < 1e-6
     ahead = bandit_settings(tmp_path, tiny_model("llama"), **{"rollout": settings["rollout"] | {"ahead": 1}})
     checkpoints = {"every": 2, "resume": "auto", "export": False}
     whole, part = (ahead | {"run_dir": str(tmp_path / name / "run")} for name in ("whole", "part"))
