@@ -18,7 +18,7 @@ from torch import Tensor, nn
 def fuse_norms(model: nn.Module) -> int:
     """Lets every norm of `model` that computes exactly this use it, and says how many do.
 
-    Whether it does is tried: in its own type and in bfloat16, on numbers, bit for bit.
+    Whether it does is tried on numbers, in float32 and bfloat16, bit for bit.
     """
     norms = [module for module in model.modules() if _is_one(module)]
     for norm in norms:
@@ -51,7 +51,9 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         unit = x.to(inverse.dtype, copy=True).mul_(inverse)
         grad = grads[0].to(inverse.dtype, copy=True)
-        d_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = (grad * unit).flatten(0, -2).sum(0).to(weight.dtype)
         grad.mul_(weight)
         share = (grad * unit).mean(-1, keepdim=True)
         return grad.sub_(unit.mul_(share)).mul_(inverse).to(x.dtype), d_weight, None
@@ -67,18 +69,19 @@ def _forward(norm: Any, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _is_one(module: nn.Module) -> bool:
+    """Its weight may be anywhere, on the meta device too: others are tried."""
     parameters = dict(module.named_parameters())
     eps = vars(module).get("variance_epsilon")
     if "Norm" not in type(module).__name__ or set(parameters) != {"weight"} or eps is None:
         return False
-    weight = parameters["weight"]
-    if weight.ndim != 1 or weight.is_meta or "forward" in vars(module):
+    size = parameters["weight"].shape
+    if len(size) != 1 or "forward" in vars(module):
         return False
-    generator = torch.Generator(weight.device).manual_seed(0)
-    numbers = torch.randn(4, len(weight), generator=generator, device=weight.device)
-    for dtype in (weight.dtype, torch.bfloat16):
-        x, own = numbers.to(dtype), weight.detach().to(dtype)
-        there = torch.func.functional_call(module, {"weight": own}, (x,))
-        if not torch.equal(there, rms_norm_reference(x, own, eps)):
+    generator = torch.Generator().manual_seed(0)
+    numbers, weights = torch.randn(4, *size, generator=generator), torch.randn(size, generator=generator)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, weight = numbers.to(dtype), weights.to(dtype)
+        there = torch.func.functional_call(module, {"weight": weight}, (x,))
+        if not torch.equal(there, rms_norm_reference(x, weight, eps)):
             return False
     return True

@@ -46,9 +46,9 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
     return _ready(model, device)
 
 
-def _ready(model: Any, device: torch.device) -> PreTrainedModel:
+def _ready(model: Any, device: torch.device | None = None) -> PreTrainedModel:
     fuse_norms(model)
-    return model.to(device).eval()
+    return model.to(device).eval() if device is not None else model.eval()
 
 
 def _kind_of(config: PretrainedConfig) -> Any:
@@ -138,7 +138,7 @@ def empty_model(path: str, dtype: torch.dtype, *, head: bool) -> PreTrainedModel
     with init_empty_weights(include_buffers=False):
         model = kind.from_config(config, dtype=dtype)
     model.tie_weights()
-    return model.eval()
+    return _ready(model)
 
 
 def base_prefix(model: Any) -> str:

@@ -74,6 +74,12 @@ def test_norms_that_are_this_function_use_it(kind: Any) -> None:
     assert torch.equal(norm(x), before)
 
 
+def test_a_model_without_weights_yet_is_prepared_too() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(LlamaRMSNorm(24), GemmaRMSNorm(24))
+    assert fuse_norms(model) == 1
+
+
 @pytest.mark.parametrize("kind", [GemmaRMSNorm, Olmo2RMSNorm])
 def test_norms_that_are_another_function_stay_as_they_are(kind: Any) -> None:
     norm = random_weight(kind(24, eps=1e-5))
