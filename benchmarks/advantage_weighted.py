@@ -227,6 +227,8 @@ def small(options: argparse.Namespace) -> list[Settings]:
     data = ROOT / "examples" / "offline"
     steps, lr = options.steps or 30, options.lr or 2e-5
     settings = base(options.model, data, steps=steps, prompts=3, limit=32, lr=lr)
+    # its hidden states are far larger than those of the two-layer model: at 1e-3 the sigmoid saturates
+    settings["prompt_value"]["lr"] = 1e-4
     return compare(settings, options.model, data, options.runs, 0, options.arms)
 
 

@@ -11,6 +11,7 @@ set: their completions in the data are not looked at; 3. the values are computed
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,10 @@ from rlhf.types import Group, Prompt
 HEADS = 8
 DROPOUT = 0.1
 BATCH = 16
+WORSE = 1.2
+"""Times the squared error of a constant at which the values of prompts are called bad."""
+
+log = logging.getLogger(__name__)
 
 Targets = Callable[[Sequence[Prompt]], list[float | None]]
 """One reward for each prompt; None where there is none."""
@@ -209,11 +214,20 @@ class PromptValues(PromptNumbers):
             return (values - wanted[places]).square()
 
         error = self._fit([p for p, _ in found], squared_error, max_value=largest)
+        constant = float(wanted.var(correction=0))
         values = self.values.values()
+        if error > WORSE * constant:
+            log.warning(
+                "values of prompts are further from the rewards they were learned from than their mean is "
+                "(squared error %.4f, of the mean %.4f): lower prompt_value.lr, which is %g",
+                error,
+                constant,
+                self.section.lr,
+            )
         return (
             f"values of {len(values)} prompts, {min(values):.3f} to {max(values):.3f}, learned from "
             f"{len(found)} rewards with mean {sum(rewards) / len(rewards):.3f}: squared error {error:.4f}, "
-            f"of a constant {float(wanted.var(correction=0)):.4f}"
+            f"of a constant {constant:.4f}"
         )
 
 

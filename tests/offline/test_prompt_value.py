@@ -101,6 +101,16 @@ def test_values_are_learned_once_and_come_back_from_a_checkpoint(policy: Policy)
     assert again.values == values.values
 
 
+@pytest.mark.parametrize(("lr", "warns"), [(1e3, True), (1e-4, False)])
+def test_values_further_from_the_rewards_than_their_mean_are_called_bad(
+    policy: Policy, caplog: pytest.LogCaptureFixture, lr: float, warns: bool
+):
+    section = PromptValueConfig(lr=lr, epochs=2)
+    rewards: list[float | None] = [float(i % 2) for i in range(len(PROMPTS))]
+    PromptValues(section, policy, PROMPTS, lambda p: rewards, ALONE, seed=0).prepare()
+    assert ("lower prompt_value.lr" in caplog.text) == warns
+
+
 @pytest.mark.parametrize(("reward", "message"), [(1.2, "raise it, or shift"), (-0.1, "rewards go from -0.1")])
 def test_rewards_that_no_value_can_reach_are_refused(policy: Policy, reward: float, message: str):
     values = PromptValues(SECTION, policy, PROMPTS, lambda p: [reward] * len(p), ALONE, seed=0)
