@@ -55,7 +55,7 @@ class ModelConfig(Section):
 
 
 class VLLMConfig(Section):
-    """For `rollout.engine: vllm` and `vllm-server` (docs/engines.md); the first takes `args` alone."""
+    """For `rollout.engine: vllm` and `vllm-server` (docs/engines.md); the first takes `args` and `lora`."""
 
     replicas: Positive = 1
     """Servers to start on this host."""
@@ -63,6 +63,8 @@ class VLLMConfig(Section):
     """Servers that run already, on this host, in place of those."""
     deadline: Annotated[float, Field(gt=0.0)] = 600.0
     """Seconds that a server may take to start, and to give the next sample; then it is started again."""
+    lora: Literal["merged", "adapter"] = "merged"
+    """How `model.lora` is sent: in the weights that it adapts, or by itself, which is much less to send."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of vLLM's engine, as its `EngineArgs` names them: gpu_memory_utilization, ..."""
 

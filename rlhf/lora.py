@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,7 @@ class Adapter:
         )
         with seeded(derive_seed(seed, "lora")):
             self.peft: Any = peft.get_peft_model(model, config)
+        self._model = model
         kind, modules = peft.tuners.lora.Linear, modules_by_name(model)
         self._layers: dict[str, Any] = {name: m for name, m in modules.items() if isinstance(m, kind)}
 
@@ -81,6 +82,20 @@ class Adapter:
             if not torch.equal(held, current):
                 return name, (held.float() - current.float()).abs().max().item()
         return None
+
+    def base_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What it stands on, under the names there are without it."""
+        for name, weight in self._model.named_parameters():
+            if ".lora_" not in name:
+                yield name.replace(".base_layer.", "."), weight
+
+    @torch.no_grad()
+    def factors(self) -> Iterator[tuple[str, Tensor]]:
+        """A and (alpha / rank) B of every layer, as `LAYER.lora_A.weight` and `LAYER.lora_B.weight`."""
+        for name, layer in self._layers.items():
+            yield f"{name}.lora_A.weight", layer.lora_A[NAME].weight
+            up = layer.lora_B[NAME].weight
+            yield f"{name}.lora_B.weight", (up.float() * layer.scaling[NAME]).to(up.dtype)
 
     def save_pretrained(self, save_directory: str) -> None:
         """Writes what `peft.PeftModel.from_pretrained(base, folder)` loads."""

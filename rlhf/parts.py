@@ -165,8 +165,10 @@ def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEng
     policy.merge()
     eyes = None if inputs.processor is None else Vision(policy.rollout_model, inputs.processor)
     tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
+    # one with pictures, where there is any, shows more of the weights
+    probed = next((prompt for prompt in inputs.train.prompts if prompt.images), inputs.train[0])
     kept = says_kept(config, inputs.algorithm)
-    sync = WeightSync(policy, inputs.train[0], section, tolerance=tolerance, says_kept=kept)
+    sync = WeightSync(policy, probed, section, tolerance=tolerance, says_kept=kept)
     start = partial(
         make_engine,
         section.engine,
@@ -176,6 +178,7 @@ def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEng
         max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
         vllm=section.vllm,
         eyes=eyes,
+        lora_rank=0 if config.model.lora is None else config.model.lora.rank,
     )
     on_demand = config.data.mode == "offline"
     engine = EngineOnDemand(start, sync) if on_demand else start()

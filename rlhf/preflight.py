@@ -36,6 +36,8 @@ from rlhf.processor import Processor, load_processor
 from rlhf.rewards import Rewards, RewardSpec
 from rlhf.settings import ConfigError
 
+LARGEST_RANK = 512
+"""Of an adapter in vLLM 0.32."""
 SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -85,6 +87,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     _check_lengths(config, model)
     _check_weights(config, model)
     processor = load_processor(config.model.path, tokenizer)
+    _check_adapter(config, processor)
     ends = _eos_token_ids(config, tokenizer)
     offline = None if config.data.mode == "online" else _offline(config, tokenizer, processor, ends)
     train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
@@ -185,6 +188,28 @@ def _check_vllm(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"rollout.engine is vllm-server, which takes weights from one rank, and there are {world_size}: "
             "take rollout.engine=vllm"
+        )
+
+
+def _check_adapter(config: Config, processor: Processor | None) -> None:
+    """Whether vLLM can take an adapter by itself."""
+    if config.rollout.vllm.lora == "merged":
+        return
+    lora, engine = config.model.lora, config.rollout.engine
+    if lora is None or not engine.startswith("vllm"):
+        raise ConfigError(
+            "rollout.vllm.lora is adapter, which needs model.lora and rollout.engine=vllm or vllm-server; "
+            f"the engine is {engine}{'' if lora else ', and there is no model.lora'}"
+        )
+    if processor is not None:
+        raise ConfigError(
+            f"rollout.vllm.lora is adapter, but {config.model.path} can see, and vLLM adapts the language "
+            "model alone: take rollout.vllm.lora=merged"
+        )
+    if lora.rank > LARGEST_RANK:
+        raise ConfigError(
+            f"rollout.vllm.lora is adapter, and model.lora.rank = {lora.rank}: vLLM has room for "
+            f"{LARGEST_RANK}; take rollout.vllm.lora=merged"
         )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -31,6 +31,7 @@ from rlhf.rollout.engine import (
     SamplingParams,
     SyncError,
     SyncReport,
+    WeightSource,
     generate,
 )
 from rlhf.rollout.sampling import truncate
@@ -79,6 +80,12 @@ class WeightSync:
         self.policy, self.section, self.tolerance, self.says_kept = policy, section, tolerance, says_kept
         self.prompt = replace(prompt, id="weight-sync-probe", columns={})
         self._proven = False
+        self._source: WeightSource = self
+        adapter = policy.adapter
+        if adapter is not None and section.vllm.lora == "adapter":
+            merged = policy.rollout_model
+            base, factors = Part(merged, adapter.base_weights), Part(merged, adapter.factors)
+            self._source = InParts(merged, self.named_tensors, base, factors)
 
     @property
     def module(self) -> nn.Module:
@@ -91,12 +98,13 @@ class WeightSync:
         """Hands the weights over and proves them. Raises SyncError, which names what differs and by how
         much.
         """
-        self.policy.merge()
-        self._check_adapter(version)
-        report = engine.update_weights(self, version)
+        if self._source is self:
+            self.policy.merge()
+            self._check_adapter(version)
+        report = engine.update_weights(self._source, version)
         if report.bytes and not self._proven:
             self._prove_the_probe(engine, version)
-            report = engine.update_weights(self, version)
+            report = engine.update_weights(self._source, version)
             if report.unread:
                 log.warning(
                     "%d weights of the engine cannot be read back after an update (%s, ...): whether it "
@@ -118,7 +126,7 @@ class WeightSync:
             )
 
     def _prove_the_probe(self, engine: RolloutEngine, version: int) -> None:
-        engine.update_weights(_Shuffled(self), version)
+        engine.update_weights(_shuffled(self._source), version)
         seen = self.probe(engine).difference
         if seen <= 10 * self.tolerance:
             raise SyncError(
@@ -218,16 +226,31 @@ class WeightSync:
         return probs.gather(1, packed.targets[:, None])[:, 0].log() - kept.sum(-1).log()
 
 
-class _Shuffled:
-    """A source's weights, the rows of every matrix moved on by one and made 8 times as large."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Some of the learner's weights."""
 
-    def __init__(self, source: WeightSync) -> None:
-        self._source = source
+    module: nn.Module
+    named_tensors: Callable[[], Iterator[tuple[str, Tensor]]]
 
-    @property
-    def module(self) -> nn.Module:
-        return self._source.module
 
-    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._source.named_tensors():
+@dataclass(frozen=True, slots=True, eq=False)
+class InParts:
+    """All of them, and the two parts they are made of."""
+
+    module: nn.Module
+    named_tensors: Callable[[], Iterator[tuple[str, Tensor]]]
+    base: WeightSource
+    adapter: WeightSource
+
+
+def _shuffled(source: WeightSource) -> WeightSource:
+    """The rows of every matrix moved on by one and made 8 times as large; an adapter stays as it is."""
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in source.named_tensors():
             yield name, 8 * tensor.detach().roll(1, 0) if tensor.ndim > 1 else tensor
+
+    if isinstance(source, InParts):
+        return InParts(source.module, tensors, _shuffled(source.base), source.adapter)
+    return Part(source.module, tensors)

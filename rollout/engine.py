@@ -116,6 +116,21 @@ class WeightSource(Protocol):
 
 
 @runtime_checkable
+class AdaptedSource(WeightSource, Protocol):
+    """The learner's weights in two parts, for an engine that takes them so."""
+
+    @property
+    def base(self) -> WeightSource:
+        """What the adapter stands on: one object as long as the weights are the same."""
+        ...
+
+    @property
+    def adapter(self) -> WeightSource:
+        """Of every adapted layer `LAYER.lora_A.weight` and `LAYER.lora_B.weight`, to be added as B A."""
+        ...
+
+
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Groups are scored while others decode: `submit` returns at once, `poll` gives what has finished."""
 

@@ -14,6 +14,7 @@ from rlhf.rollout.engine import Eyes, RolloutEngine
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.native import NativeEngine
 from rlhf.rollout.vllm import VLLMEngine, VLLMModel
+from rlhf.rollout.vllm_pictures import Sight
 from rlhf.rollout.vllm_pool import Service
 from rlhf.rollout.vllm_server import VLLMServerEngine
 
@@ -27,14 +28,16 @@ def make_engine(
     max_tokens: int | None = None,
     vllm: VLLMConfig | None = None,
     eyes: Eyes | None = None,
+    lora_rank: int = 0,
 ) -> RolloutEngine:
     """An engine for `model`: "native" and "hf" hold the module itself, "vllm" and "vllm-server" are sent
     weights.
 
     If "native" cannot decode it: "hf", with a warning why. `max_tokens`: of a prompt and its completion,
     which vLLM has to know; the model's own limit when not given.
-    `eyes`: for prompts with pictures, of a model in this process that can see. `path/file.py:name` or
-    `package.module:name` is called with the model and `eos_token_ids`.
+    `eyes`: for prompts with pictures, of a model that can see. `path/file.py:name` or
+    `package.module:name` is called with the model and `eos_token_ids`. `lora_rank`: of the policy's adapter;
+    0: it has none.
     """
     if ":" in name:
         return load_object(name)(model, eos_token_ids=eos_token_ids)
@@ -60,6 +63,8 @@ def make_engine(
         eos_token_ids=tuple(eos_token_ids),
         kv_cache_gib=kv_cache_gib,
         args=section.args,
+        lora_rank=lora_rank if section.lora == "adapter" else 0,
+        sight=None if eyes is None else Sight.of(held.config, held.dtype, eyes),
     )
     if name == "vllm":
         return VLLMEngine(sampled)

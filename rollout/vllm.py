@@ -19,15 +19,12 @@ import base64
 import gc
 import importlib
 import os
-import random
 import time
-import warnings
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,8 +32,18 @@ from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncErro
 from rlhf.rollout.proof import prove
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import stream_keys
+from rlhf.rollout.vllm_adapter import (
+    adapter_request,
+    folder_for_adapter,
+    in_parts,
+    prove_parts,
+    room_for,
+    write_adapter,
+)
 from rlhf.rollout.vllm_kept import kept_of, logprobs_asked
-from rlhf.types import Completion, FinishReason
+from rlhf.rollout.vllm_pictures import SEES, Sight, given_pictures, take_given_pictures
+from rlhf.rollout.vllm_process import own_generator, process_left_alone
+from rlhf.types import Completion, FinishReason, Prompt
 
 VERSIONS = ("0.32",)
 WORKER = "rlhf.rollout.vllm_worker.HeldWeights"
@@ -67,11 +74,16 @@ class VLLMModel:
     kv_cache_gib: float = 4.0
     args: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further arguments of vLLM's engine."""
+    sight: Sight | None = None
+    """Of a model that can see."""
+    lora_rank: int = 0
+    """Of an adapter that is sent by itself; 0: there is none, or it comes merged."""
 
     def engine_args(self) -> dict[str, Any]:
         """What every vLLM here is started with, in one process or another."""
         gpu = torch.cuda.is_available()
         cpu: dict[str, Any] = {} if gpu else {"block_size": CPU_BLOCK, "enforce_eager": True}
+        sees: dict[str, Any] = {} if self.sight is None else SEES
         return {
             "model": self.path,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -85,6 +97,8 @@ class VLLMModel:
             "max_logprobs": -1,
             "worker_extension_cls": WORKER,
             **cpu,
+            **sees,
+            **room_for(self.lora_rank),
             **self.args,
         }
 
@@ -146,6 +160,7 @@ class VLLMEngine:
         self._version = 0
         self._paused = self._asleep = False
         self._first: str | None = None
+        self._base: WeightSource | None = None
         self._sleeps = torch.cuda.is_available()
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self._owns_group = not torch.distributed.is_initialized()
@@ -162,29 +177,36 @@ class VLLMEngine:
             args["distributed_executor_backend"] = "external_launcher"
         with process_left_alone():
             vllm = require_vllm()
+            if model.sight is not None:
+                take_given_pictures(model.sight.kind)
             self._sampling_params: Any = vllm.SamplingParams
             self._delta: Any = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
             try:
                 self._llm: Any = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**args))
             except (RuntimeError, TypeError, ValueError) as error:
                 raise EngineError(f"vllm cannot start for {model.path}: {error}") from error
+        self._folder = folder_for_adapter() if model.lora_rank else None
+        self._adapter: Any = None if self._folder is None else adapter_request(self._folder.name)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises EngineError for a prompt that is empty, has images, is in flight, or is too long."""
-        check_requests(requests, self._ended, self._model.vocabulary)
+        """Raises EngineError for a prompt that is empty, in flight or too long, or whose pictures do not fit
+        it or cannot be seen.
+        """
+        check_requests(requests, self._ended, self._model.vocabulary, sees=self._model.sight is not None)
         for request in requests:
             self._model.check_length(request)
+        prompts = [self._prompt(request.prompt) for request in requests]
         self._wake()
-        for request in requests:
+        for request, prompt in zip(requests, prompts, strict=True):
             self._ended[request.prompt.id] = []
             for row in rows_of(request, self._model.eos_token_ids, self._version):
-                self._start(row)
+                self._start(row, prompt)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
         """Decodes until a whole group has finished, or `timeout`."""
         deadline = None if timeout is None else time.monotonic() + timeout
         # with a seed for every sample vLLM still draws one number a step from the generator it shares with us
-        with _own_generator():
+        with own_generator():
             while self._rows and not self._finished and not self._paused:
                 for output in self._llm.step():
                     self._take(output)
@@ -213,10 +235,21 @@ class VLLMEngine:
         """Raises SyncError: the engine does not hold what it was sent, or keeps prompts of older weights."""
         start = time.perf_counter()
         self._wake()
-        sent = _Counted(source)
-        self._call("tandem_load", weights=sent.weights())
+        parts = in_parts(source, self._model.lora_rank)
+        base = source if parts is None else parts.base
+        sent = _Counted(base)
+        if parts is None or base is not self._base:
+            self._call("tandem_load", weights=sent.weights())
+            self._base = base
+        if parts is not None and self._folder is not None:
+            sent.bytes += write_adapter(Path(self._folder.name), parts.adapter, self._model.dtype)
+            self._call("tandem_adapter", path=self._folder.name)
         self.forget_prompts()
-        proven = prove("vllm", self, source, version, self._model.dtype)
+        dtype = self._model.dtype
+        if parts is None:
+            proven = prove("vllm", self, source, version, dtype)
+        else:
+            proven = prove_parts("vllm", self, parts, version, dtype)
         self._version, self._first = version, None
         for row in self._rows.values():
             row.versions.append((version, len(row.token_ids)))
@@ -224,9 +257,12 @@ class VLLMEngine:
         return SyncReport(version, seconds, sent.bytes, proven.compared, proven.unread)
 
     def forget_prompts(self) -> None:
-        """Keys and values of older weights are of no use, those of samples in flight included."""
+        """Keys, values and features of pictures of older weights are of no use, those of samples in flight
+        included.
+        """
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise SyncError("vllm did not give up its prefix cache after a weight update")
+        self._llm.reset_encoder_cache()
 
     def digests(self, names: Sequence[str], version: int) -> Mapping[str, Mapping[str, str]]:
         return self._call("tandem_digests", names=names, version=version)
@@ -243,6 +279,8 @@ class VLLMEngine:
     def close(self) -> None:
         self._rows, self._ended, self._finished = {}, {}, []
         self._llm.engine_core.shutdown()
+        if self._folder is not None:
+            self._folder.cleanup()
         del self._llm
         gc.collect()
         state: Any = importlib.import_module("vllm.distributed.parallel_state")
@@ -259,7 +297,13 @@ class VLLMEngine:
         (answer,) = self._llm.collective_rpc(method, kwargs=kwargs)
         return answer
 
-    def _start(self, row: Row) -> None:
+    def _prompt(self, prompt: Prompt) -> Any:
+        """As vLLM takes it."""
+        if prompt.images and self._model.sight is not None:
+            return given_pictures(self._model.sight, prompt).engine_input(prompt.token_ids)
+        return {"prompt_token_ids": list(prompt.token_ids)}
+
+    def _start(self, row: Row, prompt: Any) -> None:
         request = row.request
         key = f"{request.prompt.id}/{row.index}"
         self._rows[key] = row
@@ -268,15 +312,20 @@ class VLLMEngine:
         settings = sampling_settings(request, row.index, self._model)
         self._llm.add_request(
             key,
-            {"prompt_token_ids": list(request.prompt.token_ids)},
+            prompt,
             self._sampling_params(output_kind=self._delta, **settings),
+            lora_request=self._adapter,
         )
 
     def _take(self, output: Any) -> None:
         """The tokens a sample has got since the last step."""
         row = self._rows[output.request_id]
         (sampled,) = output.outputs
-        if output.request_id == self._first and output.num_cached_tokens:
+        first = output.request_id == self._first
+        if first:
+            # it may be asked once more, and is found then
+            self._first = ""
+        if first and output.num_cached_tokens:
             raise SyncError(
                 f"vllm found {output.num_cached_tokens} tokens of a prompt in its cache after the weight "
                 f"update to version {self._version}: it keeps keys and values of older weights"
@@ -325,15 +374,6 @@ def decoded_part(answer: Sequence[Any]) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(numbers)), dtype=torch.float32).view(shape)
 
 
-@contextmanager
-def _own_generator() -> Generator[None]:
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-
-
 class _Counted:
     """A source's weights, with their bytes."""
 
@@ -344,26 +384,3 @@ class _Counted:
         for name, tensor in self._source.named_tensors():
             self.bytes += tensor.nbytes
             yield name, tensor.detach()
-
-
-@contextmanager
-def process_left_alone() -> Generator[None]:
-    """vLLM seeds every generator, changes the environment that children inherit, and blocks thread settings.
-
-    Its imports warn of what other packages will change; nobody who trains can do anything about that.
-    """
-    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    environ, set_num_threads = dict(os.environ), torch.set_num_threads
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-        torch.set_rng_state(generators[2])
-        torch.set_num_threads = set_num_threads
-        for name in set(os.environ) - set(environ):
-            if not name.startswith("VLLM_"):
-                del os.environ[name]
-        os.environ.update(environ)

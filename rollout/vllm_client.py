@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf.rollout.engine import EngineError
+from rlhf.rollout.engine import EngineError, WeightSource
 from rlhf.rollout.vllm import VERSIONS, decoded_part
+from rlhf.rollout.vllm_pictures import MARK
 
 LOOK_EVERY, PATIENCE = 0.5, 30.0
 """Seconds: between two looks at a server that starts, and for an answer about its health."""
@@ -33,14 +34,20 @@ class ReplicaError(Exception):
 
 
 class Replica:
-    """`arguments`: to start it with, of vLLM's command line; None: it runs at `url` already."""
+    """`arguments`: to start it with, of vLLM's command line; None: it runs at `url` already. `sees`: kind of
+    its model, where that can see (rollout/vllm_pictures.py).
+    """
 
-    def __init__(self, url: str, arguments: Sequence[str] | None, folder: Path) -> None:
-        self.arguments, self.folder = arguments, folder
+    def __init__(
+        self, url: str, arguments: Sequence[str] | None, folder: Path, sees: str | None = None
+    ) -> None:
+        self.arguments, self.folder, self.sees = arguments, folder, sees
         self.url = url.rstrip("/")
         self.ready = False
         self.reason = "it has not started yet"
         self.failures = 0
+        self.base: WeightSource | None = None
+        """What the adapter it holds stands on."""
         self.moved = time.monotonic()
         """When it last gave a sample, or got the first it had to give."""
         self._keeper: subprocess.Popen[bytes] | None = None
@@ -59,10 +66,12 @@ class Replica:
         environ = {
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             # the worker in the process of the engine core, its threads where the system puts them
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "PYTHONPATH": f"{_root()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            MARK: self.sees or "",
         }
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environ.pop(name, None)
@@ -116,7 +125,7 @@ class Replica:
         return " | ".join(told[-3:]) or "it said nothing"
 
     def call(self, method: str, path: str, body: Any = None, *, timeout: float) -> Any:
-        """The JSON of its answer. Raises ReplicaError; EngineError when the request itself is refused."""
+        """Its answer, JSON or text. Raises ReplicaError; EngineError when the request itself is refused."""
         address = urllib.parse.urlsplit(self.url)
         connection = http.client.HTTPConnection(address.hostname or "", address.port or 80, timeout=timeout)
         try:
@@ -124,6 +133,7 @@ class Replica:
             connection.request(method, path, payload, {"Content-Type": "application/json"})
             response = connection.getresponse()
             status, text = response.status, response.read().decode(errors="replace")
+            kind = response.headers.get_content_type()
         except (OSError, http.client.HTTPException) as error:
             raise ReplicaError(f"{self} does not answer: {type(error).__name__}: {error}") from error
         finally:
@@ -134,7 +144,11 @@ class Replica:
             raise EngineError(f"{self} refuses a request to {path} ({status}): {text[:500]}")
         if status >= 500:
             raise ReplicaError(f"{self} is broken ({status}): {text[:500]}")
-        return json.loads(text) if text else None
+        return json.loads(text) if kind == "application/json" and text else text or None
+
+    def models(self) -> set[str]:
+        """What requests may ask for by name: the model and its adapters."""
+        return {model["id"] for model in self.call("GET", "/v1/models", timeout=PATIENCE)["data"]}
 
     def worker(self, method: str, timeout: float, **kwargs: Any) -> Any:
         body = {"method": method, "kwargs": kwargs}

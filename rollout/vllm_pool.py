@@ -18,6 +18,7 @@ from torch import Tensor
 from rlhf.rollout.engine import EngineError, SyncError, WeightSource
 from rlhf.rollout.proof import Proven, differing, prove
 from rlhf.rollout.vllm import VLLMModel
+from rlhf.rollout.vllm_adapter import NAME, in_parts, prove_parts, write_adapter
 from rlhf.rollout.vllm_client import PATIENCE, Replica, ReplicaError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -44,8 +45,10 @@ class Pool:
         self.folder = Path(tempfile.mkdtemp(prefix="tandem-vllm-", dir=shared))
         arguments = command_line(model)
         urls: list[str] = list(service.urls) or [""] * service.replicas
-        self.replicas = [Replica(url, None if url else arguments, self.folder) for url in urls]
+        sees = None if model.sight is None else model.sight.kind
+        self.replicas = [Replica(url, None if url else arguments, self.folder, sees) for url in urls]
         self._version = 0
+        self._base: WeightSource | None = None
         self._proven: Proven | None = None
         self._closed = False
         try:
@@ -78,12 +81,23 @@ class Pool:
     def update(self, source: WeightSource, version: int, lost: Callable[[Replica, str], None]) -> int:
         """Bytes. Raises SyncError: a server does not hold what it was sent. A lost one is given it later."""
         self._version, self._proven = version, None
-        sent = self._write(source)
+        parts = in_parts(source, self._model.lora_rank)
+        base = source if parts is None else parts.base
+        sent = 0
+        if parts is None or base is not self._base:
+            sent = self._write(base)
+            self._base = base
+        if parts is not None:
+            sent += write_adapter(self._adapter, parts.adapter, self._model.dtype)
         proofs: dict[str, Proven] = {}
 
         def update(replica: Replica) -> None:
             self._load(replica)
-            proofs[replica.url] = prove(str(replica), replica, source, version, self._model.dtype)
+            dtype = self._model.dtype
+            if parts is None:
+                proofs[replica.url] = prove(str(replica), replica, source, version, dtype)
+            else:
+                proofs[replica.url] = prove_parts(str(replica), replica, parts, version, dtype)
 
         self._or_lost(update, lost)
         if not proofs:
@@ -98,7 +112,7 @@ class Pool:
 
     def lose(self, replica: Replica, reason: str) -> None:
         """It is brought back, unless that was tried too often."""
-        replica.ready, replica.reason = False, reason
+        replica.ready, replica.reason, replica.base = False, reason, None
         replica.failures += 1
         if replica.failures <= MAX_FAILURES and not self._closed:
             threading.Thread(target=self._bring_back, args=(replica,), daemon=True).start()
@@ -147,13 +161,28 @@ class Pool:
         return True
 
     def _load(self, replica: Replica) -> None:
-        """The file in shared memory, of version `self._version`."""
+        """The file in shared memory, of version `self._version`; of an adapter's base only when it is new."""
         version, deadline = self._version, self._service.deadline
-        replica.worker("tandem_load", deadline, path=str(self._weights))
+        adapts = self._model.lora_rank > 0
+        if not adapts or replica.base is not self._base:
+            replica.worker("tandem_load", deadline, path=str(self._weights))
+        if adapts and NAME not in replica.models():
+            # samples ask for it by its name
+            body = {"lora_name": NAME, "lora_path": str(self._adapter), "load_inplace": False}
+            replica.call("POST", "/v1/load_lora_adapter", body, timeout=deadline)
+        if adapts:
+            replica.worker("tandem_adapter", deadline, path=str(self._adapter))
+            replica.base = self._base
         path = "/reset_prefix_cache?reset_running_requests=true"
         if not replica.call("POST", path, timeout=deadline)["success"]:
             raise SyncError(f"{replica} did not give up its prefix cache after a weight update")
+        if self._model.sight is not None:
+            replica.call("POST", "/reset_encoder_cache", timeout=deadline)
         replica.call("POST", "/update_weight_version", {"new_version": str(version)}, timeout=deadline)
+
+    @property
+    def _adapter(self) -> Path:
+        return self.folder / "adapter"
 
     @property
     def _weights(self) -> Path:
@@ -197,8 +226,8 @@ def command_line(model: VLLMModel) -> list[str]:
     words = ["--enable-scale-out", "--disable-uvicorn-access-log"]
     for name, value in model.engine_args().items():
         option = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(option)
-        elif value is not False:
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        else:
             words += [option, str(value)]
     return words

@@ -31,7 +31,7 @@ def main(parent: int, folder: str, arguments: list[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, told)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+    command = [sys.executable, "-m", "rlhf.rollout.vllm_serve", *arguments]
     server = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_the_keeper)
     try:
         while server.poll() is None and os.getppid() == parent:

@@ -15,19 +15,30 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import queue
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.requests import Row, check_requests, rows_of
-from rlhf.rollout.vllm import MAX_SEQUENCES, VLLMModel, check_end, check_prompt, sampling_settings
+from rlhf.rollout.vllm import (
+    MAX_SEQUENCES,
+    VLLMModel,
+    check_end,
+    check_prompt,
+    require_vllm,
+    sampling_settings,
+)
+from rlhf.rollout.vllm_adapter import NAME
 from rlhf.rollout.vllm_client import PATIENCE, Replica, ReplicaError
 from rlhf.rollout.vllm_kept import kept_of
+from rlhf.rollout.vllm_pictures import WIRE, given_pictures
 from rlhf.rollout.vllm_pool import LOOK_EVERY, Pool, Service
+from rlhf.rollout.vllm_process import process_left_alone
 from rlhf.types import Completion
 
 
@@ -36,6 +47,8 @@ class _Sample:
     """One in flight. An answer counts if it is of the last `attempt`."""
 
     row: Row
+    features: Mapping[str, Any] | None = None
+    """Of the prompt's pictures."""
     replica: Replica | None = None
     attempt: int = 0
 
@@ -58,6 +71,11 @@ class VLLMServerEngine:
 
     def __init__(self, model: VLLMModel, service: Service) -> None:
         self._model, self._service = model, service
+        if model.sight is not None:
+            # pictures are written in a format of its own
+            with process_left_alone():
+                require_vllm()
+                importlib.import_module(WIRE)
         self._pool = Pool(model, service)
         self._samples: dict[str, _Sample] = {}
         self._ended: dict[str, list[Completion]] = {}
@@ -71,14 +89,21 @@ class VLLMServerEngine:
         atexit.register(self.close)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises EngineError for a prompt that is empty, has images, is in flight, or is too long."""
-        check_requests(requests, self._ended, self._model.vocabulary)
+        """Raises EngineError for a prompt that is empty, in flight or too long, or whose pictures do not fit
+        it or cannot be seen.
+        """
+        sight = self._model.sight
+        check_requests(requests, self._ended, self._model.vocabulary, sees=sight is not None)
         for request in requests:
             self._model.check_length(request)
-        for request in requests:
+        features = [
+            given_pictures(sight, r.prompt).features() if sight is not None and r.prompt.images else None
+            for r in requests
+        ]
+        for request, pictures in zip(requests, features, strict=True):
             self._ended[request.prompt.id] = []
             for row in rows_of(request, self._model.eos_token_ids, self._version):
-                self._samples[f"{request.prompt.id}/{row.index}"] = _Sample(row)
+                self._samples[f"{request.prompt.id}/{row.index}"] = _Sample(row, pictures)
             self._route()
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
@@ -158,11 +183,15 @@ class VLLMServerEngine:
         request = sample.row.request
         response, error = None, None
         if not self._aborting and sample.attempt == attempt:
-            body = {
+            body: dict[str, Any] = {
                 "token_ids": list(request.prompt.token_ids),
                 "sampling_params": sampling_settings(request, sample.row.index, self._model),
                 "return_token_ids": sample.row.index == 0,
             }
+            if self._model.lora_rank:
+                body["model"] = NAME
+            if sample.features is not None:
+                body["features"] = sample.features
             try:
                 timeout = 2 * self._service.deadline
                 response = replica.call("POST", "/inference/v1/generate", body, timeout=timeout)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf.rollout.proof import columns, digest, looked_at
+from rlhf.rollout.vllm_adapter import NAME, NUMBER, held_factor
 
 PARAMETER, PACKED = "the parameter", "the packed copy"
 
@@ -41,19 +42,29 @@ class HeldWeights:
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
 
+    def tandem_adapter(self: Any, path: str) -> list[int]:
+        """Takes the adapter of a folder, in place of the one before. Raises ValueError: there are others."""
+        from vllm.lora.request import LoRARequest
+
+        manager = self.model_runner.lora_manager
+        if not set(manager.list_adapters()) <= {NUMBER}:
+            raise ValueError("adapters that are not of this run are loaded already")
+        manager.add_adapter(LoRARequest(NAME, NUMBER, path, load_inplace=True))
+        return [0]
+
     @torch.no_grad()
     def tandem_digests(self: Any, names: Sequence[str], version: int) -> dict[str, dict[str, str]]:
-        model, dtype = self.model_runner.get_model(), self.model_config.dtype
+        runner, dtype = self.model_runner, self.model_config.dtype
         return {
             # vLLM widens a bias for some kernels, which loses nothing
-            name: {copy: digest(part.to(dtype)) for copy, part in _copies(model, name, version).items()}
+            name: {copy: digest(part.to(dtype)) for copy, part in _copies(runner, name, version).items()}
             for name in names
         }
 
     @torch.no_grad()
     def tandem_part(self: Any, name: str, copy: str, version: int) -> list[Any]:
         """Shape, and float32 numbers in base64."""
-        part = _copies(self.model_runner.get_model(), name, version)[copy].float().cpu().contiguous()
+        part = _copies(self.model_runner, name, version)[copy].float().cpu().contiguous()
         return [list(part.shape), base64.b64encode(part.numpy().tobytes()).decode()]
 
 
@@ -64,8 +75,16 @@ def _saved(path: str) -> Iterator[tuple[str, Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def _copies(model: Any, name: str, version: int) -> dict[str, Tensor]:
+def _copies(runner: Any, name: str, version: int) -> dict[str, Tensor]:
     """The compared share of each copy of a weight; empty when there is no way to read it."""
+    model = runner.get_model()
+    if ".lora_" in name:
+        place = _place(model, name.partition(".lora_")[0] + ".weight")
+        if place is None:
+            return {}
+        manager = runner.lora_manager._adapter_manager
+        held = held_factor(manager, place[0], place[2] or 0, name)
+        return {copy: looked_at(factor, version) if factor.numel() else factor for copy, factor in held}
     found = _locate(model, name)
     if found is None:
         return {}
@@ -76,7 +95,7 @@ def _copies(model: Any, name: str, version: int) -> dict[str, Tensor]:
     if weight.numel():
         shares[PARAMETER] = looked_at(_rows(module, weight.data, shard), version)
     if packed is not None:
-        width = weight.shape[1] if weight.numel() else module.input_size_per_partition
+        width = weight.shape[1] if weight.numel() else module.input_size
         read = _through_product(packed, weight, width, version)
         shares[PACKED] = _rows(module, read.t(), shard).t()
     return shares
@@ -92,25 +111,43 @@ def _through_product(packed: Any, weight: Tensor, width: int, version: int) -> T
 
 def _locate(model: Any, name: str) -> tuple[Any, str, int | None] | None:
     """The module and parameter of a Hugging Face name, and which of the weights stacked in it that is."""
+    place = _place(model, name)
+    if place is None:
+        return None
+    module, parameter, shard = place
+    # under an adapter
+    module = module.base_layer if hasattr(module, "base_layer") else module
+    # experts are stacked along an axis of their own
+    if parameter not in dict(module.named_parameters(recurse=False)):
+        return None
+    return module, parameter, shard
+
+
+def _place(model: Any, name: str) -> tuple[Any, str, int | None] | None:
     renamed = model.hf_to_vllm_mapper.get_rename_mapper().map_name(name) if _renames(model) else name
     if renamed is None:
         return None
     path, _, parameter = str(renamed).rpartition(".")
     parent, _, leaf = path.rpartition(".")
     shard = None
-    packs = hasattr(model, "packed_modules_mapping")
-    stacks: dict[str, list[str]] = model.packed_modules_mapping if packs else {}
-    for stacked, leaves in stacks.items():
+    for stacked, leaves in _stacks(model, path):
         if leaf in leaves and len(leaves) > 1:
             path, shard = (f"{parent}.{stacked}" if parent else stacked), leaves.index(leaf)
     try:
-        module = model.get_submodule(path)
+        return model.get_submodule(path), parameter, shard
     except AttributeError:
         return None
-    # experts are stacked along an axis of their own
-    if parameter not in dict(module.named_parameters(recurse=False)):
-        return None
-    return module, parameter, shard
+
+
+def _stacks(model: Any, path: str) -> Iterator[tuple[str, list[str]]]:
+    """Weights that stand in one, as the modules on the way say: the model, or the language model in it."""
+    module = model
+    for part in (*path.split("."), None):
+        if hasattr(module, "packed_modules_mapping"):
+            yield from module.packed_modules_mapping.items()
+        module = dict(module.named_children()).get(part)
+        if module is None:
+            return
 
 
 def _renames(model: Any) -> bool:

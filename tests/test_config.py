@@ -129,6 +129,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "rollout.top_p",
         "rollout.vllm.args",
         "rollout.vllm.deadline",
+        "rollout.vllm.lora",
         "rollout.vllm.replicas",
         "rollout.vllm.urls",
         "run_dir",

@@ -78,7 +78,10 @@ def _qwen(family: str, ids: dict[str, int], text: dict[str, Any]) -> Any:
     vision["hidden_size" if family == "qwen2_vl" else "out_hidden_size"] = text["hidden_size"]
     head = text["hidden_size"] // text["num_attention_heads"]
     section = [head // 2 - 2 * (head // 8), head // 8, head // 8]
-    rope = {"rope_type": "default", "mrope_section": section, "rope_theta": 10_000.0}
+    rope: dict[str, Any] = {"rope_type": "default", "mrope_section": section, "rope_theta": 10_000.0}
+    if family == "qwen3_vl":
+        # as its own files say, which vLLM reads and transformers takes for granted
+        rope["mrope_interleaved"] = True
     return transformers.AutoConfig.for_model(
         family,
         text_config={**text, "head_dim": head, "rope_parameters": rope, "dtype": "float32"},

@@ -25,6 +25,8 @@ def test_what_cannot_work_is_refused_at_once(tmp_path: Path, tiny_model: Any) ->
         refused(2, engine="vllm-server")
     with pytest.raises(ConfigError, match="are servers: set"):
         refused(1, engine="vllm", vllm={"replicas": 2})
+    with pytest.raises(ConfigError, match=r"and there is no model\.lora"):
+        refused(1, engine="vllm", vllm={"lora": "adapter"})
 
 
 def test_training_from_a_server(tmp_path: Path, tiny_model: Any) -> None:
@@ -40,4 +42,18 @@ def test_training_learns(tmp_path: Path, tiny_model: Any) -> None:
     train(bandit_settings(tmp_path, tiny_model("llama-wide"), rollout=rollout))
     records = metrics_of(tmp_path)
     assert records[-1]["reward/mean"] > 2 * records[0]["reward/mean"]
+    assert max(record["mismatch/k3"] for record in records) < 1e-6
+
+
+def test_a_server_samples_from_an_adapter_that_is_sent_by_itself(tmp_path: Path, tiny_model: Any) -> None:
+    pytest.importorskip("peft")
+    rollout = {"engine": "vllm-server", "kv_cache_gib": 0.1, "vllm": {"lora": "adapter"}}
+    algorithm = {"name": "grpo", "kl": {"coef": 1e-3}}
+    settings = bandit_settings(
+        tmp_path, tiny_model("llama-wide"), steps=4, rollout=rollout, algorithm=algorithm
+    )
+    train(settings | {"model": {**settings["model"], "lora": {"rank": 8}}, "learner": {"lr": 3e-2}})
+    records = metrics_of(tmp_path)
+    # four updates at a large rate: the adapter is no longer nothing
+    assert records[-1]["kl/ref"] > 1e-3
     assert max(record["mismatch/k3"] for record in records) < 1e-6

@@ -17,6 +17,8 @@ from rlhf.types import Image, Prompt
 from tests.support import ALONE, bandit_settings, make_exact
 
 WIDE, HIGH, OTHER = noise(24, 16, 0), noise(16, 32, 1), noise(32, 24, 2)
+# sizes of a language model whose heads vLLM's attention on a CPU takes
+HEADS = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 REWARD = """
 def share_of_a(completions, **_):
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
