@@ -1,16 +1,21 @@
 """How many tokens a second does an engine sample? 8 prompts, groups of 8, at most 64 tokens, end of sequence.
 
-    generate   `model.generate` at its best for this work: one left-padded batch of every prompt 8 times,
-               sdpa, no truncation of the distribution, no log-probs asked for
-    native     `rlhf.rollout.native.NativeEngine`, log-probs included
+    generate      `model.generate` at its best for this work: one left-padded batch of every prompt 8 times,
+                  sdpa, no truncation of the distribution, no log-probs asked for
+    native        `rlhf.rollout.native.NativeEngine`, log-probs included, as they are in the others
+    hf            `rlhf.rollout.hf.HFEngine`: one prompt at a time
+    vllm          vLLM in this process (`make setup EXTRAS=vllm`)
+    vllm-server   one server of it on loopback
 
-Both run the same module in bfloat16, one after the other in each repeat (the order alternates), with a new
-seed. A completion counts its tokens up to and including the end of sequence. Prompts have 46 tokens (a
-question) or 446 (the question after an irrelevant text). Before anything is timed, log-probs are compared
-with forwards over the whole sequences: within 1e-4 in float32, in bfloat16 within 0.1 in the mean. The
-native engine packs its weights anew in every repeat, as it does after every update.
+All compute in bfloat16, one after the other in each repeat (the order alternates), with a new seed; those
+that are not at work stay loaded. `threads` of the result holds for all of them. A completion counts its
+tokens up to and including the end of sequence. Prompts have 46 tokens (a question) or 446 (the question
+after an irrelevant text). Before anything is timed, log-probs of the native engine are compared with
+forwards over the whole sequences: within 1e-4 in float32, in bfloat16 within 0.1 in the mean. It packs its
+weights anew in every repeat, as it does after every update; those of vLLM are given the weights once, and
+compared.
 
-A run that was interrupted goes on where it stopped.
+A run that was interrupted goes on where it stopped. `load` of a repeat: the machine's, of everybody's work.
 
 Run: `python -m benchmarks.rollout --model MODEL_FOLDER --out benchmarks/results/MACHINE/rollout.json`.
 """
@@ -24,20 +29,24 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
+from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
+from rlhf.rollout.factory import make_engine
 from rlhf.rollout.native import NativeEngine
 from rlhf.rollout.support import logprob_errors
 from rlhf.types import Prompt
 
 PROMPTS, GROUP, MAX_TOKENS = 8, 8, 64
+ENGINES = ("generate", "native", "hf", "vllm", "vllm-server")
 FILLER = {46: 0, 446: 80}
 """Prompt tokens (of SmolLM2's tokenizer) by repetitions of a sentence of five tokens."""
 
@@ -67,9 +76,25 @@ def requests_of(prompts: list[Prompt], seed: int) -> list[RolloutRequest]:
     ]
 
 
-def native(model: Any, eos: int) -> Contender:
-    engine = NativeEngine(model, eos_token_ids=[eos])
+class Weights:
+    """Of the model, for an engine that has its own."""
 
+    def __init__(self, model: Any) -> None:
+        self.module = model
+
+    def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.module.named_parameters()
+
+
+def engine_of(name: str, model: Any, eos: int) -> RolloutEngine:
+    """With room for the longest prompt."""
+    longest = max(FILLER) + MAX_TOKENS
+    engine = make_engine(name, model, eos_token_ids=[eos], kv_cache_gib=1.0, max_tokens=longest)
+    engine.update_weights(Weights(model), 0)
+    return engine
+
+
+def contender(engine: RolloutEngine) -> Contender:
     def run(prompts: list[Prompt], seed: int) -> int:
         engine.release()
         groups = generate(engine, requests_of(prompts, seed))
@@ -117,14 +142,27 @@ def verify(model: Any, prompts: list[Prompt], eos: int, largest: float, mean: fl
     return found
 
 
+def contenders_of(names: list[str], model: Any, eos: int, close: ExitStack) -> dict[str, Contender]:
+    found: dict[str, Contender] = {}
+    for name in names:
+        if name == "generate":
+            found[name] = plain_generate(model, eos)
+        else:
+            engine = engine_of(name, model, eos)
+            close.callback(engine.close)
+            found[name] = contender(engine)
+    return found
+
+
 def one_repeat(contenders: dict[str, Contender], prompts: list[Prompt], repeat: int) -> Repeat:
     """Every contender once, in an order that alternates."""
     times: Repeat = {}
-    for name in sorted(contenders, reverse=repeat % 2 == 1):
+    for name in list(contenders)[:: -1 if repeat % 2 else 1]:
         start = time.perf_counter()
         tokens = contenders[name](prompts, 1 + repeat)
         seconds = time.perf_counter() - start
-        times[name] = {"tokens": tokens, "seconds": round(seconds, 3)}
+        load = round(os.getloadavg()[0], 1)
+        times[name] = {"tokens": tokens, "seconds": round(seconds, 3), "load": load}
         sys.stderr.write(
             f"{repeat} {name}: {tokens} tokens, {seconds:.2f} s, {tokens / seconds:.0f} tokens/s\n"
         )
@@ -133,22 +171,22 @@ def one_repeat(contenders: dict[str, Contender], prompts: list[Prompt], repeat: 
 
 def summary(repeats: list[Repeat], prompt_tokens: int) -> list[dict[str, Any]]:
     """One row a contender."""
-    rates = {
-        name: [r[name]["tokens"] / r[name]["seconds"] for r in repeats] for name in ("generate", "native")
-    }
-    baseline = statistics.median(rates["generate"])
-    return [
-        {
+    rates = {name: [r[name]["tokens"] / r[name]["seconds"] for r in repeats] for name in repeats[0]}
+    rows: list[dict[str, Any]] = []
+    for name, found in rates.items():
+        row: dict[str, Any] = {
             "engine": name,
             "prompt_tokens": prompt_tokens,
             "repeats": len(repeats),
             "median_seconds": round(statistics.median(r[name]["seconds"] for r in repeats), 2),
-            "median_tokens_per_second": round(statistics.median(rates[name]), 1),
-            "range_tokens_per_second": [round(min(rates[name]), 1), round(max(rates[name]), 1)],
-            "times_generate": round(statistics.median(rates[name]) / baseline, 2),
+            "median_tokens_per_second": round(statistics.median(found), 1),
+            "range_tokens_per_second": [round(min(found), 1), round(max(found), 1)],
+            "range_load": [f(r[name].get("load", 0.0) for r in repeats) for f in (min, max)],
         }
-        for name in rates
-    ]
+        if "generate" in rates:
+            row["times_generate"] = round(statistics.median(found) / statistics.median(rates["generate"]), 2)
+        rows.append(row)
+    return rows
 
 
 def machine() -> dict[str, Any]:
@@ -174,6 +212,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Tokens a second of the rollout engines.")
     parser.add_argument("--model", required=True, help="folder of a chat model")
     parser.add_argument("--prompt-tokens", type=int, nargs="+", default=list(FILLER), choices=list(FILLER))
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES[:3]), choices=list(ENGINES))
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--out", type=Path, help="where to write the figures, as JSON")
     return parser.parse_args()
@@ -184,7 +223,7 @@ def interrupted(out: Path | None, result: dict[str, Any]) -> dict[str, list[Repe
     if out is None or not out.exists():
         return {}
     found = json.loads(out.read_text())
-    unfinished = not found["rows"] or len(found["rows"]) < 2 * len(found["samples"])
+    unfinished = not found["rows"]
     same = all(found[key] == result[key] for key in ("command", "machine"))
     return found["samples"] if same and unfinished else {}
 
@@ -200,7 +239,6 @@ def main() -> None:
     del exact
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
     checks["bfloat16"] = verify(model, short, eos, largest=float("inf"), mean=0.1)
-    contenders = {"generate": plain_generate(model, eos), "native": native(model, eos)}
     result: dict[str, Any] = {
         "command": f"python -m benchmarks.rollout {arguments}",
         "workload": f"{PROMPTS} prompts x {GROUP} samples x <= {MAX_TOKENS} tokens, bfloat16",
@@ -209,18 +247,21 @@ def main() -> None:
         "rows": [],
     }
     samples = interrupted(options.out, result)
+    with ExitStack() as close:
+        contenders = contenders_of(options.engines, model, eos, close)
+        for length in options.prompt_tokens:
+            prompts = prompts_of(tokenizer, length)
+            repeats = samples.setdefault(str(length), [])
+            if len(repeats) < options.repeats:
+                for run in contenders.values():
+                    run(prompts[:1], 0)
+            while len(repeats) < options.repeats:
+                repeats.append(one_repeat(contenders, prompts, len(repeats)))
+                if options.out:
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    options.out.write_text(json.dumps({**result, "samples": samples}, indent=1) + "\n")
     for length in options.prompt_tokens:
-        prompts = prompts_of(tokenizer, length)
-        repeats = samples.setdefault(str(length), [])
-        if len(repeats) < options.repeats:
-            for run in contenders.values():
-                run(prompts[:1], 0)
-        while len(repeats) < options.repeats:
-            repeats.append(one_repeat(contenders, prompts, len(repeats)))
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps({**result, "samples": samples}, indent=1) + "\n")
-        result["rows"] += summary(repeats, length)
+        result["rows"] += summary(samples[str(length)], length)
     text = json.dumps({**result, "samples": samples}, indent=1) + "\n"
     sys.stdout.write(text)
     if options.out:

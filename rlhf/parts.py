@@ -72,7 +72,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
     budgets = Budgets(config.budget, config.reward, config.rollout.group_size, world)
     constraints = Constraints(config.reward.constraints, inputs.rewards, world)
     hacking = HackingWatch(config.perception)
-    engine, sync, sampler = _rollout(config, inputs, policy)
+    engine, sync, sampler = _rollout(config, inputs, world, policy)
     sources = Sources(config, inputs, world, reference or policy, sampler)
     experience, learner = _learning(config, inputs, world, (policy, reference, critic), optimizer, sources)
     rollouts = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
@@ -160,7 +160,9 @@ def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, pol
     return Critic.on_own_trunk(path, device, _dtype(config), section, config.steps)
 
 
-def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEngine, Sync, Sampler]:
+def _rollout(
+    config: Config, inputs: Inputs, world: World, policy: Policy
+) -> tuple[RolloutEngine, Sync, Sampler]:
     section = config.rollout
     policy.merge()
     eyes = None if inputs.processor is None else Vision(policy.rollout_model, inputs.processor)
@@ -179,6 +181,7 @@ def _rollout(config: Config, inputs: Inputs, policy: Policy) -> tuple[RolloutEng
         vllm=section.vllm,
         eyes=eyes,
         lora_rank=0 if config.model.lora is None else config.model.lora.rank,
+        ranks=world,
     )
     on_demand = config.data.mode == "offline"
     engine = EngineOnDemand(start, sync) if on_demand else start()

@@ -184,10 +184,11 @@ def _check_vllm(config: Config, world_size: int) -> None:
         )
     if engine == "vllm" and (section.urls or section.replicas > 1):
         raise ConfigError("rollout.vllm.urls and replicas are servers: set rollout.engine=vllm-server")
-    if engine == "vllm-server" and world_size > 1:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    if engine == "vllm-server" and here < world_size:
         raise ConfigError(
-            f"rollout.engine is vllm-server, which takes weights from one rank, and there are {world_size}: "
-            "take rollout.engine=vllm"
+            "rollout.engine is vllm-server, whose servers and ranks are on one host, and "
+            f"{world_size - here} of the {world_size} ranks are on another: take rollout.engine=vllm"
         )
 
 

@@ -102,6 +102,21 @@ class Eyes(Protocol):
 
 
 @runtime_checkable
+class Ranks(Protocol):
+    """The processes of a run that share an engine (`rlhf.distributed.World`)."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in order of rank; all of them call it."""
+        ...
+
+
+@runtime_checkable
 class WeightSource(Protocol):
     """The learner's weights, as an engine reads them."""
 

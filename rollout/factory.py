@@ -10,13 +10,14 @@ from torch import nn
 from rlhf.config import VLLMConfig
 from rlhf.plugins import load_object
 from rlhf.rollout.embedded import causal_model
-from rlhf.rollout.engine import Eyes, RolloutEngine
+from rlhf.rollout.engine import Eyes, Ranks, RolloutEngine
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.native import NativeEngine
 from rlhf.rollout.vllm import VLLMEngine, VLLMModel
 from rlhf.rollout.vllm_pictures import Sight
 from rlhf.rollout.vllm_pool import Service
 from rlhf.rollout.vllm_server import VLLMServerEngine
+from rlhf.rollout.vllm_shared import SharedServers
 
 
 def make_engine(
@@ -29,6 +30,7 @@ def make_engine(
     vllm: VLLMConfig | None = None,
     eyes: Eyes | None = None,
     lora_rank: int = 0,
+    ranks: Ranks | None = None,
 ) -> RolloutEngine:
     """An engine for `model`: "native" and "hf" hold the module itself, "vllm" and "vllm-server" are sent
     weights.
@@ -37,7 +39,7 @@ def make_engine(
     which vLLM has to know; the model's own limit when not given.
     `eyes`: for prompts with pictures, of a model that can see. `path/file.py:name` or
     `package.module:name` is called with the model and `eos_token_ids`. `lora_rank`: of the policy's adapter;
-    0: it has none.
+    0: it has none. `ranks`: those that share servers.
     """
     if ":" in name:
         return load_object(name)(model, eos_token_ids=eos_token_ids)
@@ -66,6 +68,11 @@ def make_engine(
         lora_rank=lora_rank if section.lora == "adapter" else 0,
         sight=None if eyes is None else Sight.of(held.config, held.dtype, eyes),
     )
-    if name == "vllm":
-        return VLLMEngine(sampled)
-    return VLLMServerEngine(sampled, Service(section.replicas, section.urls, section.deadline))
+    return VLLMEngine(sampled) if name == "vllm" else _servers(sampled, section, ranks)
+
+
+def _servers(model: VLLMModel, section: VLLMConfig, ranks: Ranks | None) -> VLLMServerEngine:
+    service = Service(section.replicas, section.urls, section.deadline)
+    if ranks is not None and ranks.size > 1:
+        return SharedServers(model, service, ranks)
+    return VLLMServerEngine(model, service)

@@ -42,7 +42,7 @@ from rlhf.rollout.vllm_adapter import (
 )
 from rlhf.rollout.vllm_kept import kept_of, logprobs_asked
 from rlhf.rollout.vllm_pictures import SEES, Sight, given_pictures, take_given_pictures
-from rlhf.rollout.vllm_process import own_generator, process_left_alone
+from rlhf.rollout.vllm_process import group_left_alone, own_generator, process_left_alone
 from rlhf.types import Completion, FinishReason, Prompt
 
 VERSIONS = ("0.32",)
@@ -278,7 +278,8 @@ class VLLMEngine:
 
     def close(self) -> None:
         self._rows, self._ended, self._finished = {}, {}, []
-        self._llm.engine_core.shutdown()
+        with group_left_alone(kept=not self._owns_group):
+            self._llm.engine_core.shutdown()
         if self._folder is not None:
             self._folder.cleanup()
         del self._llm

@@ -50,6 +50,7 @@ class Replica:
         """What the adapter it holds stands on."""
         self.moved = time.monotonic()
         """When it last gave a sample, or got the first it had to give."""
+        self._port: int | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
         self._log = folder / "none.log"
 
@@ -60,7 +61,8 @@ class Replica:
         """On a free port of this host; a server found by its address is left as it is."""
         if self.arguments is None:
             return
-        port = _free_port()
+        # the same whenever it is started again: other ranks know it by that
+        self._port = port = self._port or _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = self.folder / f"{port}.log"
         environ = {
@@ -97,7 +99,7 @@ class Replica:
         """Raises ReplicaError: it ended, or is not healthy within `seconds`; EngineError: another version."""
         deadline = time.monotonic() + seconds
         while True:
-            if self._keeper is not None and self._keeper.poll() is not None:
+            if self.has_ended:
                 raise ReplicaError(f"{self} ended while it started: {self.last_words()}")
             try:
                 self.call("GET", "/health", timeout=PATIENCE)
@@ -118,6 +120,12 @@ class Replica:
         self._keeper.send_signal(signal.SIGTERM)
         self._keeper.wait()
         self._keeper = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was started here and is gone."""
+        keeper = self._keeper
+        return keeper is not None and keeper.poll() is not None
 
     def last_words(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []

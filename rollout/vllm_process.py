@@ -7,9 +7,11 @@ import random
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 @contextmanager
@@ -42,3 +44,24 @@ def process_left_alone() -> Generator[None]:
             if not name.startswith("VLLM_"):
                 del os.environ[name]
         os.environ.update(environ)
+
+
+@contextmanager
+def group_left_alone(*, kept: bool) -> Generator[None]:
+    """An engine that ends also ends the default process group, which is the run's if it was there before.
+
+    `kept`: it is. Groups that vLLM made of it are ended all the same.
+    """
+    module: Any = dist
+    end = module.destroy_process_group
+
+    def end_others(group: Any = None) -> None:
+        if group is not None:
+            end(group)
+
+    if kept:
+        module.destroy_process_group = end_others
+    try:
+        yield
+    finally:
+        module.destroy_process_group = end

@@ -18,6 +18,7 @@ import atexit
 import importlib
 import queue
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,14 +70,15 @@ class _Answer:
 class VLLMServerEngine:
     """Raises EngineError when a server does not start, is not there, or lacks what is needed."""
 
-    def __init__(self, model: VLLMModel, service: Service) -> None:
-        self._model, self._service = model, service
+    def __init__(self, model: VLLMModel, service: Service, pool: Pool | None = None) -> None:
+        """`pool`: the servers, where something special is to be done for them."""
+        self._model, self._service, self._name = model, service, uuid.uuid4().hex
         if model.sight is not None:
             # pictures are written in a format of its own
             with process_left_alone():
                 require_vllm()
                 importlib.import_module(WIRE)
-        self._pool = Pool(model, service)
+        self._pool = pool or Pool(model, service)
         self._samples: dict[str, _Sample] = {}
         self._ended: dict[str, list[Completion]] = {}
         self._finished: list[Completion] = []
@@ -187,6 +189,7 @@ class VLLMServerEngine:
                 "token_ids": list(request.prompt.token_ids),
                 "sampling_params": sampling_settings(request, sample.row.index, self._model),
                 "return_token_ids": sample.row.index == 0,
+                "request_id": self._request_id(key, attempt),
             }
             if self._model.lora_rank:
                 body["model"] = NAME
@@ -198,6 +201,10 @@ class VLLMServerEngine:
             except (EngineError, ReplicaError) as caught:
                 error = caught
         self._answers.put(_Answer(key, attempt, replica, response, error))
+
+    def _request_id(self, key: str, attempt: int) -> str:
+        """Among those of everybody who uses the server."""
+        return f"{self._name}/{key}/{attempt}"
 
     def _listen(self, seconds: float) -> None:
         """Takes the answers there are; waits for the first."""

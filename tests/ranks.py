@@ -12,8 +12,10 @@ import torch
 from tests.faults.processes import free_port
 
 
-def together(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
-    """Runs `work` on as many ranks; each exits with 0 if its assertions hold."""
+def together(
+    ranks: int, work: Callable[..., None], *arguments: Any, patience: float = 240.0
+) -> None:
+    """Runs `work` on as many ranks; each exits with 0 if its assertions hold, within `patience` seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.preloaded"])
     port = free_port()
@@ -23,7 +25,7 @@ def together(ranks: int, work: Callable[..., None], *arguments: Any) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(240)
+        process.join(patience)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()

@@ -1,0 +1,62 @@
+"""Two ranks, one vLLM server: in a module of its own, which forked processes can import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.distributed import world
+from rlhf.rollout.engine import generate
+from rlhf.rollout.vllm import VLLMModel
+from rlhf.rollout.vllm_pool import Service
+from rlhf.rollout.vllm_shared import SharedServers
+from rlhf.types import FinishReason
+
+from .conformance import TOLERANCE, Source, conforming_model, drain, moved, worst
+from .models import EOS, VOCABULARY, request
+
+# of a machine with other work to do
+PATIENCE = 600.0
+
+
+def sharing(folder: str) -> None:
+    """What each of two ranks does with one server that rank 0 starts."""
+    model = conforming_model()
+    sampled = VLLMModel(folder, torch.float32, 512, VOCABULARY, (EOS,), kv_cache_gib=0.1)
+    with world(timeout=4 * PATIENCE) as ranks:
+        engine = SharedServers(sampled, Service(replicas=1, deadline=PATIENCE), ranks)
+        (server,) = engine._pool.replicas
+        first = 9 + 10 * ranks.rank
+        requests = [request(length, n=3, max_tokens=100) for length in (first, first + 1)]
+        for version, weights in enumerate((model, moved(model))):
+            report = engine.update_weights(Source(weights), version)
+            assert (report.version, report.compared) == (version, len(list(model.parameters())) + 1)
+            groups = generate(engine, requests)
+            assert worst(weights, requests, groups) < TOLERANCE
+            assert {s.version for group in groups for c in group for s in c.versions} == {version}
+        # one rank gives up: the samples of the other go on
+        engine.submit([request(first, n=2, max_tokens=400)])
+        if ranks.rank == 1:
+            engine.pause("abort")
+            engine.resume()
+        reasons = {c.finish_reason for c in drain(engine)}
+        assert (FinishReason.ABORT in reasons) is (ranks.rank == 1)
+        # killed while both wait for samples of it
+        ranks.gather(None)
+        engine.submit([request(first, n=2, max_tokens=300)])
+        if ranks.rank == 0:
+            time.sleep(0.2)
+            process: Any = server._keeper
+            keeper = process.pid
+            children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+            os.killpg(int(children[0]), signal.SIGKILL)
+        completions = drain(engine)
+        assert len(completions) == 2
+        assert worst(moved(model), [request(first, n=2, max_tokens=300)], [completions]) < TOLERANCE
+        ranks.gather(None)
+        engine.close()
