@@ -104,6 +104,11 @@ class RolloutConfig(Section):
         """Whether some tokens cannot be drawn."""
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the engine has processes and memory of its own, to which weights are sent."""
+        return self.engine == "vllm-server"
+
     @field_validator("engine")
     @classmethod
     def is_an_engine(cls, engine: str) -> str:

@@ -124,8 +124,7 @@ class Estimate:
 
     def lines(self) -> Iterator[str]:
         """For people, as `rlhf check` prints them."""
-        has, peak = self.machine.memory / GIB, self.peak / GIB
-        where = self.machine.device
+        has, peak, where = self.machine.memory / GIB, self.peak / GIB, self.machine.device
         yield f"memory       {peak:.2f} GiB a rank at the fullest moment, of {has:.1f} ({where})"
         for item in sorted(self.memory, key=lambda item: -item.bytes):
             when = {"always": "", "rollout": "   (while sampling)", "learn": "   (while learning)"}[item.when]
@@ -259,8 +258,10 @@ class _Plan:
                 owner = "policy" if name == "adapter" else name
                 text = f"{owner}: weights in {self.config.model.dtype}"
                 yield Item(text, sizes.weights * width, "always", smaller)
-        copies = int(self.cut > 1) + int(self.config.rollout.engine == "vllm")
-        yield Item("policy: whole, for the engine", copies * self.policy.weights * width, "always", smaller)
+        held = int(self.cut > 1 and not self.config.rollout.elsewhere)
+        copies = held + int(self.config.rollout.engine == "vllm")
+        text, less = "policy: whole, for the engine in this process", f"rollout.engine=vllm-server, {smaller}"
+        yield Item(text, copies * self.policy.weights * width, "always", less)
         if lora is not None:
             merged = self.policy.matrices * width
             yield Item("adapted weights, merged for the engine", merged, "always", "model.lora.targets")
@@ -274,10 +275,11 @@ class _Plan:
         reserved, fewer = int(section.kv_cache_gib * GIB), "rollout.kv_cache_gib: groups beyond it wait"
         if section.engine == "vllm":
             yield Item("keys and values, which vLLM reserves", reserved, "always", fewer)
+        if section.engine.startswith("vllm"):
             return
         yield Item("keys and values", min(self._keys_and_values(), reserved), "rollout", fewer)
-        logits = self.rows * self.policy.vocabulary * 4 // self._waves()
-        yield Item("logits of the tokens being sampled", logits, "rollout", fewer)
+        row = self.policy.vocabulary * 4
+        yield Item("logits of the tokens being sampled", self.rows * row // self._waves(), "rollout", fewer)
         if on_cpu and self.width == 2:
             packed = (self.policy.matrices + self.policy.head) * 2
             yield Item("linear layers, laid out for sampling", packed, "rollout", "rollout.engine=hf")

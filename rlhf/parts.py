@@ -135,8 +135,9 @@ def _sharded_models(
 ) -> tuple[Policy, Policy | None]:
     section = config.model
     policy = Policy.load_sharded(section, section.path, sharding, trains=True)
-    policy.replica = load_model(section.path, world.device, _dtype(config))
-    policy.replica.requires_grad_(requires_grad=False)
+    if not config.rollout.elsewhere:
+        policy.replica = load_model(section.path, world.device, _dtype(config))
+        policy.replica.requires_grad_(requires_grad=False)
     if not inputs.algorithm.needs_reference:
         return policy, None
     path = section.reference or section.path
@@ -178,6 +179,7 @@ def _rollout(
         eos_token_ids=inputs.eos_token_ids,
         kv_cache_gib=section.kv_cache_gib,
         max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
+        dtype=_dtype(config),
         vllm=section.vllm,
         eyes=eyes,
         lora_rank=0 if config.model.lora is None else config.model.lora.rank,

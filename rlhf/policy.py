@@ -188,7 +188,7 @@ class Policy(Trunk):
         super().__init__(model, layout=layout, processor=processor)
         self.adapter: Adapter | None = None
         self.replica: PreTrainedModel | None = None
-        """The whole of a model that learns in shards."""
+        """The whole of a model that learns in shards, where an engine of this process samples from it."""
 
     @classmethod
     def load(
@@ -232,7 +232,7 @@ class Policy(Trunk):
 
     @property
     def rollout_model(self) -> PreTrainedModel:
-        """What an engine in this process samples from: the model itself, or the copy `merge` writes to."""
+        """What an engine samples from or is sent: the model itself, or the copy `merge` writes to."""
         if self.replica is not None:
             return self.replica
         return self.model if self.adapter is None else self.adapter.merged

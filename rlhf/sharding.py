@@ -12,6 +12,7 @@ holds more than its part and one layer.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel
 from rlhf.config import DistributedConfig
 from rlhf.distributed import World
 from rlhf.pretrained import ModelError, base_prefix, empty_model, layer_classes, model_folder
+from rlhf.rollout.weight_file import WeightFile
 from rlhf.typed import modules_by_name
 
 # their annotations are too incomplete for a strict check
@@ -195,8 +197,12 @@ def in_step(items: Iterable[T], model: nn.Module, world: World) -> Iterator[T | 
 def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every weight whole, in the type the model computes in, under its Hugging Face name.
 
-    Layer by layer, each in one collective, and given up when the next is asked for. Every rank iterates.
+    Of a model in shards layer by layer, each in one collective, and given up when the next is asked for: a
+    rank holds its rows and one layer. Every rank iterates, to the end.
     """
+    if not isinstance(model, FSDPModule):
+        yield from model.named_parameters()
+        return
     parts: dict[str, Any] = {n: m for n, m in modules_by_name(model).items() if isinstance(m, FSDPModule)}
     for prefix, module in parts.items():
         module.unshard()
@@ -205,6 +211,34 @@ def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if not name.startswith(inner):
                 yield name, parameter.detach()
         module.reshard()
+
+
+class WrittenByParts:
+    """A model in shards as `checkpoint.export` takes it: its weights go to the file as they are gathered.
+
+    The first rank saves; each other one iterates over `gathered` meanwhile.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def save_pretrained(self, save_directory: str) -> None:
+        folder, model = Path(save_directory), cast(Any, self._model)
+        names, kinds = [name for name, _ in model.named_parameters()], set[torch.dtype]()
+        with WeightFile(folder / "model.safetensors", names) as file:
+            for name, weight in gathered(model):
+                file.add(name, weight)
+                kinds.add(weight.dtype)
+        config = copy.deepcopy(model.config)
+        (config.dtype,) = kinds
+        config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+
+
+def as_whole(model: PreTrainedModel) -> PreTrainedModel | WrittenByParts:
+    """What can be saved in the Hugging Face layout, whether it is in shards or not."""
+    return WrittenByParts(model) if isinstance(model, FSDPModule) else model
 
 
 class WeightFiles:

@@ -24,6 +24,7 @@ from rlhf.report import closing_summary, write_report
 from rlhf.run_folder import RunFolder
 from rlhf.samples import TokenTexts
 from rlhf.saver import Saver
+from rlhf.sharding import as_whole, gathered
 from rlhf.state import Cursor
 
 
@@ -210,12 +211,14 @@ class Trainer:
         )
 
     def _finish(self) -> None:
+        policy, path, exports = self.parts.policy, self.folder.path, self.config.checkpoint.export
         if not self.world.is_main:
+            for _ in gathered(policy.rollout_model) if exports else ():
+                pass
             return
-        if self.config.checkpoint.export:
-            policy, path = self.parts.policy, self.folder.path
+        if exports:
             reader = self.inputs.processor or self.inputs.tokenizer
-            checkpoint.export(policy.rollout_model, reader, path / "model")
+            checkpoint.export(as_whole(policy.rollout_model), reader, path / "model")
             if policy.adapter is not None:
                 checkpoint.export(policy.adapter, reader, path / "adapter")
         write_report(self.folder)

@@ -35,6 +35,7 @@ from rlhf.rollout.engine import (
     generate,
 )
 from rlhf.rollout.sampling import truncate
+from rlhf.sharding import gathered
 from rlhf.types import Kept, Prompt
 
 PROBE_TOKENS, PROBE_SAMPLES = 8, 4
@@ -92,7 +93,7 @@ class WeightSync:
         return self.policy.rollout_model
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.module.named_parameters()
+        yield from gathered(self.module)
 
     def push(self, engine: RolloutEngine, version: int) -> SyncReport:
         """Hands the weights over and proves them. Raises SyncError, which names what differs and by how

@@ -126,7 +126,11 @@ class WeightSource(Protocol):
         ...
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Full (gathered) tensors in the order and under the names of the Hugging Face layout."""
+        """Full tensors in the order and under the names of the Hugging Face layout.
+
+        Of a model in shards each is gathered when it is asked for and may be given up when the next one is;
+        every rank then iterates, to the end.
+        """
         ...
 
 

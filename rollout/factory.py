@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from rlhf.config import VLLMConfig
@@ -27,6 +28,7 @@ def make_engine(
     eos_token_ids: Sequence[int],
     kv_cache_gib: float = 4.0,
     max_tokens: int | None = None,
+    dtype: torch.dtype | None = None,
     vllm: VLLMConfig | None = None,
     eyes: Eyes | None = None,
     lora_rank: int = 0,
@@ -36,7 +38,8 @@ def make_engine(
     weights.
 
     If "native" cannot decode it: "hf", with a warning why. `max_tokens`: of a prompt and its completion,
-    which vLLM has to know; the model's own limit when not given.
+    which vLLM has to know; the model's own limit when not given. `dtype`: of the weights that are sent, where
+    it is not that of `model`.
     `eyes`: for prompts with pictures, of a model that can see. `path/file.py:name` or
     `package.module:name` is called with the model and `eos_token_ids`. `lora_rank`: of the policy's adapter;
     0: it has none. `ranks`: those that share servers.
@@ -59,7 +62,7 @@ def make_engine(
     held = causal_model(model)
     sampled = VLLMModel(
         path=held.name_or_path,
-        dtype=held.dtype,
+        dtype=dtype or held.dtype,
         max_tokens=max_tokens or held.config.get_text_config().max_position_embeddings,
         vocabulary=held.get_input_embeddings().weight.shape[0],
         eos_token_ids=tuple(eos_token_ids),

@@ -14,7 +14,7 @@ through that product (rollout/vllm_worker.py), for the packed numbers are the on
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -70,35 +70,64 @@ def digest(part: Tensor) -> str:
     return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).hexdigest()
 
 
-def sent_weights(source: WeightSource) -> Iterator[tuple[str, Tensor]]:
-    """Every weight, a tied one under each of its names."""
-    own = source.module.state_dict(keep_vars=True)
-    names: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        if isinstance(tensor, nn.Parameter):
-            names.setdefault(id(tensor), []).append(name)
-    for name, tensor in source.named_tensors():
-        others = names.get(id(own.get(name)), [])
-        for alias in (name, *(other for other in others if other != name)):
-            yield alias, tensor.detach()
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What an update hands over."""
+
+    digests: Mapping[str, str]
+    """Of each weight, a tied one under each of its names."""
+    part: Callable[[str], Tensor]
+    """What the digest of a weight was taken of."""
 
 
-def prove(engine: str, holder: Holder, source: WeightSource, version: int, dtype: torch.dtype) -> Proven:
+class Aliases:
+    """All names of each weight of a source; a tied one has several and is sent under one of them."""
+
+    def __init__(self, source: WeightSource) -> None:
+        self._own = source.module.state_dict(keep_vars=True)
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in self._own.items():
+            if isinstance(tensor, nn.Parameter):
+                self._names.setdefault(id(tensor), []).append(name)
+
+    @property
+    def all(self) -> list[str]:
+        return list(self._own)
+
+    def of(self, name: str) -> tuple[str, ...]:
+        others = self._names.get(id(self._own.get(name)), [])
+        return (name, *(other for other in others if other != name))
+
+
+def sent_weights(source: WeightSource, version: int, dtype: torch.dtype) -> Sent:
+    """Keeps the shares that are compared, apart from weights that may be gone by then."""
+    aliases, parts, digests = Aliases(source), dict[str, Tensor](), dict[str, str]()
+    for sent, weight in source.named_tensors():
+        part = looked_at(weight.detach(), version).to(dtype, copy=True)
+        for name in aliases.of(sent):
+            parts[name], digests[name] = part, digest(part)
+    return Sent(digests, parts.__getitem__)
+
+
+def prove(
+    engine: str, holder: Holder, sent: Sent | WeightSource, version: int, dtype: torch.dtype
+) -> Proven:
     """Raises SyncError naming the first weight that differs, by how much, and how many more do."""
-    sent = {name: looked_at(weight, version).to(dtype) for name, weight in sent_weights(source)}
-    expected = {name: digest(part) for name, part in sent.items()}
-    held = holder.digests(list(sent), version)
+    if not isinstance(sent, Sent):
+        sent = sent_weights(sent, version, dtype)
+    expected = sent.digests
+    held = holder.digests(list(expected), version)
     wrong = differing(expected, held)
     if wrong:
         name, copy = wrong[0]
-        what = _difference(sent[name].float(), holder.part(name, copy, version), dtype)
+        what = _difference(sent.part(name).float(), holder.part(name, copy, version), dtype)
         more = sorted({other for other, _ in wrong} - {name})
         rest = f"; {len(more)} more differ: {', '.join(more[:5])}" if more else ""
         raise SyncError(
             f"{engine} at version {version} does not hold {name} ({copy}) as it was sent: {what}{rest}"
         )
-    unread = tuple(name for name in sent if not held.get(name))
-    return Proven(len(sent) - len(unread), unread, expected)
+    unread = tuple(name for name in expected if not held.get(name))
+    return Proven(len(expected) - len(unread), unread, expected)
 
 
 def differing(

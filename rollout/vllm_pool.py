@@ -12,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+import safetensors
 from torch import Tensor
 
 from rlhf.rollout.engine import EngineError, SyncError, WeightSource
-from rlhf.rollout.proof import Proven, differing, prove
+from rlhf.rollout.proof import Aliases, Proven, Sent, differing, digest, looked_at, prove
 from rlhf.rollout.vllm import VLLMModel
 from rlhf.rollout.vllm_adapter import NAME, in_parts, prove_parts, write_adapter
 from rlhf.rollout.vllm_client import PATIENCE, Replica, ReplicaError
+from rlhf.rollout.weight_file import WeightFile
 
+# its annotations are too incomplete for a strict check
+_safetensors: Any = safetensors
 SHARED_MEMORY = Path("/dev/shm")
 LOOK_EVERY = 0.5
 MAX_FAILURES = 3
@@ -83,19 +86,19 @@ class Pool:
         self._version, self._proven = version, None
         parts = in_parts(source, self._model.lora_rank)
         base = source if parts is None else parts.base
-        sent = 0
+        size, sent = 0, None
         if parts is None or base is not self._base:
-            sent = self._write(base)
+            size, sent = self._write(base, version)
             self._base = base
         if parts is not None:
-            sent += write_adapter(self._adapter, parts.adapter, self._model.dtype)
+            size += write_adapter(self._adapter, parts.adapter, self._model.dtype)
         proofs: dict[str, Proven] = {}
 
         def update(replica: Replica) -> None:
             self._load(replica)
             dtype = self._model.dtype
             if parts is None:
-                proofs[replica.url] = prove(str(replica), replica, source, version, dtype)
+                proofs[replica.url] = prove(str(replica), replica, sent or source, version, dtype)
             else:
                 proofs[replica.url] = prove_parts(str(replica), replica, parts, version, dtype)
 
@@ -103,7 +106,7 @@ class Pool:
         if not proofs:
             raise EngineError(self.why_none_is_left())
         self._proven = next(iter(proofs.values()))
-        return sent
+        return size
 
     @property
     def proven(self) -> Proven:
@@ -188,17 +191,24 @@ class Pool:
     def _weights(self) -> Path:
         return self.folder / "weights.safetensors"
 
-    def _write(self, source: WeightSource) -> int:
-        """Under the names of the Hugging Face layout; bytes."""
-        weights: dict[str, Tensor] = {
-            name: tensor.detach().to("cpu", self._model.dtype).contiguous()
-            for name, tensor in source.named_tensors()
-        }
+    def _write(self, source: WeightSource, version: int) -> tuple[int, Sent]:
+        """Under the names of the Hugging Face layout, one weight at a time; bytes, and what was sent."""
+        aliases, digests, dtype = Aliases(source), dict[str, str](), self._model.dtype
         written = self._weights.with_suffix(".new")
-        library: Any = safetensors.torch
-        library.save_file(weights, written)
+        with WeightFile(written, aliases.all) as file:
+            for sent, tensor in source.named_tensors():
+                weight = tensor.detach().to("cpu", dtype)
+                file.add(sent, weight)
+                digests |= dict.fromkeys(aliases.of(sent), digest(looked_at(weight, version)))
         written.replace(self._weights)
-        return sum(tensor.nbytes for tensor in weights.values())
+
+        def part(name: str) -> Tensor:
+            with _safetensors.safe_open(self._weights, framework="pt") as saved:
+                held = set(saved.keys())
+                weight = saved.get_tensor(next(other for other in aliases.of(name) if other in held))
+            return looked_at(weight, version)
+
+        return file.bytes, Sent(digests, part)
 
     def _or_lost(self, action: Callable[[Replica], None], lost: Callable[[Replica, str], None]) -> None:
         failed: list[tuple[Replica, str]] = []

@@ -120,6 +120,14 @@ def test_an_engine_of_its_own_memory_is_counted(tmp_path: Path, tiny_model_dir: 
     assert bytes_of(found, "whole, for the engine") == bytes_of(found, "policy: gradients")
 
 
+def test_ranks_that_send_their_shards_elsewhere_hold_no_whole_copy(tmp_path: Path, tiny_model_dir: Path):
+    settings = bandit_settings(tmp_path, tiny_model_dir, distributed={"mode": "sharded"})
+    inputs = load_inputs(make_config(settings))
+    settings["rollout"] |= {"engine": "vllm-server"}
+    found = estimate(make_config(settings), inputs, world_size=4, machine=LARGE)
+    assert not [item.name for item in found.memory if "engine" in item.name or "keys" in item.name]
+
+
 def test_an_adapter_has_an_optimizer_of_its_own_size(tmp_path: Path, tiny_model_dir: Path):
     found = estimated(tmp_path, tiny_model_dir, model={"lora": {"rank": 4}})
     # per layer: q and o 32+32, k and v 32+16, gate, up and down 32+64
