@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from rlhf.ahead import Ahead
 from rlhf.budgets import Budgets, is_right
@@ -166,29 +167,41 @@ def _rollout(
 ) -> tuple[RolloutEngine, Sync, Sampler]:
     section = config.rollout
     policy.merge()
-    eyes = None if inputs.processor is None else Vision(policy.rollout_model, inputs.processor)
     tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
     # one with pictures, where there is any, shows more of the weights
     probed = next((prompt for prompt in inputs.train.prompts if prompt.images), inputs.train[0])
     kept = says_kept(config, inputs.algorithm)
     sync = WeightSync(policy, probed, section, tolerance=tolerance, says_kept=kept)
-    start = partial(
+    rank = 0 if config.model.lora is None else config.model.lora.rank
+    start = engine_starter(config, inputs, policy.rollout_model, lora_rank=rank, ranks=world)
+    on_demand = config.data.mode == "offline"
+    engine = EngineOnDemand(start, sync) if on_demand else start()
+    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed, kept)
+    return engine, SyncOnDemand(sync) if on_demand else sync, sampler
+
+
+def engine_starter(
+    config: Config, inputs: Inputs, model: PreTrainedModel, *, lora_rank: int = 0, ranks: World | None = None
+) -> Callable[[], RolloutEngine]:
+    """Makes the engine of `rollout.engine` for `model`, which it holds or is sent the weights of.
+
+    `lora_rank`: of an adapter that is sent by itself; 0: there is none, or it is merged. `ranks`: those that
+    share servers.
+    """
+    section = config.rollout
+    return partial(
         make_engine,
         section.engine,
-        policy.rollout_model,
+        model,
         eos_token_ids=inputs.eos_token_ids,
         kv_cache_gib=section.kv_cache_gib,
         max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
         dtype=_dtype(config),
         vllm=section.vllm,
-        eyes=eyes,
-        lora_rank=0 if config.model.lora is None else config.model.lora.rank,
-        ranks=world,
+        eyes=None if inputs.processor is None else Vision(model, inputs.processor),
+        lora_rank=lora_rank,
+        ranks=ranks,
     )
-    on_demand = config.data.mode == "offline"
-    engine = EngineOnDemand(start, sync) if on_demand else start()
-    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed, kept)
-    return engine, SyncOnDemand(sync) if on_demand else sync, sampler
 
 
 def _learning(

@@ -19,11 +19,10 @@ from rlhf.commands.source import Source, find_source, load_weights
 from rlhf.config import Config, make_config
 from rlhf.files import write_atomically
 from rlhf.intervals import bootstrap, pass_at_k
+from rlhf.parts import engine_starter
 from rlhf.preflight import Inputs, load_inputs
-from rlhf.rollout.factory import make_engine
 from rlhf.settings import ConfigError, apply_override, read_settings
 from rlhf.types import FinishReason, Group
-from rlhf.vision import Vision
 
 AT_ONCE = 64
 FEW = 30
@@ -196,16 +195,7 @@ def _sample(request: Request, source: Source, config: Config, inputs: Inputs) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = load_weights(source, config.model, device, seed=config.seed)
     section = config.rollout
-    eyes = None if inputs.processor is None else Vision(weights.model, inputs.processor)
-    engine = make_engine(
-        section.engine,
-        weights.model,
-        eos_token_ids=inputs.eos_token_ids,
-        kv_cache_gib=section.kv_cache_gib,
-        max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
-        vllm=section.vllm,
-        eyes=eyes,
-    )
+    engine = engine_starter(config, inputs, weights.model)()
     # one that does not hold this very module has loaded the weights of `model.path`
     engine.update_weights(weights, version=0)
     if request.greedy:
