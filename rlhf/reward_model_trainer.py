@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from rlhf.distributed import world, world_size
 from rlhf.files import write_atomically
 from rlhf.interrupt import Interrupt, Interrupted
 from rlhf.metrics import Max, Mean, Metrics
-from rlhf.monitor import Monitor
 from rlhf.optimizer import MasterAdamW
 from rlhf.policy import Policy
 from rlhf.pretrained import load_tokenizer, pad_token_of
+from rlhf.recording import recording
 from rlhf.reward_model import RewardModel, RewardModelLearner, next_batch
 from rlhf.reward_model_config import RewardModelConfig
 from rlhf.reward_model_data import load_examples
@@ -58,7 +57,7 @@ class RewardModelTrainer:
 
         Raises RunFolderError, ModelError or CheckpointError, which say what to do.
         """
-        with world() as self.world, self._folder_claimed(), self._monitored() as self.monitor:
+        with world() as self.world, recording(self.folder, self.config, self.world) as self.monitor:
             self.monitor.on_phase = self._at
             with self.monitor.phase("load"):
                 self._build()
@@ -163,28 +162,6 @@ class RewardModelTrainer:
         checkpoint.export(scorer, self.tokenizer, target)
         self.monitor.close()
         self.monitor.note(f"the reward model is in {target}")
-
-    @contextmanager
-    def _folder_claimed(self) -> Generator[None]:
-        if not self.world.is_main:
-            yield
-            return
-        with self.folder.claim(config=self.config.to_yaml(), resume=self.config.checkpoint.resume == "auto"):
-            yield
-
-    @contextmanager
-    def _monitored(self) -> Generator[Monitor]:
-        if not self.world.is_main:
-            yield Monitor.silent()
-            return
-        with Monitor.start(
-            self.folder,
-            sinks=self.config.monitor.sinks,
-            total_steps=self.config.steps,
-            samples_per_step=0,
-            settings=self.config.model_dump(mode="json"),
-        ) as monitor:
-            yield monitor
 
 
 def describe(trainer: RewardModelTrainer) -> Iterator[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from rlhf.metrics import Max, Mean, Metrics
 from rlhf.monitor import Monitor
 from rlhf.parts import build_parts
 from rlhf.preflight import load_inputs, warnings
+from rlhf.recording import recording
 from rlhf.report import closing_summary, write_report
 from rlhf.run_folder import RunFolder
 from rlhf.samples import TokenTexts
@@ -49,8 +49,7 @@ class Trainer:
         with (
             closing(self.inputs.rewards),
             world(self.config.distributed.timeout) as self.world,
-            self._folder_claimed(),
-            self._monitored() as self.monitor,
+            self._recording() as self.monitor,
         ):
             self.monitor.on_phase = self._at
             with self.monitor.phase("load"):
@@ -77,6 +76,10 @@ class Trainer:
                     return
             self.saver.wait()
             self._finish()
+
+    def _recording(self) -> AbstractContextManager[Monitor]:
+        shown, texts = self.config.monitor.samples_per_step, TokenTexts(self.inputs.tokenizer)
+        return recording(self.folder, self.config, self.world, samples_per_step=shown, texts=texts)
 
     def step(self) -> Metrics:
         """One round: rollouts and rewards, unless the buffer has some left; updates, weight sync."""
@@ -224,28 +227,3 @@ class Trainer:
         write_report(self.folder)
         self.monitor.close()
         self.monitor.note(closing_summary(self.folder))
-
-    @contextmanager
-    def _folder_claimed(self) -> Generator[None]:
-        if not self.world.is_main:
-            yield
-            return
-        with self.folder.claim(config=self.config.to_yaml(), resume=self.config.checkpoint.resume == "auto"):
-            yield
-
-    @contextmanager
-    def _monitored(self) -> Generator[Monitor]:
-        if not self.world.is_main:
-            yield Monitor.silent()
-            return
-        section = self.config.monitor
-        settings = self.config.model_dump(mode="json")
-        with Monitor.start(
-            self.folder,
-            sinks=section.sinks,
-            total_steps=self.config.steps,
-            samples_per_step=section.samples_per_step,
-            settings=settings,
-            texts=TokenTexts(self.inputs.tokenizer),
-        ) as monitor:
-            yield monitor
