@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
 from torch import nn
 
 from rlhf.algos.algorithm import Algorithm
+from rlhf.buffer import Buffer
 from rlhf.config import LearnerConfig, ModelConfig, make_config
 from rlhf.critic import Critic
 from rlhf.distributed import World
@@ -112,13 +116,26 @@ def random_groups(seed: int, *, sizes: list[int], vocabulary: int = 99, longest:
 
 
 def learner_of(
-    policy: Policy, algorithm: Algorithm, reference: Policy | None = None, **section: Any
+    policy: Policy,
+    algorithm: Algorithm,
+    reference: Policy | None = None,
+    *,
+    critic_trunk: Path | None = None,
+    **section: Any,
 ) -> tuple[Learner, ExperienceBuilder]:
-    """Both at temperature 1, with everything else as in a run of one rank."""
+    """Both at temperature 1, with everything else as in a run of one rank.
+
+    A critic stands on the policy's trunk, or on one of its own from a folder.
+    """
     settings = LearnerConfig.model_validate({"lr": 1e-3, "microbatch_tokens": 4096} | section)
     weights = next(policy.model.parameters()).dtype
     critic = None
-    if algorithm.critic is not None:
+    if critic_trunk is not None:
+        critic = Critic.on_own_trunk(str(critic_trunk), ALONE.device, torch.float32, settings, 10)
+        if weights == torch.float64:
+            make_exact(critic.trunk.model)
+            critic.head.double()
+    elif algorithm.critic is not None:
         critic = Critic.on_policy_trunk(policy, settings, total_steps=10)
     optimizer = MasterAdamW(policy.model, weights, settings, total_steps=10)
     learner = Learner(
@@ -160,6 +177,30 @@ def bandit_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, 
         "checkpoint": {"export": False},
         "monitor": {"sinks": []},
     }
+    return changed(settings, changes)
+
+
+def reward_model_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, Any]:
+    """The run of a reward model on FOLDER/train.jsonl and FOLDER/eval.jsonl."""
+    settings: dict[str, Any] = {
+        "task": "reward_model",
+        "run_dir": str(folder / "run"),
+        "steps": 12,
+        "model": {"path": str(model_dir), "dtype": "float32"},
+        "data": {
+            "train": str(folder / "train.jsonl"),
+            "eval": str(folder / "eval.jsonl"),
+            "max_prompt_tokens": 32,
+        },
+        "batch": {"tokens": 200},
+        "learner": {"lr": 1e-2, "microbatch_tokens": 2048},
+        "monitor": {"sinks": []},
+    }
+    return changed(settings, changes)
+
+
+def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged, everything else is replaced."""
     for key, value in changes.items():
         settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
     return settings
@@ -167,6 +208,22 @@ def bandit_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, 
 
 def train(settings: dict[str, Any]) -> None:
     Trainer(make_config(settings)).run()
+
+
+def train_interrupted(settings: dict[str, Any], *, after: int) -> None:
+    """A run that gets Ctrl-C when it has made so many updates, and saves."""
+    updates, advance = 0, Buffer.advance
+
+    def interrupted(self: Buffer, metrics: Metrics) -> None:
+        nonlocal updates
+        advance(self, metrics)
+        updates += 1
+        if updates == after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Buffer, "advance", interrupted)
+        train(settings)
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:

@@ -13,48 +13,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.algos.algorithm import KL, Algorithm
+from rlhf.algos.algorithm import KL
 from rlhf.algos.critic import CriticLoss, RewardScaling
 from rlhf.algos.table import ppo, ppo_max, vapo
 from rlhf.buffer import Buffer
 from rlhf.config import LearnerConfig
 from rlhf.critic import Critic, Warmup, load_trunk
-from rlhf.experience import ExperienceBuilder
 from rlhf.learner import Learner
 from rlhf.metrics import ExpMean, Mean, merge
-from rlhf.optimizer import MasterAdamW
 from rlhf.packing import pack
-from rlhf.policy import LAYOUTS, Policy
+from rlhf.policy import LAYOUTS
 from rlhf.pretrained import ModelError
 from rlhf.types import Experience, Group
-from tests.support import ALONE, learner_of, make_exact, policy_of, random_groups, trajectory
+from tests.support import ALONE, learner_of, policy_of, random_groups, trajectory
 
 SECTION = LearnerConfig(lr=1e-2, microbatch_tokens=4096)
 PLAIN = ppo(kl=KL(), whiten=False)
-
-
-def with_own_critic(
-    policy: Policy, folder: Path, algorithm: Algorithm, section: LearnerConfig = SECTION
-) -> tuple[Learner, ExperienceBuilder]:
-    dtype = next(policy.model.parameters()).dtype
-    critic = Critic.on_own_trunk(str(folder), ALONE.device, torch.float32, section, 10)
-    if dtype == torch.float64:
-        make_exact(critic.trunk.model)
-        critic.head.double()
-    optimizer = MasterAdamW(policy.model, dtype, section, 10)
-    learner = Learner(policy, None, algorithm, optimizer, ALONE, section, temperature=1.0, critic=critic)
-    builder = ExperienceBuilder(
-        policy,
-        None,
-        algorithm,
-        ALONE,
-        temperature=1.0,
-        microbatch_tokens=section.microbatch_tokens,
-        keep_old=section.epochs * section.minibatches > 1,
-        critic=critic,
-        is_right=lambda t: t.reward == 1.0,
-    )
-    return learner, builder
 
 
 def parameters(learner: Learner) -> Iterator[nn.Parameter]:
@@ -83,7 +57,7 @@ def test_microbatches_order_and_packing_change_neither_losses_nor_gradients(
     policy = policy_of(tiny_model_dir, dtype=torch.float64)
     algorithm = vapo(critic=CriticLoss(lam_returns=1.0))
     if trunk == "own":
-        learner, builder = with_own_critic(policy, tiny_model_dir, algorithm)
+        learner, builder = learner_of(policy, algorithm, critic_trunk=tiny_model_dir, lr=1e-2)
     else:
         learner, builder = learner_of(policy, algorithm)
     assert learner.critic is not None
@@ -160,10 +134,10 @@ def test_a_trunk_that_cannot_share_prompts_gets_padded_rows(tiny_model, caplog: 
 
 
 def test_policy_and_critic_are_clipped_by_one_norm_and_keep_their_own_rates(tiny_model_dir: Path):
-    section = SECTION.model_copy(update={"max_grad_norm": 1e-3})
-    learner, builder = with_own_critic(policy_of(tiny_model_dir), tiny_model_dir, PLAIN, section)
+    policy, section = policy_of(tiny_model_dir), {"lr": 1e-2, "max_grad_norm": 1e-3}
+    learner, builder = learner_of(policy, PLAIN, critic_trunk=tiny_model_dir, **section)
     assert learner.critic is not None
-    learner.critic.optimizer.section = section.model_copy(update={"lr": 5e-3})
+    learner.critic.optimizer.section = learner.section.model_copy(update={"lr": 5e-3})
     experience = builder.build(random_groups(1, sizes=[4, 4]), kl_coef=0.0)
     _, gradients = gradients_of(learner, experience)
     norm = torch.stack([g.norm() for g in gradients]).norm().item()
@@ -176,9 +150,9 @@ def test_while_the_critic_warms_up_the_policy_is_frozen_and_its_schedule_waits(
     tiny_model_dir: Path,
 ):
     algorithm = replace(PLAIN, critic=CriticLoss(warmup_steps=2))
-    section = SECTION.model_copy(update={"warmup_steps": 4})
+    section = {"lr": 1e-2, "warmup_steps": 4}
     for learner, builder in (
-        with_own_critic(policy_of(tiny_model_dir), tiny_model_dir, algorithm, section),
+        learner_of(policy_of(tiny_model_dir), algorithm, critic_trunk=tiny_model_dir, **section),
         learner_of(policy_of(tiny_model_dir), algorithm, warmup_steps=4),
     ):
         assert learner.critic is not None
@@ -218,7 +192,9 @@ def test_a_critic_learns_the_rewards_of_its_completions(tiny_model_dir: Path, tr
     algorithm = replace(PLAIN, critic=CriticLoss(warmup_steps=60, lam=1.0, value_clip=None))
     groups = random_groups(3, sizes=[2] * 6)
     if trunk == "own":
-        learner, builder = with_own_critic(policy_of(tiny_model_dir), tiny_model_dir, algorithm)
+        learner, builder = learner_of(
+            policy_of(tiny_model_dir), algorithm, critic_trunk=tiny_model_dir, lr=1e-2
+        )
     else:
         learner, builder = learner_of(policy_of(tiny_model_dir), algorithm, lr=3e-2)
     shares: list[float] = []

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rlhf.reward_model_config import RewardModelConfig
 from rlhf.reward_model_trainer import RewardModelTrainer
-from tests.support import bandit_settings, metrics_of, train
+from tests.support import bandit_settings, metrics_of, reward_model_settings, train
 
 LABELS = ["politeness", "meaningfulness", "actionability", "safety"]
 WEIGHTS = {"politeness": 0.25, "meaningfulness": 0.25, "actionability": 0.25, "safety": 1.0}
@@ -31,21 +30,8 @@ def raters(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Pa
     ]
     for name in ("train", "eval"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings: dict[str, Any] = {
-        "task": "reward_model",
-        "run_dir": str(folder / "run"),
-        "steps": 3,
-        "model": {"path": str(tiny_model_dir), "dtype": "float32"},
-        "data": {
-            "train": str(folder / "train.jsonl"),
-            "eval": str(folder / "eval.jsonl"),
-            "max_prompt_tokens": 32,
-        },
-        "score": {"kind": "ratings", "objectives": LABELS},
-        "batch": {"tokens": 200},
-        "learner": {"lr": 1e-2, "microbatch_tokens": 2048},
-        "monitor": {"sinks": []},
-    }
+    score = {"kind": "ratings", "objectives": LABELS}
+    settings = reward_model_settings(folder, tiny_model_dir, steps=3, score=score)
     RewardModelTrainer(RewardModelConfig.model_validate(settings)).run()
     return folder / "run" / "model"
 

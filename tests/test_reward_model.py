@@ -23,7 +23,7 @@ from rlhf.reward_model_trainer import RewardModelTrainer
 from rlhf.rewards import Rewards, RewardSpec
 from rlhf.tasks import load_task
 from rlhf.types import Completion, FinishReason
-from tests.support import ALONE, metrics_of, policy_of, without_clocks
+from tests.support import ALONE, metrics_of, policy_of, reward_model_settings, without_clocks
 
 
 def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
@@ -48,23 +48,7 @@ def rated(count: int) -> list[dict[str, Any]]:
 def settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, Any]:
     for name, rows in (("train", pairs(40)), ("eval", pairs(20, 100))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    made: dict[str, Any] = {
-        "task": "reward_model",
-        "run_dir": str(folder / "run"),
-        "steps": 12,
-        "model": {"path": str(model_dir), "dtype": "float32"},
-        "data": {
-            "train": str(folder / "train.jsonl"),
-            "eval": str(folder / "eval.jsonl"),
-            "max_prompt_tokens": 32,
-        },
-        "batch": {"tokens": 200},
-        "learner": {"lr": 1e-2, "microbatch_tokens": 2048},
-        "monitor": {"sinks": []},
-    }
-    for key, value in changes.items():
-        made[key] = {**made[key], **value} if isinstance(made.get(key), dict) else value
-    return made
+    return reward_model_settings(folder, model_dir, **changes)
 
 
 def rated_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.table import ALGORITHMS
-from rlhf.buffer import Buffer
 from rlhf.checkpoint import load
-from rlhf.metrics import Metrics
-from tests.support import bandit_settings, metrics_of, train, without_clocks
+from tests.support import bandit_settings, metrics_of, train, train_interrupted, without_clocks
 
 REQUIRED = {"cispo": {"clip_high": 5.0}, "vapo": {"critic": {"warmup_steps": 2}}}
 
@@ -112,7 +109,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
 
 @pytest.mark.parametrize("trunk", ["own", "policy"])
 def test_a_run_stopped_in_the_middle_of_its_buffer_goes_on_with_the_next_update(
-    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, trunk: str
+    tmp_path: Path, tiny_model_dir: Path, trunk: str
 ):
     texts = [{"text": "b" * (2 + i)} for i in range(5)]
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
@@ -131,19 +128,7 @@ def test_a_run_stopped_in_the_middle_of_its_buffer_goes_on_with_the_next_update(
         kl = {"target": 0.01, "horizon": 50}
         runs[name]["algorithm"] = {"name": "ppo_max", "kl": kl, "critic": {"warmup_steps": 1}}
     train(runs["straight"])
-    updates = 0
-    advance = Buffer.advance
-
-    def interrupted(self: Buffer, metrics: Metrics) -> None:
-        nonlocal updates
-        advance(self, metrics)
-        updates += 1
-        if updates == 11:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Buffer, "advance", interrupted)
-    train(runs["stopped"])
-    monkeypatch.undo()
+    train_interrupted(runs["stopped"], after=11)
     checkpoints = tmp_path / "stopped" / "run" / "checkpoints"
     state = json.loads((checkpoints / "step_000002" / "state.json").read_text())
     assert (state["buffer"]["filled"], state["buffer"]["updates"]) == (True, 3)

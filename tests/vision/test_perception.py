@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,6 @@ from torch import Tensor
 from rlhf.algos.algorithm import KL, Algorithm, LossOutput
 from rlhf.algos.perception import Perception
 from rlhf.algos.table import ALGORITHMS
-from rlhf.buffer import Buffer
 from rlhf.config import ConfigError, make_config
 from rlhf.hacking import HackingWatch
 from rlhf.learner import Learner
@@ -27,7 +24,7 @@ from rlhf.perception_config import PerceptionConfig
 from rlhf.policy import Policy
 from rlhf.preflight import load_inputs
 from rlhf.types import Counts, Experience, Group, LossInputs, PerceptionBatch
-from tests.support import learner_of, metrics_of, train, trajectory, without_clocks
+from tests.support import learner_of, metrics_of, train, train_interrupted, trajectory, without_clocks
 from tests.vision.support import mixed_prompts, picture_settings, seeing_policy
 
 Folder = Callable[[str], Path]
@@ -288,7 +285,7 @@ def test_perception_without_pictures_is_refused(tmp_path: Path, tiny_vlm: Folder
 
 
 def test_a_run_with_perception_stopped_within_a_step_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, tiny_vlm: Folder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_vlm: Folder
 ) -> None:
     runs: dict[str, dict[str, Any]] = {}
     for name in ("stopped", "straight"):
@@ -302,19 +299,7 @@ def test_a_run_with_perception_stopped_within_a_step_goes_on_as_if_it_had_not_be
             rollout={"prompts_per_step": 4, "group_size": 4},
         )
     train(runs["straight"])
-    updates = 0
-    advance = Buffer.advance
-
-    def interrupted(self: Buffer, metrics: Metrics) -> None:
-        nonlocal updates
-        advance(self, metrics)
-        updates += 1
-        if updates == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Buffer, "advance", interrupted)
-    train(runs["stopped"])
-    monkeypatch.undo()
+    train_interrupted(runs["stopped"], after=3)
     train(runs["stopped"] | {"checkpoint": {"resume": "auto", "export": False}})
     straight, stopped = (without_clocks(metrics_of(tmp_path / name)) for name in ("straight", "stopped"))
     assert stopped == straight and len(stopped) == 3
