@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
 import sys
@@ -43,11 +42,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 from matplotlib import pyplot as plt
 
 from benchmarks.offline_data import Row, lesson, save_tiny_model, token_ids, write, write_set
-from benchmarks.runs import ROOT
+from benchmarks.runs import ROOT, machine
 from examples.offline.reward import one
 from rlhf.config import make_config
 from rlhf.pretrained import load_tokenizer
@@ -276,7 +274,7 @@ def main() -> None:
     report = {
         "command": "python -m benchmarks.advantage_weighted " + " ".join(sys.argv[1:]),
         "title": TITLES[options.task],
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+        "machine": machine(),
         "summary": [summary(name, rows) for name in ("before", *options.arms)],
         "rows": rows,
     }

@@ -12,7 +12,6 @@ it.
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.pieces import OUT, Piece, Place, exit_code, run_pieces
+from benchmarks.runs import machine
 from rlhf.small_model import small_model_path
 
 LIMIT = 480.0
@@ -121,19 +121,14 @@ def pieces_for(device: str, work: Path, trl: str | None = None) -> list[Piece]:
     ]
 
 
-def machine(device: str) -> dict[str, Any]:
+def machine_and_packages() -> dict[str, Any]:
     found: dict[str, str] = {}
     for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "packages": found,
-    }
+    return machine() | {"packages": found}
 
 
 def main() -> None:
@@ -151,7 +146,7 @@ def main() -> None:
     pieces = pieces_for(device, work, options.trl_python)
     if options.only:
         pieces = [piece for piece in pieces if piece.name.startswith(tuple(options.only))]
-    place = Place(options.results, work, machine(device), {"HF_HUB_OFFLINE": "1"})
+    place = Place(options.results, work, machine_and_packages(), {"HF_HUB_OFFLINE": "1"})
     sys.exit(exit_code(run_pieces(pieces, place, seconds=options.seconds)))
 
 

@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -34,9 +33,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
+from benchmarks.runs import machine
 from rlhf.config import make_config
 from rlhf.metrics import Metrics
 from rlhf.trainer import Trainer
@@ -259,13 +258,8 @@ def main() -> None:
     def save() -> None:
         entry["command"] = "python -m benchmarks.grpo_step " + " ".join(sys.argv[1:])
         entry["summary"] = summary(options.case, entry["records"], ceiling)
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"machine": machine, "cases": cases}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")
 
     options.save = save
     measure(options.case, options, entry["records"])

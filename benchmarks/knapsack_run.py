@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,10 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 from matplotlib import pyplot as plt
 
-from benchmarks.runs import ROOT, Records, read, train
+from benchmarks.runs import ROOT, Records, machine, read, train
 
 matplotlib.use("Agg")
 
@@ -110,10 +108,7 @@ def main() -> None:
     results = {arm: [runs[arm, seed] for seed in options.seeds] for arm in options.arms}
     report = {
         "command": "python -m benchmarks.knapsack_run " + " ".join(sys.argv[1:]),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "arms": [summary(arm, those) for arm, those in results.items()],
     }
     print(json.dumps(report["arms"], indent=1))  # noqa: T201

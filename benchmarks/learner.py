@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.runs import machine
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config import LearnerConfig, ModelConfig
@@ -251,12 +251,7 @@ def main() -> None:
         result = {
             "command": "python -m benchmarks.learner " + " ".join(sys.argv[1:]),
             "work": {**asdict(work), "prompt": options.prompt, "repeats": options.repeats},
-            "machine": {
-                "processor": platform.processor() or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
-            },
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "machine": machine(),
             "rows": rows,
         }
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from rlhf.files import write_atomically
+
 ROOT = Path(__file__).parents[1]
 SUMMARY = "bench-gpu.json"
 UNAVAILABLE = 69
@@ -79,13 +81,6 @@ def read_json(file: Path) -> Any:
         return None
 
 
-def write_json(file: Path, value: Any) -> None:
-    """All of it or nothing."""
-    beside = file.with_name(f".{file.name}")
-    beside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(beside, file)
-
-
 def run_pieces(pieces: Sequence[Piece], place: Place, *, seconds: float = float("inf")) -> list[Outcome]:
     """Runs what is not there yet, in order; none is begun whose deadline lies beyond `seconds` from now."""
     place.results.mkdir(parents=True, exist_ok=True)
@@ -102,9 +97,8 @@ def run_pieces(pieces: Sequence[Piece], place: Place, *, seconds: float = float(
             outcome = run_piece(piece, place)
             print(f" {outcome.state}, {outcome.seconds:.0f} s {outcome.reason}", flush=True)  # noqa: T201
         outcomes.append(outcome)
-        write_json(
-            place.results / SUMMARY, {"machine": dict(place.machine), "pieces": [asdict(o) for o in outcomes]}
-        )
+        found = {"machine": dict(place.machine), "pieces": [asdict(o) for o in outcomes]}
+        write_atomically(place.results / SUMMARY, json.dumps(found, indent=1) + "\n")
     return outcomes
 
 
@@ -141,7 +135,7 @@ def run_piece(piece: Piece, place: Place) -> Outcome:
         "seconds": seconds,
         "result": result,
     }
-    write_json(place.results / f"{piece.name}.json", found)
+    write_atomically(place.results / f"{piece.name}.json", json.dumps(found, indent=1) + "\n")
     return Outcome(piece.name, State.DONE, seconds)
 
 

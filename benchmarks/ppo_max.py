@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
 import yaml
 from matplotlib import pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from benchmarks.runs import ROOT, Records, read, train
+from benchmarks.runs import ROOT, Records, machine, read, train
 
 matplotlib.use("Agg")
 
@@ -187,10 +185,7 @@ def main() -> None:
     target = yaml.safe_load((ROOT / "configs" / "ppo_max.yaml").read_text())["algorithm"]["kl"]["target"]
     report = {
         "command": "python -m benchmarks.ppo_max " + " ".join(sys.argv[1:]),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "kl_band": [0.0, 2 * target],
         "reward_model": learned,
         "runs": rows,

@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.runs import ROOT, read, train
+from benchmarks.runs import ROOT, machine, read, train
 
 CONFIG = ROOT / "configs" / "quickstart.yaml"
 PHASES = ("time/step", "time/rollout", "time/reward", "time/learn", "time/sync")
@@ -54,10 +51,7 @@ def main() -> None:
         print(rows[-1], flush=True)  # noqa: T201
     report = {
         "command": "python -m benchmarks.quickstart " + " ".join(sys.argv[1:]),
-        "machine": {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "accuracy_before_mean": round(statistics.mean(r["accuracy_before"] for r in rows), 4),
         "accuracy_after_mean": round(statistics.mean(r["accuracy_after"] for r in rows), 4),
         "runs": rows,

@@ -13,28 +13,21 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.characters import SPECIAL, tokenizer
 
 SHAPES = {
     "tiny": {"hidden": 64, "inner": 192, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 512},
     "0.5b": {"hidden": 896, "inner": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "vocabulary": 151936},
     "1.5b": {"hidden": 1536, "inner": 8960, "layers": 28, "heads": 12, "kv_heads": 2, "vocabulary": 151936},
 }
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+CHARACTERS = [chr(code) for code in range(32, 127)]
 
 
-def tokenizer(size: int) -> PreTrainedTokenizerFast:
-    characters = [chr(code) for code in range(32, 127)]
-    words = ["<pad>", "<end>", *characters]
-    words += [f"<{number}>" for number in range(len(words), size)]
-    backend = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
-    made.chat_template = TEMPLATE
-    return made
+def words(size: int) -> PreTrainedTokenizerFast:
+    known = len(SPECIAL) + len(CHARACTERS)
+    return tokenizer([*CHARACTERS, *(f"<{number}>" for number in range(known, size))])
 
 
 def make(folder: Path, shape: str) -> None:
@@ -56,7 +49,7 @@ def make(folder: Path, shape: str) -> None:
     )
     model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder)
-    tokenizer(size["vocabulary"]).save_pretrained(folder)
+    words(size["vocabulary"]).save_pretrained(folder)
 
 
 def main() -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.runs import machine
 from rlhf.rewards import Rewards, RewardSpec
 from rlhf.types import Completion, FinishReason, Prompt, VersionSpan
 
@@ -88,14 +88,10 @@ def main() -> None:
         function: {str(n): measure(function, n, options.repeats) for n in options.workers}
         for function in options.functions
     }
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        # what else ran: the ideal does not know of it
-        "load_average_before": load,
-    }
+    # what else ran: the ideal does not know of it
+    place = machine() | {"load_average_before": load}
     text = json.dumps(
-        {"samples": SAMPLES, "repeats": options.repeats, "machine": machine, **results}, indent=1
+        {"samples": SAMPLES, "repeats": options.repeats, "machine": place, **results}, indent=1
     )
     sys.stdout.write(text + "\n")
     if options.out is not None:

@@ -24,8 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -35,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.runs import machine
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.rollout.factory import make_engine
 from rlhf.rollout.native import NativeEngine
@@ -187,25 +185,6 @@ def summary(repeats: list[Repeat], prompt_tokens: int) -> list[dict[str, Any]]:
             row["times_generate"] = round(statistics.median(found) / statistics.median(rates["generate"]), 2)
         rows.append(row)
     return rows
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    model_names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "processor": model_names[0] if model_names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def parse() -> argparse.Namespace:

@@ -1,13 +1,18 @@
-"""Training runs as measurements: start one if it is not there yet, read what it left."""
+"""Training runs as measurements: start one if it is not there yet, read what it left, and where that was."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 ROOT = Path(__file__).parents[1]
 Records = list[dict[str, Any]]
@@ -33,3 +38,21 @@ def read(run: Path) -> tuple[Records, Records]:
     steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     evaluations = run / "eval.json"
     return steps, json.loads(evaluations.read_text()) if evaluations.is_file() else []
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

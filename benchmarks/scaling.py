@@ -31,9 +31,10 @@ import torch.distributed as dist
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.small_adder import problems, tokenizer
+from benchmarks.characters import tokenizer
+from benchmarks.runs import ROOT, machine
+from benchmarks.small_adder import CHARACTERS, problems
 
-ROOT = Path(__file__).parents[1]
 STEPS, SKIPPED = 7, 2
 LAYOUTS = [("replicated", 1), ("replicated", 2), ("replicated", 4), ("sharded", 2), ("sharded", 4)]
 PHASES = ("step", "rollout", "learn", "sync")
@@ -42,7 +43,7 @@ PHASES = ("step", "rollout", "learn", "sync")
 def make_inputs(folder: Path) -> dict[str, Any]:
     """A model, prompts, and the settings of a run on them."""
     torch.manual_seed(0)
-    words = tokenizer()
+    words = tokenizer(CHARACTERS)
     sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6}
     heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 4}
     config = LlamaConfig(
@@ -185,9 +186,8 @@ def main() -> None:
         results = summary([measure(Path(name), settings, mode, n) for mode, n in LAYOUTS], cores)
     answer = {
         "question": "the same steps on 1, 2 and 4 ranks of a CPU, one thread each",
-        "cores": cores,
+        "machine": machine(),
         "load_before": round(load, 2),
-        "torch": torch.__version__,
         "weights_million": 5,
         "steps_measured": STEPS - SKIPPED,
         "results": results,

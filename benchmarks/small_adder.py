@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 import yaml
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.characters import tokenizer
 
 LESSONS, BATCH, LR = 1000, 128, 2e-3
 TRAIN, HELD_OUT = 240, 120
-SPECIAL = ["<pad>", "<end>"]
-TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+CHARACTERS = "0123456789+="
 
 
 DIGITS = ((2, 1), (2, 2), (3, 3))
@@ -39,16 +38,6 @@ def problems(count: int, seed: int) -> list[tuple[int, int]]:
         first, second = (rng.randrange(10 ** (d - 1), 10**d) for d in DIGITS[len(pairs) % 3])
         pairs[first, second] = None
     return list(pairs)
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *"0123456789+="])}
-    backend = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    backend.decoder = decoders.Fuse()
-    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
-    made.chat_template = TEMPLATE
-    return made
 
 
 def teach(words: PreTrainedTokenizerFast, withheld: set[tuple[int, int]], lessons: int) -> LlamaForCausalLM:
@@ -112,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder
     pairs = problems(TRAIN + HELD_OUT, seed=0)
-    words = tokenizer()
+    words = tokenizer(CHARACTERS)
     model = teach(words, set(pairs), options.lessons)
     model.save_pretrained(folder / "model")
     words.save_pretrained(folder / "model")
