@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from datasets import Dataset
 from rlhf.algos.imitation import IMITATION
 from rlhf.collector import Hooks
 from rlhf.config import DataConfig
+from rlhf.distributed import World
 from rlhf.experience import ExperienceBuilder
 from rlhf.offline import OfflineData, OfflineDataset, load_offline
 from rlhf.offline_collector import Draws, OfflineCollector, Sampling
@@ -116,7 +118,9 @@ def test_lines_that_are_too_long_are_left_out_if_asked(load: Callable[..., Offli
     assert (data.num_completions, data.skipped) == (4, 1)
 
 
-def collector(data: OfflineDataset, sampling: Sampling, policy_dir: Path) -> OfflineCollector:
+def collector(
+    data: OfflineDataset, sampling: Sampling, policy_dir: Path, world: World = ALONE
+) -> OfflineCollector:
     """Values of 0.5 for every prompt, six completions a step."""
     policy = policy_of(policy_dir)
     experience = ExperienceBuilder(
@@ -129,7 +133,7 @@ def collector(data: OfflineDataset, sampling: Sampling, policy_dir: Path) -> Off
         keep_old=False,
         prompt_values={g.prompt.id: 0.5 for g in data.groups},
     )
-    return OfflineCollector(OfflineData(data, None, ALONE), Draws(sampling, 6, seed=3), experience, ALONE)
+    return OfflineCollector(OfflineData(data, None, ALONE), Draws(sampling, 6, seed=3), experience, world)
 
 
 def drawn(source: OfflineCollector, positions: range) -> Counter[str]:
@@ -163,6 +167,20 @@ def test_draws_depend_on_the_position_alone(load: Callable[..., OfflineDataset],
     both = [source.begin(0, HOOKS).settle() for _ in range(2)]
     assert both[0].groups == both[1].groups
     assert both[0].position == 6
+
+
+@pytest.mark.parametrize("sampling", ["groups", "completions", "positive", "priority"])
+def test_ranks_share_out_what_one_would_draw(
+    load: Callable[..., OfflineDataset], tiny_model_dir: Path, sampling: Sampling
+):
+    data = load(ROWS)
+    sources = [collector(data, sampling, tiny_model_dir, World(r, 2, torch.device("cpu"))) for r in (0, 1)]
+    whole = collector(data, sampling, tiny_model_dir)
+    for position in range(0, 24, 6):
+        alone, *both = (s.begin(position, HOOKS).settle() for s in (whole, *sources))
+        shared = [group for part in zip_longest(*(b.groups for b in both)) for group in part if group]
+        assert shared == alone.groups
+        assert {b.position for b in both} == {alone.position}
 
 
 def test_without_anything_above_its_value_there_is_nothing_to_draw(
