@@ -33,13 +33,12 @@ class HeldWeights:
         return [0]
 
     def tandem_pack_head(self: Any) -> None:
-        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-        from vllm.platforms import current_platform
-
-        if not current_platform.is_cpu():
+        platforms: Any = importlib.import_module("vllm.platforms")
+        embeddings: Any = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
+        if not platforms.current_platform.is_cpu():
             return
         for module in self.model_runner.get_model().modules():
-            if isinstance(module, ParallelLMHead):
+            if isinstance(module, embeddings.ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
 
     def tandem_adapter(self: Any, path: str) -> list[int]:
