@@ -32,11 +32,6 @@ def value_loss(
     return torch.maximum(plain, (clipped - returns).square()) / 2
 
 
-def expectile_loss(error: Float[Tensor, " N"], tau: float) -> Float[Tensor, " N"]:
-    """|tau - 1[u < 0]| u^2 with u = target - value: above the mean for tau > 0.5 (IQL, arXiv:2110.06169)."""
-    return torch.where(error < 0, 1.0 - tau, tau) * error.square()
-
-
 def explained_variance(
     values: Float[Tensor, " N"],
     returns: Float[Tensor, " N"],

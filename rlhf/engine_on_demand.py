@@ -26,10 +26,6 @@ class EngineOnDemand:
         self._engine: RolloutEngine | None = None
         self._version = 0
 
-    @property
-    def is_running(self) -> bool:
-        return self._engine is not None
-
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         if self._engine is None:
             self._engine = self._start()

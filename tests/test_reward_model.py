@@ -62,10 +62,6 @@ def make(settings: dict[str, Any]) -> RewardModelConfig:
     return RewardModelConfig.model_validate(settings)
 
 
-def examples_of(config: RewardModelConfig) -> list[Example]:
-    return load_examples(config.data.train, config.data, config.score, load_tokenizer(config.model.path))
-
-
 def learner_of(config: RewardModelConfig, dtype: torch.dtype = torch.float64) -> RewardModelLearner:
     policy = policy_of(Path(config.model.path), dtype=dtype)
     model = RewardModel(policy, len(config.score.objectives))

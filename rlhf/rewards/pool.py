@@ -47,8 +47,6 @@ class Outcome:
     """One a sample; None where there is none."""
     seconds: float
     failure: Failure | None
-    failed_at: int = 0
-    """The place of the first sample that failed, if one did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +208,9 @@ class Pool:
         """Raises nothing for what a function did: the failure is the outcome."""
         seconds, samples = float(answer["seconds"]), len(call.samples)
         if "scores" in answer:
-            place, cause = answer["cause"] or (0, None)
+            _, cause = answer["cause"] or (0, None)
             failure = None if cause is None else Failure("value", cause)
-            call.finish(call.samples, Outcome(list(answer["scores"]), seconds, failure, place))
+            call.finish(call.samples, Outcome(list(answer["scores"]), seconds, failure))
         elif "wrong" in answer:
             failure = Failure("wrong", answer["wrong"])
             call.finish(call.samples, Outcome([None] * samples, seconds, failure))

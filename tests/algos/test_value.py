@@ -11,7 +11,6 @@ from rlhf.algos.advantage import gae
 from rlhf.algos.value import (
     RunningMoments,
     adaptive_lambda,
-    expectile_loss,
     explained_variance,
     value_loss,
 )
@@ -34,10 +33,6 @@ def test_the_clipped_value_loss_is_the_number_worked_out_by_hand(target: float, 
 
 def test_without_a_clip_it_is_half_the_squared_error():
     assert value_loss(f64(1.0), f64(0.5), f64(3.0), clip=None).item() == 2.0
-
-
-def test_the_expectile_weighs_the_two_sides_by_tau():
-    assert expectile_loss(f64(1.0, -1.0), 0.7).tolist() == pytest.approx([0.7, 0.3])
 
 
 def test_explained_variance_is_one_for_a_perfect_critic_and_zero_for_a_constant_one():

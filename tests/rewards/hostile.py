@@ -239,11 +239,6 @@ async def misbehave_async(completions: Sequence[str]) -> list[float]:
     return [1.0] * len(completions)
 
 
-def a_millisecond(completions: Sequence[str]) -> list[float]:
-    time.sleep(0.001 * len(completions))
-    return [1.0] * len(completions)
-
-
 def surroundings(completions: Sequence[str], file: str) -> list[float]:
     """Writes what a worker finds around it."""
     seen = {
