@@ -36,6 +36,7 @@ _dist: Any = dist
 BEAT = 1.0
 LOST = 60.0
 GRACE = 10.0
+KILLED = "without a word: it was killed, by the system, perhaps, for its memory"
 EXIT = 3
 """Exit status of a rank that ends because of another one."""
 
@@ -52,6 +53,8 @@ class Sign:
     at: float
     died: float | None = None
     """When its process was seen to have ended without having said why."""
+    heard: bool = True
+    """False: it may have said why, but the store has gone with it."""
 
     def process_ended(self) -> bool:
         return "process" in self.said and Process(*self.said["process"]).has_ended()
@@ -183,11 +186,11 @@ class Watchdog:
     def _dead(self, longest: float = 0.0) -> list[str]:
         """Of the ranks whose process has ended without a word, and was seen to for as long as that."""
         now = time.monotonic()
+        dead = {r: s for r, s in self.signs.items() if s.died is not None and now - s.died >= longest}
         return [
-            f"the process of rank {rank} (number {sign.said['process'][1]}) has ended without a word, last "
-            f"in {sign.said['phase']}: it was killed, by the system, perhaps, for its memory"
-            for rank, sign in self.signs.items()
-            if sign.died is not None and now - sign.died >= longest
+            f"the process of rank {rank} (number {sign.said['process'][1]}) has ended, last in "
+            f"{sign.said['phase']}, " + (KILLED if sign.heard else "and the store with it: see what it says")
+            for rank, sign in dead.items()
         ]
 
     def _ended(self) -> list[str]:
@@ -233,7 +236,7 @@ class Watchdog:
     def _see_dead(self) -> None:
         for sign in self.signs.values():
             if sign.died is None and "ended" not in sign.said and sign.process_ended():
-                sign.died = time.monotonic()
+                sign.died, sign.heard = time.monotonic(), False
 
     def _listen(self) -> None:
         for rank in self.others:

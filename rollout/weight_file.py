@@ -34,7 +34,8 @@ class WeightFile:
         """Raises ValueError: there is such a weight already. OSError: the disk is full."""
         if name in self._entries:
             raise ValueError(f"weight {name!r} is sent twice")
-        held = tensor.detach().cpu().contiguous()
+        # a copy: memory that numpy has seen can never be given up, and a gathered weight has to be
+        held = tensor.detach().to("cpu", copy=True).contiguous()
         begin, self.bytes = self.bytes, self.bytes + held.nbytes
         place = {"dtype": TYPES[held.dtype], "shape": list(held.shape), "data_offsets": [begin, self.bytes]}
         self._entries[name] = place
