@@ -59,10 +59,12 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.mark.multi
 @pytest.mark.parametrize(
-    ("ahead", "command"), [(0, TORCHRUN), (1, ACCELERATE)], ids=["torchrun", "accelerate"]
+    ("ahead", "command", "mode"),
+    [(0, TORCHRUN, "replicated"), (1, ACCELERATE, "replicated"), (0, ACCELERATE, "sharded")],
+    ids=["torchrun", "accelerate", "accelerate-sharded"],
 )
 def test_two_ranks_learn_what_one_rank_learns(
-    tmp_path: Path, tiny_model_dir: Path, ahead: int, command: list[str]
+    tmp_path: Path, tiny_model_dir: Path, ahead: int, command: list[str], mode: str
 ):
     records: list[list[dict[str, Any]]] = []
     for ranks in (1, 2):
@@ -71,6 +73,7 @@ def test_two_ranks_learn_what_one_rank_learns(
         settings = bandit_settings(
             folder, tiny_model_dir, steps=4, algorithm={"name": "reinforce_pp"}, rollout={"ahead": ahead}
         )
+        settings["distributed"] = {"mode": mode}
         settings["algorithm"]["kl"] = {"coef": 0.01, "estimator": "k1", "placement": "reward"}
         if ranks == 1:
             train(settings)

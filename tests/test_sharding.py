@@ -130,6 +130,21 @@ def test_sharded_runs_learn_what_one_rank_learns_and_any_number_resumes_any_othe
         assert_close(run(copied, tiny_model_dir, ranks, distributed=SHARDED), straight)
 
 
+@pytest.mark.multi
+def test_a_critic_of_its_own_learns_the_same_in_shards(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Actor, critic and reference, each in shards."""
+    kl = {"coef": 0.01, "estimator": "k1", "placement": "reward"}
+    changes: dict[str, Any] = {"algorithm": {"name": "ppo_max", "kl": kl}, "critic": {"lr": 1e-3}, "steps": 2}
+    one = run(tmp_path / "one", tiny_model_dir, 1, **changes)
+    two = run(tmp_path / "two", tiny_model_dir, 2, distributed=SHARDED, **changes)
+    assert_close(two, one)
+    for alone, both in zip(one, two, strict=True):
+        for name in ("critic/loss", "critic/returns", "critic/explained_variance"):
+            assert both[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-4), (alone["step"], name)
+    saved = {file.name for file in (tmp_path / "two" / "run" / "checkpoints" / "step_000002").iterdir()}
+    assert {f"critic.optimizer.rank0000{rank}.safetensors" for rank in (0, 1)} <= saved
+
+
 def copy(source: Path, target: Path) -> None:
     import shutil
 

@@ -18,7 +18,7 @@ from rlhf.distributed import World, world
 from rlhf.policy import Policy
 from rlhf.rollout.proof import Aliases
 from rlhf.rollout.weight_file import WeightFile
-from rlhf.sharding import Sharding, as_whole, gathered
+from rlhf.sharding import Sharding, as_whole, gathered, open_policy
 from rlhf.types import Prompt
 from rlhf.weights import WeightSync
 from tests.ranks import together
@@ -71,6 +71,17 @@ def sharded(folder: str, here: World) -> Policy:
     return Policy.load_sharded(ModelConfig(path=folder), folder, sharding, trains=True)
 
 
+def opened_in_parts(folder: str) -> None:
+    with world() as here:
+        sharding = Sharding.of(DistributedConfig(mode="sharded"), torch.float32, here)
+        assert sharding is not None
+        gc.collect()
+        with Alive() as alive:
+            model = open_policy(folder, sharding, trains=True)
+        whole = 4 * sum(p.numel() for p in model.parameters())
+        assert 0.4 * whole < alive.extra < 0.65 * whole, (alive.extra, whole)
+
+
 def sent_in_parts(folder: str) -> None:
     with world() as here:
         policy = sharded(folder, here)
@@ -121,6 +132,11 @@ def deep_model(tmp_path: Path) -> Path:
     )
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     return tmp_path
+
+
+@pytest.mark.multi
+def test_a_model_of_which_a_rank_has_no_room_for_more_than_its_part_is_opened(deep_model: Path) -> None:
+    together(2, opened_in_parts, str(deep_model))
 
 
 @pytest.mark.multi

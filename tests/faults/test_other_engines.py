@@ -1,0 +1,56 @@
+"""With an engine whose samples no seed brings back, a resumed run asks for the same prompts and budgets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.faults.processes import STEPS, Fault, launch, settings_of
+
+ENGINE = """
+import json, os, pathlib
+from dataclasses import replace
+from rlhf.rollout.native import NativeEngine
+
+ASKED = pathlib.Path(__file__).with_name("asked.jsonl")
+
+class Unseeded(NativeEngine):
+    def submit(self, requests):
+        with ASKED.open("a") as file:
+            file.write(json.dumps([[r.prompt.id, r.params.n] for r in requests]) + "\\n")
+        own = [int.from_bytes(os.urandom(6), "little") for _ in requests]
+        super().submit([replace(r, params=replace(r.params, seed=s)) for r, s in zip(requests, own)])
+"""
+
+
+def asked(folder: Path) -> list[list[tuple[str, int]]]:
+    """Prompts and budgets of each rollout; the probes of the weight sync and evaluations are left out."""
+    found = [json.loads(line) for line in (folder / "asked.jsonl").read_text().splitlines()]
+    return [[(name, n) for name, n in one] for one in found if len(one) == 4]
+
+
+def test_prompts_and_budgets_of_a_step_that_was_killed_are_asked_for_again(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    (tmp_path / "engine.py").write_text(ENGINE)
+    changes: dict[str, Any] = {
+        "rollout": {"engine": f"{tmp_path}/engine.py:Unseeded"},
+        # known from the first visit on, and every prompt is visited again within the run
+        "budget": {"rule": "knapsack", "prior": 1.0, "high": 8},
+        "reward": {"success_threshold": 0.1},
+        "checkpoint": {"every": 1},
+        "data": {"eval": None},
+    }
+    settings = settings_of(tmp_path, tiny_model_dir, **changes)
+    prompts = "".join(f'{{"prompt": "say {i}:"}}\n' for i in range(8))
+    (tmp_path / "train.jsonl").write_text(prompts)
+    fault = Fault("rlhf.rewards.scoring:Rewards.gather", 3)
+    assert launch(settings, tmp_path / "log", fault=fault)[0].code == -9
+    before = asked(tmp_path)
+    (resumed,) = launch(settings, tmp_path / "again")
+    assert resumed.code == 0, resumed.said
+    after = asked(tmp_path)[len(before) :]
+    assert len(before) == 4 and len(after) == STEPS - 3
+    assert after[0] == before[-1]
+    assert len({n for _, n in before[-1]}) > 1, "budgets are those of what was seen before"
