@@ -167,7 +167,7 @@ def test_while_the_critic_warms_up_the_policy_is_frozen_and_its_schedule_waits(
             assert not torch.equal(head, learner.critic.head.weight)
             assert ("loss/policy" in metrics) != frozen
             assert learner.warmup.adapt(metrics)["critic/warmup"].value == float(frozen)
-        assert metrics["lr"].value == pytest.approx(section.lr / 4 if learner.critic.own else 1e-3 / 4)
+        assert metrics["lr"].value == pytest.approx(learner.section.lr / 4)
 
 
 def test_a_critic_that_is_good_enough_ends_its_warmup():
