@@ -166,7 +166,10 @@ class Watchdog:
         if dead := self._dead(GRACE):
             return "; ".join(dead)
         if self._waited() > self.timeout:
-            late = [self._place(r) for r in self.others if not self.signs[r].said["waits"]]
+            # one that has said nothing for half of that time is not where it said it was
+            late = self._silent(min(LOST, self.timeout) / 2) or [
+                self._place(r) for r in self.others if not self.signs[r].said["waits"]
+            ]
             where = "; ".join(late) or "every rank waits, so they wait for different things"
             waited = f"waited {self._waited():.0f} s"
             return f"{waited}, longer than distributed.timeout = {self.timeout:g} s: {where}"

@@ -22,6 +22,10 @@ class Unseeded(NativeEngine):
         own = [int.from_bytes(os.urandom(6), "little") for _ in requests]
         super().submit([replace(r, params=replace(r.params, seed=s)) for r, s in zip(requests, own)])
 """
+COIN = """
+def coin(completions, **_):
+    return [float(sum(map(ord, text)) % 2) for text in completions]
+"""
 
 
 def asked(folder: Path) -> list[list[tuple[str, int]]]:
@@ -34,13 +38,15 @@ def test_prompts_and_budgets_of_a_step_that_was_killed_are_asked_for_again(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     (tmp_path / "engine.py").write_text(ENGINE)
+    (tmp_path / "coin.py").write_text(COIN)
     changes: dict[str, Any] = {
         "rollout": {"engine": f"{tmp_path}/engine.py:Unseeded"},
         # known from the first visit on, and every prompt is visited again within the run
         "budget": {"rule": "knapsack", "prior": 1.0, "high": 8},
-        "reward": {"success_threshold": 0.1},
+        "reward": {"functions": [{"path": f"{tmp_path}/coin.py:coin"}]},
         "checkpoint": {"every": 1},
         "data": {"eval": None},
+        "eval": {"every": 0},
     }
     settings = settings_of(tmp_path, tiny_model_dir, **changes)
     prompts = "".join(f'{{"prompt": "say {i}:"}}\n' for i in range(8))
