@@ -34,15 +34,13 @@ def make_engine(
     lora_rank: int = 0,
     ranks: Ranks | None = None,
 ) -> RolloutEngine:
-    """An engine for `model`: "native" and "hf" hold the module itself, "vllm" and "vllm-server" are sent
-    weights.
+    """An engine for `model`: "native" and "hf" hold the module itself, the others are sent weights.
 
     If "native" cannot decode it: "hf", with a warning why. `max_tokens`: of a prompt and its completion,
-    which vLLM has to know; the model's own limit when not given. `dtype`: of the weights that are sent, where
-    it is not that of `model`.
-    `eyes`: for prompts with pictures, of a model that can see. `path/file.py:name` or
-    `package.module:name` is called with the model and `eos_token_ids`. `lora_rank`: of the policy's adapter;
-    0: it has none. `ranks`: those that share servers.
+    which vLLM has to know; not given: the model's limit. `dtype`: of the weights that are sent, where not
+    that of `model`. `eyes`: for prompts with pictures. `lora_rank`: of the policy's adapter; 0: it has none.
+    `ranks`: those that share servers. `path/file.py:name` or `package.module:name` is called with the model
+    and `eos_token_ids`.
     """
     if ":" in name:
         return load_object(name)(model, eos_token_ids=eos_token_ids)

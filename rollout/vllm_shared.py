@@ -88,6 +88,10 @@ class SharedServers(VLLMServerEngine):
                 outcome = self._lead(source, version, held=held), [r.url for r in self._pool.ready], None
             except (EngineError, SyncError) as caught:
                 outcome = None, [], caught
+        else:
+            # a model in shards is gathered by all ranks together
+            for _ in source.named_tensors():
+                pass
         report, ready, error = self._ranks.gather(outcome)[0]
         if error is not None:
             raise error
