@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf.config import ConfigError, make_config
 from rlhf.preflight import load_inputs
+from rlhf.pretrained import load_model
 from tests.faults.processes import free_port
 from tests.ranks import together
 from tests.rollout.sharing import PATIENCE, sharing
@@ -73,16 +75,21 @@ def is_healthy(url: str) -> bool:
         return False
 
 
+@pytest.mark.parametrize("mode", ["replicated", "sharded"])
 def test_two_ranks_learn_from_one_server_that_somebody_else_started(
-    tmp_path: Path, tiny_model: Any, address: str
+    tmp_path: Path, tiny_model: Any, address: str, mode: str
 ) -> None:
+    """In shards no rank has a whole copy: what the server is sent, and the export, is gathered by parts."""
     rollout = {"engine": "vllm-server", "vllm": {"urls": [address], "deadline": PATIENCE}}
     rollout |= {"top_k": 20, "top_p": 0.9}
+    changes: dict[str, Any] = {"distributed": {"mode": mode}, "checkpoint": {"export": True}}
+    model = tiny_model("llama-wide")
     records = launch(
-        tmp_path, bandit_settings(tmp_path, tiny_model("llama-wide"), steps=3, rollout=rollout), TORCHRUN
+        tmp_path, bandit_settings(tmp_path, model, steps=3, rollout=rollout, **changes), TORCHRUN
     )
     assert [record["rollout/samples"] for record in records] == [64] * 3
     assert max(record["mismatch/k3"] for record in records if "mismatch/k3" in record) < 1e-6
+    assert load_model(str(tmp_path / "run" / "model"), torch.device("cpu")).dtype == torch.float32
 
 
 def test_each_of_two_ranks_has_an_engine_in_its_process(tmp_path: Path, tiny_model: Any) -> None:
