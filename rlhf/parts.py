@@ -34,7 +34,7 @@ from rlhf.sharding import Sharding
 from rlhf.sources import Sources
 from rlhf.state import Cursor, KLCoefficient, Stateful
 from rlhf.vision import Vision
-from rlhf.weights import Sync, WeightSync
+from rlhf.weights import Sync, WeightSync, probed
 
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
 
@@ -168,10 +168,8 @@ def _rollout(
     section = config.rollout
     policy.merge()
     tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
-    # one with pictures, where there is any, shows more of the weights
-    probed = next((prompt for prompt in inputs.train.prompts if prompt.images), inputs.train[0])
     kept = says_kept(config, inputs.algorithm)
-    sync = WeightSync(policy, probed, section, tolerance=tolerance, says_kept=kept)
+    sync = WeightSync(policy, probed(inputs.train.prompts), section, tolerance=tolerance, says_kept=kept)
     rank = 0 if config.model.lora is None else config.model.lora.rank
     start = engine_starter(config, inputs, policy.rollout_model, lora_rank=rank, ranks=world)
     on_demand = config.data.mode == "offline"

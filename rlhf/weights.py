@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -39,6 +39,8 @@ from rlhf.sharding import gathered
 from rlhf.types import Kept, Prompt
 
 PROBE_TOKENS, PROBE_SAMPLES = 8, 4
+PROBED_TOKENS = 32
+"""Of a prompt, at least: two blocks of vLLM's cache."""
 SUSPECT = 0.1
 """A mean difference below this share of the tolerance is not looked into."""
 
@@ -225,6 +227,14 @@ class WeightSync:
         top_p = probs.new_full((len(probs),), section.top_p, dtype=torch.float64)
         kept = truncate(probs, top_k, top_p, probs.new_full((len(probs),), section.min_p))
         return probs.gather(1, packed.targets[:, None])[:, 0].log() - kept.sum(-1).log()
+
+
+def probed(prompts: Sequence[Prompt]) -> Prompt:
+    """The prompt that costs least of those that show enough: one with pictures where there is any, since it
+    takes more of the weights, and long enough to be found in a cache."""
+    telling = [prompt for prompt in prompts if prompt.images] or prompts
+    long = [prompt for prompt in telling if len(prompt.token_ids) >= PROBED_TOKENS]
+    return min(long or telling, key=lambda prompt: len(prompt.token_ids))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

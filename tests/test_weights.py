@@ -15,7 +15,7 @@ from rlhf.rollout.engine import RolloutRequest, SyncError
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.sampling import truncate
 from rlhf.types import Completion, Prompt
-from rlhf.weights import WeightSync
+from rlhf.weights import WeightSync, probed
 from tests.support import policy_of
 
 VOCABULARY, TOKENS = 200, 32
@@ -139,3 +139,12 @@ def test_log_probs_that_are_no_numbers_are_told(sync_and_engine: tuple[WeightSyn
     engine.skew = lambda logprob: float("nan")
     with pytest.raises(SyncError, match="have diverged"):
         sync.push(engine, 1)
+
+
+def test_the_probe_takes_the_shortest_prompt_that_shows_enough() -> None:
+    def prompt(n: int, *pictures: Any) -> Prompt:
+        return Prompt(str(n), tuple(range(n)), "", images=pictures)
+
+    assert probed([prompt(90), prompt(40), prompt(12)]).id == "40"
+    assert probed([prompt(12), prompt(30)]).id == "12"
+    assert probed([prompt(40), prompt(90, "picture"), prompt(70, "picture")]).id == "70"
