@@ -43,12 +43,12 @@ class HeldWeights:
 
     def tandem_adapter(self: Any, path: str) -> list[int]:
         """Takes the adapter of a folder, in place of the one before. Raises ValueError: there are others."""
-        from vllm.lora.request import LoRARequest
+        requests: Any = importlib.import_module("vllm.lora.request")
 
         manager = self.model_runner.lora_manager
         if not set(manager.list_adapters()) <= {NUMBER}:
             raise ValueError("adapters that are not of this run are loaded already")
-        manager.add_adapter(LoRARequest(NAME, NUMBER, path, load_inplace=True))
+        manager.add_adapter(requests.LoRARequest(NAME, NUMBER, path, load_inplace=True))
         return [0]
 
     @torch.no_grad()
