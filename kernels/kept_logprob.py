@@ -153,6 +153,9 @@ class _Scores(torch.autograd.Function):
             )
             of_weight = torch.zeros_like(weight).index_copy_(0, rows, summed.to(weight.dtype))
         if needs_bias and bias is not None:
-            summed = torch.segment_reduce(grad[order], "sum", lengths=counts)
-            of_bias = torch.zeros_like(bias).index_copy_(0, rows, summed.to(bias.dtype))
+            of_bias = torch.zeros_like(bias)
+            # of nothing at all there is no reduction
+            if len(rows):
+                summed = torch.segment_reduce(grad[order], "sum", lengths=counts)
+                of_bias.index_copy_(0, rows, summed.to(bias.dtype))
         return of_hidden, of_weight, of_bias, None, None, None

@@ -37,7 +37,8 @@ class Process:
 
 
 def _place() -> str:
-    boot, numbers = PROCESSES / "sys/kernel/random/boot_id", PROCESSES / "self/ns/pid"
+    boot = PROCESSES / "sys" / "kernel" / "random" / "boot_id"
+    numbers = PROCESSES / "self" / "ns" / "pid"
     if not (boot.is_file() and numbers.is_symlink()):
         return ""
     return f"{boot.read_text().strip()} {os.readlink(numbers)}"

@@ -23,8 +23,10 @@ class Unseeded(NativeEngine):
         super().submit([replace(r, params=replace(r.params, seed=s)) for r, s in zip(requests, own)])
 """
 COIN = """
-def coin(completions, **_):
-    return [float(sum(map(ord, text)) % 2) for text in completions]
+def coin(completions, prompts, **_):
+    # a coin for samples of odd prompts, nothing for those of even ones: what is seen of them differs
+    odd = [int("".join(filter(str.isdigit, str(prompt)))) % 2 for prompt in prompts]
+    return [float(is_odd and sum(map(ord, text)) % 2) for is_odd, text in zip(odd, completions)]
 """
 
 
@@ -40,9 +42,9 @@ def test_prompts_and_budgets_of_a_step_that_was_killed_are_asked_for_again(
     (tmp_path / "engine.py").write_text(ENGINE)
     (tmp_path / "coin.py").write_text(COIN)
     changes: dict[str, Any] = {
-        "rollout": {"engine": f"{tmp_path}/engine.py:Unseeded"},
+        "rollout": {"engine": f"{tmp_path}/engine.py:Unseeded", "group_size": 8},
         # known from the first visit on, and every prompt is visited again within the run
-        "budget": {"rule": "knapsack", "prior": 1.0, "high": 8},
+        "budget": {"rule": "knapsack", "prior": 1.0, "high": 16},
         "reward": {"functions": [{"path": f"{tmp_path}/coin.py:coin"}]},
         "checkpoint": {"every": 1},
         "data": {"eval": None},

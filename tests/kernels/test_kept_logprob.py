@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rlhf.kernels.kept_logprob import kept_logprob, kept_logprob_reference
@@ -31,6 +31,7 @@ def problem(seed: int, sizes: list[int], vocabulary: int = 30, dim: int = 5, bia
     softcap=st.sampled_from([None, 2.0]),
     bias=st.booleans(),
 )
+@example(seed=0, sizes=[0], temperature=1.0, softcap=None, bias=True)
 def test_values_and_gradients_are_those_of_masked_logits(
     seed: int, sizes: list[int], temperature: float, softcap: float | None, bias: bool
 ) -> None:
