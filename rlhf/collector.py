@@ -28,6 +28,23 @@ class Hooks:
     between: Callable[[], None]
 
 
+def sampling_of(
+    section: RolloutConfig, *, n: int, max_tokens: int, seed: int, says_kept: bool
+) -> SamplingParams:
+    """How a run samples."""
+    return SamplingParams(
+        n=n,
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        min_p=section.min_p,
+        stop_token_ids=section.stop_token_ids,
+        says_kept=says_kept,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Sampler:
     """Requests to an engine and completions to groups, for training and for evaluation alike."""
@@ -42,17 +59,8 @@ class Sampler:
 
     def request(self, prompt: Prompt, *, n: int, label: str, says_kept: bool = False) -> RolloutRequest:
         """`label` names the draw: it makes the request's id unique and its seed its own."""
-        params = SamplingParams(
-            n=n,
-            max_tokens=self.section.max_completion_tokens,
-            seed=derive_seed(self.seed, label),
-            temperature=self.section.temperature,
-            top_p=self.section.top_p,
-            top_k=self.section.top_k,
-            min_p=self.section.min_p,
-            stop_token_ids=self.section.stop_token_ids,
-            says_kept=says_kept,
-        )
+        limit, seed = self.section.max_completion_tokens, derive_seed(self.seed, label)
+        params = sampling_of(self.section, n=n, max_tokens=limit, seed=seed, says_kept=says_kept)
         return RolloutRequest(replace(prompt, id=f"{prompt.id}@{label}"), params)
 
     def generate(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 Record = Mapping[str, Any]
 
@@ -120,8 +120,10 @@ def _head(completion: Record) -> str:
 
 def _tokens(completion: Record) -> Iterator[str]:
     tokens: Sequence[str] = completion["tokens"]
-    advantage = completion.get("advantage", 0.0)
-    advantages: Sequence[float] = advantage if isinstance(advantage, list) else [advantage] * len(tokens)
+    advantage: Any = completion.get("advantage", 0.0)
+    advantages: Sequence[float] = [advantage] * len(tokens)
+    if isinstance(advantage, list):
+        advantages = cast(list[float], advantage)
     entropies: Sequence[float | None] = completion.get("entropy") or [None] * len(tokens)
     for token, a, e in zip(tokens, advantages, entropies, strict=True):
         # an advantage of 2 standard deviations, an entropy of 2 nats: as strong as it gets

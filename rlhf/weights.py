@@ -21,6 +21,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from rlhf.collector import sampling_of
 from rlhf.config import RolloutConfig
 from rlhf.diagnosis import EXPLAINED, LIKELY, diagnose
 from rlhf.packing import Packed, pack
@@ -28,7 +29,6 @@ from rlhf.policy import Policy
 from rlhf.rollout.engine import (
     RolloutEngine,
     RolloutRequest,
-    SamplingParams,
     SyncError,
     SyncReport,
     WeightSource,
@@ -174,16 +174,8 @@ class WeightSync:
     def probe(self, engine: RolloutEngine) -> Reading:
         """Decodes with the settings of the run, and scores. Raises SyncError: what was kept is not said."""
         section = self.section
-        params = SamplingParams(
-            n=PROBE_SAMPLES,
-            max_tokens=PROBE_TOKENS,
-            seed=0,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            top_k=section.top_k,
-            min_p=section.min_p,
-            stop_token_ids=section.stop_token_ids,
-            says_kept=self.says_kept,
+        params = sampling_of(
+            section, n=PROBE_SAMPLES, max_tokens=PROBE_TOKENS, seed=0, says_kept=self.says_kept
         )
         (group,) = generate(engine, [RolloutRequest(self.prompt, params)])
         device = self.policy.head.module.weight.device

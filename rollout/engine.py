@@ -54,13 +54,18 @@ class SamplingParams:
                 "sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, "
                 f"got {self.temperature}, {self.top_p}, {self.top_k}, {self.min_p}"
             )
-        if self.says_kept and self.truncates and not self.top_k:
+        if self.kept_is_said and not self.top_k:
             raise ValueError("what is kept is said for each token, which top_k must bound: it is 0")
 
     @property
     def truncates(self) -> bool:
         """Whether some tokens cannot be drawn."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+    @property
+    def kept_is_said(self) -> bool:
+        """Whether completions come with what each token was drawn from: asked for, and not everything."""
+        return self.says_kept and self.truncates
 
 
 @dataclass(frozen=True, slots=True)

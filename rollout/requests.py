@@ -29,15 +29,10 @@ class Row:
         """Whether the row is finished with this token."""
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
-        if self.says_kept:
+        if self.request.params.kept_is_said:
             assert kept is not None
             self.kept.append(kept)
         return token_id in self.stop_ids or len(self.token_ids) == self.request.params.max_tokens
-
-    @property
-    def says_kept(self) -> bool:
-        params = self.request.params
-        return params.says_kept and params.truncates
 
     def completion(self) -> Completion:
         """What was sampled so far; a row that is not finished is aborted."""
@@ -56,7 +51,7 @@ class Row:
             rollout_logprobs=tuple(self.logprobs),
             finish_reason=reason,
             versions=tuple(span for span in spans if span.start < span.end),
-            kept=Kept.of(self.kept) if self.says_kept else None,
+            kept=Kept.of(self.kept) if self.request.params.kept_is_said else None,
         )
 
 

@@ -90,7 +90,7 @@ class RowSampling:
             top_p=column([p.top_p if p.temperature else 1.0 for p in params], 1.0, torch.float64),
             top_k=column([p.top_k if p.temperature else 0 for p in params], 0, torch.int64),
             min_p=column([p.min_p if p.temperature else 0.0 for p in params], 0.0, torch.float32),
-            says_kept=column([p.says_kept and p.truncates for p in params], False, torch.bool),
+            says_kept=column([p.kept_is_said for p in params], False, torch.bool),
         )
 
 

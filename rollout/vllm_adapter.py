@@ -92,12 +92,12 @@ def held_factor(manager: Any, module: Any, slot: int, name: str) -> Iterator[tup
     `slot`: of the weights that are stacked in the layer.
     """
     side = "lora_a_stacked" if ".lora_A." in name else "lora_b_stacked"
-    if not hasattr(module, side):
+    held: dict[str, Any] = vars(module)
+    if side not in held:
         return
-    stacked = vars(module)[side]
     if NUMBER not in manager.lora_index_to_id:
         yield "the adapter", torch.zeros(0)
         return
     rank = manager.get_adapter(NUMBER).rank
-    factor = stacked[slot][manager.lora_index_to_id.index(NUMBER), 0]
+    factor: Tensor = held[side][slot][manager.lora_index_to_id.index(NUMBER), 0]
     yield "the adapter", factor[:rank] if side == "lora_a_stacked" else factor[:, :rank]

@@ -23,8 +23,7 @@ IMPOSSIBLE = -9000.0
 
 def logprobs_asked(params: SamplingParams, vocabulary: int) -> int:
     """How many of the most probable tokens come with each: enough to hold all that truncation leaves."""
-    wanted = params.says_kept and params.truncates
-    return min(2 * params.top_k + MARGIN, vocabulary) if wanted else 0
+    return min(2 * params.top_k + MARGIN, vocabulary) if params.kept_is_said else 0
 
 
 def kept_of(row: Row, token: int, candidates: Sequence[tuple[int, float]], vocabulary: int) -> Tensor | None:
@@ -33,7 +32,7 @@ def kept_of(row: Row, token: int, candidates: Sequence[tuple[int, float]], vocab
     They are all of them if one that was left out is there too, or if their probabilities sum up to 1. Raises
     EngineError: there are more, of equal probability at the edge of top-k.
     """
-    if not row.says_kept:
+    if not row.request.params.kept_is_said:
         return None
     left = {other: logprob for other, logprob in candidates if logprob > IMPOSSIBLE}
     asked = logprobs_asked(row.request.params, vocabulary)

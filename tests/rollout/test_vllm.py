@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from rlhf.rollout.engine import generate
 
 from .conformance import CHECKS, TOLERANCE, Check, Source, conforming_model, worst
-from .models import EOS, VOCABULARY, request
-from .vllm_support import needs_vllm
+from .models import request
+from .vllm_support import needs_vllm, sampled_model
 
 pytestmark = needs_vllm
 
@@ -28,13 +28,9 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def started(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """One engine for all tests of this file: it takes seconds to start."""
-    from rlhf.rollout.vllm import VLLMEngine, VLLMModel
+    from rlhf.rollout.vllm import VLLMEngine
 
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    engine = VLLMEngine(
-        VLLMModel(str(folder), torch.float32, 512, VOCABULARY, (EOS,), kv_cache_gib=0.25)
-    )
+    engine = VLLMEngine(sampled_model(model, tmp_path_factory, kv_cache_gib=0.25))
     yield engine
     engine.close()
 

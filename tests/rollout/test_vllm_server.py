@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from rlhf.rollout.engine import SyncError, generate
 from rlhf.types import FinishReason
 
 from .conformance import CHECKS, TOLERANCE, Check, Source, conforming_model, drain, moved, worst
-from .models import EOS, VOCABULARY, request
-from .vllm_support import needs_vllm
+from .models import request
+from .vllm_support import needs_vllm, sampled_model
 
 pytestmark = needs_vllm
 # of a machine with other work to do
@@ -34,13 +33,10 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def started(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from rlhf.rollout.vllm import VLLMModel
     from rlhf.rollout.vllm_pool import Service
     from rlhf.rollout.vllm_server import VLLMServerEngine
 
-    folder = tmp_path_factory.mktemp("model")
-    model.save_pretrained(folder)
-    sampled = VLLMModel(str(folder), torch.float32, 512, VOCABULARY, (EOS,), kv_cache_gib=0.1)
+    sampled = sampled_model(model, tmp_path_factory, kv_cache_gib=0.1)
     engine = VLLMServerEngine(sampled, Service(replicas=2, deadline=PATIENCE))
     yield engine
     keepers = [replica._keeper for replica in engine._pool.replicas]
