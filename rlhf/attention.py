@@ -6,30 +6,37 @@ causal over its own completion; the backward calls the kernel's backward twice w
 log-sum-exp, which makes both gradients exact. The model is any causal, full-attention one that takes its
 attention from transformers' `AttentionInterface` (name `SHARED_PREFIX`); the keyword `spans` is the layout.
 
-For short prompts concatenation is faster than merging (fewer, larger calls): prompts up to `CONCAT_BELOW`
-tokens are put in front of each completion, and the gradient of the copies is added up by autograd.
+That is the CPU's way; on a GPU `varlen.py` makes one call for all groups. What is particular to torch's
+flash-attention kernel for CPUs, each by measurement (docs/performance.md):
 
-That is the CPU's way; on a GPU `varlen.py` makes one call for all groups. Models with sliding windows take
-the same road with every completion behind a prompt of its own: on the CPU a loop over sequences.
+1. Up to `WIDE_UP_TO` keys it is faster in float32 than in bfloat16, the backward up to three times, so short
+   problems are computed in float32. What is kept for the backward stays in the model's own type.
+2. Query heads that share keys become more rows of one query, `r` of them at each token. Behind the causal
+   mask, which then hides nothing from the kernel's work, that pays up to `FOLD_UP_TO` tokens; beyond, keys
+   are repeated and `r` = 1.
+
+Models with sliding windows take the same road with every completion behind a prompt of its own: on the CPU a
+loop over sequences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rlhf.packing import GroupSpan
 from rlhf.pretrained import register_attention
+from rlhf.typed import unflatten
 from rlhf.varlen import one_sequence, packed_attention
 
 SHARED_PREFIX = "rlhf_shared_prefix"
-CONCAT_BELOW = 128
-
+FOLD_UP_TO = 256
+WIDE_UP_TO = 512
 
 _BEYOND_SOFTMAX = ("softcap", "s_aux", "position_bias")
 
@@ -52,6 +59,8 @@ def shared_prefix_attention(
     """
     assert query.shape[0] == 1 and attention_mask is None
     extra = [name for name in _BEYOND_SOFTMAX if others.get(name) is not None]
+    if value.shape[-1] != query.shape[-1]:
+        extra.append("values of another size than its keys")
     if extra:
         raise NotImplementedError(f"its attention has {', '.join(extra)}")
     q, k, v = query[0], key[0], value[0]
@@ -75,38 +84,103 @@ def attention_by_groups(
     window: int | None = None,
 ) -> Tensor:
     """As `varlen.packed_attention`, group by group, with the CPU's kernel; a window needs groups of one."""
-    outputs: list[Tensor] = []
-    # split, not sliced: the gradient of each slice would be as large as what it was cut from
     lengths = [span.end - span.start for span in spans]
+    if window is None or window >= max(lengths):
+        return cast(Any, _Packed).apply(query, key, value, tuple(spans), scale).transpose(0, 1)
+    assert all(len(span.completions) == 1 for span in spans), "a sliding window over a shared prompt"
     parts = zip(*(torch.split(t, lengths, dim=1) for t in (query, key, value)), strict=True)
-    for span, (q, k, v) in zip(spans, parts, strict=True):
-        if len(span.completions) == 1:
-            outputs.append(one_sequence(q, k, v, scale=scale, window=window))
-            continue
-        assert window is None, "a sliding window over a shared prompt"
-        repeats = q.shape[0] // k.shape[0]
-        outputs += _group(q, k.repeat_interleave(repeats, 0), v.repeat_interleave(repeats, 0), span, scale)
-    return torch.cat(outputs, dim=1)
+    return torch.cat([one_sequence(*part, scale=scale, window=window) for part in parts], dim=1)
 
 
-def _group(q: Tensor, k: Tensor, v: Tensor, span: GroupSpan, scale: float | None) -> list[Tensor]:
-    """One group, `[heads, prompt + completions, D]`: the output of the prompt, and of the completions."""
-    parts = [span.prompt, sum(span.completions)]
-    (q_p, q_c), (k_p, k_c), (v_p, v_c) = (torch.split(t, parts, dim=1) for t in (q, k, v))
-    rows = _Rows(span.completions, q.device)
-    short = span.prompt < CONCAT_BELOW
-    # with three dimensions torch computes plain matrix products, with four in a kernel that keeps no weights
-    attend = partial(F.scaled_dot_product_attention, is_causal=True, scale=scale)
-    prompt = attend(q_p, k_p, v_p) if short else attend(q_p[None], k_p[None], v_p[None])[0]
-    if short:
-        completions = _concatenated(q_c, (k_p, k_c), (v_p, v_c), rows, scale)
-    else:
-        completions = cast(Any, _Merged).apply(q_c, k_p, v_p, k_c, v_c, rows, scale)
-    return [prompt, completions]
+class _Packed(torch.autograd.Function):
+    """Query `[heads, T, D]`, key and value `[kv_heads, T, D]`, spans, scale -> `[T, heads, D]`."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        query, key, value, spans, scale = args
+        problem = _Problem.of(query, key, value, spans)
+        out = _tokens_first(query)
+        lses: list[Tensor] = []
+        for piece in problem.pieces:
+            q, k, v = (t[:, piece.own] for t in (problem.q, problem.k, problem.v))
+            found, lse = _own(q, k, v, piece.rows, scale)
+            if piece.prompt:
+                k, v = (t[:, piece.prompt] for t in (problem.k, problem.v))
+                found, lse = _merged(found, lse, *_to_prompt(q, k, v, scale))
+            _put(found, out[piece.own])
+            lses.append(lse)
+        ctx.save_for_backward(query, key, value, out, *lses)
+        ctx.spans, ctx.scale = spans, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, *lses = ctx.saved_tensors
+        problem = _Problem.of(query, key, value, ctx.spans)
+        grad, out = (problem.queries(t.transpose(0, 1)) for t in (grads[0], out))
+        d_query = _tokens_first(query)
+        d_k, d_v = _tokens_first(problem.k), _tokens_first(problem.v)
+        for piece, lse in zip(problem.pieces, lses, strict=True):
+            q, g, o = (t[:, piece.own] for t in (problem.q, grad, out))
+            k, v = (t[:, piece.own] for t in (problem.k, problem.v))
+            d_q, d_k[piece.own], d_v[piece.own] = _own_backward(g, q, k, v, o, lse, piece.rows, ctx.scale)
+            if piece.prompt:
+                k, v = (t[:, piece.prompt] for t in (problem.k, problem.v))
+                more = _to_prompt_backward(g, q, k, v, o, lse, ctx.scale)
+                # the prompt by itself came before
+                for total, part in zip((d_q, d_k[piece.prompt], d_v[piece.prompt]), more, strict=True):
+                    total += part
+            _put(d_q, d_query[piece.own])
+        d_key, d_value = (unflatten(d, 1, (len(key), -1)).sum(2).to(key.dtype) for d in (d_k, d_v))
+        return *(t.transpose(0, 1) for t in (d_query, d_key, d_value)), None, None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Problem:
+    """Queries `[K, T, r, D]`, keys and values `[K, T, D]` in the type that is computed with.
+
+    Results of a piece of C tokens are `[C, r, K, D]` for its queries and `[C, K, D]` for its keys.
+    """
+
+    pieces: tuple[_Piece, ...]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor, value: Tensor, spans: tuple[GroupSpan, ...]) -> _Problem:
+        pieces = _pieces(spans, query.device)
+        repeats = query.shape[0] // key.shape[0]
+        folds = max(piece.rows.longest for piece in pieces) <= FOLD_UP_TO
+        wide = max(piece.keys for piece in pieces) <= WIDE_UP_TO
+        dtype = torch.promote_types(query.dtype, torch.float32) if wide else query.dtype
+        if not folds:
+            key, value = (t.repeat_interleave(repeats, 0) for t in (key, value))
+        q = _folded(query, repeats if folds else 1, dtype)
+        return cls(pieces, q, key.to(dtype), value.to(dtype))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Of the shape of the query, as that lies here."""
+        return _folded(x, self.q.shape[2], self.q.dtype)
+
+
+def _folded(x: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    x = unflatten(x, 0, (-1, rows)).transpose(1, 2)
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def _tokens_first(like: Tensor) -> Tensor:
+    """Room for `[T, heads, D]`, given `[heads, T, D]`."""
+    return torch.empty_like(like.transpose(0, 1), memory_format=torch.contiguous_format)
+
+
+def _put(found: Tensor, into: Tensor) -> None:
+    """Results for queries, `[C, r, K, D]`, as `[C, heads, D]`."""
+    unflatten(into, 1, (-1, found.shape[1])).copy_(found.transpose(1, 2))
 
 
 class _Rows:
-    """Completions back to back `[heads, sum, D]` <-> one right-padded row each `[G, heads, longest, D]`.
+    """Sequences back to back `[K, C, ...]` <-> one right-padded row each `[G, K, longest, ...]`.
 
     Behind a causal mask right padding is never looked at by a real token.
     """
@@ -116,70 +190,107 @@ class _Rows:
         index = torch.arange(self.longest, device=device)
         length = torch.tensor(lengths, device=device)
         start = length.cumsum(0) - length
-        self.real = index < length[:, None]
-        self.source = torch.where(self.real, start[:, None] + index, 0).flatten()
-        self.target = self.real.flatten().nonzero()[:, 0]
-        self.even = bool(self.real.all())
+        real = index < length[:, None]
+        self._source = torch.where(real, start[:, None] + index, start[:, None]).flatten()
+        self._target = real.flatten().nonzero()[:, 0]
+        self.padding: Tensor | None = None if real.all() else ~real
+        """`[G, longest]`"""
 
     def split(self, x: Tensor) -> Tensor:
-        x = x if self.even else x[:, self.source]
-        return x.view(x.shape[0], self.count, self.longest, *x.shape[2:]).transpose(0, 1)
+        x = x if self.padding is None else x[:, self._source]
+        return unflatten(x, 1, (self.count, self.longest)).transpose(0, 1)
 
     def join(self, x: Tensor) -> Tensor:
-        x = x.transpose(0, 1).flatten(1, 2)
-        return x if self.even else x[:, self.target]
+        """`[G, longest, ...]` -> `[C, ...]`"""
+        x = x.flatten(0, 1)
+        return x if self.padding is None else x[self._target]
 
 
-def _concatenated(
-    q: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], rows: _Rows, scale: float | None
-) -> Tensor:
-    def joined(prompt: Tensor, own: Tensor) -> Tensor:
-        return torch.cat([prompt.expand(rows.count, -1, -1, -1), rows.split(own)], dim=2)
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """Sequences that lie back to back in the packed tokens, and the prompt that all of them see."""
 
-    prompt = keys[0].shape[1]
-    mask = torch.ones(rows.longest, prompt + rows.longest, dtype=torch.bool, device=q.device).tril(prompt)
-    q, k, v = rows.split(q), joined(*keys), joined(*values)
-    return rows.join(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale))
+    own: slice
+    rows: _Rows
+    prompt: slice | None
+
+    @property
+    def keys(self) -> int:
+        """Of one call, at most."""
+        return max(self.rows.longest, 0 if self.prompt is None else self.prompt.stop - self.prompt.start)
 
 
-class _Merged(torch.autograd.Function):
-    """softmax over (prompt, own completion) as two attention calls, merged by log-sum-exp."""
+@lru_cache(maxsize=8)
+def _pieces(spans: tuple[GroupSpan, ...], device: torch.device) -> tuple[_Piece, ...]:
+    """Each prompt by itself and then the completions behind it; a group of one is a single sequence."""
+    pieces: list[_Piece] = []
+    for span in spans:
+        if len(span.completions) == 1:
+            pieces.append(_Piece(slice(span.start, span.end), _Rows([span.end - span.start], device), None))
+            continue
+        prompt = slice(span.start, span.start + span.prompt)
+        pieces.append(_Piece(prompt, _Rows([span.prompt], device), None))
+        pieces.append(_Piece(slice(prompt.stop, span.end), _Rows(span.completions, device), prompt))
+    return tuple(pieces)
 
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        q, k_p, v_p, k_c, v_c, rows, scale = args
-        q_rows, k_rows, v_rows = (rows.split(t).contiguous() for t in (q, k_c, v_c))
-        out_p, lse_p = attention_forward(q[None], k_p[None], v_p[None], causal=False, scale=scale)
-        out_c, lse_c = attention_forward(q_rows, k_rows, v_rows, causal=True, scale=scale)
-        out_p, lse_p, out_c, lse_c = out_p[0], lse_p[0], rows.join(out_c), rows.join(lse_c)
-        lse = torch.logaddexp(lse_p, lse_c)
-        weight_p, weight_c = (lse_p - lse).exp()[..., None], (lse_c - lse).exp()[..., None]
-        out = (out_p * weight_p + out_c * weight_c).to(q.dtype)
-        ctx.save_for_backward(q, k_p, v_p, q_rows, k_rows, v_rows, out, lse)
-        ctx.rows, ctx.scale = rows, scale
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k_p, v_p, q_rows, k_rows, v_rows, out, lse = ctx.saved_tensors
-        rows, scale = ctx.rows, ctx.scale
-        grad = grads[0].contiguous()
-        prompt = (q[None], k_p[None], v_p[None], out[None], lse[None])
-        dq_p, dk_p, dv_p = attention_backward(grad[None], *prompt, causal=False, scale=scale)
-        grad_rows = rows.split(grad) * rows.real[:, None, :, None]
+def _own(q: Tensor, k: Tensor, v: Tensor, rows: _Rows, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Each sequence by itself, causal: output `[C, r, K, D]` and log-sum-exp `[C, r, K]`."""
+    q, k, v, folded = rows.split(q).flatten(2, 3), rows.split(k), rows.split(v), q.shape[2]
+    out, lse = attention_forward(q, k, v, causal=True, folded=folded, scale=scale)
+    shape = rows.longest, folded
+    return rows.join(unflatten(out.transpose(1, 2), 1, shape)), rows.join(unflatten(lse.mT, 1, shape))
+
+
+def _own_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, rows: _Rows, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    folded = q.shape[2]
+    grad, q, out, lse = (rows.split(t).flatten(2, 3) for t in (grad, q, out, lse.permute(2, 0, 1)))
+    k, v = rows.split(k), rows.split(v)
+    if rows.padding is not None:
+        padding = rows.padding.repeat_interleave(folded, 1)[:, None]
         # a row of padding belongs to no softmax: without this its weight could overflow before it is dropped
-        lse_rows = rows.split(lse).masked_fill(~rows.real[:, None], float("inf"))
-        own = (q_rows, k_rows, v_rows, rows.split(out).contiguous(), lse_rows.contiguous())
-        dq_c, dk_c, dv_c = attention_backward(grad_rows.contiguous(), *own, causal=True, scale=scale)
-        return dq_p[0] + rows.join(dq_c), dk_p[0], dv_p[0], rows.join(dk_c), rows.join(dv_c), None, None
+        grad, lse = grad.masked_fill(padding[..., None], 0.0), lse.masked_fill(padding, float("inf"))
+    d_q, d_k, d_v = attention_backward(grad, q, k, v, out, lse, causal=True, folded=folded, scale=scale)
+    d_q = unflatten(d_q.transpose(1, 2), 1, (rows.longest, folded))
+    return rows.join(d_q), rows.join(d_k.transpose(1, 2)), rows.join(d_v.transpose(1, 2))
+
+
+def _to_prompt(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """All completions to the prompt, as `_own` gives it."""
+    out, lse = attention_forward(q.flatten(1, 2)[None], k[None], v[None], causal=False, scale=scale)
+    shape = q.shape[1:3]
+    return unflatten(out[0].transpose(0, 1), 0, shape), unflatten(lse[0].T, 0, shape)
+
+
+def _to_prompt_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = q.shape[1:3]
+    grad, q, out, lse = (t.flatten(1, 2)[None] for t in (grad, q, out, lse.permute(2, 0, 1)))
+    found = attention_backward(grad, q, k[None], v[None], out, lse, causal=False, scale=scale)
+    d_q, d_k, d_v = (t[0].transpose(0, 1) for t in found)
+    return unflatten(d_q, 0, shape), d_k, d_v
+
+
+def _merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two sets of keys."""
+    share = torch.sigmoid(other_lse - lse)[..., None]
+    wide = share.dtype
+    return torch.lerp(out.to(wide), other.to(wide), share), torch.logaddexp(lse, other_lse)
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float | None
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, folded: int = 1, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Output `[B, heads, L, D]` and log-sum-exp `[B, heads, L]`, by the CPU's flash-attention kernel."""
+    """Output `[B, heads, L, D]` and log-sum-exp `[B, heads, L]`, by the CPU's flash-attention kernel.
+
+    `folded`: rows of the query that stand at one token.
+    """
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out, lse = forward(q, k, v, 0.0, causal, scale=scale)
+    mask = _mask(k.shape[2], folded, q.dtype) if causal and folded > 1 else None
+    out, lse = forward(q, k, v, 0.0, causal and mask is None, attn_mask=mask, scale=scale)
     return out, lse if lse.shape[1] == q.shape[1] else lse.transpose(1, 2)
 
 
@@ -192,8 +303,17 @@ def attention_backward(
     lse: Tensor,
     *,
     causal: bool,
+    folded: int = 1,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, given output and log-sum-exp of the whole softmax (not of this part alone)."""
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(grad, q, k, v, out, lse, 0.0, causal, scale=scale)
+    mask = _mask(k.shape[2], folded, q.dtype) if causal and folded > 1 else None
+    lse = lse.contiguous()
+    return backward(grad, q, k, v, out, lse, 0.0, causal and mask is None, attn_mask=mask, scale=scale)
+
+
+@lru_cache(maxsize=32)
+def _mask(length: int, folded: int, dtype: torch.dtype) -> Tensor:
+    seen = torch.ones(length, length, dtype=torch.bool).tril().repeat_interleave(folded, 0)
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf"))[None, None]

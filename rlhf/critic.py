@@ -25,7 +25,7 @@ from rlhf.config import CriticConfig, LearnerConfig
 from rlhf.metrics import Max, Metrics
 from rlhf.optimizer import MasterAdamW
 from rlhf.packing import Packed, least, pack
-from rlhf.policy import CONCAT_BELOW, Policy, Trunk, without_dropout
+from rlhf.policy import FOLD_UP_TO, Policy, Trunk, without_dropout
 from rlhf.pretrained import ModelError, load_scorer, text_settings
 from rlhf.sharding import Sharding, give_up, open_scorer
 from rlhf.state import Stateful
@@ -176,9 +176,9 @@ def packing_error(trunk: Trunk) -> str | None:
     The scale of a real difference is what changing the prompt's first token does to the states.
     """
     settings = text_settings(trunk.model.config)
-    room = settings.get("max_position_embeddings") or CONCAT_BELOW + 9
-    ids = torch.arange(2, CONCAT_BELOW + 11, device=trunk.model.device) % settings["vocab_size"]
-    long = min(CONCAT_BELOW + 2, room - 7)
+    room = settings.get("max_position_embeddings") or FOLD_UP_TO + 9
+    ids = torch.arange(2, FOLD_UP_TO + 11, device=trunk.model.device) % settings["vocab_size"]
+    long = min(FOLD_UP_TO + 2, room - 7)
     completions = [[ids[5:12], ids[4:7]]] * 2
     got, layout = trunk.hidden(pack([ids[:5], ids[:long]], completions)), trunk.layout
     trunk.layout = "padded"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.attention import CONCAT_BELOW, SHARED_PREFIX
+from rlhf.attention import FOLD_UP_TO, SHARED_PREFIX
 from rlhf.config import LoraConfig, ModelConfig
 from rlhf.kernels.token_stats import TokenStats, token_stats, whole
 from rlhf.lora import Adapter
@@ -38,7 +38,7 @@ from rlhf.truncation import Side, among_kept, merged, still_wanted
 from rlhf.types import Kept
 from rlhf.vision import Vision
 
-LONG_PROMPT = CONCAT_BELOW + 2
+LONG_PROMPT = FOLD_UP_TO + 2
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
 

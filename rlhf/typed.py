@@ -27,6 +27,11 @@ def pieces(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return list(_torch.Tensor.split(tensor, list(sizes)))
 
 
+def unflatten(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
+    """One axis as several; a size of -1 is what is left over."""
+    return _torch.Tensor.unflatten(tensor, axis, tuple(sizes))
+
+
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copies each source into its target, whatever their types, in a few kernels for all of them."""
     _torch._foreach_copy_(list(targets), list(sources))

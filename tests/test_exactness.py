@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlhf import attention
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
 from rlhf.metrics import merge
@@ -26,13 +25,6 @@ from tests.support import learner_of, policy_of, trajectory
 
 Folder = Callable[[str], Path]
 SHAPES = ["llama", "llama-tied", "qwen2", "qwen2-untied", "qwen3", "gemma"]
-CONCAT = 8
-"""Shorter prompts are put in front of each completion, longer ones merged: every problem here has both."""
-
-
-@pytest.fixture(autouse=True)
-def both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "CONCAT_BELOW", CONCAT)
 
 
 def problem(seed: int) -> list[Group]:
@@ -52,7 +44,7 @@ def problem(seed: int) -> list[Group]:
         reward = rng.choice([0.0, 1.0, 2.0])
         return trajectory(list(tokens(len(mask))), reward, turns=tuple(turns), loss_mask=tuple(mask))
 
-    lengths = [1, rng.randint(2, CONCAT - 1), rng.randint(CONCAT, 30), 21]
+    lengths = [1, rng.randint(2, 7), rng.randint(8, 30), 21]
     sizes = [rng.randint(2, 5), 5, rng.randint(2, 4), 1]
     prompts = [Prompt(f"p{i}", tokens(n), "") for i, n in enumerate(lengths)]
     return [

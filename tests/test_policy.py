@@ -40,16 +40,16 @@ def loss_and_gradients(policy: Policy, packed: Packed) -> tuple[Tensor, dict[str
     return statistics.logprob.detach(), gradients
 
 
-@pytest.fixture(params=[0, 1000], ids=["merged", "concatenated"])
-def concat_below(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    monkeypatch.setattr(attention, "CONCAT_BELOW", request.param)
+@pytest.fixture(params=[0, 1000], ids=["repeated", "folded"])
+def fold_up_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(attention, "FOLD_UP_TO", request.param)
     return request.param
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_shared_prefix_equals_padded_in_float64(
-    tiny_model: Callable[[str], Path], family: str, checkpointing: bool, concat_below: int
+    tiny_model: Callable[[str], Path], family: str, checkpointing: bool, fold_up_to: int
 ):
     shared = policy_of(tiny_model(family), packing="shared_prefix", dtype=torch.float64)
     plain = policy_of(tiny_model(family), packing="padded", dtype=torch.float64)
@@ -66,7 +66,7 @@ def test_shared_prefix_equals_padded_in_float64(
 
 
 def test_in_float32_shared_prefix_is_no_further_from_the_truth_than_padded(
-    tiny_model_dir: Path, concat_below: int
+    tiny_model_dir: Path, fold_up_to: int
 ):
     packed = ragged()
     truth, _ = loss_and_gradients(policy_of(tiny_model_dir, dtype=torch.float64), packed)
@@ -77,7 +77,7 @@ def test_in_float32_shared_prefix_is_no_further_from_the_truth_than_padded(
 
 def test_padding_beside_huge_scores_leaves_no_nan():
     """A ragged group: padded rows would weigh real keys by exp(score - another row's normaliser)."""
-    lengths, prompt = (40, 3), attention.CONCAT_BELOW + 1
+    lengths, prompt = (40, 3), 130
     span = GroupSpan(0, prompt, lengths)
     generator = torch.Generator().manual_seed(0)
     shape = (1, 1, prompt + sum(lengths), 8)

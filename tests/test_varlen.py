@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf import varlen
+from rlhf import attention, varlen
 from rlhf.attention import attention_by_groups
 from rlhf.packing import GroupSpan
 from rlhf.varlen import Sequences, choose, packed_attention, sequences_of
@@ -88,6 +88,28 @@ def test_both_roads_go_to_the_same_place(groups: list[tuple[int, list[int]]]):
     cpu = partial(attention_by_groups, spans=spans, scale=0.3)
     for got, want in zip(output_and_gradients(gpu, tensors), output_and_gradients(cpu, tensors), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("wide_up_to", [0, 512])
+@pytest.mark.parametrize("fold_up_to", [0, 256])
+def test_in_16_bits_the_cpu_is_no_further_from_the_truth_than_its_kernel_is(
+    monkeypatch: pytest.MonkeyPatch, wide_up_to: int, fold_up_to: int
+):
+    """Root mean square over output and each gradient; computed in float32 it is nearer."""
+    monkeypatch.setattr(attention, "WIDE_UP_TO", wide_up_to)
+    monkeypatch.setattr(attention, "FOLD_UP_TO", fold_up_to)
+    spans = spans_of([(40, [30, 7, 19]), (70, [64] * 4), (3, [50]), (1, [2, 1])])
+    tensors = [t.detach().bfloat16().requires_grad_() for t in problem(spans)]
+    plain = partial(packed_attention, spans=spans, scale=None, kernel="sdpa")
+    truth = output_and_gradients(plain, [t.detach().double().requires_grad_() for t in tensors])
+
+    def errors(found: list[Tensor]) -> list[float]:
+        return [((f - t).norm() / t.norm()).item() for f, t in zip(found, truth, strict=True)]
+
+    of_kernel = errors(output_and_gradients(plain, tensors))
+    own = errors(output_and_gradients(partial(attention_by_groups, spans=spans, scale=None), tensors))
+    allowed = 1.0 if wide_up_to else 1.25
+    assert all(0 < a <= allowed * b for a, b in zip(own, of_kernel, strict=True))
 
 
 def test_sequences_by_hand():

@@ -15,7 +15,7 @@ from rlhf.rollout.engine import RolloutRequest, SyncError
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.sampling import truncate
 from rlhf.types import Completion, Prompt
-from rlhf.weights import WeightSync, probed
+from rlhf.weights import CUT_AT, WeightSync, probed
 from tests.support import policy_of
 
 VOCABULARY, TOKENS = 200, 32
@@ -147,4 +147,6 @@ def test_the_probe_takes_the_shortest_prompt_that_shows_enough() -> None:
 
     assert probed([prompt(90), prompt(40), prompt(12)]).id == "40"
     assert probed([prompt(12), prompt(30)]).id == "12"
-    assert probed([prompt(40), prompt(90, "picture"), prompt(70, "picture")]).id == "70"
+    assert len(probed([prompt(90), prompt(70)]).token_ids) == CUT_AT
+    seen = probed([prompt(40), prompt(90, "picture"), prompt(70, "picture")])
+    assert seen.id == "70" and len(seen.token_ids) == 70, "placeholders are not to be cut"

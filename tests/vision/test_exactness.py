@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rlhf import attention
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
 from rlhf.packing import Packed, pack
@@ -27,12 +26,6 @@ from tests.vision_models import FAMILIES
 
 Folder = Callable[[str], Path]
 Gradients = dict[str, Tensor]
-
-
-@pytest.fixture(autouse=True)
-def both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some prompts are put in front of each completion, others merged."""
-    monkeypatch.setattr(attention, "CONCAT_BELOW", 30)
 
 
 def completions(policy: Policy) -> list[list[Tensor]]:
