@@ -15,7 +15,7 @@ from rlhf.distributed import World, derive_seed
 from rlhf.metrics import Mean, Metrics, Sum, merge
 from rlhf.pretrained import decoded
 from rlhf.rewards import Rewards, Scoring
-from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
+from rlhf.rollout.engine import Measured, RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.types import Completion, FinishReason, Group, Prompt
 
 
@@ -67,6 +67,10 @@ class Sampler:
         self, requests: Sequence[RolloutRequest], between: Callable[[], None] | None = None
     ) -> list[list[Completion]]:
         return generate(self.engine, requests, between=between)
+
+    def measured(self) -> Metrics:
+        """What the engine says about itself since it was asked last."""
+        return self.engine.measured() if isinstance(self.engine, Measured) else {}
 
     def rollout(
         self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: Hooks
@@ -171,7 +175,7 @@ class Collector:
             sampled += groups
             kept += [g for g in groups if self.algorithm.keep(g)]
             parts.append(metrics)
-        metrics = merge(parts) | {"rollout/groups": Sum(float(len(kept)))}
+        metrics = merge(parts) | {"rollout/groups": Sum(float(len(kept)))} | self.sampler.measured()
         return Collected(kept, sampled, position, metrics)
 
     def begin(self, position: int, hooks: Hooks) -> Pending:
@@ -182,10 +186,12 @@ class Collector:
         draws, position = self._draws(position, wanted)
         prompts, labels = self._prompts(draws)
         scorings = self.sampler.rollout(prompts, self.budgets.sizes(prompts), labels, hooks)
+        measured = self.sampler.measured()
 
         def wait() -> Collected:
             hooks.phase("reward")
             groups, metrics = self.sampler.rewards.gather(scorings)
+            metrics |= measured
             groups = _drawn(groups, draws)
             kept = [g for g in groups if self.algorithm.keep(g)]
             metrics = metrics | length_metrics(groups) | {"rollout/groups": Sum(float(len(kept)))}

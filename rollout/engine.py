@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from rlhf.metrics import Metrics
 from rlhf.types import Completion, Prompt
 
 PauseMode = Literal["abort", "wait", "keep"]
@@ -184,6 +185,15 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """An engine with something to say about itself in the metrics of a step."""
+
+    def measured(self) -> Metrics:
+        """Since it was asked last."""
+        ...
 
 
 def generate(

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -52,15 +53,25 @@ class Replica:
         """When it last gave a sample, or got the first it had to give."""
         self._port: int | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
+        self._over = False
+        self._starting = threading.Lock()
         self._log = folder / "none.log"
 
     def __str__(self) -> str:
         return f"the vllm server at {self.url}"
 
     def start(self) -> None:
-        """On a free port of this host; a server found by its address is left as it is."""
+        """On a free port of this host; a server found by its address is left as it is.
+
+        Raises ReplicaError: it was ended for good.
+        """
         if self.arguments is None:
             return
+        with self._starting:
+            self._check_wanted()
+            self._keeper = self._started(self.arguments)
+
+    def _started(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         # the same whenever it is started again: other ranks know it by that
         self._port = port = self._port or _free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -78,14 +89,14 @@ class Replica:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environ.pop(name, None)
         with self._log.open("wb") as log:
-            self._keeper = subprocess.Popen(
+            return subprocess.Popen(
                 [
                     sys.executable,
                     "-m",
                     "rlhf.rollout.vllm_replica",
                     *(str(os.getpid()), str(self.folder)),
                     *("--host", "127.0.0.1", "--port", str(port)),
-                    *self.arguments,
+                    *arguments,
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -99,6 +110,7 @@ class Replica:
         """Raises ReplicaError: it ended, or is not healthy within `seconds`; EngineError: another version."""
         deadline = time.monotonic() + seconds
         while True:
+            self._check_wanted()
             if self.has_ended:
                 raise ReplicaError(f"{self} ended while it started: {self.last_words()}")
             try:
@@ -115,11 +127,20 @@ class Replica:
     def stop(self) -> None:
         """Ends a server that was started here, and waits until it is gone."""
         self.ready = False
-        if self._keeper is None:
-            return
-        self._keeper.send_signal(signal.SIGTERM)
-        self._keeper.wait()
-        self._keeper = None
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.send_signal(signal.SIGTERM)
+            keeper.wait()
+
+    def end(self) -> None:
+        """As `stop`, and nobody who is bringing it back can start it again."""
+        with self._starting:
+            self._over = True
+        self.stop()
+
+    def _check_wanted(self) -> None:
+        if self._over:
+            raise ReplicaError(f"{self} is not wanted any more")
 
     @property
     def has_ended(self) -> bool:

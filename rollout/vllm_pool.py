@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import threading
@@ -29,6 +30,8 @@ LOOK_EVERY = 0.5
 MAX_FAILURES = 3
 """In a row; a server that is lost more often is given up."""
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -54,6 +57,8 @@ class Pool:
         self._base: WeightSource | None = None
         self._proven: Proven | None = None
         self._closed = False
+        self.lost = 0
+        """How often a server was."""
         try:
             self._everywhere(self._start, self.replicas)
         except (EngineError, ReplicaError) as error:
@@ -117,14 +122,25 @@ class Pool:
         """It is brought back, unless that was tried too often."""
         replica.ready, replica.reason, replica.base = False, reason, None
         replica.failures += 1
+        self.lost += 1
+        self._say(f"{reason}: its samples are asked of {len(self.ready)} others; {self._next(replica)}")
         if replica.failures <= MAX_FAILURES and not self._closed:
             threading.Thread(target=self._bring_back, args=(replica,), daemon=True).start()
+
+    def _next(self, replica: Replica) -> str:
+        if replica.failures > MAX_FAILURES:
+            return f"lost {replica.failures} times in a row, it is given up"
+        return f"it is brought back (loss {replica.failures} in a row of {MAX_FAILURES + 1} at most)"
+
+    def _say(self, text: str) -> None:
+        if not self._closed:
+            log.warning("%s", text)
 
     def close(self) -> None:
         """Ends the servers that were started here, and waits until they are gone."""
         if not self._closed:
             self._closed = True
-            self._everywhere(Replica.stop, self.replicas)
+            self._everywhere(Replica.end, self.replicas)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, replica: Replica) -> None:
@@ -143,10 +159,12 @@ class Pool:
                 while not self._closed and not self._caught_up(replica):
                     time.sleep(LOOK_EVERY)
                 replica.moved, replica.ready = time.monotonic(), True
+                self._say(f"{replica} is back and has the weights of now")
                 break
             except (EngineError, ReplicaError, SyncError) as error:
                 replica.reason = str(error)
                 replica.failures += 1
+                self._say(f"{error}; {self._next(replica)}")
         if self._closed:
             replica.stop()
 

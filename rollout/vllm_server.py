@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.metrics import Max, Metrics, Sum
 from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.vllm import (
@@ -85,7 +86,7 @@ class VLLMServerEngine:
         self._answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
         size = MAX_SEQUENCES * len(self._pool.replicas)
         self._senders = ThreadPoolExecutor(size, thread_name_prefix="vllm")
-        self._version = 0
+        self._version = self._lost = 0
         self._paused = self._aborting = False
         self._hopeless_since: float | None = None
         atexit.register(self.close)
@@ -149,6 +150,13 @@ class VLLMServerEngine:
             self._tell_all("/resume")
         seconds, proven = time.perf_counter() - start, self._pool.proven
         return SyncReport(version, seconds, sent, proven.compared, proven.unread)
+
+    def measured(self) -> Metrics:
+        lost, self._lost = self._pool.lost - self._lost, self._pool.lost
+        return {
+            "rollout/servers": Max(float(len(self._pool.ready))),
+            "rollout/servers_lost": Sum(float(lost)),
+        }
 
     def release(self) -> None:
         """The servers have memory of their own."""

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from rlhf.metrics import Metrics
 from rlhf.rollout.engine import EngineError, Ranks, SyncError, SyncReport, WeightSource
 from rlhf.rollout.vllm import VLLMModel
 from rlhf.rollout.vllm_client import PATIENCE, Replica, ReplicaError
@@ -54,6 +55,9 @@ class Followed(Pool):
     def follow(self, version: int) -> None:
         """Rank 0 has given them weights."""
         self._version = version
+
+    def _say(self, text: str) -> None:
+        """Rank 0 does."""
 
     def _caught_up(self, replica: Replica) -> bool:
         """Rank 0 gives a server that comes back its weights, and then this version."""
@@ -102,6 +106,10 @@ class SharedServers(VLLMServerEngine):
                 if replica.url not in ready:
                     self._lose(replica, f"{replica} did not take the weights of version {version}")
         return report
+
+    def measured(self) -> Metrics:
+        """A server that is lost is lost for all ranks."""
+        return super().measured() if self._leads else {}
 
     def _lead(self, source: WeightSource, version: int, *, held: bool) -> SyncReport:
         if held:

@@ -19,11 +19,9 @@ from rlhf.types import FinishReason
 
 from .conformance import CHECKS, TOLERANCE, Check, Source, conforming_model, drain, moved, worst
 from .models import request
-from .vllm_support import needs_vllm, sampled_model
+from .vllm_support import PATIENCE, needs_vllm, processes_of, sampled_model, server_of, wait_for
 
 pytestmark = needs_vllm
-# of a machine with other work to do
-PATIENCE = 300.0
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +48,6 @@ def engine(started: Any, model: PreTrainedModel) -> Any:
     wait_for(lambda: len(started._pool.ready) == 2)
     started.update_weights(Source(model), 0)
     return started
-
-
-def wait_for(condition: Any) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.2)
-
-
-def server_of(replica: Any) -> int:
-    """Number of its server process, the child of the keeper."""
-    children = Path(f"/proc/{replica._keeper.pid}/task/{replica._keeper.pid}/children").read_text().split()
-    return int(children[0])
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
@@ -172,16 +157,3 @@ def test_nothing_is_left_when_the_trainer_is_killed(tmp_path: Path) -> None:
         trainer.kill()
     wait_for(lambda: not processes_of(group) and not Path(f"/proc/{keeper}").exists())
     assert not Path(folder).exists()
-
-
-def processes_of(group: int) -> list[int]:
-    """Numbers of the processes of a group that have not ended."""
-    found: list[int] = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
