@@ -3,7 +3,8 @@
     y = w * x / sqrt(mean(x^2) + eps)        as Llama, Qwen, Mistral and others compute it
 
 With u = x / rms and g = w * dy the gradients are dx = (g - u * mean(g * u)) / rms and dw = sum of dy * u, in
-float32. What autograd would keep of it is 6 more bytes a number, twice in every layer.
+float32. What autograd would keep of it is 6 more bytes a number, twice in every layer. The result is not kept
+by those that read it either: it is computed again (recompute.py).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from rlhf.recompute import again
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -28,7 +31,8 @@ def fuse_norms(model: nn.Module) -> int:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x[..., H]`, `weight[H]`, of one type; differentiable once."""
-    return cast(Any, _RmsNorm).apply(x, weight, eps)
+    y, inverse = cast(Any, _RmsNorm).apply(x, weight, eps)
+    return again(y, _scaled, x, inverse, weight)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,12 +43,12 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         x, weight, eps = args
-        wide = x.to(_wide(x), copy=True)
-        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True).add_(eps))
+        inverse = torch.rsqrt(x.to(_wide(x)).pow(2).mean(-1, keepdim=True).add_(eps))
         ctx.save_for_backward(x, weight, inverse)
-        return wide.mul_(inverse).to(x.dtype).mul_(weight)
+        ctx.mark_non_differentiable(inverse)
+        return _scaled(x, inverse, weight), inverse
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,6 +61,10 @@ class _RmsNorm(torch.autograd.Function):
         grad.mul_(weight)
         share = (grad * unit).mean(-1, keepdim=True)
         return grad.sub_(unit.mul_(share)).mul_(inverse).to(x.dtype), d_weight, None
+
+
+def _scaled(x: Tensor, inverse: Tensor, weight: Tensor) -> Tensor:
+    return x.to(inverse.dtype, copy=True).mul_(inverse).to(x.dtype).mul_(weight)
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -32,6 +32,7 @@ from rlhf.pretrained import (
     text_settings,
 )
 from rlhf.processor import Processor
+from rlhf.recompute import recomputing
 from rlhf.sharding import Sharding, backbone, gathered, give_up, open_policy
 from rlhf.sight import difference, sight_error
 from rlhf.truncation import Side, among_kept, merged, still_wanted
@@ -157,6 +158,7 @@ class Trunk:
         checkpoint_activations(self.model)
         self.model.train()
 
+    @recomputing()
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states `[N, H]` that predict the completion tokens. Raises ImageError (rlhf/vision.py)."""
         if packed.images and self.vision is None:

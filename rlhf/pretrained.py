@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.gated import lighten_mlps
 from rlhf.norms import fuse_norms
 
 # its annotations are too incomplete for a strict check
@@ -48,6 +49,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
 
 def _ready(model: Any, device: torch.device | None = None) -> PreTrainedModel:
     fuse_norms(model)
+    lighten_mlps(model)
     return model.to(device).eval() if device is not None else model.eval()
 
 
