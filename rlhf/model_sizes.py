@@ -20,10 +20,9 @@ from rlhf.pretrained import (
     set_attention,
     text_settings,
 )
+from rlhf.recompute import memory_of, recomputing
 from rlhf.typed import modules_by_name
 
-# its annotations are too incomplete for a strict check
-_hooks: Any = torch.autograd.graph.saved_tensors_hooks
 COUNTED = "rlhf_counted"
 
 
@@ -104,19 +103,15 @@ def kept_in_a_pass(model: nn.Module, length: int) -> int:
 
     def keep(tensor: Tensor) -> Tensor:
         held.append(tensor)
-        kept[_memory(tensor)] = tensor.untyped_storage().nbytes()
+        kept[memory_of(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     set_attention(model, COUNTED)
     token_ids = torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device)
-    with _hooks(keep, _as_it_is):
+    with recomputing(keep):
         model(input_ids=token_ids, use_cache=False)
-    ours = {_memory(p) for p in model.parameters()}
+    ours = {memory_of(p) for p in model.parameters()}
     return sum(size for memory, size in kept.items() if memory not in ours)
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 class _KeptByAttention(torch.autograd.Function):
@@ -137,9 +132,3 @@ def _counted(
 
 
 register_attention(COUNTED, _counted)
-
-
-def _memory(tensor: Tensor) -> int:
-    """The same for all views of one piece of memory, on the meta device too."""
-    storage: Any = tensor.untyped_storage()
-    return storage._cdata

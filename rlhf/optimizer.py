@@ -9,7 +9,8 @@ masters are one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,8 +45,10 @@ class MasterAdamW(Stateful):
                 parameter.data = parameter.data.to(dtype)
         self._pairs = list(zip(self.weights, self.masters, strict=True))
         self._copied = [(w, m) for w, m in self._pairs if w is not m and not is_sharded(w)]
+        self._first: dict[nn.Parameter, Tensor] = {}
+        """The gradients of masters that came once, in the model's own type: they lose nothing in it."""
         for weight, master in self._copied:
-            after_gradient(weight, _move_gradient_to(master))
+            after_gradient(weight, partial(self._move_gradient, master))
         self.adamw: torch.optim.Optimizer = torch.optim.AdamW(
             self.masters,
             lr=section.lr,
@@ -72,6 +75,9 @@ class MasterAdamW(Stateful):
         whole: list[Tensor] = []
         rows: list[Tensor] = []
         replicas = 1
+        while self._first:
+            master, gradient = self._first.popitem()
+            master.grad = gradient.float()
         for weight, master in self._pairs:
             if is_sharded(weight):
                 master.grad = None if weight.grad is None else own_rows(weight.grad)
@@ -86,6 +92,17 @@ class MasterAdamW(Stateful):
         # every row lies on as many ranks as there are replicas
         squares = world.all_sum(nn.utils.get_total_norm(rows).square()) / replicas
         return (norm.square() + squares).sqrt()
+
+    def _move_gradient(self, master: nn.Parameter, weight: Tensor) -> None:
+        """From the second microbatch on they are added up in float32."""
+        gradient, weight.grad = weight.grad, None
+        assert gradient is not None
+        if master.grad is not None:
+            master.grad.add_(gradient)
+        elif master in self._first:
+            master.grad = self._first.pop(master).float().add_(gradient)
+        else:
+            self._first[master] = gradient
 
     def apply(self, step: int, norm: Tensor) -> bool:
         """Clips the gathered gradients, as if `norm` were theirs, and updates unless it is not finite."""
@@ -162,18 +179,6 @@ def step_together(optimizers: Mapping[str, tuple[MasterAdamW, int]], world: Worl
     metrics: Metrics = {name: Max(optimizer.lr(step)) for name, (optimizer, step) in optimizers.items()}
     metrics["update/skipped"] = Sum(0.0 if finite else 1.0 / world.size)
     return metrics | ({"grad_norm": Mean(norm.item())} if finite else {})
-
-
-def _move_gradient_to(master: nn.Parameter) -> Callable[[Tensor], None]:
-    def hook(weight: Tensor) -> None:
-        assert weight.grad is not None
-        if master.grad is None:
-            master.grad = weight.grad.float()
-        else:
-            master.grad.add_(weight.grad)
-        weight.grad = None
-
-    return hook
 
 
 def lr_factor(step: int, section: LearnerConfig, total_steps: int) -> float:

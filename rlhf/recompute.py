@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 _named: ContextVar[dict[int, weakref.ref[Tensor]] | None] = ContextVar("results with a recipe", default=None)
-"""By the address of their first number."""
+"""By the memory they are in."""
 
 
 class Recipe:
@@ -52,20 +52,30 @@ class Recipe:
         return self._value
 
 
+def memory_of(tensor: Tensor) -> int:
+    """The same for all views of one piece of memory, on the meta device too."""
+    storage: Any = tensor.untyped_storage()
+    return storage._cdata
+
+
+def as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 @contextmanager
-def recomputing() -> Generator[None]:
-    """A forward pass in here keeps recipes in place of what `again` names."""
+def recomputing(keep: Callable[[Tensor], Tensor] = as_it_is) -> Generator[None]:
+    """A forward pass in here keeps recipes in place of what `again` names; `keep` is given the rest."""
     named: dict[int, weakref.ref[Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor | tuple[Recipe, torch.Size]:
         # it has the memory of what is saved, but is another object, and maybe of another shape
-        known = named.get(tensor.data_ptr())
+        known = named.get(memory_of(tensor))
         result = None if known is None else known()
-        if result is None or not _holds_the_same(tensor, result):
-            return tensor
+        if result is None or not _same_numbers(tensor, result):
+            return keep(tensor)
         recipe = _recipe_of(result)
         assert recipe is not None
-        return (recipe, tensor.shape) if recipe.describes(result) else tensor
+        return (recipe, tensor.shape) if recipe.describes(result) else keep(tensor)
 
     def unpack(packed: Tensor | tuple[Recipe, torch.Size]) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed[0].value().view(packed[1])
@@ -85,7 +95,7 @@ def again(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> T
     if named is not None and result.requires_grad and result.is_contiguous():
         # an attribute: nothing but the result itself and those that save it keep the inputs alive
         cast(Any, result).recipe = Recipe(result, function, inputs)
-        named[result.data_ptr()] = weakref.ref(result)
+        named[memory_of(result)] = weakref.ref(result)
     return result
 
 
@@ -93,6 +103,7 @@ def _recipe_of(tensor: Tensor) -> Recipe | None:
     return vars(tensor).get("recipe")
 
 
-def _holds_the_same(tensor: Tensor, result: Tensor) -> bool:
-    """That they begin at the same address is known; a result that lives shares its memory with no other."""
-    return tensor.is_contiguous() and tensor.dtype == result.dtype and tensor.numel() == result.numel()
+def _same_numbers(tensor: Tensor, result: Tensor) -> bool:
+    """Of two that share their memory."""
+    alike = tensor.dtype == result.dtype and tensor.numel() == result.numel()
+    return alike and tensor.is_contiguous() and tensor.storage_offset() == result.storage_offset()

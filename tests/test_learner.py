@@ -147,6 +147,27 @@ def test_masters_keep_the_updates_that_bfloat16_rounds_away(tiny_model_dir: Path
         assert torch.equal(weight, master.bfloat16())
 
 
+def test_gradients_of_one_microbatch_stay_in_16_bits_and_more_are_added_up_in_float32(tiny_model_dir: Path):
+    def optimizer() -> MasterAdamW:
+        model = policy_of(tiny_model_dir).model
+        return MasterAdamW(model, torch.bfloat16, LearnerConfig(max_grad_norm=1e9, lr=1e-3), 10)
+
+    one, other = (optimizer() for _ in range(2))
+    for count in (1, 3):
+        for i in range(count):
+            for k, weight in enumerate(one.weights):
+                (weight.float() * (1 + 2**-7 * i) * (k + 1)).sum().backward()
+        assert all(weight.grad is None for weight in one.weights)
+        assert all((master.grad is None) == (count == 1) for master in one.masters)
+        for k, master in enumerate(other.masters):
+            master.grad = sum(
+                torch.full_like(master, (1 + 2**-7 * i) * (k + 1)).bfloat16().float() for i in range(count)
+            )
+        norms = [o.step(0, ALONE)["grad_norm"].value for o in (one, other)]
+        assert norms[0] == norms[1]
+        assert all(torch.equal(a, b) for a, b in zip(one.masters, other.masters, strict=True))
+
+
 def test_optimizer_state_comes_back_bit_for_bit(tiny_model_dir: Path):
     def optimizer() -> MasterAdamW:
         return MasterAdamW(policy_of(tiny_model_dir).model, torch.bfloat16, LearnerConfig(lr=1e-3), 10)

@@ -24,12 +24,11 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from rlhf import recompute
 from rlhf.config import LoraConfig
 from rlhf.gated import lighten_mlps
 from rlhf.packing import Packed, pack
 from rlhf.policy import Policy
-from rlhf.recompute import again, recomputing
+from rlhf.recompute import again, as_it_is, memory_of, recomputing
 from tests.support import policy_of
 
 SMALL: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
@@ -62,33 +61,16 @@ def states_and_gradients(policy: Policy, *, recompute: bool) -> list[Tensor]:
     return found
 
 
-@pytest.fixture
-def kept(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], int]:
+def kept(run: Callable[[], Any], *, recompute: bool) -> int:
     """Bytes that a forward pass keeps as tensors, whatever they are views of, counted once."""
-    sizes: dict[int, int] = {}
-    alive: list[Any] = []
+    alive: dict[int, Tensor] = {}
 
-    class Noting(saved_tensors_hooks):
-        def __init__(self, pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]) -> None:
-            def noting(tensor: Tensor) -> Any:
-                packed = pack(tensor)
-                if isinstance(packed, Tensor):
-                    alive.append(packed)
-                    sizes[packed.untyped_storage().data_ptr()] = packed.untyped_storage().nbytes()
-                return packed
+    def keep(tensor: Tensor) -> Tensor:
+        return alive.setdefault(memory_of(tensor), tensor)
 
-            super().__init__(noting, unpack)
-
-    monkeypatch.setattr(recompute, "saved_tensors_hooks", Noting)
-
-    def measure(run: Callable[[], Any]) -> int:
-        sizes.clear()
-        with Noting(lambda t: t, lambda t: t):
-            alive.append(run())
-        alive.clear()
-        return sum(sizes.values())
-
-    return measure
+    with recomputing(keep) if recompute else saved_tensors_hooks(keep, as_it_is):
+        run()
+    return sum(tensor.untyped_storage().nbytes() for tensor in alive.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,9 +105,7 @@ def test_so_they_are_with_an_adapter_with_checkpointing_and_with_padded_rows(
 
 
 @pytest.mark.parametrize(("kind", "config"), KINDS)
-def test_an_mlp_keeps_its_two_projections_alone(
-    kept: Callable[[Callable[[], Any]], int], kind: Any, config: Any
-) -> None:
+def test_an_mlp_keeps_its_two_projections_alone(kind: Any, config: Any) -> None:
     mlp = kind(config(**SMALL))
     x = torch.randn(1, 5, 8, requires_grad=True)
     plain = mlp(x)
@@ -137,8 +117,8 @@ def test_an_mlp_keeps_its_two_projections_alone(
     got = torch.autograd.grad(y.sum(), [x, *mlp.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     weights, per_number = 4 * 3 * 8 * 12, 4 * 5
-    assert kept(recomputing()(lambda: mlp(x))) == weights + per_number * (8 + 2 * 12)
-    assert kept(lambda: mlp(x)) == weights + per_number * (8 + 4 * 12), "outside nothing changes"
+    assert kept(lambda: mlp(x), recompute=True) == weights + per_number * (8 + 2 * 12)
+    assert kept(lambda: mlp(x), recompute=False) == weights + per_number * (8 + 4 * 12)
 
 
 def test_mlps_on_the_meta_device_are_prepared_and_others_stay_as_they_are() -> None:
@@ -228,11 +208,9 @@ def test_a_checkpointed_layer_keeps_no_inputs_of_recipes() -> None:
 
 
 @pytest.mark.parametrize(("shape", "less"), [("llama", 2 * 64 + 2 * 32), ("gemma", 2 * 64)])
-def test_a_policy_keeps_less(
-    kept: Callable[[Callable[[], Any]], int], tiny_model: Callable[[str], Path], shape: str, less: int
-) -> None:
+def test_a_policy_keeps_less(tiny_model: Callable[[str], Path], shape: str, less: int) -> None:
     """Numbers a token in each of two layers: of its MLP, and of its norms where these are fused too."""
     policy, packed = policy_of(tiny_model(shape)), ragged()
     hidden: Any = policy.hidden
-    plain, lean = kept(lambda: hidden.__wrapped__(policy, packed)), kept(lambda: hidden(packed))
+    plain, lean = (kept(lambda: hidden.__wrapped__(policy, packed), recompute=flag) for flag in (False, True))
     assert plain - lean >= 4 * len(packed.token_ids) * 2 * less
