@@ -10,7 +10,8 @@ Groups of 8 completions of 64 tokens (`--size`, `--length`), bfloat16 with a flo
 reference, forward, backward and optimizer step. All contenders make the same update: before anything is
 reported their entropies and gradient norms are compared (within 2 %, the rounding of bfloat16). Each repeat
 runs every contender once in turn; peak memory is that of two updates in a process of its own, less what the
-model and its optimizer hold: of the allocator on a GPU, else the largest resident size.
+model and its optimizer hold: of the allocator on a GPU, else the largest resident size. Freed memory is kept
+on a CPU, as in a run.
 
 Run: `python -m benchmarks.learner --model MODEL_FOLDER --out benchmarks/results/MACHINE/learner.json`.
 """
@@ -35,6 +36,7 @@ from torch import Tensor
 from benchmarks.runs import machine
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
+from rlhf.allocator import keep_freed_memory
 from rlhf.config import LearnerConfig, ModelConfig
 from rlhf.distributed import World
 from rlhf.experience import ExperienceBuilder
@@ -241,6 +243,8 @@ def main() -> None:
         options.length,
         options.microbatch_tokens,
     )
+    if DEVICE.type == "cpu":
+        keep_freed_memory()
     if options.memory_of:
         print(measure_memory(options.memory_of, work))  # noqa: T201
         return
