@@ -63,6 +63,8 @@ class VLLMConfig(Section):
     """Servers that run already, on this host, in place of those."""
     deadline: Annotated[float, Field(gt=0.0)] = 600.0
     """Seconds that a server may take to start, and to give the next sample; then it is started again."""
+    transport: Literal["auto", "file", "nccl", "ipc"] = "auto"
+    """How servers get weights: a file in shared memory, or from GPU to GPU; `auto`: what fits."""
     lora: Literal["merged", "adapter"] = "merged"
     """How `model.lora` is sent: in the weights that it adapts, or by itself, which is much less to send."""
     args: dict[str, Any] = Field(default_factory=dict)

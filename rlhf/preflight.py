@@ -35,9 +35,8 @@ from rlhf.pretraining import Text, load_texts
 from rlhf.processor import Processor, load_processor
 from rlhf.rewards import Rewards, RewardSpec
 from rlhf.settings import ConfigError
+from rlhf.vllm_preflight import check_adapter, check_vllm
 
-LARGEST_RANK = 512
-"""Of an adapter in vLLM 0.32."""
 SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -74,7 +73,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             "nothing to learn from in an update"
         )
     _check_installed(config)
-    _check_vllm(config, world_size)
+    check_vllm(config, world_size)
     algorithm = config.build_algorithm()
     _check_sampling(config, algorithm)
     _check_ahead(config, algorithm)
@@ -87,7 +86,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     _check_lengths(config, model)
     _check_weights(config, model)
     processor = load_processor(config.model.path, tokenizer)
-    _check_adapter(config, processor)
+    check_adapter(config, processor)
     ends = _eos_token_ids(config, tokenizer)
     offline = None if config.data.mode == "online" else _offline(config, tokenizer, processor, ends)
     train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
@@ -172,46 +171,6 @@ def _prompts(
         long_prompts=data.long_prompts,
         processor=processor,
     )
-
-
-def _check_vllm(config: Config, world_size: int) -> None:
-    engine, section = config.rollout.engine, config.rollout.vllm
-    if not engine.startswith("vllm"):
-        return
-    if not section.urls and importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            f"rollout.engine is {engine}, but vllm is not installed: make setup EXTRAS=vllm (docs/engines.md)"
-        )
-    if engine == "vllm" and (section.urls or section.replicas > 1):
-        raise ConfigError("rollout.vllm.urls and replicas are servers: set rollout.engine=vllm-server")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    if engine == "vllm-server" and here < world_size:
-        raise ConfigError(
-            "rollout.engine is vllm-server, whose servers and ranks are on one host, and "
-            f"{world_size - here} of the {world_size} ranks are on another: take rollout.engine=vllm"
-        )
-
-
-def _check_adapter(config: Config, processor: Processor | None) -> None:
-    """Whether vLLM can take an adapter by itself."""
-    if config.rollout.vllm.lora == "merged":
-        return
-    lora, engine = config.model.lora, config.rollout.engine
-    if lora is None or not engine.startswith("vllm"):
-        raise ConfigError(
-            "rollout.vllm.lora is adapter, which needs model.lora and rollout.engine=vllm or vllm-server; "
-            f"the engine is {engine}{'' if lora else ', and there is no model.lora'}"
-        )
-    if processor is not None:
-        raise ConfigError(
-            f"rollout.vllm.lora is adapter, but {config.model.path} can see, and vLLM adapts the language "
-            "model alone: take rollout.vllm.lora=merged"
-        )
-    if lora.rank > LARGEST_RANK:
-        raise ConfigError(
-            f"rollout.vllm.lora is adapter, and model.lora.rank = {lora.rank}: vLLM has room for "
-            f"{LARGEST_RANK}; take rollout.vllm.lora=merged"
-        )
 
 
 def _check_sampling(config: Config, algorithm: Algorithm) -> None:

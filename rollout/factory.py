@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from rlhf.config import VLLMConfig
 from rlhf.plugins import load_object
@@ -69,11 +70,17 @@ def make_engine(
         lora_rank=lora_rank if section.lora == "adapter" else 0,
         sight=None if eyes is None else Sight.of(held.config, held.dtype, eyes),
     )
-    return VLLMEngine(sampled) if name == "vllm" else _servers(sampled, section, ranks)
+    in_shards = isinstance(model, FSDPModule)
+    return VLLMEngine(sampled) if name == "vllm" else _servers(sampled, section, ranks, in_shards=in_shards)
 
 
-def _servers(model: VLLMModel, section: VLLMConfig, ranks: Ranks | None) -> VLLMServerEngine:
-    service = Service(section.replicas, section.urls, section.deadline)
-    if ranks is not None and ranks.size > 1:
+def _servers(
+    model: VLLMModel, section: VLLMConfig, ranks: Ranks | None, *, in_shards: bool
+) -> VLLMServerEngine:
+    size = 1 if ranks is None else ranks.size
+    # gathered for a server's GPU, what is in shards would be whole on one of the learner's
+    transport = "file" if in_shards and section.transport == "auto" else section.transport
+    service = Service(section.replicas, section.urls, section.deadline, transport, size)
+    if ranks is not None and size > 1:
         return SharedServers(model, service, ranks)
     return VLLMServerEngine(model, service)

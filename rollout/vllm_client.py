@@ -36,15 +36,22 @@ class ReplicaError(Exception):
 
 class Replica:
     """`arguments`: to start it with, of vLLM's command line; None: it runs at `url` already. `sees`: kind of
-    its model, where that can see (rollout/vllm_pictures.py).
+    its model, where that can see (rollout/vllm_pictures.py). `gpu`: for it, as CUDA_VISIBLE_DEVICES names it.
     """
 
     def __init__(
-        self, url: str, arguments: Sequence[str] | None, folder: Path, sees: str | None = None
+        self,
+        url: str,
+        arguments: Sequence[str] | None,
+        folder: Path,
+        sees: str | None = None,
+        gpu: str | None = None,
     ) -> None:
-        self.arguments, self.folder, self.sees = arguments, folder, sees
+        self.arguments, self.folder, self.sees, self.gpu = arguments, folder, sees, gpu
         self.url = url.rstrip("/")
         self.ready = False
+        self.healthy = False
+        """It came back, and waits for weights."""
         self.reason = "it has not started yet"
         self.failures = 0
         self.base: WeightSource | None = None
@@ -73,7 +80,7 @@ class Replica:
 
     def _started(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
         # the same whenever it is started again: other ranks know it by that
-        self._port = port = self._port or _free_port()
+        self._port = port = self._port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = self.folder / f"{port}.log"
         environ = {
@@ -86,6 +93,8 @@ class Replica:
             "PYTHONPATH": f"{_root()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
             MARK: self.sees or "",
         }
+        if self.gpu is not None:
+            environ["CUDA_VISIBLE_DEVICES"] = self.gpu
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             environ.pop(name, None)
         with self._log.open("wb") as log:
@@ -126,7 +135,7 @@ class Replica:
 
     def stop(self) -> None:
         """Ends a server that was started here, and waits until it is gone."""
-        self.ready = False
+        self.ready = self.healthy = False
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.send_signal(signal.SIGTERM)
@@ -144,9 +153,9 @@ class Replica:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was started here and is gone."""
+        """Whether it was started here and is gone, or is not wanted any more."""
         keeper = self._keeper
-        return keeper is not None and keeper.poll() is not None
+        return self._over or (keeper is not None and keeper.poll() is not None)
 
     def last_words(self) -> str:
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
@@ -192,9 +201,9 @@ class Replica:
         return decoded_part(answer)
 
 
-def _free_port() -> int:
+def free_port(address: str = "127.0.0.1") -> int:
     with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
+        found.bind((address, 0))
         return found.getsockname()[1]
 
 

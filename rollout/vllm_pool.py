@@ -11,20 +11,24 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import safetensors
-from torch import Tensor
 
 from rlhf.rollout.engine import EngineError, SyncError, WeightSource
-from rlhf.rollout.proof import Aliases, Proven, Sent, differing, digest, looked_at, prove
+from rlhf.rollout.proof import Proven, differing, prove
 from rlhf.rollout.vllm import VLLMModel
 from rlhf.rollout.vllm_adapter import NAME, in_parts, prove_parts, write_adapter
 from rlhf.rollout.vllm_client import PATIENCE, Replica, ReplicaError
-from rlhf.rollout.weight_file import WeightFile
+from rlhf.rollout.vllm_device import DeviceTransport
+from rlhf.rollout.vllm_transport import (
+    Asked,
+    FileTransport,
+    Place,
+    Transport,
+    Way,
+    places,
+    visible_gpus,
+    way_of,
+)
 
-# its annotations are too incomplete for a strict check
-_safetensors: Any = safetensors
 SHARED_MEMORY = Path("/dev/shm")
 LOOK_EVERY = 0.5
 MAX_FAILURES = 3
@@ -35,11 +39,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """`urls`: servers that run already; none: `replicas` are started here. `deadline`: seconds."""
+    """`urls`: servers that run already; none: `replicas` are started here. `deadline`: seconds.
+
+    `transport`: how they are given weights, "auto" or one of `WAYS`. `ranks`: of the learner.
+    """
 
     replicas: int = 1
     urls: tuple[str, ...] = ()
     deadline: float = 600.0
+    transport: Asked = "auto"
+    ranks: int = 1
 
 
 class Pool:
@@ -47,20 +56,31 @@ class Pool:
 
     def __init__(self, model: VLLMModel, service: Service) -> None:
         self._model, self._service = model, service
+        if service.urls:
+            found: list[tuple[str, Place | None]] = [(url, None) for url in service.urls]
+        else:
+            placed = places(service.transport, service.replicas, service.ranks, visible_gpus())
+            found = [("", place) for place in placed]
         shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() else None
         self.folder = Path(tempfile.mkdtemp(prefix="tandem-vllm-", dir=shared))
         arguments = command_line(model)
-        urls: list[str] = list(service.urls) or [""] * service.replicas
         sees = None if model.sight is None else model.sight.kind
-        self.replicas = [Replica(url, None if url else arguments, self.folder, sees) for url in urls]
+        self.replicas = [
+            Replica(url, None, self.folder)
+            if place is None
+            else Replica(url, [*arguments, *place.arguments], self.folder, sees, place.gpu)
+            for url, place in found
+        ]
         self._version = 0
         self._base: WeightSource | None = None
         self._proven: Proven | None = None
         self._closed = False
+        self._transport: Transport = FileTransport(self.folder / "weights.safetensors", model.dtype)
         self.lost = 0
         """How often a server was."""
         try:
             self._everywhere(self._start, self.replicas)
+            self._transport = self._transport_for([place for _, place in found])
         except (EngineError, ReplicaError) as error:
             self.close()
             raise EngineError(str(error)) from error
@@ -84,7 +104,7 @@ class Pool:
         def tell(replica: Replica) -> None:
             replica.call("POST", path, timeout=timeout)
 
-        self._or_lost(tell, lost)
+        self._or_lost(tell, lost, self.ready)
 
     def update(self, source: WeightSource, version: int, lost: Callable[[Replica, str], None]) -> int:
         """Bytes. Raises SyncError: a server does not hold what it was sent. A lost one is given it later."""
@@ -92,8 +112,8 @@ class Pool:
         parts = in_parts(source, self._model.lora_rank)
         base = source if parts is None else parts.base
         size, sent = 0, None
-        if parts is None or base is not self._base:
-            size, sent = self._write(base, version)
+        if parts is None or base is not self._base or not self._transport.published:
+            size, sent = self._transport.publish(base, version)
             self._base = base
         if parts is not None:
             size += write_adapter(self._adapter, parts.adapter, self._model.dtype)
@@ -107,9 +127,14 @@ class Pool:
             else:
                 proofs[replica.url] = prove_parts(str(replica), replica, parts, version, dtype)
 
-        self._or_lost(update, lost)
-        if not proofs:
-            raise EngineError(self.why_none_is_left())
+        self._or_lost(update, lost, self.ready)
+        until = time.monotonic() + 2 * self._service.deadline
+        while not proofs:
+            # all were lost while the learner learned
+            if self.given_up or time.monotonic() > until:
+                raise EngineError(self.why_none_is_left())
+            time.sleep(LOOK_EVERY)
+            self._or_lost(update, lost, [replica for replica in self.replicas if replica.healthy])
         self._proven = next(iter(proofs.values()))
         return size
 
@@ -136,11 +161,17 @@ class Pool:
         if not self._closed:
             log.warning("%s", text)
 
+    def retire(self) -> None:
+        """The learner will change its weights."""
+        self._transport.retire()
+
     def close(self) -> None:
         """Ends the servers that were started here, and waits until they are gone."""
         if not self._closed:
             self._closed = True
             self._everywhere(Replica.end, self.replicas)
+            for replica in self.replicas:
+                self._transport.forget(replica)
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start(self, replica: Replica) -> None:
@@ -153,12 +184,14 @@ class Pool:
         """A server that comes back has the weights of now before it samples."""
         while replica.failures <= MAX_FAILURES and not self._closed:
             try:
+                self._transport.forget(replica)
                 replica.stop()
                 replica.start()
                 replica.wait_until_healthy(self._service.deadline)
+                replica.healthy = True
                 while not self._closed and not self._caught_up(replica):
                     time.sleep(LOOK_EVERY)
-                replica.moved, replica.ready = time.monotonic(), True
+                replica.moved, replica.ready, replica.healthy = time.monotonic(), True, False
                 self._say(f"{replica} is back and has the weights of now")
                 break
             except (EngineError, ReplicaError, SyncError) as error:
@@ -169,11 +202,12 @@ class Pool:
             replica.stop()
 
     def _caught_up(self, replica: Replica) -> bool:
-        """Loads the file of the last update, unless there is a new one by then."""
+        """Gives it the weights of the last update, unless there are none to give, or new ones by then."""
+        if replica.has_ended:
+            raise ReplicaError(f"{replica} ended while it waited for weights: {replica.last_words()}")
         version, proven = self._version, self._proven
-        if proven is None:
+        if proven is None or not self._load(replica):
             return False
-        self._load(replica)
         wrong = differing(proven.expected, replica.digests(list(proven.expected), version))
         if self._proven is not proven:
             return False
@@ -181,12 +215,14 @@ class Pool:
             raise ReplicaError(f"{replica} came back and does not hold {wrong[0][0]} as it was sent")
         return True
 
-    def _load(self, replica: Replica) -> None:
-        """The file in shared memory, of version `self._version`; of an adapter's base only when it is new."""
+    def _load(self, replica: Replica) -> bool:
+        """The weights of version `self._version`; of an adapter's base only when it is new. False: there are
+        none now.
+        """
         version, deadline = self._version, self._service.deadline
         adapts = self._model.lora_rank > 0
-        if not adapts or replica.base is not self._base:
-            replica.worker("tandem_load", deadline, path=str(self._weights))
+        if (not adapts or replica.base is not self._base) and not self._transport.send(replica, deadline):
+            return False
         if adapts and NAME not in replica.models():
             # samples ask for it by its name
             body = {"lora_name": NAME, "lora_path": str(self._adapter), "load_inplace": False}
@@ -200,35 +236,33 @@ class Pool:
         if self._model.sight is not None:
             replica.call("POST", "/reset_encoder_cache", timeout=deadline)
         replica.call("POST", "/update_weight_version", {"new_version": str(version)}, timeout=deadline)
+        return True
+
+    def _transport_for(self, placed: Sequence[Place | None]) -> Transport:
+        """One for all servers. Raises EngineError: they cannot be given weights alike."""
+        asked, ranks = self._service.transport, self._service.ranks
+        ways: set[Way] = {
+            way_of(replica, asked, ranks) if place is None else place.way
+            for replica, place in zip(self.replicas, placed, strict=True)
+        }
+        if len(ways) > 1:
+            raise EngineError(
+                f"the servers of rollout.vllm.urls were started for {' and '.join(sorted(ways))}: start all "
+                "with the same --weight-transfer-config"
+            )
+        (way,) = ways
+        return self._transport if way == "file" else DeviceTransport(way, self._model.dtype)
 
     @property
     def _adapter(self) -> Path:
         return self.folder / "adapter"
 
-    @property
-    def _weights(self) -> Path:
-        return self.folder / "weights.safetensors"
-
-    def _write(self, source: WeightSource, version: int) -> tuple[int, Sent]:
-        """Under the names of the Hugging Face layout, one weight at a time; bytes, and what was sent."""
-        aliases, digests, dtype = Aliases(source), dict[str, str](), self._model.dtype
-        written = self._weights.with_suffix(".new")
-        with WeightFile(written, aliases.all) as file:
-            for sent, tensor in source.named_tensors():
-                weight = tensor.detach().to("cpu", dtype)
-                file.add(sent, weight)
-                digests |= dict.fromkeys(aliases.of(sent), digest(looked_at(weight, version)))
-        written.replace(self._weights)
-
-        def part(name: str) -> Tensor:
-            with _safetensors.safe_open(self._weights, framework="pt") as saved:
-                held = set(saved.keys())
-                weight = saved.get_tensor(next(other for other in aliases.of(name) if other in held))
-            return looked_at(weight, version)
-
-        return file.bytes, Sent(digests, part)
-
-    def _or_lost(self, action: Callable[[Replica], None], lost: Callable[[Replica, str], None]) -> None:
+    def _or_lost(
+        self,
+        action: Callable[[Replica], None],
+        lost: Callable[[Replica, str], None],
+        replicas: Sequence[Replica],
+    ) -> None:
         failed: list[tuple[Replica, str]] = []
 
         def attempt(replica: Replica) -> None:
@@ -237,7 +271,7 @@ class Pool:
             except ReplicaError as error:
                 failed.append((replica, str(error)))
 
-        self._everywhere(attempt, self.ready)
+        self._everywhere(attempt, replicas)
         for replica, reason in failed:
             lost(replica, reason)
 

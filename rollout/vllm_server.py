@@ -7,8 +7,8 @@
    samples are asked of the others, and it is started again, given the weights of now and compared with what
    was sent before it samples. One that was found by its address is waited for. When none is left in time,
    the error names each with its reason.
-3. A weight update writes one safetensors file to shared memory; every server loads it, forgets its prefix
-   cache and is compared (rollout/proof.py). The file stays for servers that come back.
+3. A weight update gives every server the weights (rollout/vllm_transport.py); it forgets its prefix cache and
+   is compared (rollout/proof.py). What was given stays for servers that come back.
 4. Nothing outlives the trainer (rollout/vllm_replica.py).
 """
 
@@ -159,7 +159,8 @@ class VLLMServerEngine:
         }
 
     def release(self) -> None:
-        """The servers have memory of their own."""
+        """The servers have memory of their own; the learner's is not read any more until the next update."""
+        self._pool.retire()
 
     def close(self) -> None:
         """Ends the servers that were started here, and waits until they are gone."""

@@ -23,6 +23,7 @@ from rlhf.rollout.vllm import VLLMModel
 from rlhf.rollout.vllm_client import PATIENCE, Replica, ReplicaError
 from rlhf.rollout.vllm_pool import LOOK_EVERY, Pool, Service
 from rlhf.rollout.vllm_server import VLLMServerEngine
+from rlhf.rollout.vllm_transport import Place, Transport
 
 
 class Led(Pool):
@@ -51,6 +52,10 @@ class Followed(Pool):
 
     def __init__(self, model: VLLMModel, service: Service, urls: Sequence[str]) -> None:
         super().__init__(model, replace(service, urls=tuple(urls)))
+
+    def _transport_for(self, placed: Sequence[Place | None]) -> Transport:
+        """Rank 0 gives weights; nothing goes through this one."""
+        return self._transport
 
     def follow(self, version: int) -> None:
         """Rank 0 has given them weights."""

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from rlhf.rollout.proof import columns, digest, looked_at
 from rlhf.rollout.vllm_adapter import NAME, NUMBER, held_factor
+from rlhf.rollout.vllm_device import rebuilding_arguments
+from rlhf.rollout.vllm_transport import gpu_of
 
 PARAMETER, PACKED = "the parameter", "the packed copy"
 
@@ -32,14 +34,26 @@ class HeldWeights:
         self.tandem_pack_head()
         return [0]
 
-    def tandem_pack_head(self: Any) -> None:
+    def tandem_pack_head(self: Any) -> list[int]:
         platforms: Any = importlib.import_module("vllm.platforms")
         embeddings: Any = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
-        if not platforms.current_platform.is_cpu():
-            return
+        heads = embeddings.ParallelLMHead if platforms.current_platform.is_cpu() else ()
         for module in self.model_runner.get_model().modules():
-            if isinstance(module, embeddings.ParallelLMHead):
+            if isinstance(module, heads):
                 module.quant_method.process_weights_after_loading(module)
+        return [0]
+
+    def tandem_transport(self: Any) -> dict[str, str]:
+        """How it was started to be given weights, and its GPU; empty where there is none."""
+        config, device = self.vllm_config.weight_transfer_config, self.device
+        gpu = gpu_of(device) if device.type == "cuda" else ""
+        return {"backend": "" if config is None else config.backend, "gpu": gpu}
+
+    def tandem_take(self: Any, update_info: dict[str, Any], handles: dict[str, Any]) -> list[int]:
+        """vLLM's `update_weights`, of memory on the learner's side that is named in plain numbers."""
+        rebuilt = {gpu: rebuilding_arguments(plain) for gpu, plain in handles.items()}
+        self.update_weights({**update_info, "ipc_handles": rebuilt})
+        return [0]
 
     def tandem_adapter(self: Any, path: str) -> list[int]:
         """Takes the adapter of a folder, in place of the one before. Raises ValueError: there are others."""

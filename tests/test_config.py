@@ -131,6 +131,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "rollout.vllm.deadline",
         "rollout.vllm.lora",
         "rollout.vllm.replicas",
+        "rollout.vllm.transport",
         "rollout.vllm.urls",
         "run_dir",
         "seed",
