@@ -103,7 +103,7 @@ def test_both_ends_agree_on_a_cpu(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("way", "replicas"), [("ipc", 1), ("nccl", 2), ("file", 1), ("auto", 1)])
+@pytest.mark.parametrize(("way", "replicas"), [("ipc", 1), ("nccl", 2), ("file", 1)])
 def test_weights_go_from_gpu_to_gpu(
     tmp_path_factory: pytest.TempPathFactory, way: str, replicas: int
 ) -> None:
