@@ -17,7 +17,7 @@ from tests.support import bandit_settings, metrics_of, train
 
 from .vllm_support import PATIENCE, needs_vllm, processes_of, server_of, wait_for
 
-pytestmark = needs_vllm
+pytestmark = [needs_vllm, pytest.mark.slow]
 STEPS, PROMPTS, GROUP = 4, 8, 8
 STRUCK = 1
 """The step, from 0."""

@@ -85,6 +85,7 @@ def servers(sampled: Any, replicas: int, way: Any) -> Any:
     return VLLMServerEngine(sampled, Service(replicas=replicas, deadline=PATIENCE, transport=way))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "replicas"), [("nccl", 2), ("ipc", 1)])
 def test_both_ends_agree_on_a_cpu(
     tmp_path_factory: pytest.TempPathFactory, on_cpu: None, way: str, replicas: int
