@@ -126,8 +126,11 @@ def _models(
         return policy, None
     if section.lora is not None and section.reference is None:
         return policy, WithoutAdapter(policy)
-    reference = Policy.load(section, section.reference or section.path, world.device, inputs.processor)
+    path = section.reference or section.path
+    reference = Policy.load(section, path, world.device, inputs.processor)
     reference.freeze(_dtype(config))
+    if world.device.type == "cpu":
+        reference.leave_in_file(path)
     return policy, reference
 
 

@@ -20,6 +20,7 @@ from rlhf.attention import FOLD_UP_TO, SHARED_PREFIX
 from rlhf.config import LoraConfig, ModelConfig
 from rlhf.kernels.token_stats import TokenStats, token_stats, whole
 from rlhf.lora import Adapter
+from rlhf.mapped import MappedWeights
 from rlhf.packing import Layout, Packed, least, pack, padded, separate
 from rlhf.pretrained import (
     ModelError,
@@ -27,6 +28,7 @@ from rlhf.pretrained import (
     checkpoint_activations,
     head_of,
     load_model,
+    model_folder,
     set_attention,
     takes_attention,
     text_settings,
@@ -189,6 +191,7 @@ class Policy(Trunk):
         self.head = Head.of(model)
         super().__init__(model, layout=layout, processor=processor)
         self.adapter: Adapter | None = None
+        self._mapped: MappedWeights | None = None
         self.replica: PreTrainedModel | None = None
         """The whole of a model that learns in shards, where an engine of this process samples from it."""
 
@@ -277,10 +280,20 @@ class Policy(Trunk):
             states, packed.targets, temperature=temperature, want=want, kept=packed.kept, **against
         )
         if reference is not None:
-            give_up(reference.model)
+            reference.rest()
         if not torch.is_grad_enabled():
-            give_up(self.model)
+            self.rest()
         return statistics
+
+    def leave_in_file(self, path: str) -> None:
+        """Of a frozen model on a CPU: its weights are read from their file at each pass (mapped.py)."""
+        self._mapped = MappedWeights(self.model, model_folder(path))
+
+    def rest(self) -> None:
+        """Gives up what a pass without backward has gathered of shards, or read of a file."""
+        give_up(self.model)
+        if self._mapped is not None:
+            self._mapped.give_up()
 
     def divergence(self, packed: Packed, hidden: Tensor, other: Tensor, *, temperature: float) -> Tensor:
         """KL(policy at `hidden` || policy at `other` states) `[N]`, exact; gradient into the former alone."""
