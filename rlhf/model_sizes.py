@@ -120,7 +120,8 @@ class _KeptByAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         query, _, value = inputs
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        # tokens first, as the kernels write it: what reads it next needs no copy
+        output = query.new_empty(*query.transpose(1, 2).shape[:-1], value.shape[-1])
         ctx.save_for_backward(*inputs, output)
         return output
 
@@ -128,7 +129,7 @@ class _KeptByAttention(torch.autograd.Function):
 def _counted(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
-    return cast(Any, _KeptByAttention).apply(query, key, value).transpose(1, 2), None
+    return cast(Any, _KeptByAttention).apply(query, key, value), None
 
 
 register_attention(COUNTED, _counted)
