@@ -87,7 +87,7 @@ class DeviceTransport:
                 self._watched(replica, deadline, end.send_weights, end.shutdown)
             except (RuntimeError, OSError) as error:
                 self._close(replica)
-                raise ReplicaError(f"{replica} was not given weights by {self._way}: {error}") from error
+                raise self._refusal(replica, str(error)) from error
             except ReplicaError:
                 self._close(replica)
                 raise
@@ -154,7 +154,13 @@ class DeviceTransport:
             if replica.has_ended or time.monotonic() > until:
                 abort()
                 why = "it ended" if replica.has_ended else f"not done within {deadline:g} s"
-                raise ReplicaError(f"{replica} was not given weights by {self._way}: {why}")
+                raise self._refusal(replica, why)
+
+    def _refusal(self, replica: Replica, why: str) -> ReplicaError:
+        return ReplicaError(
+            f"{replica} was not given weights by {self._way}: {why} "
+            "(rollout.vllm.transport=file goes another way)"
+        )
 
     def _close(self, replica: Replica) -> None:
         end = self._ends.pop(replica, None)
