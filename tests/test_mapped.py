@@ -41,8 +41,11 @@ def logprobs(policy: Policy) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", ["llama", "llama-tied", "qwen3"])
-def test_it_is_the_same_model_and_gives_its_pages_up(tiny_model: Callable[[str], Path], shape: str) -> None:
-    folder = tiny_model(shape)
+def test_it_is_the_same_model_and_gives_its_pages_up(
+    tiny_model: Callable[[str], Path], tmp_path: Path, shape: str
+) -> None:
+    # a file that nobody else in this process has mapped
+    folder = shutil.copytree(tiny_model(shape), tmp_path / "model")
     policy = policy_of(folder)
     want = logprobs(policy)
     policy.freeze(torch.float32)
