@@ -31,8 +31,8 @@ test: setup $(VENV)/.dev $(VENV)/.tested-vllm
 	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # every kill point, damage and shortage, about ten minutes; `make test` has a few of each
-test-faults: setup $(VENV)/.dev
-	$(VENV)/bin/python -m pytest tests/faults/test_*.py tests/faults/every_*.py $(ARGS)
+test-faults: setup $(VENV)/.dev $(VENV)/.tested-vllm
+	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest tests/faults/test_*.py tests/faults/every_*.py tests/rollout/every_*.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check

@@ -96,27 +96,32 @@ def step_of(requests: Sequence[RolloutRequest]) -> int | None:
     return int(label) // PROMPTS if label.isdigit() else None
 
 
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [(signal.SIGKILL, "does not answer"), (signal.SIGSTOP, "gave no sample for 20 s: it is frozen")],
-    ids=["killed", "frozen"],
-)
-def test_a_server_that_is_lost_within_a_step_costs_training_nothing(
+def test_a_server_that_is_killed_within_a_step_costs_training_nothing(
     tmp_path: Path,
     tiny_model: Any,
     undisturbed: list[dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    number: int,
+) -> None:
+    """A frozen one: every_vllm_case.py."""
+    with caplog.at_level(logging.WARNING):
+        blow = train_and_lose(tmp_path, tiny_model("llama-wide"), signal.SIGKILL, monkeypatch)
+    check_a_loss(blow, metrics_of(tmp_path / "run"), undisturbed, caplog, "does not answer")
+
+
+def train_and_lose(folder: Path, model: Path, number: int, patch: pytest.MonkeyPatch) -> Blow:
+    blow = Blow(patch, number)
+    train(settings_of(folder / "run", model, "vllm-server", replicas=2, deadline=PATIENCE))
+    return blow
+
+
+def check_a_loss(
+    blow: Blow,
+    records: list[dict[str, Any]],
+    undisturbed: list[dict[str, Any]],
+    caplog: pytest.LogCaptureFixture,
     said: str,
 ) -> None:
-    blow = Blow(monkeypatch, number)
-    settings = settings_of(
-        tmp_path / "run", tiny_model("llama-wide"), "vllm-server", replicas=2, deadline=PATIENCE
-    )
-    with caplog.at_level(logging.WARNING):
-        train(settings)
-    records = metrics_of(tmp_path / "run")
     assert 0 < blow.owed < PROMPTS * GROUP
     assert [record["rollout/samples"] for record in records] == [PROMPTS * GROUP] * STEPS
     for record, other in zip(records, undisturbed, strict=True):

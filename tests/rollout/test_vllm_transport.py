@@ -86,14 +86,16 @@ def servers(sampled: Any, replicas: int, way: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("way", "replicas"), [("nccl", 2), ("ipc", 1)])
-def test_both_ends_agree_on_a_cpu(
-    tmp_path_factory: pytest.TempPathFactory, on_cpu: None, way: str, replicas: int
-) -> None:
+def test_both_ends_agree_on_a_cpu(tmp_path_factory: pytest.TempPathFactory, on_cpu: None) -> None:
+    """`ipc`: every_vllm_case.py."""
+    check_both_ends(tmp_path_factory, "nccl", 2)
+
+
+def check_both_ends(factory: pytest.TempPathFactory, way: Any, replicas: int) -> None:
     from dataclasses import replace
 
     model = conforming_model()
-    sampled = sampled_model(model, tmp_path_factory, kv_cache_gib=0.1)
+    sampled = sampled_model(model, factory, kv_cache_gib=0.1)
     worker = {"worker_extension_cls": "tests.rollout.on_cpu_worker.OnCPU"}
     engine = servers(replace(sampled, args=worker), replicas, way)
     try:
