@@ -251,15 +251,21 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for prompt in options.prompt:
         rows += measure(replace(work, prompt=prompt), options.repeats)
-    if options.out:
-        result = {
-            "command": "python -m benchmarks.learner " + " ".join(sys.argv[1:]),
-            "work": {**asdict(work), "prompt": options.prompt, "repeats": options.repeats},
-            "machine": machine(),
-            "rows": rows,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        if options.out:
+            save(
+                options.out,
+                {
+                    "work": {**asdict(work), "prompt": options.prompt, "repeats": options.repeats},
+                    "rows": rows,
+                },
+            )
+
+
+def save(path: Path, found: dict[str, Any]) -> None:
+    """After each prompt length: what was measured stays when the rest is interrupted."""
+    command = "python -m benchmarks.learner " + " ".join(sys.argv[1:])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"command": command, "machine": machine(), **found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
