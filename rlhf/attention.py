@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from rlhf.packing import GroupSpan
 from rlhf.pretrained import register_attention
+from rlhf.rollout.attention import merge
 from rlhf.typed import unflatten
 from rlhf.varlen import one_sequence, packed_attention
 
@@ -275,10 +276,9 @@ def _to_prompt_backward(
 
 
 def _merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two sets of keys."""
-    share = torch.sigmoid(other_lse - lse)[..., None]
-    wide = share.dtype
-    return torch.lerp(out.to(wide), other.to(wide), share), torch.logaddexp(lse, other_lse)
+    """Attention over the union of two sets of keys, and its log-sum-exp."""
+    out, other = out.to(lse.dtype), other.to(lse.dtype)
+    return merge(other, other_lse, out, lse), torch.logaddexp(lse, other_lse)
 
 
 def attention_forward(
