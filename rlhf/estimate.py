@@ -239,7 +239,7 @@ class _Plan:
         return parts if self.critic is None else [*parts, ("critic", self.critic, self.critic.weights)]
 
     def weights(self) -> Iterator[Item]:
-        """Masters, moments and gradients."""
+        """Masters, with the weights that are half of them, moments and gradients."""
         more = "model.lora, or distributed.mode=sharded on more ranks"
         for name, _, count in self.learned:
             own = -(-count // self.cut)
@@ -247,16 +247,15 @@ class _Plan:
             yield Item(f"{name}: gradients", own * 4, "learn", more)
 
     def copies(self) -> Iterator[Item]:
-        """Weights that are computed with, where they are not the masters themselves."""
+        """Weights that are computed with, where they are no part of a master."""
         width, lora = self.width, self.config.model.lora
         smaller = "a smaller model, or model.dtype=bfloat16"
-        for name, sizes, count in self.learned:
+        for name, sizes, _ in self.learned:
             if self.cut > 1:
                 gathered = (2 * sizes.largest_layer + sizes.outside_layers) * width
                 yield Item(f"{name}: layers while they are gathered", gathered, "learn", smaller)
-            elif width == 2 or count != sizes.weights:
-                owner = "policy" if name == "adapter" else name
-                text = f"{owner}: weights in {self.config.model.dtype}"
+            elif name == "adapter":
+                text = f"policy: weights in {self.config.model.dtype}"
                 yield Item(text, sizes.weights * width, "always", smaller)
         held = int(self.cut > 1 and not self.config.rollout.elsewhere)
         copies = held + int(self.config.rollout.engine == "vllm")

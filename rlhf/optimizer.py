@@ -1,16 +1,14 @@
 """AdamW on a float32 master copy; the model itself computes in bfloat16.
 
 A bfloat16 weight has 8 bits: at a learning rate of 1e-6 nearly every update would be rounded away. So the
-optimizer owns float32 masters, gradients of all microbatches are added up in float32, and after each update
-the masters are copied into the model, which is the copy the engine samples from as well. In float32 model and
-masters are one.
+optimizer owns float32 masters (master.py), gradients of all microbatches are added up in float32, and the
+model's weights are the masters, rounded, which the engine samples from as well. In float32 they are one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,44 +17,30 @@ from torch import Tensor, nn
 from rlhf.checkpoint import CheckpointError
 from rlhf.config import LearnerConfig
 from rlhf.distributed import World
+from rlhf.master import Master, Moments
 from rlhf.metrics import Max, Mean, Metrics, Sum
-from rlhf.sharding import as_shard, is_sharded, own_rows, replicas_of
+from rlhf.sharding import is_sharded, replicas_of
 from rlhf.state import Stateful
 from rlhf.tensor_files import TensorFiles, rows_like
-from rlhf.typed import after_gradient, copy_all
 
 
 class MasterAdamW(Stateful):
-    """Casts `model` (given in float32) to `dtype`, keeps its masters and updates both."""
+    """Casts `model` (given in float32) to `dtype`, keeps the masters of what learns and updates both."""
 
     def __init__(
         self, model: nn.Module, dtype: torch.dtype, section: LearnerConfig, total_steps: int
     ) -> None:
         self.section, self.total_steps = section, total_steps
-        self.names: list[str] = []
-        self.weights: list[nn.Parameter] = []
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                self.names.append(name)
-                self.weights.append(parameter)
-        self.masters = [_master(weight, dtype) for weight in self.weights]
+        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        self.masters = {name: Master(weight, dtype) for name, weight in named}
         for parameter in model.parameters():
             if not is_sharded(parameter):
                 parameter.data = parameter.data.to(dtype)
-        self._pairs = list(zip(self.weights, self.masters, strict=True))
-        self._copied = [(w, m) for w, m in self._pairs if w is not m and not is_sharded(w)]
-        self._first: dict[nn.Parameter, Tensor] = {}
-        """The gradients of masters that came once, in the model's own type: they lose nothing in it."""
-        for weight, master in self._copied:
-            after_gradient(weight, partial(self._move_gradient, master))
-        self.adamw: torch.optim.Optimizer = torch.optim.AdamW(
-            self.masters,
-            lr=section.lr,
-            betas=section.betas,
-            eps=section.eps,
-            weight_decay=section.weight_decay,
-            fused=True,
-        )
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """Those of the model that learn."""
+        return [master.weight for master in self.masters.values()]
 
     def step(self, step: int, world: World) -> Metrics:
         """One update from the gradients accumulated on every rank; they are gone afterwards.
@@ -72,98 +56,64 @@ class MasterAdamW(Stateful):
 
     def gather(self, world: World) -> Tensor:
         """Adds the gradients up over the ranks; their norm. FSDP has added up those of sharded weights."""
-        whole: list[Tensor] = []
-        rows: list[Tensor] = []
-        replicas = 1
-        while self._first:
-            master, gradient = self._first.popitem()
-            master.grad = gradient.float()
-        for weight, master in self._pairs:
-            if is_sharded(weight):
-                master.grad = None if weight.grad is None else own_rows(weight.grad)
-                weight.grad, replicas = None, replicas_of(weight)
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-            (rows if is_sharded(weight) else whole).append(master.grad)
-        world.sum_gradients(whole)
-        norm = nn.utils.get_total_norm(whole)
+        for master in self.masters.values():
+            master.collect()
+        whole = [master for master in self.masters.values() if not master.is_sharded]
+        if world.size > 1:
+            world.sum_gradients([master.widened() for master in whole])
+        norm = _norm(whole)
+        rows = [master for master in self.masters.values() if master.is_sharded]
         if not rows:
             return norm
         # every row lies on as many ranks as there are replicas
-        squares = world.all_sum(nn.utils.get_total_norm(rows).square()) / replicas
+        squares = world.all_sum(_norm(rows).square()) / replicas_of(rows[0].weight)
         return (norm.square() + squares).sqrt()
-
-    def _move_gradient(self, master: nn.Parameter, weight: Tensor) -> None:
-        """From the second microbatch on they are added up in float32."""
-        gradient, weight.grad = weight.grad, None
-        assert gradient is not None
-        if master.grad is not None:
-            master.grad.add_(gradient)
-        elif master in self._first:
-            master.grad = self._first.pop(master).float().add_(gradient)
-        else:
-            self._first[master] = gradient
 
     def apply(self, step: int, norm: Tensor) -> bool:
         """Clips the gathered gradients, as if `norm` were theirs, and updates unless it is not finite."""
         finite = math.isfinite(norm.item())
-        if finite:
-            nn.utils.clip_grads_with_norm_(self.masters, self.section.max_grad_norm, norm)
-            for group in self.adamw.param_groups:
-                group["lr"] = self.lr(step)
-            self.adamw.step()
-            self._copy_to_model()
-        self.adamw.zero_grad(set_to_none=True)
+        factor = (self.section.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for master in self.masters.values():
+            if finite:
+                master.update(factor, self.lr(step), self.section)
+            master.gradient = None
         return finite
-
-    @torch.no_grad()
-    def _copy_to_model(self) -> None:
-        if self._copied:
-            copy_all([weight for weight, _ in self._copied], [master for _, master in self._copied])
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Everything a checkpoint needs: the masters, and the moments and update counts of each."""
+        masters: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
-        for name, (weight, master) in zip(self.names, self._pairs, strict=True):
-            for key, value in self.adamw.state.get(master, {}).items():
-                of_rows = is_sharded(weight) and key != "step"
-                moments[f"{name}/{key}"] = as_shard(value, weight) if of_rows else value
-        masters = {
-            name: weight.detach() if is_sharded(weight) else master.detach()
-            for name, (weight, master) in zip(self.names, self._pairs, strict=True)
-        }
+        for name, master in self.masters.items():
+            masters[name], own = master.saved()
+            moments |= {f"{name}/{key}": value for key, value in own.items()}
         return {"model": masters, "optimizer": moments}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         """Inverse of `tensors`. Raises CheckpointError when they are of another model."""
-        masters, moments = tensors["model"], tensors["optimizer"]
-        if set(masters) != set(self.names):
-            odd = sorted(set(masters) ^ set(self.names))[:3]
+        saved, moments = tensors["model"], tensors["optimizer"]
+        if set(saved) != set(self.masters):
+            odd = sorted(set(saved) ^ set(self.masters))[:3]
             raise CheckpointError(
                 f"the checkpoint is of another model: {', '.join(odd)} is in one of the two only"
             )
-        for name, (weight, master) in zip(self.names, self._pairs, strict=True):
-            saved = rows_like(masters, name, weight)
-            if saved.shape != master.shape:
-                raise CheckpointError(f"{name}: checkpoint {list(saved.shape)}, model {list(master.shape)}")
-            master.copy_(saved)
-            own: dict[str, Tensor] = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                full = f"{name}/{key}"
-                if full in moments:
-                    value = moments[full] if key == "step" else rows_like(moments, full, weight)
-                    own[key] = value.clone()
-            self.adamw.state[master] = own
-        self._copy_to_model()
+        for name, master in self.masters.items():
+            value = rows_like(saved, name, master.weight)
+            if value.shape != master.shape:
+                raise CheckpointError(f"{name}: checkpoint {list(value.shape)}, model {list(master.shape)}")
+            master.set(value)
+            master.moments = None
+            if f"{name}/step" in moments:
+                first, second = (
+                    rows_like(moments, f"{name}/{key}", master.weight).clone()
+                    for key in ("exp_avg", "exp_avg_sq")
+                )
+                master.moments = Moments(first, second, moments[f"{name}/step"].clone())
 
 
-def _master(weight: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
-    """Of a sharded weight this rank's rows, which are float32; of another one a copy, unless it is computed
-    with as it is."""
-    if is_sharded(weight):
-        return nn.Parameter(own_rows(weight))
-    return weight if weight.dtype == dtype else nn.Parameter(weight.detach().clone())
+def _norm(masters: Sequence[Master]) -> Tensor:
+    """Of all their gradients together."""
+    return nn.utils.get_total_norm([master.norm() for master in masters])
 
 
 def step_together(optimizers: Mapping[str, tuple[MasterAdamW, int]], world: World) -> Metrics:

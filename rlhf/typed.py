@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw as _untyped_adamw
 
 _torch: Any = torch
+_adamw: Any = _untyped_adamw
 
 
 def integers(tensor: Tensor) -> list[int]:
@@ -35,6 +37,42 @@ def unflatten(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copies each source into its target, whatever their types, in a few kernels for all of them."""
     _torch._foreach_copy_(list(targets), list(sources))
+
+
+def norm(tensor: Tensor) -> Tensor:
+    """The root of the sum of squares, in float32 at least."""
+    return _torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def adamw(
+    weight: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    second: Tensor,
+    updates: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One fused update of `weight` and its moments, in place, after `updates` others (left as it is)."""
+    _adamw(
+        [weight],
+        [gradient],
+        [first],
+        [second],
+        [],
+        [updates.clone()],
+        fused=True,
+        amsgrad=False,
+        maximize=False,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+    )
 
 
 def after_gradient(weight: Tensor, hook: Callable[[Tensor], None]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,11 @@ from jaxtyping import install_import_hook
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 if find_spec("beartype"):
+    # of a list it checks one element, drawn from the generator that it binds when imported. With a generator
+    # of its own it leaves the global one to the tests, also where a thread in the background is checked
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random, "getrandbits", random.Random(0).getrandbits)
+        import_module("beartype")
     # without the numeric tower an int would not do for a float
     install_import_hook("rlhf", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 

@@ -23,6 +23,8 @@ from rlhf.rewards.builtin import Completion, completion_text
 
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 LONGEST_ANSWER = 1 << 24
+_JITTER = random.Random()
+"""A generator of its own: what is drawn from the seeded one does not depend on a network."""
 
 
 class RemoteError(RuntimeError):
@@ -57,7 +59,7 @@ class Client:
         problem = ""
         for attempt in range(self.attempts):
             if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))
+                time.sleep(self.pause * 2 ** (attempt - 1) * _JITTER.uniform(0.5, 1.5))
             try:
                 status, text = self._send(body, headers)
             except (OSError, http.client.HTTPException) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,7 +122,9 @@ def test_samples_go_in_batches_with_their_columns_and_one_connection(service: Se
 @pytest.mark.parametrize("path", ["drop-once", "status503-once", "status429-once", "slow-once"])
 def test_what_may_pass_is_tried_again_under_the_same_key(service: Service, path: str) -> None:
     service.requests.clear()
+    before = random.getstate()
     assert remote(service, path, seconds=1.0)(["p"], ["abc"]) == [3.0]
+    assert random.getstate() == before
     assert len(service.requests) == 2
     assert len({key for _, key, _ in service.requests}) == 1
 

@@ -72,8 +72,8 @@ def sync(policy: Policy) -> WeightSync:
 def update(optimizer: MasterAdamW, size: float = 1.0) -> None:
     """The first of Adam: every weight that learns moves by 1e-6."""
     generator = torch.Generator().manual_seed(0)
-    for master in optimizer.masters:
-        master.grad = size * torch.randn(master.shape, generator=generator)
+    for master in optimizer.masters.values():
+        master.gradient = size * torch.randn(master.shape, generator=generator)
     optimizer.step(0, ALONE)
 
 

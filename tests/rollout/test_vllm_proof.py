@@ -68,8 +68,8 @@ class Run:
     def update(self) -> None:
         """The first of Adam: every weight that learns moves by 1e-6."""
         generator = torch.Generator().manual_seed(0)
-        for master in self.optimizer.masters:
-            master.grad = torch.randn(master.shape, generator=generator)
+        for master in self.optimizer.masters.values():
+            master.gradient = torch.randn(master.shape, generator=generator)
         self.optimizer.step(0, ALONE)
 
 
