@@ -48,16 +48,16 @@ class Master:
             weight.data = weight.data.contiguous()
         self.gradient: Tensor | None = None
         """After `collect`, and of a weight in 16 bits already while backward passes add to it."""
-        self.moments: Moments | None = None
         self._lower: Tensor | None = None
-        if self.is_sharded or weight.dtype == dtype:
-            return
-        assert (weight.dtype, dtype) == (torch.float32, torch.bfloat16), "no other halves are known"
-        value = weight.detach()
-        weight.data = torch.empty_like(value, dtype=dtype)
-        self._lower = torch.empty_like(value, dtype=torch.int16)
-        self.set(value)
-        after_gradient(weight, self._take_gradient)
+        if not self.is_sharded and weight.dtype != dtype:
+            assert (weight.dtype, dtype) == (torch.float32, torch.bfloat16), "no other halves are known"
+            value = weight.detach()
+            weight.data = torch.empty_like(value, dtype=dtype)
+            self._lower = torch.empty_like(value, dtype=torch.int16)
+            self.set(value)
+            after_gradient(weight, self._take_gradient)
+        first, second = (torch.zeros(self.shape, dtype=self.dtype, device=weight.device) for _ in range(2))
+        self.moments = Moments(first, second, torch.zeros((), device=weight.device))
 
     @property
     def shape(self) -> torch.Size:
@@ -114,10 +114,6 @@ class Master:
     def update(self, factor: Tensor, lr: float, section: LearnerConfig) -> None:
         """AdamW with the gradient times `factor`."""
         assert self.gradient is not None
-        if self.moments is None:
-            zeros = torch.zeros(self.shape, dtype=self.dtype, device=self.weight.device)
-            step = torch.zeros((), dtype=torch.float32, device=zeros.device)
-            self.moments = Moments(zeros, torch.zeros_like(zeros), step)
         first, second = self.moments.first, self.moments.second
         held = (self.value(),) if self._lower is None else (self.weight.detach(), self._lower)
         for gradient, mean, square, *parts in self._pieces(self.gradient.contiguous(), first, second, *held):
@@ -141,8 +137,6 @@ class Master:
     def saved(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What a checkpoint needs of it: the master and its moments, in shards where the weight is."""
         value = self.weight.detach() if self.is_sharded else self.value()
-        if self.moments is None:
-            return value, {}
         first, second = (
             as_shard(m, self.weight) if self.is_sharded else m
             for m in (self.moments.first, self.moments.second)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf.checkpoint import CheckpointError
 from rlhf.config import LearnerConfig
 from rlhf.distributed import World
-from rlhf.master import Master, Moments
+from rlhf.master import Master
 from rlhf.metrics import Max, Mean, Metrics, Sum
 from rlhf.sharding import is_sharded, replicas_of
 from rlhf.state import Stateful
@@ -102,13 +102,9 @@ class MasterAdamW(Stateful):
             if value.shape != master.shape:
                 raise CheckpointError(f"{name}: checkpoint {list(value.shape)}, model {list(master.shape)}")
             master.set(value)
-            master.moments = None
-            if f"{name}/step" in moments:
-                first, second = (
-                    rows_like(moments, f"{name}/{key}", master.weight).clone()
-                    for key in ("exp_avg", "exp_avg_sq")
-                )
-                master.moments = Moments(first, second, moments[f"{name}/step"].clone())
+            master.moments.step.copy_(moments[f"{name}/step"])
+            master.moments.first.copy_(rows_like(moments, f"{name}/exp_avg", master.weight))
+            master.moments.second.copy_(rows_like(moments, f"{name}/exp_avg_sq", master.weight))
 
 
 def _norm(masters: Sequence[Master]) -> Tensor:

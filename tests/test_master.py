@@ -63,7 +63,7 @@ def test_updates_are_those_of_torch_in_pieces_of_any_size(size: int, monkeypatch
     apart = (bits(ours.value()) - bits(theirs.detach())).abs()
     assert apart.max() <= 2 and (apart > 0).float().mean() < 10 / 2**14
     assert torch.equal(ours.weight, ours.value().bfloat16())
-    assert ours.moments is not None and ours.moments.step == 10
+    assert ours.moments.step == 10
     assert torch.equal(ours.moments.first, adamw.state[theirs]["exp_avg"])
 
 
