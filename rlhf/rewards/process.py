@@ -138,8 +138,9 @@ class WorkerProcess:
             yield place, answer
 
     def interrupt(self) -> None:
-        """Has it killed, from another thread; whoever waits for it gets WorkerLost."""
-        self._line.shutdown(socket.SHUT_RDWR)
+        """Has it killed, unless it has ended, from another thread; whoever waits for it gets WorkerLost."""
+        with suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
         """Kills the worker and all it started, and waits until they are gone."""

@@ -26,8 +26,8 @@ ALONE: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "backward": [("torch.autograd:backward", (0, 3, 6, 9))],
     "optimizer": [
         ("rlhf.optimizer:MasterAdamW.apply", (0, 1, 7)),
-        ("torch.optim:AdamW.step", (2, 5)),
-        ("torch.nn.utils:clip_grads_with_norm_", (3, 8)),
+        # a score of weights: in the middle of an update
+        ("rlhf.master:Master.update", (50, 75, 115)),
     ],
     "metrics": [("rlhf.monitor:Stream.append", (0, 3, 8)), ("rlhf.monitor:Monitor.evaluated", (0, 1))],
     "save": [
@@ -43,7 +43,7 @@ TOGETHER: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "rollout": [("rlhf.rollout.native:NativeEngine._decode", (30,))],
     "reward": [("rlhf.rewards.scoring:Rewards.gather", (3,))],
     "backward": [("torch.autograd:backward", (3,))],
-    "optimizer": [("torch.optim:AdamW.step", (4,))],
+    "optimizer": [("rlhf.master:Master.update", (90,))],
     "collective": [
         ("torch.distributed:all_reduce", (2, 9)),
         ("torch.distributed:all_gather_object", (1, 14)),
@@ -62,8 +62,8 @@ PPO_MAX = [
     Fault("rlhf.experience:ExperienceBuilder.build", 3),
     Fault("torch.autograd:backward", 5),
     # policy and critic have an optimizer each: between the two
-    Fault("torch.optim:AdamW.step", 4, after=True),
-    Fault("torch.optim:AdamW.step", 5, after=True),
+    Fault("rlhf.optimizer:MasterAdamW.apply", 4, after=True),
+    Fault("rlhf.optimizer:MasterAdamW.apply", 5, after=True),
     Fault("rlhf.checkpoint:save_file", 3),
     Fault("os:rename", 1),
     Fault("rlhf.weights:WeightSync.push", 4),
@@ -72,7 +72,7 @@ SHARDED = [
     Fault("rlhf.sharding:_fill", 1),
     Fault("rlhf.rollout.native:NativeEngine._decode", 40),
     Fault("torch.autograd:backward", 5),
-    Fault("torch.optim:AdamW.step", 4),
+    Fault("rlhf.master:Master.update", 90),
     Fault("rlhf.checkpoint:save_file", 3),
     Fault("rlhf.saver:write_atomically", 1, rank=1),
     Fault("os:rename", 1),
@@ -86,7 +86,7 @@ def alone() -> list[Fault]:
     behind = [
         Fault(where, 1, after=True)
         for where in (
-            "torch.optim:AdamW.step",
+            "rlhf.master:Master.update",
             "rlhf.checkpoint:save_file",
             "os:rename",
             "os:replace",

@@ -18,7 +18,7 @@ FEW = [
     Fault("rlhf.rollout.native:NativeEngine._decode", 40),
     Fault("rlhf.rewards.scoring:Rewards.gather", 2),
     Fault("torch.autograd:backward", 6),
-    Fault("torch.optim:AdamW.step", 5),
+    Fault("rlhf.master:Master.update", 115),
     Fault("rlhf.checkpoint:save_file", 2),
     Fault("os:rename", 1),
     Fault("rlhf.weights:WeightSync.push", 4),

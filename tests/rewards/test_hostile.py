@@ -20,6 +20,7 @@ from rlhf.rewards import RewardError, Rewards, RewardSpec, Scoring
 from rlhf.rewards.keeper import descendants
 from rlhf.rewards.plugin import Signature
 from rlhf.rewards.pool import Call, Pool
+from rlhf.rewards.process import WorkerProcess
 from rlhf.types import Completion, FinishReason, Prompt, VersionSpan
 
 ROOT = Path(__file__).parents[2]
@@ -287,6 +288,7 @@ from rlhf.rewards import Rewards
 from rlhf.rewards.keeper import descendants
 from rlhf.rewards.plugin import Signature
 from rlhf.rewards.pool import Call, Pool
+from rlhf.rewards.process import WorkerProcess
 rewards = Rewards([spec("misbehave", timeout=60.0, processes=999)], (), max_failed_share=1.0)
 submit(rewards, ["fork_bomb_in_sessions"])
 while len(pids := list(descendants(os.getpid()))) < 40:
@@ -305,6 +307,13 @@ elif {how!r} == "kill -9":
     while (alive := [pid for pid in pids if is_alive(pid)]) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert alive == []
+
+
+def test_a_worker_that_has_just_ended_can_be_interrupted() -> None:
+    worker = WorkerProcess("one", spec("misbehave"), lambda text: None)
+    worker.ready()
+    worker.end()
+    worker.interrupt()
 
 
 def test_a_worker_sees_neither_gpus_nor_ranks_and_has_a_folder_of_its_own(tmp_path: Path) -> None:
