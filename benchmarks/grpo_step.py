@@ -89,7 +89,7 @@ def run_tandem(settings: dict[str, Any]) -> None:
         "run_dir": str(folder / "tandem"),
         "steps": settings["steps"],
         "model": {"path": settings["model"]},
-        "data": {"train": str(folder / "prompts.jsonl")},
+        "data": {"train": str(folder / "prompts.jsonl"), "max_prompt_tokens": settings["prompt_tokens"]},
         "reward": {"functions": [{"path": f"{__file__}:distinct_characters"}]},
         "algorithm": {"name": "grpo", "kl": {"coef": KL_COEF}},
         "rollout": {
@@ -168,6 +168,7 @@ def measure(case: str, options: argparse.Namespace, taken: dict[str, list[Record
             "model": str(model),
             "prompts": options.prompts,
             "group_size": GROUP,
+            "prompt_tokens": prompt_tokens,
             "max_tokens": max_tokens,
             "steps": 1000,
             "kl_coef": KL_COEF,
