@@ -5,7 +5,7 @@ lower half is kept beside the weight, and the two are the master, in 4 bytes in 
 
     bits(master) = bits(weight) * 2^16 + lower,   lower from -2^15 to 2^15 - 1
 
-(split as in arXiv:2005.04680 section 3.2, which cuts where this rounds). A master exactly halfway between two
+(as Split-SGD-BF16, arXiv:2005.04680, which cuts where this rounds). A master exactly halfway between two
 bfloat16 numbers, one in 65,536, has its last bit taken off, since its `lower` would be one of two. The
 master exists as a whole for a piece of the weight at a time, while that is updated.
 """
