@@ -102,6 +102,9 @@ class MasterAdamW(Stateful):
             if value.shape != master.shape:
                 raise CheckpointError(f"{name}: checkpoint {list(value.shape)}, model {list(master.shape)}")
             master.set(value)
+            if f"{name}/step" not in moments:
+                # saved before the first update, by a version that made moments with it
+                continue
             master.moments.step.copy_(moments[f"{name}/step"])
             master.moments.first.copy_(rows_like(moments, f"{name}/exp_avg", master.weight))
             master.moments.second.copy_(rows_like(moments, f"{name}/exp_avg_sq", master.weight))
