@@ -11,7 +11,8 @@ matrix products is given: 6 FLOP a weight and learned token and 2 for the refere
 
     tandem   rlhf.trainer.Trainer, native engine; float32 master weights, so it holds more of them
     trl      GRPOTrainer at its fastest here: bfloat16 weights and optimizer, no gradient checkpointing, one
-             microbatch where memory allows (`--microbatch`); its rollouts by `generate`
+             microbatch where memory allows (`--microbatch`); its rollouts by `generate`. As delivered it
+             gives freed memory back to the system at each step; with `--trl-keeps-memory` it does not
 
 A run that was interrupted goes on where it stopped (delete the case in the file to repeat it). A case is
 prompt tokens : new tokens.
@@ -45,6 +46,8 @@ GROUP, KL_COEF, LR = 8, 0.04, 1e-6
 FILLER = "Here is some context. "
 UNUSED_TOKEN = 5
 """Of SmolLM2's vocabulary: a marker of its pretraining data that no chat ever contains."""
+KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**12)}
+"""To glibc what rlhf/allocator.py says to it: what was freed stays with the process."""
 Record = dict[str, float]
 
 
@@ -107,8 +110,8 @@ def run_tandem(settings: dict[str, Any]) -> None:
 class Side:
     """A process that takes one step when asked to."""
 
-    def __init__(self, command: list[str], settings: dict[str, Any], log: Path) -> None:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    def __init__(self, command: list[str], settings: dict[str, Any], log: Path, **environment: str) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"} | environment
         self.log = log.open("a")
         self.process = subprocess.Popen(
             [*command, json.dumps(settings)],
@@ -181,7 +184,8 @@ def measure(case: str, options: argparse.Namespace, taken: dict[str, list[Record
         sides = {"tandem": Side(own, settings, log)}
         if "trl" in taken:
             script = str(ROOT / "benchmarks" / "grpo_step_trl.py")
-            sides["trl"] = Side([options.trl_python, script], settings, log)
+            allocator = KEEPS_MEMORY if options.trl_keeps_memory else {}
+            sides["trl"] = Side([options.trl_python, script], settings, log, **allocator)
         try:
             for _ in range(options.warmup):
                 check({who: side.step() for who, side in sides.items()})
@@ -243,6 +247,7 @@ def main() -> None:
     parser.add_argument("--case", required=True)
     parser.add_argument("--prompts", type=int, default=8, help="groups a step")
     parser.add_argument("--microbatch", type=int, default=64, help="of TRL, sequences")
+    parser.add_argument("--trl-keeps-memory", action="store_true", help="as tandem's process does on a CPU")
     parser.add_argument("--microbatch-tokens", type=int, default=4096, help="of tandem")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
