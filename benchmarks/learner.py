@@ -1,9 +1,9 @@
 """What do a prompt packed once a group and a head without logits give? One update: seconds and peak memory.
 
-    padded, logits   a padded row a sequence, float32 logits of completion rows, log_softmax by autograd
+    padded, logits   a padded row a sequence; `lm_head(hidden).float()` of completion rows, autograd
     padded           the same rows, `token_stats`
     packed           the same sequences end to end without padding, `token_stats`
-    shared, logits   the prompt once a group, float32 logits, log_softmax by autograd
+    shared, logits   the prompt once a group; `lm_head(hidden).float()`, autograd
     shared           the prompt once a group, `token_stats`: what the learner does
 
 Groups of 8 completions of 64 tokens (`--size`, `--length`), bfloat16 with a float32 master, GRPO without a
@@ -54,7 +54,7 @@ LAYOUT: dict[str, Layout] = {"padded": "padded", "packed": "packed", "shared": "
 
 
 class WithLogits(Policy):
-    """The plain way: all logits of the completion rows at once, in float32."""
+    """The plain way: all logits of the completion rows at once, products in the weights' own precision."""
 
     def statistics(
         self,
@@ -156,13 +156,12 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(work: Work, repeats: int) -> dict[str, list[float]]:
-    ways = contenders(CONTENDERS, work)
+def seconds(names: Sequence[str], work: Work, repeats: int) -> dict[str, list[float]]:
+    ways = contenders(names, work)
     check({name: way.update() for name, way in ways.items()})
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    times: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats):
-        order = list(CONTENDERS) if repeat % 2 == 0 else list(reversed(CONTENDERS))
-        for name in order:
+        for name in names if repeat % 2 == 0 else reversed(names):
             wait()
             start = time.perf_counter()
             ways[name].update()
@@ -204,16 +203,16 @@ def measure_memory(name: str, work: Work) -> float:
     return (kib("VmHWM:") - resident) / 2**20
 
 
-def measure(work: Work, repeats: int) -> list[dict[str, Any]]:
-    times = seconds(work, repeats)
+def measure(names: Sequence[str], work: Work, repeats: int) -> list[dict[str, Any]]:
+    times = seconds(names, work, repeats)
     medians = {name: statistics.median(t) for name, t in times.items()}
     rows: list[dict[str, Any]] = []
-    for name in CONTENDERS:
-        row = {
+    for name in names:
+        row: dict[str, Any] = {
             "prompt_tokens": work.prompt,
             "contender": name,
             "median_s": round(medians[name], 4),
-            "speedup_over_padded_logits": round(medians["padded, logits"] / medians[name], 2),
+            "times_as_fast_as": {other: round(medians[other] / medians[name], 2) for other in names},
             "peak_gib_of_updates": round(peak_gib(name, work), 2),
         }
         print(row, flush=True)  # noqa: T201
@@ -233,6 +232,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--microbatch-tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--memory-of", choices=CONTENDERS)
     options = parser.parse_args()
     work = Work(
@@ -250,7 +250,7 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     for prompt in options.prompt:
-        rows += measure(replace(work, prompt=prompt), options.repeats)
+        rows += measure(options.contenders, replace(work, prompt=prompt), options.repeats)
         if options.out:
             save(
                 options.out,
