@@ -4,6 +4,7 @@ RUN/config.yaml     every setting in force        RUN/checkpoints/
 RUN/metrics.jsonl   one object a step             RUN/tensorboard/
 RUN/samples.jsonl   one object a shown group      RUN/report.html
 RUN/eval.json       one object an evaluation      RUN/.lock
+RUN/rewards.log     what reward functions print
 """
 
 from __future__ import annotations
@@ -50,6 +51,10 @@ class RunFolder:
     @property
     def evaluations(self) -> Path:
         return self.path / "eval.json"
+
+    @property
+    def rewards_log(self) -> Path:
+        return self.path / "rewards.log"
 
     @property
     def checkpoints(self) -> Path:

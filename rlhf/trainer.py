@@ -52,6 +52,7 @@ class Trainer:
             self._recording() as self.monitor,
         ):
             self.monitor.on_phase = self._at
+            self.inputs.rewards.print_to(self.folder.rewards_log)
             with self.monitor.phase("load"):
                 self.parts = build_parts(self.config, self.inputs, self.world)
                 self._cursor = self.parts.cursor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,10 @@ def test_no_command_says_which_there_are(capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "train" in capsys.readouterr().err
+
+
+def test_the_package_is_the_command_too(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["rlhf", "check", "nowhere.yaml"])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_module("rlhf", run_name="__main__")
+    assert "there is no config file nowhere.yaml" in capsys.readouterr().err

@@ -119,7 +119,7 @@ class Keeper:
             if self.output in ready and not self._read_output():
                 poll.unregister(self.output)
             if self.line in ready:
-                if os.read(self.line, 1) != b"d":
+                if self._told() != b"d":
                     return None
                 if excess := self._excess():
                     return excess
@@ -133,6 +133,13 @@ class Keeper:
                     return None
                 if excess := self._excess():
                     return excess
+
+    def _told(self) -> bytes:
+        """What the trainer says; nothing when it has closed the line, with words on it that it has not read."""
+        try:
+            return os.read(self.line, 1)
+        except ConnectionResetError:
+            return b""
 
     def report(self, ended: str) -> None:
         """The last thing that is said: how it ended, and the end of what the worker wrote."""

@@ -71,6 +71,7 @@ class Pool:
         self.name, self.spec = name, spec
         self.signature: Signature | None = None
         self.log: Callable[[str], None] = lambda text: None
+        """Gets what the function prints."""
         self._ready: list[WorkerProcess] = []
         self._queue: deque[Call] = deque()
         self._changed = threading.Condition()
@@ -138,7 +139,7 @@ class Pool:
             raise RewardError(f"reward function {self.name} cannot be run any more: {self._broken}")
 
     def _new_worker(self) -> WorkerProcess:
-        return WorkerProcess(self.name, self.spec, self.log)
+        return WorkerProcess(self.name, self.spec, lambda text: self.log(text))
 
     def _serve(self) -> None:
         """The life of one worker after another."""

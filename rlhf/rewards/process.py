@@ -144,6 +144,7 @@ class WorkerProcess:
 
     def end(self) -> None:
         """Kills the worker and all it started, and waits until they are gone."""
+        self._hear_the_rest()
         self._line.close()
         self._data.close()
         self._progress.close()
@@ -220,6 +221,11 @@ class WorkerProcess:
         if told["dropped"]:
             self._log(f"\n[{told['dropped']} bytes of output are left out]\n")
 
+    def _hear_the_rest(self) -> None:
+        """What it printed last, as far as the keeper has passed it on."""
+        while self._ended is None and self._line.fileno() in self._wait_for_line(0.0):
+            self._hear()
+
     def _how_it_ended(self) -> str:
         deadline = time.monotonic() + END_SECONDS
         while self._ended is None and (left := deadline - time.monotonic()) > 0:
@@ -228,6 +234,8 @@ class WorkerProcess:
         return self._ended or "its keeper does not answer"
 
     def _wait_for_line(self, seconds: float) -> set[int]:
+        if self._line.fileno() < 0:
+            return set()
         poll = select.poll()
         poll.register(self._line, select.POLLIN)
         return {descriptor for descriptor, _ in poll.poll(seconds * 1000)}

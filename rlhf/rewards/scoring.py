@@ -16,7 +16,10 @@ import statistics
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from rlhf.metrics import Max, Mean, Metrics
@@ -110,6 +113,19 @@ class Rewards:
     def sees_whole_step(self) -> bool:
         """Whether a function is called once with all samples of a step: they are then submitted together."""
         return any(pool.spec.batch == "step" for pool in self.pools)
+
+    def print_to(self, path: Path) -> None:
+        """What functions print goes to this file, each line headed by the function's name.
+
+        It is for reading alone: where it cannot be written, it is left out.
+        """
+
+        def write(name: str, text: str) -> None:
+            with suppress(OSError), path.open("a", encoding="utf-8") as file:
+                file.write("".join(f"{name}: {line}\n" for line in text.splitlines()))
+
+        for pool in self.pools:
+            pool.log = partial(write, pool.name)
 
     def close(self) -> None:
         """Ends every worker. What is submitted later starts new ones."""

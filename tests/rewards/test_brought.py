@@ -100,6 +100,27 @@ def write_data(folder: Path) -> None:
     (folder / "verl.py").write_text(VERL)
 
 
+def test_a_file_imports_its_neighbours_and_what_it_prints_can_be_read(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("beside_trl.py").write_text("def score(text):\n    print('scored', len(text))\n    return len(text) / 9\n")
+    Path("trl.py").write_text(
+        "from beside_trl import score\n\n"
+        "def accuracy_reward(completions, **_):\n    return [score(c[-1]['content']) for c in completions]\n\n"
+        "def format_reward(completions, **_):\n    print('nothing said\\nof', len(completions))\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    Path("mine.yaml").write_text(CONFIGS["trl"].replace("MODEL", str(tiny_model_dir)))
+    Trainer(load_config("mine.yaml", SMALL)).run()
+    lines = Path("run/rewards.log").read_text().splitlines()
+    scored = [line for line in lines if line.startswith("accuracy_reward: scored ")]
+    # the last words of a worker may be lost with it
+    assert 16 <= len(scored) <= 32 and {"format_reward: nothing said", "format_reward: of 1"} <= set(lines)
+    assert "Traceback" not in capfd.readouterr().err, "of a keeper whose words nobody read"
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_config_of_under_15_lines_runs_it(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -1,0 +1,7 @@
+"""`python -m rlhf`: the `rlhf` command where its script is not on the path."""
+
+import sys
+
+from rlhf.cli import main
+
+sys.exit(main())
