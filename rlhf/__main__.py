@@ -2,6 +2,7 @@
 
 import sys
 
-from rlhf.cli import main
+if __name__ == "__main__":
+    from rlhf.cli import main
 
-sys.exit(main())
+    sys.exit(main())

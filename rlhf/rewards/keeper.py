@@ -135,7 +135,7 @@ class Keeper:
                     return excess
 
     def _told(self) -> bytes:
-        """What the trainer says; nothing when it has closed the line, with words on it that it has not read."""
+        """What the trainer says; nothing when it has closed the line, maybe with words on it left unread."""
         try:
             return os.read(self.line, 1)
         except ConnectionResetError:

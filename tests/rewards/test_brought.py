@@ -31,6 +31,24 @@ def accuracy_reward(prompts, completions, ground_truth, trainer_state, **kwargs)
             for content, truth in zip(contents, ground_truth)]
 '''
 
+NEIGHBOUR = """
+def score(text):
+    print("scored", len(text))
+    return len(text) / 9
+"""
+PRINTS = """
+from beside_trl import score
+
+
+def accuracy_reward(completions, **_):
+    return [score(c[-1]["content"]) for c in completions]
+
+
+def format_reward(completions, **_):
+    print("nothing said\\nof", len(completions))
+    return [0.0] * len(completions)
+"""
+
 VERL = """
 def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     assert data_source == "tiny" and extra_info["index"] >= 0
@@ -105,13 +123,8 @@ def test_a_file_imports_its_neighbours_and_what_it_prints_can_be_read(
 ) -> None:
     write_data(tmp_path)
     monkeypatch.chdir(tmp_path)
-    Path("beside_trl.py").write_text("def score(text):\n    print('scored', len(text))\n    return len(text) / 9\n")
-    Path("trl.py").write_text(
-        "from beside_trl import score\n\n"
-        "def accuracy_reward(completions, **_):\n    return [score(c[-1]['content']) for c in completions]\n\n"
-        "def format_reward(completions, **_):\n    print('nothing said\\nof', len(completions))\n"
-        "    return [0.0] * len(completions)\n"
-    )
+    Path("beside_trl.py").write_text(NEIGHBOUR)
+    Path("trl.py").write_text(PRINTS)
     Path("mine.yaml").write_text(CONFIGS["trl"].replace("MODEL", str(tiny_model_dir)))
     Trainer(load_config("mine.yaml", SMALL)).run()
     lines = Path("run/rewards.log").read_text().splitlines()
