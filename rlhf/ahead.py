@@ -18,12 +18,12 @@ from typing import Any, cast
 import torch
 
 from rlhf.buffer import metrics_from, metrics_state
-from rlhf.checkpoint import TensorFiles
 from rlhf.collector import Collected, Pending
 from rlhf.data import PromptDataset
 from rlhf.distributed import World
 from rlhf.metrics import Max, Mean, Metrics, merge
 from rlhf.state import Stateful
+from rlhf.tensor_files import TensorFiles
 from rlhf.typed import integers
 from rlhf.types import FinishReason, Group, Kept, Trajectory, VersionSpan
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.checkpoint import TensorFiles
 from rlhf.metrics import ExpMean, Max, Mean, Metrics, Partial, Sum, merge
 from rlhf.state import Stateful
+from rlhf.tensor_files import TensorFiles
 from rlhf.typed import integers
 from rlhf.types import CriticTargets, Experience, Images, Kept, PerceptionInputs
 

@@ -8,11 +8,11 @@
             state.json          everything else a run needs to go on
             manifest.json       written last: size and sha256 of each file, and its own sha256
 
-A checkpoint is written in `step_000012.tmp-<pid>`, synced to the disk and renamed, so a run killed at any
-moment leaves the one before. Neither safetensors nor a file system notices a flipped bit, so digests are
-compared on every load. Nothing here unpickles: torch's own distributed checkpoints would (their `.metadata`
-is a pickle), so a file of shards says itself, in its safetensors header, which rows of which tensor it has,
-and any number of ranks reads the rows it needs out of files that any other number has written.
+A checkpoint is written in `step_000012.tmp-<token>` (saver.py), synced to the disk and renamed, so a run
+killed at any moment leaves the one before. Neither safetensors nor a file system notices a flipped bit, so
+digests are compared on every load. Nothing here unpickles: torch's own distributed checkpoints would (their
+`.metadata` is a pickle), so a file of shards says itself, in its safetensors header, which rows of which
+tensor it has, and any number of ranks reads the rows it needs out of files that any other number has written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
 from rlhf.files import sync, write_atomically
-from rlhf.tensor_files import ROWS, SavedTensors, TensorFile, TensorFiles, tensor_files
+from rlhf.tensor_files import ROWS, SavedTensors, TensorFile
 
 logger = logging.getLogger(__name__)
 
@@ -61,46 +61,10 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What `save` was given."""
+    """What was saved."""
 
-    step: int
     tensors: dict[str, SavedTensors]
     state: dict[str, Any]
-
-
-def save(
-    folder: Path,
-    *,
-    step: int,
-    tensors: TensorFiles,
-    state: Mapping[str, Any],
-    keep_last: int,
-) -> Path:
-    """Saves the whole run of a process that has no other ranks; `saver.py` does it for several.
-
-    Writes `folder/step_<step>` and returns it; then removes all but the last `keep_last`.
-
-    `tensors` has one mapping a file. Tensors must not share memory (save a tied weight once, under one name).
-    `state` holds what JSON can hold: dicts with string keys, lists, strings, numbers, booleans, None.
-
-    Raises CheckpointError: the disk is full or cannot be written; what was half written is removed, and the
-    earlier checkpoints are as they were.
-    """
-    assert keep_last >= 1, keep_last
-    files = tensor_files(tensors, rank=0, copy=False)
-    assert_json(state, "state")
-    beside = unfinished(folder, step, str(os.getpid()))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        beside.mkdir()
-        entries = write_files(beside, files, state)
-        target = finish(beside, step=step, entries=entries, world_size=1, score=None)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise CheckpointError(why_not_written(folder, step, files, error)) from error
-    prune(folder, step, keep_last=keep_last, keep_best=0)
-    return target
 
 
 def unfinished(folder: Path, step: int, token: str) -> Path:
@@ -123,7 +87,7 @@ def write_files(folder: Path, files: Iterable[TensorFile], state: Mapping[str, A
     return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
 
 
-def finish(beside: Path, *, step: int, entries: Entries, world_size: int, score: float | None) -> Path:
+def finish(beside: Path, *, step: int, entries: Entries, world_size: int, score: float | None) -> None:
     """Writes the manifest and puts the checkpoint in its place."""
     body = {
         "format": FORMAT,
@@ -137,7 +101,6 @@ def finish(beside: Path, *, step: int, entries: Entries, world_size: int, score:
     target = beside.parent / _name(step)
     _put_in_place(beside, target)
     write_atomically(beside.parent / "LATEST", target.name + "\n")
-    return target
 
 
 def latest(folder: Path) -> Path | None:
@@ -178,7 +141,7 @@ def opened(path: Path, *, device: str | torch.device) -> Checkpoint:
         if match := _TENSORS.fullmatch(name):
             files.setdefault(match[1], []).append(path / name)
     tensors = {name: SavedTensors(paths, device) for name, paths in files.items()}
-    return Checkpoint(manifest["step"], tensors, json.loads((path / STATE).read_text()))
+    return Checkpoint(tensors, json.loads((path / STATE).read_text()))
 
 
 def verify(path: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
@@ -285,7 +248,7 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
     return [(int(m[1]), path) for m, path in matches]
 
 
-def remove_leftovers(folder: Path, token: str = "") -> None:
+def remove_leftovers(folder: Path, token: str) -> None:
     """Of saves that a kill has ended; those of `token` are under way."""
     for path in folder.iterdir():
         if (match := _UNFINISHED.fullmatch(path.name)) and match[2] != token:

@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rlhf.algos.critic import CriticLoss
-from rlhf.checkpoint import TensorFiles
 from rlhf.config import CriticConfig, LearnerConfig
 from rlhf.metrics import Max, Metrics
 from rlhf.optimizer import MasterAdamW
@@ -29,6 +28,7 @@ from rlhf.policy import FOLD_UP_TO, Policy, Trunk, without_dropout
 from rlhf.pretrained import ModelError, load_scorer, text_settings
 from rlhf.sharding import Sharding, give_up, open_scorer
 from rlhf.state import Stateful
+from rlhf.tensor_files import TensorFiles
 
 
 class Critic(Stateful):

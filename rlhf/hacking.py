@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf.checkpoint import TensorFiles
 from rlhf.metrics import Max, Metrics
 from rlhf.perception_config import PerceptionConfig
 from rlhf.state import Stateful
+from rlhf.tensor_files import TensorFiles
 
 Values = Mapping[str, float]
 VARIANCE_OF_A_COLLAPSE = 8.4

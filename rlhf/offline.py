@@ -21,13 +21,13 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.checkpoint import TensorFiles
 from rlhf.config import DataConfig
 from rlhf.data import PromptDataset, Row, quoted, tokenized
 from rlhf.distributed import World
 from rlhf.processor import Processor
 from rlhf.rewards import Rewards
 from rlhf.state import Stateful
+from rlhf.tensor_files import TensorFiles
 from rlhf.types import Completion, FinishReason, Group, Prompt, Trajectory
 
 FINISH_REASON = "finish_reason"

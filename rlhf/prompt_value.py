@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from rlhf.checkpoint import TensorFiles
 from rlhf.collector import Sampler
 from rlhf.config import PromptValueConfig
 from rlhf.data import order
@@ -29,6 +28,7 @@ from rlhf.packing import pack
 from rlhf.policy import Policy
 from rlhf.rollout.engine import RolloutRequest, SamplingParams
 from rlhf.state import Stateful
+from rlhf.tensor_files import TensorFiles
 from rlhf.typed import numbers, pieces, seeded
 from rlhf.types import Group, Prompt
 

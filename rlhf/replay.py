@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.ahead import group_of, group_state
-from rlhf.checkpoint import TensorFiles
 from rlhf.collector import Collected, Hooks, Pending
 from rlhf.data import PromptDataset, order
 from rlhf.distributed import World, derive_seed
@@ -20,6 +19,7 @@ from rlhf.metrics import Max, Mean, Sum
 from rlhf.offline_collector import Collects
 from rlhf.origin import ReplayConfig
 from rlhf.state import Stateful
+from rlhf.tensor_files import TensorFiles
 from rlhf.types import Group, Prompt
 
 

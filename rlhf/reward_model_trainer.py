@@ -28,8 +28,9 @@ from rlhf.reward_model_config import RewardModelConfig
 from rlhf.reward_model_data import load_examples
 from rlhf.reward_model_evaluation import evaluate
 from rlhf.run_folder import RunFolder
+from rlhf.saver import Saver
 from rlhf.settings import ConfigError
-from rlhf.state import Cursor, load_state, state_of, tensors_of
+from rlhf.state import Cursor
 
 
 class RewardModelTrainer:
@@ -61,14 +62,19 @@ class RewardModelTrainer:
             self.monitor.on_phase = self._at
             with self.monitor.phase("load"):
                 self._build()
+                # whole on every rank, so the first one waits for no part of another
+                section = self.config.checkpoint
+                self.saver = Saver(self.folder.checkpoints, section, self.world, timeout=0.0)
                 self._resume()
             with Interrupt(self.monitor.warn, alone=self.world.size == 1) as self.interrupt:
                 try:
                     self._train()
                 except Interrupted:
                     self._save()
+                    self.saver.wait()
                     self.monitor.note("stopped; continue with checkpoint.resume=auto")
                     return
+            self.saver.wait()
             self._finish()
 
     def _at(self, phase: str) -> None:
@@ -108,6 +114,7 @@ class RewardModelTrainer:
             started = time.monotonic()
             tokens = cursor.position
             metrics = self.step()
+            self.saver.check()
             speed = Mean(float(cursor.position - tokens), time.monotonic() - started)
             memory = Max(self.world.peak_memory_gib())
             self.monitor.log(
@@ -115,16 +122,21 @@ class RewardModelTrainer:
                 metrics | {"throughput/examples_per_second": speed, "memory/peak_gib": memory},
             )
             last = cursor.steps_done == config.steps
+            score = None
             if last or (config.eval.every and cursor.steps_done % config.eval.every == 0):
-                self._evaluate()
+                score = self._evaluate()
             if last or (config.checkpoint.every and cursor.steps_done % config.checkpoint.every == 0):
-                self._save()
+                self._save(score)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> float:
+        """The accuracy."""
         with self.monitor.phase("eval"):
             record, details = evaluate(self.learner, self.held_out, self.config, self.cursor.steps_done)
-        if not self.world.is_main:
-            return
+        if self.world.is_main:
+            self._record(record, details)
+        return record["accuracy"]
+
+    def _record(self, record: dict[str, Any], details: dict[str, Any]) -> None:
         self.monitor.evaluated(record)
         path = self.folder.path / "calibration.json"
         known: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
@@ -132,24 +144,14 @@ class RewardModelTrainer:
         write_atomically(path, json.dumps([*known, details], indent=1))
         self.monitor.note(", ".join(_sentences(details)))
 
-    def _save(self) -> None:
-        if not self.world.is_main:
-            return
+    def _save(self, score: float | None = None) -> None:
         with self.monitor.phase("save"):
-            checkpoint.save(
-                self.folder.checkpoints,
-                step=self.cursor.steps_done,
-                tensors=tensors_of(self.stateful),
-                state=state_of(self.stateful),
-                keep_last=self.config.checkpoint.keep_last,
-            )
+            self.saver.save(self.cursor.steps_done, self.stateful, score=score)
 
     def _resume(self) -> None:
-        resume = self.config.checkpoint.resume == "auto"
-        newest = checkpoint.latest(self.folder.checkpoints) if resume else None
+        newest = self.saver.newest() if self.config.checkpoint.resume == "auto" else None
         if newest is not None:
-            saved = checkpoint.load(newest, device=self.world.device)
-            load_state(self.stateful, saved.state, saved.tensors)
+            self.saver.resume(newest, self.stateful)
             self.monitor.note(f"resumed from {newest} after step {self.cursor.steps_done}")
         if self.world.is_main:
             self.folder.cut(after=self.cursor.steps_done if newest is not None else -1)
@@ -157,11 +159,12 @@ class RewardModelTrainer:
     def _finish(self) -> None:
         if not self.world.is_main:
             return
-        target = self.folder.path / "model"
-        scorer = self.model.export(self.config.score.objectives, self.pad_token_id)
-        checkpoint.export(scorer, self.tokenizer, target)
+        if self.config.checkpoint.export:
+            target = self.folder.path / "model"
+            scorer = self.model.export(self.config.score.objectives, self.pad_token_id)
+            checkpoint.export(scorer, self.tokenizer, target)
+            self.monitor.note(f"the reward model is in {target}")
         self.monitor.close()
-        self.monitor.note(f"the reward model is in {target}")
 
 
 def describe(trainer: RewardModelTrainer) -> Iterator[str]:

