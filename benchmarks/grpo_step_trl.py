@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets import load_dataset
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
 
 
 def distinct_characters(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
@@ -31,6 +31,8 @@ def peak_gib() -> float:
 
 class Timed(GRPOTrainer):
     """Keeps the seconds of rollouts and rewards, and what was sampled."""
+
+    record: dict[str, float]
 
     def _generate(self, prompts: Any) -> Any:
         start = time.perf_counter()
@@ -49,16 +51,16 @@ class Timed(GRPOTrainer):
 
 class Paced(TrainerCallback):
     def __init__(self) -> None:
-        self.trainer: Timed | None = None
+        self.record: dict[str, float] = {}
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         if sys.stdin.readline().strip() != "step":
             sys.exit()
-        self.trainer.record = {}
+        self.record.clear()
         self.start = time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        record = self.trainer.record
+        record = self.record
         record["step_s"] = time.perf_counter() - self.start
         record["learn_s"] = record["step_s"] - record["rollout_s"] - record["reward_s"]
         record["sync_s"] = 0.0
@@ -91,14 +93,15 @@ def main() -> None:
         dataloader_pin_memory=False,
     )
     paced = Paced()
-    paced.trainer = Timed(
+    trainer = Timed(
         model=settings["model"],
         reward_funcs=distinct_characters,
         args=config,
         train_dataset=load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
         callbacks=[paced],
     )
-    paced.trainer.train()
+    trainer.record = paced.record
+    trainer.train()
 
 
 if __name__ == "__main__":

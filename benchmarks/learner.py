@@ -78,7 +78,7 @@ class Contender:
     """A way to compute updates. All share one model and one optimizer, or memory for four would be needed."""
 
     def __init__(self, name: str, learner: Learner, experience: Experience) -> None:
-        self.layout = LAYOUT[name.split(",")[0]]
+        self.layout: Layout = LAYOUT[name.split(",")[0]]
         policy = learner.policy
         if name.endswith("logits"):
             # a policy takes the attention it finds for the model's own

@@ -25,6 +25,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from benchmarks.small_looker import CELL
@@ -173,7 +174,7 @@ def plot(
                     linewidth=0,
                 )
         axis.set(title=title, xlabel="step")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[arm]) for arm in results]
+    handles = [Rectangle((0, 0), 1, 1, color=COLOURS[arm]) for arm in results]
     figure.legend(handles, list(results), loc="lower center", ncols=len(results), frameon=False)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(options.plot, dpi=110)

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.characters import SPECIAL, tokenizer
@@ -47,7 +48,8 @@ def make(folder: Path, shape: str) -> None:
         pad_token_id=0,
         dtype="bfloat16",
     )
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(config)
+    nn.Module.to(model, torch.bfloat16)
     model.save_pretrained(folder)
     words(size["vocabulary"]).save_pretrained(folder)
 

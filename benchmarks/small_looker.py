@@ -100,7 +100,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def untaught(words: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGeneration:
     torch.manual_seed(0)
-    ids = {name: words.convert_tokens_to_ids(token) for name, token in zip("sevi", SPECIAL[2:], strict=True)}
+    vocabulary = words.get_vocab()
+    ids = {name: vocabulary[token] for name, token in zip("sevi", SPECIAL[2:], strict=True)}
     text = {
         "vocab_size": len(words),
         "hidden_size": 64,

@@ -40,9 +40,13 @@ class MappedWeights:
                 weight.data = stored
                 self.bytes += stored.nbytes
         names = layer_classes(model)
+
+        def read(*_: Any) -> None:
+            self.give_up()
+
         for module in modules_by_name(model).values():
             if type(module).__name__ in names:
-                module.register_forward_hook(lambda *_: self.give_up())
+                module.register_forward_hook(read)
         self.give_up()
 
     def give_up(self) -> None:

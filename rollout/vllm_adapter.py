@@ -86,7 +86,7 @@ def prove_parts(
     )
 
 
-def held_factor(manager: Any, module: Any, slot: int, name: str) -> Iterator[tuple[str, Tensor]]:
+def held_factor(manager: Any, module: object, slot: int, name: str) -> Iterator[tuple[str, Tensor]]:
     """What a layer computes with of the factor `name`, as vLLM's worker holds it; nothing: it has no adapter.
 
     `slot`: of the weights that are stacked in the layer.

@@ -43,7 +43,7 @@ def test_tokens_of_a_tool_have_no_age() -> None:
     tool = trajectory([7, 8, 9], 1.0, loss_mask=(True, False, True), versions=(VersionSpan(0, 0, 3),))
     (result,), metrics = fresh([Group(Prompt("p", (1,), "p"), (tool,))], version=1, bound=1)
     assert result.trajectories[0].loss_mask == (True, False, True)
-    assert metrics["staleness/mean"].count == 2
+    assert metrics["staleness/mean"] == Mean(2.0, 2)
 
 
 def batch(names: Sequence[str], kept: Sequence[str], position: int = 9) -> Collected:

@@ -53,9 +53,9 @@ def test_it_is_the_same_model_and_gives_its_pages_up(
     file = folder / "model.safetensors"
     assert resident_kib(file) == 0
     seen: list[int] = []
-    layers = policy.model.base_model.layers
-    layers[1].register_forward_pre_hook(lambda *_: seen.append(resident_kib(file)))
-    layers[1].mlp.register_forward_hook(lambda *_: seen.append(resident_kib(file)))
+    layer = policy.model.get_submodule("model.layers.1")
+    layer.register_forward_pre_hook(lambda *_: seen.append(resident_kib(file)))
+    layer.get_submodule("mlp").register_forward_hook(lambda *_: seen.append(resident_kib(file)))
     got = logprobs(policy)
     assert torch.equal(got, want)
     before, within = seen

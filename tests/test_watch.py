@@ -68,14 +68,16 @@ def test_the_pattern_of_a_collapse_is_told_and_any_two_of_its_three_signs_are_no
     assert told([HEALTHY | {"perplexity": 3.0, "length/mean": 20.0}] * 5 + [before | signs] * 5) == []
 
 
-def test_a_resumed_run_is_held_against_its_own_beginning(tmp_path: Path) -> None:
+def test_a_resumed_run_is_held_against_its_own_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = HEALTHY | {"length/mean": 20.0, "perplexity": 3.0, "kl/ref": 0.02}
     after = before | {"length/mean": 40.0, "perplexity": 1.5, "kl/ref": 0.5}
     folder = RunFolder(tmp_path)
     folder.metrics.write_text("".join(json.dumps({"step": i, **before}) + "\n" for i in range(5)))
     said: list[str] = []
     monitor = Monitor(folder, sinks=[], display=Nothing(), samples_per_step=0)
-    monitor.warn = said.append
+    monkeypatch.setattr(monitor, "warn", said.append)
     for step in range(5, 12):
         monitor.log(step, {name: Mean(value) for name, value in after.items()})
     assert len(said) == 1 and "pleases the reward" in said[0]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf.config import DistributedConfig, ModelConfig, RolloutConfig
@@ -58,7 +59,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = function(*args, **(kwargs or {}))
         if not function.is_view:
-            for tensor in torch.utils._pytree.tree_leaves(found):
+            for tensor in tree_leaves(found):
                 if isinstance(tensor, torch.Tensor):
                     self._add(tensor)
             self.peak = max(self.peak, self.now())

@@ -39,7 +39,11 @@ def test_values_and_gradients_are_those_of_masked_logits(
     upstream = torch.randn(len(sizes), generator=torch.Generator().manual_seed(seed)).double()
     scaling: Any = {"temperature": temperature, "softcap": softcap, "logit_scale": 0.7}
     found: list[list[torch.Tensor]] = []
-    for function, more in ((kept_logprob, {"workspace_bytes": 200}), (kept_logprob_reference, {})):
+    functions: list[tuple[Any, Any]] = [
+        (kept_logprob, {"workspace_bytes": 200}),
+        (kept_logprob_reference, {}),
+    ]
+    for function, more in functions:
         inputs = [t.detach().clone().requires_grad_() for t in tensors]
         settings_: Any = {**scaling, **more, "bias": inputs[2] if bias else None}
         logprobs = function(*inputs[:2], kept.ids, kept.sizes, **settings_)
