@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -30,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.runs import machine
 from rlhf.algos.budget import SuccessTracker, allocate, budget_metrics, value
 from rlhf.metrics import merge
 
@@ -146,11 +146,7 @@ def main() -> None:
             if rule != "uniform"
         },
         "paper": "the effective ratio rises by 20 to 40 % (arXiv:2509.25849, abstract)",
-        "machine": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
+        "machine": machine() | {"numpy": np.__version__},
     }
     text = json.dumps(result, indent=1) + "\n"
     sys.stdout.write(text)

@@ -35,6 +35,7 @@ from rlhf.settings import (
     read_settings,
     resolve_algorithm,
 )
+from rlhf.types import leaves_out
 
 ENGINES = ("native", "hf", "vllm", "vllm-server")
 
@@ -103,8 +104,7 @@ class RolloutConfig(Section):
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens cannot be drawn."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
+        return leaves_out(self.top_p, self.top_k, self.min_p)
 
     @property
     def elsewhere(self) -> bool:

@@ -99,6 +99,11 @@ class Prompt:
         return None if not self.images else Images(self.id, self.images)
 
 
+def leaves_out(top_p: float, top_k: int, min_p: float) -> bool:
+    """Whether sampling with these truncates: some tokens cannot be drawn."""
+    return top_p < 1 or top_k > 0 or min_p > 0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
     """The tokens that truncated sampling (top-k, top-p, min-p) left to draw each of N tokens from.

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from rlhf.metrics import Metrics
-from rlhf.types import Completion, Prompt
+from rlhf.types import Completion, Prompt, leaves_out
 
 PauseMode = Literal["abort", "wait", "keep"]
 
@@ -60,8 +60,7 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens cannot be drawn."""
-        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+        return self.temperature > 0 and leaves_out(self.top_p, self.top_k, self.min_p)
 
     @property
     def kept_is_said(self) -> bool:
