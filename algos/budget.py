@@ -44,11 +44,6 @@ def value(n: int, p: float) -> float:
     return mixed_probability(n, p) * p * (1.0 - p) ** 2
 
 
-def expected_rollouts(p: float) -> float:
-    """Rollouts until both outcomes were seen, on average: 1 / (p (1 - p)) - 1; p strictly between 0 and 1."""
-    return 1.0 / (p * (1.0 - p)) - 1.0
-
-
 def confident_rollouts(p: float, confidence: float = 0.9) -> float:
     """Rollouts that show both outcomes with probability c, nearly: ln(1 - c) / ln(max(p, 1 - p))."""
     return math.log(1.0 - confidence) / math.log1p(-min(p, 1.0 - p))

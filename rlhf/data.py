@@ -63,17 +63,6 @@ class PromptDataset:
         return self.prompts[index]
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What a dataset holds, found without a tokenizer."""
-
-    columns: tuple[str, ...]
-    """Beside the prompt's own."""
-    count: int
-    first: tuple[Row, ...]
-    """The first lines, at most three."""
-
-
 def load_prompts(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
@@ -90,9 +79,11 @@ def load_prompts(
     chat template with the opening of the assistant's turn at the end. The `processor` of a model that can see
     writes messages with pictures (rlhf/pictures.py), those of `image_column` among them.
 
-    Raises ValueError for all that `inspect_prompts` raises it for, for chat messages without a chat template
-    to write them, for pictures that cannot be read or that the model cannot see, and for prompts longer than
-    `max_prompt_tokens` unless they are to be skipped.
+    Raises ValueError, with file and line, when the path is not there or is no dataset, a line is not a JSON
+    object, the prompt column is missing (its nearest neighbour is named), a prompt is empty or neither text
+    nor chat messages, or a line has other columns than the first one; for chat messages without a chat
+    template to write them, for pictures that cannot be read or that the model cannot see, and for prompts
+    longer than `max_prompt_tokens` unless they are to be skipped.
     """
     path, prompts, too_long, columns = Path(path), list[Prompt](), list[Prompt](), tuple[str, ...]()
     for rows, found in tokenized(path, tokenizer, prompt_column, image_column, processor):
@@ -124,20 +115,6 @@ def tokenized(
     rows = _checked_rows(path, prompt_column)
     while some := list(islice(rows, TOKENIZE_AT_ONCE)):
         yield some, list(tokenize(some, prompt_column=prompt_column, image_column=image_column))
-
-
-def inspect_prompts(path: str | Path, prompt_column: str = "prompt") -> Inspection:
-    """Checks every line of a dataset without a tokenizer.
-
-    Raises ValueError, with file and line, when the path is not there or is no dataset, a line is not a JSON
-    object, the prompt column is missing (its nearest neighbour is named), a prompt is empty or neither text
-    nor chat messages, or a line has other columns than the first one.
-    """
-    first, count = list[Row](), 0
-    for row in _checked_rows(Path(path), prompt_column):
-        count += 1
-        first = first if len(first) == 3 else [*first, row]
-    return Inspection(_others(first[0], prompt_column), count, tuple(first))
 
 
 def order(seed: int, num_prompts: int, position: int, count: int) -> list[int]:

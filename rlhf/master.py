@@ -69,12 +69,6 @@ class Master:
         """Of the master."""
         return self.weight.dtype if self._lower is None else torch.float32
 
-    @property
-    def nbytes(self) -> int:
-        """Of what this rank holds, the weight included."""
-        held = own_rows(self.weight).nbytes
-        return held if self._lower is None else held + self._lower.nbytes
-
     def value(self) -> Tensor:
         """The master: a tensor of its own where it is in halves."""
         if self._lower is None:

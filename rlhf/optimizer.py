@@ -37,11 +37,6 @@ class MasterAdamW(Stateful):
             if not is_sharded(parameter):
                 parameter.data = parameter.data.to(dtype)
 
-    @property
-    def weights(self) -> list[nn.Parameter]:
-        """Those of the model that learn."""
-        return [master.weight for master in self.masters.values()]
-
     def step(self, step: int, world: World) -> Metrics:
         """One update from the gradients accumulated on every rank; they are gone afterwards.
 

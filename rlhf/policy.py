@@ -116,10 +116,6 @@ class Trunk:
         self._layout: Layout = layout
         set_attention(self.model, self._own_attention if layout == "padded" else SHARED_PREFIX)
 
-    @property
-    def shared_prefix(self) -> bool:
-        return self.layout == "shared_prefix"
-
     def fit(self, path: str, asked: str, error: Callable[[], str | None]) -> None:
         """Takes the best layout that the model can do, or the one asked for; says why not a better one.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import logging
 import os
 import socket
 import time
@@ -22,8 +21,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlhf.files import write_atomically
-
-logger = logging.getLogger(__name__)
 
 
 class RunFolderError(ValueError):

@@ -41,6 +41,11 @@ STEP: Metrics = {
 """What a step measures, as a display shows it."""
 
 
+def bytes_held(thing: object) -> int:
+    """By the tensors among its attributes."""
+    return sum(value.nbytes for value in vars(thing).values() if isinstance(value, torch.Tensor))
+
+
 class ExactRMSNorm(nn.Module):
     """Hugging Face's norms compute in float32 whatever the model's type; this one keeps float64."""
 

@@ -107,7 +107,7 @@ def test_the_two_trunks_give_the_same_values_and_only_a_shared_one_is_trained_by
     values[0].sum().backward()
     assert all(p.grad is None for p in policy.model.parameters())
     values[1].sum().backward()
-    assert policy.model.base_model.get_input_embeddings().weight.grad is not None
+    assert policy.model.get_input_embeddings().get_parameter("weight").grad is not None
 
 
 def test_a_critic_starts_from_a_reward_model_with_its_head(tiny_model_dir: Path, tmp_path: Path):
@@ -129,13 +129,13 @@ def test_a_critic_starts_from_a_reward_model_with_its_head(tiny_model_dir: Path,
 
 def test_a_trunk_that_cannot_share_prompts_gets_padded_rows(tiny_model, caplog: pytest.LogCaptureFixture):
     trunk, weight = load_trunk(str(tiny_model("gemma2")), ALONE.device)
-    assert not trunk.shared_prefix and weight is None
+    assert trunk.layout != "shared_prefix" and weight is None
     assert "prompts are not shared" in caplog.text
 
 
 def test_policy_and_critic_are_clipped_by_one_norm_and_keep_their_own_rates(tiny_model_dir: Path):
-    policy, section = policy_of(tiny_model_dir), {"lr": 1e-2, "max_grad_norm": 1e-3}
-    learner, builder = learner_of(policy, PLAIN, critic_trunk=tiny_model_dir, **section)
+    policy = policy_of(tiny_model_dir)
+    learner, builder = learner_of(policy, PLAIN, critic_trunk=tiny_model_dir, lr=1e-2, max_grad_norm=1e-3)
     assert learner.critic is not None
     learner.critic.optimizer.section = learner.section.model_copy(update={"lr": 5e-3})
     experience = builder.build(random_groups(1, sizes=[4, 4]), kl_coef=0.0)

@@ -105,7 +105,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 def test_packed_logprobs_and_gradients_are_those_of_each_sequence_alone(tiny_model: Folder, shape: str):
     model = policy(tiny_model(shape), "shared_prefix", torch.float64)
     groups = problem(1)
-    assert model.shared_prefix
+    assert model.layout == "shared_prefix"
     got, want = logprobs(model, groups), alone(policy(tiny_model(shape), "padded", torch.float64), groups)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     assert_same(gradients(model, got), gradients(policy(tiny_model(shape), "padded", torch.float64), want))

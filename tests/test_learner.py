@@ -139,8 +139,8 @@ def test_masters_keep_the_updates_that_bfloat16_rounds_away(tiny_model_dir: Path
     masters = optimizer.masters.values()
     start = [m.value() for m in masters]
     for step in range(3):
-        for weight in optimizer.weights:
-            (weight.float().sum() * 1e-3).backward()
+        for master in masters:
+            (master.weight.float().sum() * 1e-3).backward()
         optimizer.step(step, ALONE)
     moved = [(m.value() - s).abs().max().item() for m, s in zip(masters, start, strict=True)]
     assert all(2e-6 < m < 4e-6 for m in moved)
@@ -161,9 +161,9 @@ def test_gradients_of_one_microbatch_stay_in_16_bits_and_more_are_added_up_in_fl
     one, other = (optimizer() for _ in range(2))
     for count in (1, 3):
         for i in range(count):
-            for k, weight in enumerate(one.weights):
-                (weight.float() * (1 + 2**-7 * i) * (k + 1)).sum().backward()
-        assert all(weight.grad is None for weight in one.weights)
+            for k, master in enumerate(one.masters.values()):
+                (master.weight.float() * (1 + 2**-7 * i) * (k + 1)).sum().backward()
+        assert all(master.weight.grad is None for master in one.masters.values())
         added = {master.gradient.dtype for master in one.masters.values() if master.gradient is not None}
         assert added == {torch.bfloat16 if count == 1 else torch.float32}
         for k, master in enumerate(other.masters.values()):
@@ -174,21 +174,36 @@ def test_gradients_of_one_microbatch_stay_in_16_bits_and_more_are_added_up_in_fl
         assert all_equal(one, other)
 
 
+def optimizer_of(folder: Path) -> MasterAdamW:
+    return MasterAdamW(policy_of(folder).model, torch.bfloat16, LearnerConfig(lr=1e-3), 10)
+
+
+def advance(optimizer: MasterAdamW, step: int) -> None:
+    for i, master in enumerate(optimizer.masters.values()):
+        (master.weight.float().square().sum() * (i + 1)).backward()
+    optimizer.step(step, ALONE)
+
+
 def test_optimizer_state_comes_back_bit_for_bit(tiny_model_dir: Path):
-    def optimizer() -> MasterAdamW:
-        return MasterAdamW(policy_of(tiny_model_dir).model, torch.bfloat16, LearnerConfig(lr=1e-3), 10)
-
-    def advance(o: MasterAdamW, step: int) -> None:
-        for i, weight in enumerate(o.weights):
-            (weight.float().square().sum() * (i + 1)).backward()
-        o.step(step, ALONE)
-
-    one, other = optimizer(), optimizer()
+    one, other = (optimizer_of(tiny_model_dir) for _ in range(2))
     advance(one, 0)
     other.load(one.state(), one.tensors())
     advance(one, 1)
     advance(other, 1)
     assert all_equal(one, other)
+
+
+def test_a_checkpoint_without_moments_is_one_of_masters_that_were_not_updated(tiny_model_dir: Path):
+    """Earlier versions made moments with the first update."""
+    one, other = (optimizer_of(tiny_model_dir) for _ in range(2))
+    for master in one.masters.values():
+        master.set(master.value() * 1.1)
+    assert not all_equal(one, other)
+    other.load(one.state(), {"model": one.tensors()["model"], "optimizer": {}})
+    for step in range(2):
+        advance(one, step)
+        advance(other, step)
+        assert all_equal(one, other)
 
 
 def test_schedules_by_hand():

@@ -64,7 +64,8 @@ def test_a_new_adapter_changes_nothing_and_is_all_that_learns(tiny_model_dir: Pa
     names = list(learner.optimizer.masters)
     assert len(names) == 2 * 2 * 7 and all("lora_" in name for name in names)
     # q and o 32 -> 32, k and v 32 -> 16, gate and up 32 -> 64, down 64 -> 32; two layers, rank 4
-    assert sum(w.numel() for w in learner.optimizer.weights) == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
+    learning = sum(master.weight.numel() for master in learner.optimizer.masters.values())
+    assert learning == 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96)
 
 
 def test_the_same_seed_gives_the_same_adapter_whatever_was_drawn_before(tiny_model_dir: Path):
@@ -103,8 +104,9 @@ def test_gradients_against_the_adapter_switched_off_are_those_against_a_second_m
         experience = builder.build(random_groups(3, sizes=[3, 2, 4]), kl_coef=0.1)
         groups = [0, 1, 2]
         learner.accumulate(experience, groups, learner.counts(experience, groups), 0.1)
-        assert all(w.grad is not None for w in learner.optimizer.weights)
-        results.append([w.grad for w in learner.optimizer.weights if w.grad is not None])
+        learning = [master.weight for master in learner.optimizer.masters.values()]
+        assert all(w.grad is not None for w in learning)
+        results.append([w.grad for w in learning if w.grad is not None])
         frozen = [p for p in policy.model.parameters() if not p.requires_grad]
         assert frozen and all(p.grad is None for p in frozen)
     for got, want in zip(*results, strict=True):

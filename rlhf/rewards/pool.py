@@ -6,7 +6,6 @@ never lost: its call is answered, or failed with a reason, whatever becomes of t
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections import deque
@@ -16,8 +15,6 @@ from typing import Any
 
 from rlhf.rewards.plugin import RewardSpec, Signature
 from rlhf.rewards.process import StartError, WorkerLost, WorkerProcess
-
-logger = logging.getLogger(__name__)
 
 MOST_WORKERS = 8
 MOST_CALLS = 64

@@ -76,7 +76,7 @@ class Rewards:
         self._failed = [0] * len(specs)
         """Samples since the last `gather`, a function."""
         self._given_up: str | None = None
-        self._end = weakref.finalize(self, _close, self.pools)
+        weakref.finalize(self, _close, self.pools)
         try:
             for pool in self.pools:
                 pool.start()

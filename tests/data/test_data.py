@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.data import PromptDataset, inspect_prompts, load_prompts, order
+from rlhf.data import PromptDataset, load_prompts, order
 
 CHAT = [{"role": "user", "content": "What is 3 + 5?"}]
 ROWS = [{"prompt": CHAT, "answer": 8}, {"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": 2}]
@@ -102,12 +102,6 @@ def test_another_column_may_hold_the_prompts(
     assert dataset[0].columns == {"answer": 3}
 
 
-def test_inspection_needs_no_tokenizer(write: Callable[..., Path]) -> None:
-    found = inspect_prompts(write(*ROWS, *ROWS))
-    assert (found.columns, found.count) == (("answer",), 4)
-    assert [row.id for row in found.first] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
-
-
 GOOD = {"prompt": "1?", "answer": 1}
 MALFORMED = {
     "bad JSON": (GOOD, '{"prompt": ', r"train.jsonl:2: not JSON \(Expecting value at column 1\d\)"),
@@ -144,44 +138,50 @@ def test_a_malformed_line_is_refused_with_file_line_and_reason(
     *lines, message = MALFORMED[what]
     path = write(*lines)
     with pytest.raises(ValueError, match=message):
-        inspect_prompts(path)
-    with pytest.raises(ValueError, match=message):
         load(path, tokenizer)
 
 
-def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_are_refused_with_their_line(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     (tmp_path / "train.jsonl").write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n')
     with pytest.raises(ValueError, match=r"train.jsonl:2: not UTF-8 text"):
-        inspect_prompts(tmp_path / "train.jsonl")
+        load(tmp_path / "train.jsonl", tokenizer)
 
 
-def test_a_missing_dataset_names_its_neighbour(write: Callable[..., Path]) -> None:
+def test_a_missing_dataset_names_its_neighbour(
+    write: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
     path = write(GOOD)
     with pytest.raises(ValueError, match=r"there is no dataset .*tran.jsonl .*did you mean .*train.jsonl\?"):
-        inspect_prompts(path.parent / "tran.jsonl")
+        load(path.parent / "tran.jsonl", tokenizer)
 
 
-def test_another_kind_of_file_is_refused(write: Callable[..., Path]) -> None:
+def test_another_kind_of_file_is_refused(
+    write: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
     with pytest.raises(ValueError, match=r"expected a .jsonl or .parquet file .* got '.csv'"):
-        inspect_prompts(write("a,b", name="train.csv"))
+        load(write("a,b", name="train.csv"), tokenizer)
 
 
-def test_a_file_that_only_calls_itself_parquet_is_refused(write: Callable[..., Path]) -> None:
+def test_a_file_that_only_calls_itself_parquet_is_refused(
+    write: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
     with pytest.raises(ValueError, match=r"train.parquet: not a parquet file"):
-        inspect_prompts(write("no parquet at all", name="train.parquet"))
+        load(write("no parquet at all", name="train.parquet"), tokenizer)
 
 
-def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match=r"folder without .jsonl or .parquet files"):
-        inspect_prompts(tmp_path)
+        load(tmp_path, tokenizer)
 
 
-def test_a_folder_of_splits_asks_for_one_of_them(tmp_path: Path) -> None:
+def test_a_folder_of_splits_asks_for_one_of_them(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     splits = DatasetDict({"train": Dataset.from_list(ROWS), "test": Dataset.from_list(ROWS[:1])})
     splits.save_to_disk(tmp_path / "both")
     with pytest.raises(ValueError, match=r"several splits \(test, train\): name one"):
-        inspect_prompts(tmp_path / "both")
-    assert inspect_prompts(tmp_path / "both" / "train").count == 2
+        load(tmp_path / "both", tokenizer)
+    assert len(load(tmp_path / "both" / "train", tokenizer)) == 2
 
 
 def test_a_tokenizer_without_chat_template_is_refused(

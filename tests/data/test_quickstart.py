@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from rlhf.data import inspect_prompts
+from rlhf.data import load_prompts
+from rlhf.pretrained import load_tokenizer
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
@@ -33,7 +34,8 @@ def test_no_pair_stands_on_both_sides_in_either_order() -> None:
     assert len(set(held_out)) == 14  # a quarter of the 55 unordered pairs
 
 
-def test_both_sides_are_prompts_with_an_answer() -> None:
+def test_both_sides_are_prompts_with_an_answer(tiny_model_dir: Path) -> None:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
     for name, count in (("train.jsonl", 74), ("eval.jsonl", 26)):
-        found = inspect_prompts(QUICKSTART / name)
-        assert (found.columns, found.count) == (("answer",), count)
+        found = load_prompts(QUICKSTART / name, tokenizer, max_prompt_tokens=512)
+        assert (found.columns, len(found)) == (("answer",), count)

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rlhf.config import make_config
-from rlhf.data import inspect_prompts
+from rlhf.data import PromptDataset, load_prompts
+from rlhf.pretrained import load_tokenizer
 from rlhf.rewards.gym import score
 from tests.test_config import settings
 
+Load = Callable[[str], PromptDataset]
 
-def test_entries_depend_on_seed_and_place_alone() -> None:
-    few = inspect_prompts(Path("gym:chain_sum?size=3&seed=7&max_terms=2"))
-    more = inspect_prompts(Path("gym:chain_sum?size=9&seed=7&max_terms=2"))
-    assert few.first == tuple(
-        type(row)(row.id, few_row.where, row.columns)
-        for row, few_row in zip(more.first, few.first, strict=True)
-    )
-    assert (few.count, more.count) == (3, 9)
+
+@pytest.fixture
+def load(tiny_model_dir: Path) -> Load:
+    tokenizer = load_tokenizer(str(tiny_model_dir))
+    return lambda source: load_prompts(source, tokenizer, max_prompt_tokens=512)
+
+
+def test_entries_depend_on_seed_and_place_alone(load: Load) -> None:
+    few = load("gym:chain_sum?size=3&seed=7&max_terms=2")
+    more = load("gym:chain_sum?size=9&seed=7&max_terms=2")
+    assert few.prompts == more.prompts[:3]
+    assert (len(few), len(more)) == (3, 9)
     assert few.columns == ("answer", "gym")
-    assert few.first[0].id == "chain_sum:0"
+    assert few[0].id == "chain_sum:0"
 
 
-def test_the_task_judges_the_answer() -> None:
-    row = inspect_prompts(Path("gym:chain_sum?size=1&seed=1")).first[0]
-    answer, entry = row.columns["answer"], row.columns["gym"]
+def test_the_task_judges_the_answer(load: Load) -> None:
+    columns = load("gym:chain_sum?size=1&seed=1")[0].columns
+    answer, entry = columns["answer"], columns["gym"]
     said = [
         f"I think <answer>{answer}</answer>",
         f"<answer>1</answer> no: <answer>{answer}</answer>",
@@ -38,11 +45,9 @@ def test_the_task_judges_the_answer() -> None:
     assert score([str(answer)], [entry], extract="whole") == [1.0]
 
 
-def test_a_question_is_a_message_or_text_with_an_instruction() -> None:
-    chat = (
-        inspect_prompts(Path("gym:chain_sum?size=1&instruction=Answer in tags.")).first[0].columns["prompt"]
-    )
-    text = inspect_prompts(Path("gym:chain_sum?size=1&chat=false")).first[0].columns["prompt"]
+def test_a_question_is_a_message_or_text_with_an_instruction(load: Load) -> None:
+    chat = load("gym:chain_sum?size=1&instruction=Answer in tags.")[0].content
+    text = load("gym:chain_sum?size=1&chat=false")[0].content
     assert chat == [{"role": "user", "content": f"{text}\nAnswer in tags."}]
 
 
@@ -54,9 +59,9 @@ def test_a_question_is_a_message_or_text_with_an_instruction() -> None:
         ("gym:chain_sum?min_terms=-3", "gym:chain_sum"),
     ],
 )
-def test_a_mistake_is_named(source: str, message: str) -> None:
+def test_a_mistake_is_named(load: Load, source: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        inspect_prompts(Path(source))
+        load(source)
 
 
 def test_the_reward_comes_with_the_data_unless_another_is_named() -> None:
