@@ -21,6 +21,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
 from rlhf.lora_config import LoraConfig
+from rlhf.mistakes import explain
 from rlhf.origin import DataConfig, PromptValueConfig, ReplayConfig, check_origin
 from rlhf.perception_config import PerceptionConfig
 from rlhf.reward_config import RewardConfig
@@ -31,7 +32,6 @@ from rlhf.settings import (
     Positive,
     Section,
     algorithm_factory,
-    explain,
     read_settings,
     resolve_algorithm,
 )
@@ -267,7 +267,8 @@ class Config(Section):
     data: DataConfig
     reward: RewardConfig = RewardConfig()
     algorithm: dict[str, Any]
-    """`name` (a key of `ALGORITHMS`, or `path/file.py:function`) and that function's keyword arguments."""
+    """`name` (a key of `ALGORITHMS`, or `path/file.py:function`) and that function's keyword
+    arguments; or the name alone."""
     rollout: RolloutConfig = RolloutConfig()
     budget: BudgetConfig = BudgetConfig()
     prompt_value: PromptValueConfig = PromptValueConfig()
@@ -291,6 +292,11 @@ class Config(Section):
         if isinstance(data, Mapping) and str(typing.cast(Any, data).get("train")).startswith("gym:"):
             settings.setdefault("reward", {"functions": [{"path": "gym"}]})
         return settings
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def may_be_a_name_alone(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
 
     @field_validator("algorithm")
     @classmethod
@@ -364,6 +370,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def make_config(settings: Mapping[str, Any]) -> Config:
     """A checked Config from a nested mapping. Raises ConfigError."""
+    if settings.get("task") == "reward_model":
+        raise ConfigError(
+            "task is reward_model: this is no run of a policy; rlhf train CONFIG trains it, from Python "
+            "rlhf.reward_model_trainer.RewardModelTrainer(rlhf.tasks.load_task(CONFIG)).run()"
+        )
     try:
         return Config.model_validate(settings)
     except ValidationError as error:

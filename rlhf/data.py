@@ -229,7 +229,10 @@ def _checked_rows(path: Path, prompt_column: str) -> Iterator[Row]:
         if prompt_column not in row.columns:
             near = difflib.get_close_matches(prompt_column, row.columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{row.where}: no column {prompt_column!r} among {quoted(row.columns)}{hint}")
+            raise ValueError(
+                f"{row.where}: no column {prompt_column!r} among {quoted(row.columns)}{hint} "
+                "(data.prompt_column says which one holds the prompt)"
+            )
         problem = _problem_of(row.columns[prompt_column])
         if problem:
             raise ValueError(f"{row.where}: column {prompt_column!r} {problem}")
@@ -299,6 +302,8 @@ def _read(path: Path) -> Iterator[Row]:
     if not path.is_dir():
         near = difflib.get_close_matches(path.name, _entries(path.parent), n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        if not near and not path.suffix:
+            hint = "; of the hub: datasets.load_dataset(NAME, split=...).save_to_disk(FOLDER), then FOLDER"
         raise ValueError(f"there is no dataset {path} (looked from {Path.cwd()}){hint}")
     if (path / "dataset_dict.json").is_file():
         splits = [name for name in _entries(path) if (path / name).is_dir()]
@@ -319,8 +324,9 @@ def _read_file(path: Path) -> Iterator[Row]:
         return _read_jsonl(path)
     if path.suffix == ".parquet":
         return _read_parquet(path)
+    hint = "; one JSON object a line, and the name .jsonl" if path.suffix == ".json" else ""
     raise ValueError(
-        f"{path}: expected a .jsonl or .parquet file or a `datasets` folder, got {path.suffix!r}"
+        f"{path}: expected a .jsonl or .parquet file or a `datasets` folder, got {path.suffix!r}{hint}"
     )
 
 

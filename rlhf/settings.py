@@ -1,12 +1,13 @@
-"""Settings from YAML and overrides; an algorithm's keyword arguments as settings; how a mistake is told."""
+"""Settings from YAML and overrides; an algorithm's keyword arguments as settings."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import inspect
+import re
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
+from rlhf.mistakes import explain
 from rlhf.plugins import load_plugin
 
 Positive = Annotated[int, Field(ge=1)]
@@ -55,7 +57,8 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     try:
         resolved = schema.model_validate(given)
     except ValidationError as error:
-        raise ValueError("\n".join(explain(error, prefix="algorithm", schema=schema))) from None
+        told = explain(error, prefix="algorithm", schema=schema, owners=_owners())
+        raise ValueError("\n".join(told)) from None
     values = {key: getattr(resolved, key) for key in schema.model_fields}
     factory = algorithm_factory(name)
     hints = typing.get_type_hints(factory)
@@ -68,15 +71,26 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     return {"name": name, **values}
 
 
+def _owners() -> dict[str, str]:
+    """Keys of algorithms, and the algorithms that have each."""
+    owners: dict[str, list[str]] = {}
+    for name, factory in ALGORITHMS.items():
+        for key in inspect.signature(factory).parameters:
+            owners.setdefault(key, []).append(name)
+    return {key: ", ".join(names) for key, names in owners.items()}
+
+
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The tree of a YAML file with the overrides in it, not checked yet. Raises ConfigError."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no config file {path}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {_problem_of(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
     settings = typing.cast(dict[str, Any], tree)
@@ -94,19 +108,50 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     node = settings
     for parent in parents:
         child = node.setdefault(parent, {})
+        if parent == "algorithm" and isinstance(child, str):
+            child = node[parent] = {"name": child}
         if not isinstance(child, dict):
             raise ConfigError(f"{override!r}: {parent} is a value, not a section")
         node = typing.cast(dict[str, Any], child)
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = load_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{override!r}: the value is not YAML: {_problem_of(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as in YAML 1.2, and a key that is given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, yaml.Mark] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in first:
+                line = first[key.value].line + 1
+                said = f"{key.value} is given a second time (it was in line {line})"
+                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+            first[key.value] = key.start_mark
+        return super().construct_mapping(node, deep)
+
+
+# its stub has no types
+typing.cast(Any, _Loader).add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values alone. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
 
 
 def _problem_of(error: yaml.YAMLError) -> str:
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return str(error)
-    return f"{error.problem} in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    where = f"in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    tab = "; indent with spaces" if "'\\t'" in (error.problem or "") else ""
+    return f"{error.problem} {where}{tab}"
 
 
 def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> type[BaseModel]:
@@ -129,55 +174,3 @@ def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = N
             kind = _schema(typing.cast(type, kind), default)
         fields[key] = (kind, ... if default is inspect.Parameter.empty else default)
     return create_model(name, __config__=ConfigDict(extra="forbid", validate_default=True), **fields)
-
-
-def setting_names(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key there is, algorithms' own excepted."""
-    for key, info in schema.model_fields.items():
-        section = _section(info.annotation)
-        if section is None:
-            yield f"{prefix}{key}"
-        else:
-            yield from setting_names(section, f"{prefix}{key}.")
-
-
-def _section(kind: Any) -> type[BaseModel] | None:
-    """The section behind `Section`, or behind `Section | None`: one that may be left out."""
-    parts = typing.get_args(kind)
-    if len(parts) == 2 and parts[1] is type(None):
-        kind = parts[0]
-    return kind if inspect.isclass(kind) and issubclass(kind, BaseModel) else None
-
-
-def explain(error: ValidationError, *, prefix: str, schema: type[BaseModel]) -> Iterator[str]:
-    """A line a problem: the key, what was expected, what came; the nearest neighbour of an unknown one."""
-    problems = error.errors()
-    for problem in problems:
-        where = ".".join([prefix, *map(str, problem["loc"])] if prefix else map(str, problem["loc"]))
-        message = problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "extra_forbidden":
-            hint = _nearest(where, prefix, schema)
-            yield f"unknown setting {where}" + (f"; did you mean {hint}?" if hint else "")
-        elif problem["type"] == "too_short":
-            # a list is also too short when none of its entries is right
-            if not any(len(p["loc"]) > len(problem["loc"]) for p in problems):
-                yield f"{where}: needs at least {problem.get('ctx', {}).get('min_length', 1)}, got none"
-        elif problem["type"] == "missing":
-            yield f"{where} is required"
-        elif problem["type"] == "value_error":
-            yield f"{where}: {message}" if where and not message.startswith(where) else message
-        else:
-            yield f"{where}: {message}, got {problem['input']!r}"
-
-
-def _nearest(where: str, prefix: str, schema: type[BaseModel]) -> str | None:
-    names = list(setting_names(schema, f"{prefix}." if prefix else ""))
-    parent, _, last = where.rpartition(".")
-    siblings = {n.rpartition(".")[2]: n for n in names if n.rpartition(".")[0] == parent}
-    leaves = {n.rpartition(".")[2]: n for n in names}
-    for candidates in (siblings, leaves):
-        near = difflib.get_close_matches(last, candidates, n=1)
-        if near:
-            return candidates[near[0]]
-    near = difflib.get_close_matches(where, names, n=1)
-    return near[0] if near else None

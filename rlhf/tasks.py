@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pydantic import ValidationError
 
 from rlhf.config import Config, make_config
+from rlhf.mistakes import explain
 from rlhf.reward_model_config import RewardModelConfig
-from rlhf.settings import ConfigError, explain, read_settings
+from rlhf.settings import ConfigError, read_settings
 
 TASKS = ("rl", "reward_model")
 

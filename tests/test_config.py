@@ -11,7 +11,8 @@ import yaml
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config import Config, ConfigError, load_config, make_config
-from rlhf.settings import resolve_algorithm, setting_names
+from rlhf.mistakes import MEANT, OTHER_NAMES, setting_names
+from rlhf.settings import load_yaml, resolve_algorithm
 from rlhf.tasks import load_task
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -196,7 +197,36 @@ def test_picking_a_name_is_picking_the_algorithm(name: str):
             {"rollout": {"group_sise": 4}},
             "unknown setting rollout.group_sise; did you mean rollout.group_size?",
         ),
-        ({"learning_rate": 1e-5}, "unknown setting learning_rate"),
+        ({"learning_rate": 1e-5}, "unknown setting learning_rate; did you mean learner.lr?"),
+        ({"lr": 1e-5}, "did you mean learner.lr?"),
+        ({"rollout": {"n": 4}}, "did you mean rollout.group_size?"),
+        ({"kl_coef": 0.1}, "did you mean algorithm.kl.coef?"),
+        ({"algorithm": {"name": "grpo", "beta": 0.1}}, "did you mean algorithm.kl.coef?"),
+        ({"learner": {"beta": 0.1}}, "did you mean learner.betas?"),
+        ({"path": "m"}, "did you mean model.path or critic.path or ptx.path?"),
+        (
+            {"algorithm": {"name": "grpo", "tau_positive": 1}},
+            "unknown setting algorithm.tau_positive, which is one of sapo",
+        ),
+        ({"algorithm": {"name": "sapo", "clip_hi": 1}}, "unknown setting algorithm.clip_hi"),
+        ({"steps": "many"}, "steps: must be a whole number, got 'many'"),
+        ({"steps": 1.5}, "steps: must be a whole number, got 1.5"),
+        ({"rollout": 8}, "rollout: must be a section, with settings of engine, prompts_per_step"),
+        ({"rollout": None}, "rollout: must be a section, with settings of engine"),
+        (
+            {"budget": {"rule": "knapsak"}},
+            "must be 'uniform' or 'knapsack' (did you mean knapsack?), got 'knapsak'",
+        ),
+        ({"budget": {"prior": "some"}}, "budget.prior: must be a number, got 'some'"),
+        ({"checkpoint": {"export": "maybe"}}, "checkpoint.export: must be true or false, got 'maybe'"),
+        ({"run_dir": 8}, "run_dir: must be text, got 8"),
+        ({"rollout": {"stop_token_ids": 2}}, "rollout.stop_token_ids: must be a list, got 2"),
+        ({"rollout": {"top_p": 2}}, "rollout.top_p: must be 1 or less, got 2"),
+        (
+            {"reward": {"functions": [{"path": "a:b", "batch": "all"}]}},
+            "functions.0.batch: must be a whole number or be 'group' or 'step', got 'all'",
+        ),
+        ({"task": "reward_model"}, "rlhf train CONFIG trains it"),
         ({"group_size": 4}, "did you mean rollout.group_size?"),
         ({"algorithm": {"name": "grpo", "clip_hgh": 0.3}}, "did you mean algorithm.clip_high?"),
         ({"algorithm": {"name": "grpo", "kl": {"coeff": 0.3}}}, "did you mean algorithm.kl.coef?"),
@@ -204,7 +234,7 @@ def test_picking_a_name_is_picking_the_algorithm(name: str):
         ({"algorithm": {"name": "cispo"}}, "algorithm.clip_high is required"),
         ({"algorithm": {}}, "needs a name, one of grpo"),
         ({"algorithm": {"name": "grpo", "kl": {"coef": 0.1, "estimator": "k1"}}}, "k1"),
-        ({"steps": 0}, "steps: Input should be greater than or equal to 1, got 0"),
+        ({"steps": 0}, "steps: must be 1 or more, got 0"),
         ({"learner": {"lr": -1.0}}, "learner.lr"),
         ({"rollout": {"temperature": 0.0}}, "rollout.temperature"),
         ({"rollout": {"engine": "vlm"}}, "rollout.engine"),
@@ -221,6 +251,46 @@ def test_a_mistake_is_named_with_what_was_expected(changes: dict[str, Any], mess
     with pytest.raises(ConfigError) as error:
         make_config(settings(**changes))
     assert message in str(error.value)
+
+
+def test_a_name_alone_is_an_algorithm_with_its_defaults(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(settings(algorithm={"name": "grpo", "clip_low": 0.1})))
+    assert (
+        load_config(path, ["algorithm=rloo"]).algorithm == make_config(settings(algorithm="rloo")).algorithm
+    )
+    changed = load_config(path, ["algorithm=rloo", "algorithm.kl.coef=0"]).algorithm["kl"]
+    assert changed == KL(coef=0.0, estimator="k1", placement="reward")
+
+
+def test_every_name_of_another_framework_leads_to_a_setting():
+    known = {*setting_names(Config), "algorithm.name", "model.lora.rank", "model.lora.alpha"}
+    known |= {f"algorithm.{key}" for key in ("clip_low", "clip_high", "clip_dual", "entropy_coef")}
+    known |= {f"algorithm.kl.{key}" for key in ("coef", "estimator")}
+    known |= {f"algorithm.critic.{key}" for key in ("value_clip", "coef", "gamma", "lam")}
+    assert {part for ours in OTHER_NAMES for part in ours.split(" and ")} <= known
+    assert len(MEANT) == sum(map(len, OTHER_NAMES.values())), "one name twice"
+
+
+def test_a_key_given_twice_is_refused_with_both_lines(tmp_path: Path):
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(settings()) + "rollout:\n  group_size: 4\n  group_size: 8\n")
+    with pytest.raises(
+        ConfigError, match=r"group_size is given a second time \(it was in line 13\) in line 14"
+    ):
+        load_config(path)
+    path.write_text("steps: 3\n\tseed: 1\n")
+    with pytest.raises(ConfigError, match="indent with spaces"):
+        load_config(path)
+
+
+def test_a_number_with_an_exponent_is_a_number_wherever_it_stands():
+    assert load_yaml("{a: 1e-5, b: [-2E+3, .5e1], c: 1e5x, d: '1e5'}") == {
+        "a": 1e-5,
+        "b": [-2000.0, 5.0],
+        "c": "1e5x",
+        "d": "1e5",
+    }
 
 
 def test_one_kl_setting_changes_and_the_algorithms_others_stay():

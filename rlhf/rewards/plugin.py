@@ -100,7 +100,8 @@ class Signature:
         missing = [any_of for any_of in self.requires if not {*ALWAYS_GIVEN, *columns}.intersection(any_of)]
         if missing:
             needs = ", ".join(
-                f"{' or '.join(map(repr, any_of))}{_did_you_mean(any_of[0], columns)}" for any_of in missing
+                f"{' or '.join(map(repr, any_of))}{_did_you_mean(any_of[0], (*ALWAYS_GIVEN, *columns))}"
+                for any_of in missing
             )
             has = ", ".join(repr(column) for column in columns) or "none beside the prompt"
             raise ValueError(

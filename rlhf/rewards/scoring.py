@@ -225,7 +225,8 @@ class Rewards:
                 self._given_up = f"reward function {name} {failure.message}"
             elif self._failed[number] > self._max_failed_share * scoring.of:
                 self._given_up = ""
-            first = failure is not None and (name, failure.kind) not in self._logged
+            # what stops the run is told where it stops
+            first = failure is not None and (name, failure.kind) not in {*self._logged, (name, "wrong")}
             if failure is not None:
                 self._logged.add((name, failure.kind))
             if scoring.done or self._given_up is not None:

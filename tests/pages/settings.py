@@ -19,6 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config import Config
+from rlhf.mistakes import OTHER_NAMES
 from rlhf.reward_config import RewardFunction
 from rlhf.reward_model_config import RewardModelConfig
 from rlhf.rewards.plugin import RewardSpec
@@ -34,8 +35,9 @@ holds every setting in force.
 """
 INTRO = {
     "algorithm": (
-        "`name` is one of the table below or `path/file.py:function`; the other keys are the keyword "
-        "arguments of that function, so they differ by algorithm. "
+        "`name` is one of the table below or `path/file.py:function` (`algorithm: NAME` alone takes its "
+        "defaults, and `algorithm=NAME` on the command line drops what the file has); the other keys are the "
+        "keyword arguments of that function, so they differ by algorithm. "
         "What each means: [algorithms.md](algorithms.md)."
     ),
     "reward.functions": (
@@ -50,9 +52,28 @@ INTRO = {
 }
 
 
+OTHER_HEAD = """## Coming from TRL or verl
+
+What they and others call a setting, by the last part of its name; the command says it too. A batch is
+counted in prompts here, a microbatch in tokens, and `steps` are rounds of rollouts: `rlhf check` says how
+many passes over the data they are.
+
+| here | there |
+|---|---|
+"""
+
+
+def _other_names() -> str:
+    return "".join(
+        f"| `{ours.replace(' and ', '`, `')}` | {', '.join(f'`{other}`' for other in others)} |\n"
+        for ours, others in OTHER_NAMES.items()
+    )
+
+
 def render() -> str:
     parts = [HEAD, *_sections(Config, "")]
     parts.append("## algorithm\n\n" + INTRO["algorithm"] + "\n\n" + _algorithms())
+    parts.append(OTHER_HEAD + _other_names())
     parts.append(
         "# Settings of a reward model\n\nWith `task: reward_model` ([algorithms.md](algorithms.md)); "
         "`model`, `learner`, `checkpoint` and `monitor` are as above unless they stand here.\n"

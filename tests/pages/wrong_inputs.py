@@ -93,6 +93,9 @@ SETTINGS = (
     ("A misspelt key", ["rollout.group_sise=8"]),
     ("A key in the wrong section", ["group_size=8"]),
     ("A key of another section", ["learner.engine=hf"]),
+    ("A name of TRL", ["num_generations=8"]),
+    ("A name of verl", ["rollout.n=8"]),
+    ("A name that several sections have", ["path=./model"]),
     ("A word where a number belongs", ["steps=many"]),
     ("A value out of range", ["learner.lr=-1"]),
     ("A count of zero", ["rollout.group_size=0"]),
@@ -197,6 +200,8 @@ USER = {"role": "user", "content": "What is 3 + 5?"}
 DATA = (
     ("A path misspelt", ["data.train=trian.jsonl"], "", nothing),
     ("A file of another kind", ["data.train=train.csv"], "", write("train.csv", "prompt\nsay 1\n")),
+    ("A list in one file", ["data.train=train.json"], "", write("train.json", "[]")),
+    ("A name of the hub", ["data.train=openai/gsm8k"], "", nothing),
     ("An empty file", [], "`train.jsonl` is empty.", lines()),
     (
         "A line that is no JSON",
@@ -257,6 +262,12 @@ REWARDS = (
     ("A class whose objects cannot be called", [], "", reward("class short:\n    pass\n")),
     ("A column that the data lacks", [], "`def short(completions, answer)`", reward(NEEDS)),
     (
+        "An argument that nobody gives",
+        [],
+        "`def short(completion)`",
+        reward("def short(completion):\n    return 0.0\n"),
+    ),
+    (
         "A parameter that it does not take",
         ["'reward.functions=[{path: reward.py:short, params: {limt: 3}}]'"],
         "`def short(completions, limit=5)`",
@@ -296,6 +307,19 @@ FILES = (
         check(),
         "Line 2 is `steps: [10`.",
         write("mine.yaml", "run_dir: x\nsteps: [10\n"),
+    ),
+    Wrong(
+        "Files and folders",
+        "A config with a tab",
+        check(),
+        prepare=write("mine.yaml", "rollout:\n\tgroup_size: 8\n"),
+    ),
+    Wrong(
+        "Files and folders",
+        "A key given twice",
+        check(),
+        "Lines 1 and 3 are `learner:`.",
+        write("mine.yaml", "learner:\n  lr: 1e-6\nlearner:\n  epochs: 2\n"),
     ),
     Wrong(
         "Files and folders", "A config that is a list", check(), prepare=write("mine.yaml", "- steps: 10\n")
