@@ -79,7 +79,9 @@ class Budgets(Stateful):
         return [self.tokens.get(name, usual) for name in names]
 
     def _outcomes(self, group: Group) -> list[float]:
-        return [float(is_right(t, self.reward)) for t in group.trajectories]
+        """Of the completions that were judged: one whose reward failed says nothing about its prompt."""
+        judged = [t for t in group.trajectories if judged_by(t, self.reward) is not None]
+        return [float(is_right(t, self.reward)) for t in judged]
 
     def observe(self, groups: Sequence[Group]) -> Metrics:
         """Learns from the outcomes of a step, on every rank from those of all of them."""
@@ -118,8 +120,13 @@ def check_objective(groups: Sequence[Group], section: RewardConfig) -> None:
         )
 
 
+def judged_by(trajectory: Trajectory, section: RewardConfig) -> float | None:
+    """What says whether a completion is right; None: its reward failed, or none applies."""
+    objective = section.success_objective
+    return trajectory.reward if objective is None else trajectory.objectives.get(objective)
+
+
 def is_right(trajectory: Trajectory, section: RewardConfig) -> bool:
     """Whether a completion counts as solved (`reward.success_objective`, `reward.success_threshold`)."""
-    objective = section.success_objective
-    value = trajectory.reward if objective is None else trajectory.objectives.get(objective)
+    value = judged_by(trajectory, section)
     return value is not None and value >= section.success_threshold

@@ -14,7 +14,7 @@ from rlhf.data import PromptDataset, order
 from rlhf.distributed import World, derive_seed
 from rlhf.metrics import Mean, Metrics, Sum, merge
 from rlhf.pretrained import decoded
-from rlhf.rewards import Rewards, Scoring
+from rlhf.rewards import Rewards, Scoring, reward_metrics
 from rlhf.rollout.engine import Measured, RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.types import Completion, FinishReason, Group, Prompt
 
@@ -218,7 +218,8 @@ class Collector:
             groups = [
                 Group(g.prompt, g.trajectories + h.trajectories) for g, h in zip(groups, others, strict=True)
             ]
-            metrics = merge([metrics, more])
+            # a spread is that of whole groups
+            metrics = merge([metrics, more]) | reward_metrics(groups)
         return _drawn(groups, draws), metrics | length_metrics(groups)
 
     def _sample(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from statistics import fmean, pstdev
 
 import pytest
 
@@ -46,6 +48,20 @@ def test_with_a_prior_one_visit_is_enough():
     rule.observe([group(easy, 2, 0), group(hard, 0, 2)])
     sizes = rule.sizes([easy, hard])
     assert sum(sizes) == 16 and sizes[1] > sizes[0]
+
+
+def test_completions_whose_reward_failed_say_nothing_about_their_prompt():
+    rule = budgets()
+    (prompt,) = prompts(1)
+    failed = tuple(trajectory([4], None) for _ in range(8))
+    rule.observe([Group(prompt, failed)])
+    assert rule.tracker.rate(prompt.id) is None, "it is not seen yet"
+    rule.observe([Group(prompt, group(prompt, 6, 2).trajectories + failed)])
+    assert rule.tracker.rate(prompt.id) == 0.75
+    probed = budgets(prior=1.0, probes=2)
+    easy, broken = prompts(2)
+    sizes = probed.rest([group(easy, 1, 1), Group(broken, failed[:2])])
+    assert sizes == probed.rest([group(easy, 1, 1), Group(broken, ())]), "as of one that is new"
 
 
 def test_with_probes_the_rest_goes_where_the_posterior_says_and_the_total_stays():
@@ -102,13 +118,16 @@ def test_a_run_with_it_spends_what_a_uniform_one_would(
     tmp_path: Path, tiny_model_dir: Path, settings: dict[str, object]
 ):
     budget = {"rule": "knapsack", "prior": 1.0, "high": 16} | settings
-    tree = bandit_settings(tmp_path, tiny_model_dir, steps=3, budget=budget)
+    tree = bandit_settings(tmp_path, tiny_model_dir, steps=3, budget=budget, monitor={"samples_per_step": 8})
     train(tree)
     config = make_config(tree)
     uniform = config.rollout.prompts_per_step * config.rollout.group_size
     spent = [record["rollout/samples"] for record in metrics_of(tmp_path)]
     assert spent[0] == uniform
     assert settings == {"cost": "tokens"} or spent == [uniform] * 3
+    shown = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    spreads = [pstdev(c["reward"] for c in g["completions"]) for g in shown if g["step"] == 1]
+    assert metrics_of(tmp_path)[0]["reward/std"] == pytest.approx(fmean(spreads)), "of whole groups"
 
 
 def test_success_is_what_the_config_says():
