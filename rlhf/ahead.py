@@ -70,14 +70,17 @@ class Ahead(Stateful):
         prompts = {p.id: p for p in self._prompts.prompts}
         sampled = [group_of(g, prompts) for g in mine["groups"]]
         kept = [group for group, plain in zip(sampled, mine["groups"], strict=True) if plain["kept"]]
+        kept += [group_of(g, prompts) for g in mine.get("joined", ())]
         collected = Collected(kept, sampled, mine["position"], metrics_from(mine["metrics"]))
         self._pending = Pending(collected=collected)
 
 
 def _batch_state(collected: Collected) -> dict[str, Any]:
-    kept = {id(group) for group in collected.groups}
+    kept, sampled = ({id(group) for group in groups} for groups in (collected.groups, collected.sampled))
     return {
         "groups": [group_state(g) | {"kept": id(g) in kept} for g in collected.sampled],
+        # with completions of the data beside those that were sampled
+        "joined": [group_state(g) for g in collected.groups if id(g) not in sampled],
         "position": collected.position,
         "metrics": metrics_state(collected.metrics),
     }
@@ -85,10 +88,15 @@ def _batch_state(collected: Collected) -> dict[str, Any]:
 
 def _dealt(ranks: Sequence[dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """The same groups over another number of ranks; what was measured goes to the first."""
-    groups = [group for part in ranks for group in part["groups"]]
+    groups, joined = ([g for part in ranks for g in part.get(name, ())] for name in ("groups", "joined"))
     metrics = [metrics_state(merge([metrics_from(part["metrics"]) for part in ranks])), *[{}] * (size - 1)]
     return [
-        {"groups": groups[rank::size], "position": ranks[0]["position"], "metrics": metrics[rank]}
+        {
+            "groups": groups[rank::size],
+            "joined": joined[rank::size],
+            "position": ranks[0]["position"],
+            "metrics": metrics[rank],
+        }
         for rank in range(size)
     ]
 
@@ -131,9 +139,9 @@ def fresh(groups: Sequence[Group], *, version: int, bound: int) -> tuple[list[Gr
         trajectories: list[Trajectory] = []
         for t in group.trajectories:
             own = [version - v.version for v in t.versions for _ in range(v.start, v.end)]
-            # tokens of a later turn than the last span belong to it
+            # tokens of a later turn than the last span belong to it; those of data have no age
             own += (own[-1:] or [0]) * (len(t.token_ids) - len(own))
-            ages += [age for age, chosen in zip(own, t.loss_mask, strict=True) if chosen]
+            ages += [age for age, chosen in zip(own, t.loss_mask, strict=True) if chosen and t.versions]
             mask = tuple(m and age <= bound for m, age in zip(t.loss_mask, own, strict=True))
             trajectories.append(t if mask == t.loss_mask else replace(t, loss_mask=mask))
         result.append(replace(group, trajectories=tuple(trajectories)))

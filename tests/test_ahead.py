@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,26 @@ def test_a_batch_survives_a_checkpoint_on_any_number_of_ranks(before: int, after
     assert sorted(groups, key=lambda g: g.prompt.id) == want.sampled
     assert sorted(kept, key=lambda g: g.prompt.id) == want.groups
     assert merge(metrics)["reward/mean"] == Mean(5.0, 5)
+
+
+@pytest.mark.parametrize("after", [1, 2])
+def test_completions_of_the_data_beside_the_rollouts_survive_it_too(after: int) -> None:
+    names = ["p0", "p1", "p2"]
+    plain = batch(names, names)
+    data = trajectory([7, 8], 0.5, rollout_logprobs=None, versions=())
+    joined = [replace(g, trajectories=(*g.trajectories, data)) for g in plain.groups]
+    ahead = Ahead(dataset(names), ALONE, 1)
+    ahead.next(Pending(collected=replace(plain, groups=joined)))
+    saved = json.loads(json.dumps(ahead.state()))
+    found: list[Collected] = []
+    for rank in range(after):
+        other = Ahead(dataset(names), World(rank, after, torch.device("cpu")), 1)
+        other.load(saved, {})
+        found.append(other.current(lambda: pytest.fail("it was sampled again")))
+    assert sorted((g for c in found for g in c.groups), key=lambda g: g.prompt.id) == joined
+    assert sorted((g for c in found for g in c.sampled), key=lambda g: g.prompt.id) == plain.sampled
+    _, metrics = fresh(joined, version=1, bound=1)
+    assert metrics["staleness/mean"].value == 1.0, "the data has no age"
 
 
 def test_every_step_but_the_first_learns_from_the_policy_of_the_step_before(
