@@ -30,7 +30,7 @@ from rlhf.types import Group
 
 
 class Constraints(Stateful):
-    """The multipliers in force, which it puts on the weights of `rewards`."""
+    """What objectives weigh: the multipliers in force, which it puts on the weights of `rewards`."""
 
     def __init__(self, constraints: Sequence[ConstraintConfig], rewards: Rewards, world: World) -> None:
         self.constraints, self.rewards, self.world = constraints, rewards, world
@@ -57,14 +57,21 @@ class Constraints(Stateful):
         self._apply()
         return {f"reward/multiplier/{name}": Max(value) for name, value in self.multipliers.items()}
 
+    def weights(self) -> dict[str, float]:
+        """By objective, of all that any rank has seen: groups move between ranks. Every rank calls it."""
+        for owners in self.world.gather(self.rewards.owners):
+            self.rewards.recall(owners)
+        return self.rewards.weights
+
     def _apply(self) -> None:
         self.rewards.extra_weights = {
             c.objective: c.sign * self.multipliers[c.objective] for c in self.constraints
         }
 
     def state(self) -> dict[str, Any]:
-        return {"multipliers": dict(self.multipliers)}
+        return {"multipliers": dict(self.multipliers), "owners": self.rewards.owners}
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         self.multipliers |= state["multipliers"]
+        self.rewards.recall(state.get("owners", {}))
         self._apply()

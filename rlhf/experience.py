@@ -47,7 +47,8 @@ class ExperienceBuilder:
         is_right: Callable[[Trajectory], bool] | None = None,
         looking: Looking | None = None,
     ) -> None:
-        """`objective_weights` of the reward functions; an objective not among them has weight 1.
+        """`objective_weights` of the reward functions, the same on all ranks; an objective not among them has
+        weight 1.
 
         `prompt_values` and `balance` by the prompt's id, when the algorithm has a use for them. `critic`: of
         an algorithm that has one. `is_right`: for one that imitates right completions. `looking`: for one

@@ -75,7 +75,7 @@ def build_parts(config: Config, inputs: Inputs, world: World) -> Parts:
     hacking = HackingWatch(config.perception)
     engine, sync, sampler = _rollout(config, inputs, world, policy)
     sources = Sources(config, inputs, world, reference or policy, sampler)
-    experience, learner = _learning(config, inputs, world, (policy, reference, critic), optimizer, sources)
+    experience, learner = _learning((policy, reference, critic), optimizer, sources, constraints)
     rollouts = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
     collector = sources.collector(rollouts, experience)
     cursor, kl, buffer = Cursor(), KLCoefficient(inputs.algorithm.kl), Buffer()
@@ -206,14 +206,13 @@ def engine_starter(
 
 
 def _learning(
-    config: Config,
-    inputs: Inputs,
-    world: World,
     models: tuple[Policy, Policy | None, Critic | None],
     optimizer: MasterAdamW,
     sources: Sources,
+    constraints: Constraints,
 ) -> tuple[ExperienceBuilder, Learner]:
     policy, reference, critic = models
+    config, inputs, world = sources.config, sources.inputs, sources.world
     algorithm, section, temperature = inputs.algorithm, config.learner, config.rollout.temperature
     looking = Looking.of(config, policy)
     experience = ExperienceBuilder(
@@ -225,7 +224,7 @@ def _learning(
         microbatch_tokens=section.microbatch_tokens,
         keep_old=section.epochs * section.minibatches > 1,
         advantage_clip=config.budget.advantage_clip if config.budget.rule == "knapsack" else None,
-        objective_weights=lambda: inputs.rewards.weights,
+        objective_weights=constraints.weights,
         critic=critic,
         is_right=lambda trajectory: is_right(trajectory, config.reward),
         looking=looking,

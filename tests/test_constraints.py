@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rlhf.metrics import Max
 from rlhf.preflight import describe, load_inputs
 from rlhf.reward_config import ConstraintConfig
 from rlhf.rewards import RewardError, Rewards, RewardSpec
+from rlhf.rewards.pool import Pool
 from rlhf.types import Group, Prompt
 from tests.support import ALONE, bandit_settings, metrics_of, train, trajectory, without_clocks
 
@@ -92,7 +94,25 @@ def test_the_multiplier_is_part_of_the_reward_and_of_the_weights() -> None:
     rewards.extra_weights = {"brevity": 2.0}
     assert given(submit(rewards, ["a", "too long by far"])) == [2.5, 0.0]
     assert rewards.weights == {"brevity": 2.5}
+    constraints = Constraints([constraint("brevity", at_least=1.0, start=2.0)], rewards, ALONE)
+    state = json.loads(json.dumps(constraints.state()))
     rewards.close()
+
+    resumed = Rewards([RewardSpec(f"{mine}:brevity", weight=0.5, workers=1)], ())
+    after = Constraints([constraint("brevity", at_least=1.0)], resumed, ALONE)
+    assert after.weights() == {}
+    after.load(state, {})
+    assert after.weights() == {"brevity": 2.5}, "known before anything is scored"
+    resumed.close()
+
+
+def test_an_objective_that_another_rank_has_seen_weighs_the_same_here(rewards: Rewards) -> None:
+    class Two(World):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, {"safe": "judge"}]
+
+    rewards.pools = [Pool("judge", RewardSpec("a:b", weight=0.25))]
+    assert Constraints([], rewards, Two(0, 2, torch.device("cpu"))).weights() == {"safe": 0.25}
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,18 @@ class Rewards:
         """Weight of each objective seen so far: a function that returns dicts names them when called."""
         return {objective: self._weight(pool, objective) for objective, pool in self._owner.items()}
 
+    @property
+    def owners(self) -> dict[str, str]:
+        """The function that each objective seen so far is of, by name."""
+        return {objective: pool.name for objective, pool in self._owner.items()}
+
+    def recall(self, owners: Mapping[str, str]) -> None:
+        """Takes over what another rank, or a run before this one, has seen."""
+        pools = {pool.name: pool for pool in self.pools}
+        for objective, name in owners.items():
+            if name in pools:
+                self._owner.setdefault(objective, pools[name])
+
     def _weight(self, pool: Pool, objective: str) -> float:
         given = pool.spec.weights.get(objective, pool.spec.weight)
         return given + self.extra_weights.get(objective, 0.0)
