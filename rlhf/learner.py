@@ -87,6 +87,10 @@ class Learner:
             return [{"update/no_signal": Sum(1.0 / self.world.size)}]
         counts = self.counts(experience, groups)
         parts = self.accumulate(experience, learned, counts, kl_coef)
+        if self.policy_learns:
+            # of what is skipped it is 0
+            skipped = self._tokens(experience, [g for g in groups if g not in learned])
+            parts.append({"loss/policy": Mean(0.0, skipped / max(counts.tokens, 1))})
         if self.pretraining is not None and self.policy_learns:
             parts.append(self.pretraining.accumulate(number))
         return [*parts, self._step(step)]
@@ -137,7 +141,8 @@ class Learner:
 
     def _step(self, step: int) -> Metrics:
         """The schedule of the policy begins when it begins to learn."""
-        optimizers = {"lr": (self.optimizer, step - self.warmup.steps)} if self.policy_learns else {}
+        self.optimizer.begins = self.warmup.steps
+        optimizers = {"lr": (self.optimizer, step)} if self.policy_learns else {}
         if self.critic is not None:
             optimizers["critic/lr"] = (self.critic.optimizer, step)
         return step_together(optimizers, self.world)
@@ -189,6 +194,12 @@ class Learner:
         total = 1 + max(self.world.gather(max(numbers, default=-1)))
         parts = minibatch_of(total, self.section.minibatches, seed=seed, step=step, epoch=epoch)
         return [group for group, number in enumerate(numbers) if parts[number] == part]
+
+    def _tokens(self, experience: Experience, groups: list[int]) -> int:
+        """Of these groups, that are learned from."""
+        chosen = torch.tensor(groups, dtype=torch.long, device=self.world.device)
+        inside = torch.isin(experience.group, chosen)[experience.sequence]
+        return int((inside & experience.loss_mask).sum())
 
     def counts(self, experience: Experience, groups: list[int]) -> Counts:
         """The denominators of an update from these groups of this rank, and those of the other ranks."""

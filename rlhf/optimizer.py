@@ -31,6 +31,8 @@ class MasterAdamW(Stateful):
         self, model: nn.Module, dtype: torch.dtype, section: LearnerConfig, total_steps: int
     ) -> None:
         self.section, self.total_steps = section, total_steps
+        self.begins = 0
+        """The step of the first update, with which the schedule begins."""
         named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         self.masters = {name: Master(weight, dtype) for name, weight in named}
         for parameter in model.parameters():
@@ -47,7 +49,7 @@ class MasterAdamW(Stateful):
 
     def lr(self, step: int) -> float:
         """In force at a step, counted from 0."""
-        return self.section.lr * lr_factor(step, self.section, self.total_steps)
+        return self.section.lr * lr_factor(step - self.begins, self.section, self.total_steps - self.begins)
 
     def gather(self, world: World) -> Tensor:
         """Adds the gradients up over the ranks; their norm. FSDP has added up those of sharded weights."""

@@ -170,6 +170,17 @@ def test_while_the_critic_warms_up_the_policy_is_frozen_and_its_schedule_waits(
         assert metrics["lr"].value == pytest.approx(learner.section.lr / 4)
 
 
+def test_a_schedule_that_begins_after_the_warmup_ends_with_the_run_all_the_same(tiny_model_dir: Path):
+    learner, builder = learner_of(
+        policy_of(tiny_model_dir), replace(PLAIN, critic=CriticLoss(warmup_steps=2)), schedule="linear"
+    )
+    experience = builder.build(random_groups(1, sizes=[4]), kl_coef=0.0)
+    learner.warmup.load({"steps": 2, "over": True}, {})
+    # of 10 steps it learns in 8, of which this is the last
+    last = learner.update(experience, step=9, seed=0, kl_coef=0.0)["lr"].value
+    assert last == pytest.approx(learner.section.lr / 8)
+
+
 def test_a_critic_that_is_good_enough_ends_its_warmup():
     warmup = Warmup(CriticLoss(warmup_steps=5, warmup_explained_variance=0.5))
     seen = [0.1, 0.6, 0.2]

@@ -86,14 +86,16 @@ def test_groups_without_signal_skip_the_forward_and_still_count(tiny_model_dir: 
     groups = [0, 1]
     counts = learner.counts(experience, groups)
     assert counts.tokens == len(experience.token_ids)
-    learner.accumulate(experience, groups, counts, 0.0)
+    parts = learner.accumulate(experience, groups, counts, 0.0)
     both = [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
     policy.model.zero_grad()
     learner.accumulate(experience, [0], counts, 0.0)
     for got, want in zip((p.grad for p in policy.model.parameters()), both, strict=True):
         assert got is not None
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-7)
-    assert learner.update(experience, step=0, seed=0, kl_coef=0.0)["advantage/zero_fraction"].value == 0.5
+    metrics = learner.update(experience, step=0, seed=0, kl_coef=0.0)
+    assert metrics["advantage/zero_fraction"].value == 0.5
+    assert metrics["loss/policy"].value == pytest.approx(merge(parts)["loss/policy"].value)
 
 
 def test_without_any_signal_nothing_moves_and_it_is_counted(tiny_model_dir: Path):
