@@ -167,6 +167,7 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
     from rlhf.rollout.engine import EngineError, SyncError
     from rlhf.run_folder import RunFolderError
     from rlhf.shortage import memory_advice
+    from rlhf.sinks import SinkError
     from rlhf.watchdog import EXIT, RankError
 
     try:
@@ -178,6 +179,7 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
         ModelError,
         RewardError,
         RunFolderError,
+        SinkError,
         SyncError,
     ) as error:
         return _refuse("train", error)

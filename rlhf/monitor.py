@@ -120,8 +120,7 @@ class Monitor:
         """Opens the sinks by name; `settings` is what W&B and trackio show as the run's config. With `texts`
         the completions in RUN/samples.jsonl are written token by token too.
 
-        Raises ValueError: a sink's package is not installed. What a service says when a run is opened there
-        (not logged in, no network) passes through.
+        Raises SinkError as `make_sink` does.
         """
         opened = [make_sink(name, run, settings) for name in sinks]
         display = open_display(str(run.path), total_steps)

@@ -24,7 +24,7 @@ def recording(
 ) -> Generator[Monitor]:
     """Claims the folder and starts its monitor; closes and leaves both at the end.
 
-    Raises RunFolderError as `RunFolder.claim`, ValueError as `Monitor.start` do.
+    Raises RunFolderError as `RunFolder.claim`, SinkError as `Monitor.start` do.
     """
     if not world.is_main:
         yield Monitor.silent()

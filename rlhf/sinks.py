@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import sqlite3
 import uuid
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -13,6 +15,10 @@ from rlhf.files import write_atomically
 from rlhf.run_folder import RunFolder
 
 SinkName = Literal["tensorboard", "wandb", "trackio"]
+
+
+class SinkError(ValueError):
+    """A sink cannot be opened. The message says why and what to do."""
 
 
 @runtime_checkable
@@ -57,17 +63,16 @@ class WandB:
         self.module = _import("wandb", extra="wandb")
         self.failures = (self.module.Error, OSError, RuntimeError, ValueError, TypeError)
         folder = run.path.resolve()
-        record = folder / "wandb_id"
-        if not record.exists():
-            write_atomically(record, uuid.uuid4().hex[:12])
-        self.module.init(
-            project=folder.parent.name,
-            name=folder.name,
-            dir=str(folder),
-            config=dict(settings),
-            id=record.read_text(),
-            resume="allow",
-        )
+        identity = _identity(folder / "wandb_id")
+        with _starting("wandb", self.failures):
+            self.module.init(
+                project=folder.parent.name,
+                name=folder.name,
+                dir=str(folder),
+                config=dict(settings),
+                id=identity,
+                resume="allow",
+            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.module.log(dict(values), step=step)
@@ -77,14 +82,16 @@ class WandB:
 
 
 class Trackio:
-    """trackio keeps its record by project and name, and continues it when both are there."""
+    """trackio knows a record by its project and name alone, so RUN/trackio_id is a part of the name."""
 
     failures = (sqlite3.Error, OSError, RuntimeError, ValueError, TypeError)
 
     def __init__(self, run: RunFolder, settings: Mapping[str, Any]) -> None:
         self.module = _import("trackio", extra="trackio")
         folder = run.path.resolve()
-        self.module.init(project=folder.parent.name, name=folder.name, config=dict(settings), resume="allow")
+        name = f"{folder.name}-{_identity(folder / 'trackio_id')}"
+        with _starting("trackio", self.failures):
+            self.module.init(project=folder.parent.name, name=name, config=dict(settings), resume="allow")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.module.log(dict(values), step=step)
@@ -94,7 +101,7 @@ class Trackio:
 
 
 def make_sink(name: SinkName, run: RunFolder, settings: Mapping[str, Any]) -> Sink:
-    """Raises ValueError when the package is not installed."""
+    """Raises SinkError: the package is not installed, or its service refuses (not logged in, no network)."""
     match name:
         case "tensorboard":
             return TensorBoard(run)
@@ -104,11 +111,28 @@ def make_sink(name: SinkName, run: RunFolder, settings: Mapping[str, Any]) -> Si
             return Trackio(run, settings)
 
 
+@contextmanager
+def _starting(name: str, failures: tuple[type[Exception], ...]) -> Generator[None]:
+    try:
+        yield
+    except failures as error:
+        raise SinkError(
+            f"monitor.sinks asks for {name}, which does not start: {str(error).rstrip('.')}; or leave it out"
+        ) from error
+
+
+def _identity(record: Path) -> str:
+    """Drawn once a run: two folders may have one name, and a folder may have had a run before."""
+    if not record.exists():
+        write_atomically(record, uuid.uuid4().hex[:12])
+    return record.read_text()
+
+
 def _import(name: str, *, extra: str | None) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         remedy = f"pip install 'tandem-rl[{extra}]'" if extra else f"pip install {error.name}"
-        raise ValueError(
+        raise SinkError(
             f"monitor.sinks asks for {name}, which is not installed; {remedy}, or leave it out"
         ) from error
