@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +59,6 @@ def check_return(engine: Any, model: Any, tolerance: float) -> None:
 def like(model: Any, other: Any) -> Any:
     """Where the model is, in its type."""
     return other.to(model.device, model.dtype)
-
-
-@pytest.fixture
-def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    import rlhf.rollout.vllm_device as device
-    import rlhf.rollout.vllm_pool as pool
-
-    from . import on_cpu
-
-    for place, name, value in on_cpu.replacements():
-        monkeypatch.setattr(place, name, value)
-    monkeypatch.setattr(pool, "visible_gpus", lambda: ["0", "1"])
-    # several pieces an update
-    monkeypatch.setattr(device, "BUFFER", 2000)
-    yield
-    on_cpu.forget_shared_bytes()
 
 
 def servers(sampled: Any, replicas: int, way: Any) -> Any:
