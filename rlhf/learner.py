@@ -82,7 +82,7 @@ class Learner:
     def _update_once(
         self, experience: Experience, groups: list[int], *, number: int, step: int, kl_coef: float
     ) -> list[Metrics]:
-        learned = [g for g in groups if self._has_signal(experience, g, kl_coef)]
+        learned = self._with_signal(experience, groups, kl_coef)
         if not self._any_rank(bool(learned)):
             return [{"update/no_signal": Sum(1.0 / self.world.size)}]
         counts = self.counts(experience, groups)
@@ -210,16 +210,21 @@ class Learner:
         totals = self.world.all_sum(torch.stack([valid.sum(), (valid > 0).sum(), right.sum()]))
         return Counts(*integers(totals))
 
-    def _has_signal(self, experience: Experience, group: int, kl_coef: float) -> bool:
-        tokens = (experience.group[experience.sequence] == group) & experience.loss_mask
-        algorithm = self.algorithm
-        kl_in_loss = kl_coef and algorithm.kl.placement == "loss"
-        if self.critic is not None or algorithm.imitation_coef:
-            return bool(tokens.any())
-        looks = algorithm.perception is not None and any(experience.images[group : group + 1])
-        if algorithm.entropy_coef or kl_in_loss or looks or not algorithm.silent_at_zero:
-            return bool(tokens.any())
-        return bool((experience.advantages[tokens] != 0).any())
+    def _with_signal(self, experience: Experience, groups: list[int], kl_coef: float) -> list[int]:
+        """Those with a gradient; the device is asked once for all of them."""
+        algorithm, mask = self.algorithm, experience.loss_mask
+        everywhere = (
+            self.critic is not None
+            or algorithm.imitation_coef
+            or algorithm.entropy_coef
+            or (kl_coef and algorithm.kl.placement == "loss")
+            or not algorithm.silent_at_zero
+        )
+        telling = mask if everywhere else mask & (experience.advantages != 0)
+        group, zeros = experience.group[experience.sequence], mask.new_zeros(len(experience.prompts)).long()
+        counts = integers(torch.cat([zeros.index_add(0, group, m.long()) for m in (mask, telling)]))
+        seen = [algorithm.perception is not None and any(experience.images[g : g + 1]) for g in groups]
+        return [g for g, looks in zip(groups, seen, strict=True) if counts[g if looks else g + len(zeros)]]
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.world.all_sum(torch.tensor(int(flag), device=self.world.device)).item())

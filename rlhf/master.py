@@ -131,6 +131,9 @@ class Master:
     def saved(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What a checkpoint needs of it: the master and its moments, in shards where the weight is."""
         value = self.weight.detach() if self.is_sharded else self.value()
+        if self._lower is not None:
+            # joined on a GPU, but not all of them there at once
+            value = value.cpu()
         first, second = (
             as_shard(m, self.weight) if self.is_sharded else m
             for m in (self.moments.first, self.moments.second)

@@ -89,7 +89,9 @@ class Head:
         found = among_kept(kept, want, sides, scaling)
         statistics = TokenStats()
         if missing := still_wanted(want, found, kept):
-            statistics = token_stats(hidden, weight, targets, bias=bias, want=missing, **scaling, **against)
+            # all of them are tokens: told so, the host need not wait for a GPU that counts them
+            counted: Any = {"bias": bias, "want": missing, "num_kept": len(targets)}
+            statistics = token_stats(hidden, weight, targets, **counted, **scaling, **against)
         return merged(statistics, found, kept)
 
 

@@ -70,7 +70,9 @@ class Saver:
             return
         state = state_of(parts) if self.world.is_main else None
         checkpoint.assert_json(state, "state")
-        files = tensor_files(tensors, rank=self.world.rank, copy=self.background)
+        # what changes in a run on a GPU is there, and what comes from there is a copy
+        copy = self.background and self.world.device.type == "cpu"
+        files = tensor_files(tensors, rank=self.world.rank, copy=copy)
         job = _Job(step, files, state, writers, score)
         if self.background:
             self._thread = threading.Thread(target=self._write_behind, args=(job,), name="saver", daemon=True)

@@ -28,7 +28,8 @@ class Stateful(ABC):
         return {}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """One mapping of named tensors a file; no two of them may share memory."""
+        """One mapping of named tensors a file; no two of them may share memory. Of a run on a GPU, those that
+        are on the host are not written to any more."""
         return {}
 
     @abstractmethod

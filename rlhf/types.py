@@ -149,7 +149,8 @@ class Kept:
         """Those of the tokens at `index`."""
         sizes = self.sizes[index]
         starts = (self.sizes.cumsum(0) - self.sizes)[index] - (sizes.cumsum(0) - sizes)
-        places = torch.arange(int(sizes.sum()), device=sizes.device) + starts.repeat_interleave(sizes)
+        total = int(sizes.sum())
+        places = torch.arange(total, device=sizes.device) + starts.repeat_interleave(sizes, output_size=total)
         return Kept(self.ids[places], sizes)
 
     def to(self, device: torch.device) -> Kept:

@@ -176,11 +176,14 @@ def _by_torch(
     )
 
 
-def _flash_attn(module: str, package: str, major: int) -> Kernel | str:
+def _flash_attn(module: str, package: str, *, least: int, most: int | None = None) -> Kernel | str:
+    """`least`, `most`: compute capabilities that it has kernels for, the first number of each."""
     if importlib.util.find_spec(module) is None:
         return f"the package {package} is not installed"
-    if torch.cuda.get_device_capability()[0] < major:
-        return f"needs a GPU of compute capability {major}.0"
+    major, minor = torch.cuda.get_device_capability()
+    if major < least or (most is not None and major > most):
+        wanted = f"{least}.x" if most == least else f"{least}.0 or more"
+        return f"needs a GPU of compute capability {wanted}, this one has {major}.{minor}"
     return partial(_by_flash_attn, importlib.import_module(module).flash_attn_varlen_func)
 
 
@@ -197,8 +200,8 @@ def _torch_varlen() -> Kernel | str:
 
 
 KERNELS: dict[str, Callable[[], Kernel | str]] = {
-    "flash-attn-3": lambda: _flash_attn("flash_attn_interface", "flash-attn 3", 9),
-    "flash-attn-2": lambda: _flash_attn("flash_attn", "flash-attn", 8),
+    "flash-attn-3": lambda: _flash_attn("flash_attn_interface", "flash-attn 3", least=9, most=9),
+    "flash-attn-2": lambda: _flash_attn("flash_attn", "flash-attn", least=8),
     "torch-varlen": _torch_varlen,
     "sdpa": lambda: by_sdpa,
 }

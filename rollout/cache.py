@@ -109,10 +109,12 @@ class SharedPrefixCache:
         # P * Hk * G places in queries seen as [S * Hk, r * D]
         heads = torch.arange(key.shape[1], device=key.device)
         self._slots = (slots[:, None] * len(heads) + heads[:, None]).flatten()
-        lengths = torch.tensor(self.prompt_lengths, device=key.device)
-        hidden = torch.arange(key.shape[2], device=key.device) >= lengths[:, None]
-        bias = torch.zeros(hidden.shape, dtype=key.dtype, device=key.device)
-        self._bias = bias.masked_fill(hidden, float("-inf"))[:, None, None] if hidden.any() else None
+        self._bias = None
+        if min(self.prompt_lengths) < key.shape[2]:
+            lengths = torch.tensor(self.prompt_lengths, device=key.device)
+            hidden = torch.arange(key.shape[2], device=key.device) >= lengths[:, None]
+            bias = torch.zeros(hidden.shape, dtype=key.dtype, device=key.device)
+            self._bias = bias.masked_fill(hidden, float("-inf"))[:, None, None]
 
     def attend_token(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """One new token a row: `[S, Hq, 1, D]` to `[S, 1, Hq, D]`."""

@@ -120,7 +120,9 @@ def prove(
     wrong = differing(expected, held)
     if wrong:
         name, copy = wrong[0]
-        what = _difference(sent.part(name).float(), holder.part(name, copy, version), dtype)
+        # what was sent may still be on the learner's GPU, and what is held has come over a wire
+        ours, theirs = sent.part(name).float().cpu(), holder.part(name, copy, version).cpu()
+        what = _difference(ours, theirs, dtype)
         more = sorted({other for other, _ in wrong} - {name})
         rest = f"; {len(more)} more differ: {', '.join(more[:5])}" if more else ""
         raise SyncError(

@@ -98,6 +98,21 @@ def test_groups_without_signal_skip_the_forward_and_still_count(tiny_model_dir: 
     assert metrics["loss/policy"].value == pytest.approx(merge(parts)["loss/policy"].value)
 
 
+def test_which_groups_have_a_signal_is_asked_of_the_device_at_once(tiny_model_dir: Path):
+    policy = policy_of(tiny_model_dir)
+    learner, builder = learner_of(policy, ALGORITHMS["dapo"](max_tokens=64))
+    told, silent, masked, last = random_groups(1, sizes=[4, 4, 4, 4])
+    silent = replace(silent, trajectories=tuple(replace(t, reward=1.0) for t in silent.trajectories))
+    nothing = [replace(t, loss_mask=(False,) * len(t.token_ids)) for t in masked.trajectories]
+    masked = replace(masked, trajectories=tuple(nothing))
+    experience = builder.build([told, silent, masked, last], kl_coef=0.0)
+    with torch.profiler.profile() as profile:
+        assert learner._with_signal(experience, [3, 0, 1, 2], 0.0) == [3, 0]
+        # a KL in the loss teaches wherever there is a token
+        assert learner._with_signal(experience, [3, 1, 2], 0.1) == [3, 1]
+    assert "aten::item" not in {event.name for event in profile.events() or ()}
+
+
 def test_without_any_signal_nothing_moves_and_it_is_counted(tiny_model_dir: Path):
     policy = policy_of(tiny_model_dir)
     learner, builder = learner_of(policy, ALGORITHMS["grpo"](kl=KL()))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlhf import attention
 from rlhf.config import ModelConfig
+from rlhf.kernels.token_stats import api
 from rlhf.packing import GroupSpan, Packed, pack
 from rlhf.policy import Policy, forward_error
 from rlhf.pretrained import ModelError
@@ -38,6 +39,22 @@ def loss_and_gradients(policy: Policy, packed: Packed) -> tuple[Tensor, dict[str
     (statistics.logprob * weights + 0.1 * statistics.entropy).sum().backward()
     gradients = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
     return statistics.logprob.detach(), gradients
+
+
+def test_a_gpu_is_never_asked_how_many_tokens_there_are(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The host would wait for the answer in each pass."""
+
+    def told(targets: Tensor, num_kept: int | None) -> int:
+        assert num_kept == len(targets) == 5
+        return num_kept
+
+    monkeypatch.setattr(api, "_count", told)
+    head = policy_of(tiny_model_dir).head
+    hidden = torch.randn(5, head.module.in_features)
+    found = head.statistics(hidden, torch.arange(5), temperature=1.0, want=("logprob",)).logprob
+    assert found is not None and found.shape == (5,)
 
 
 @pytest.fixture(params=[0, 1000], ids=["repeated", "folded"])

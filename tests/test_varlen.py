@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +133,25 @@ def test_the_choice_of_a_kernel_says_why_it_cannot_be_had():
             choose(query, name)
     with pytest.raises(ValueError, match="choose one of auto, flash-attn-3"):
         choose(query, "flash")
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [((8, 0), "of compute capability 9.x, this one has 8.0"), ((9, 0), None), ((10, 0), "this one has 10.0")],
+)
+def test_flash_attention_3_is_for_hopper_alone_and_2_for_all_that_is_newer_than_volta(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], reason: str | None
+):
+    package = SimpleNamespace(flash_attn_varlen_func=len)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    monkeypatch.setattr(importlib, "import_module", lambda name: package)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    third, second = (varlen.KERNELS[name]() for name in ("flash-attn-3", "flash-attn-2"))
+    assert callable(second)
+    assert callable(third) if reason is None else isinstance(third, str) and third.endswith(reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    found = varlen.KERNELS["flash-attn-2"]()
+    assert found == "needs a GPU of compute capability 8.0 or more, this one has 7.5"
 
 
 def split_call(q: Tensor, k: Tensor, v: Tensor, ends: list[Tensor], longest: list[int], **how: Any) -> Tensor:

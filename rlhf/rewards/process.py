@@ -261,5 +261,14 @@ def _refusal(name: str, answer: Mapping[str, Any]) -> str:
 
 def _environment(spec: RewardSpec) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in RANKS}
-    hidden = {} if spec.gpu else dict.fromkeys(GPUS, "")
-    return kept | dict.fromkeys(SINGLE_THREADED, "1") | hidden | {"PYTHONUNBUFFERED": "1"}
+    gpus = _ranks_gpu_first() if spec.gpu else dict.fromkeys(GPUS, "")
+    return kept | dict.fromkeys(SINGLE_THREADED, "1") | gpus | {"PYTHONUNBUFFERED": "1"}
+
+
+def _ranks_gpu_first() -> dict[str, str]:
+    """A worker is no rank, and takes the first GPU it sees: that should not be the same one for all ranks."""
+    # here, because it takes torch, which a process that starts workers may do without
+    from rlhf.rollout.vllm_transport import visible_gpus
+
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), visible_gpus()
+    return {GPUS[0]: ",".join([*gpus[rank:], *gpus[:rank]])} if gpus else {}

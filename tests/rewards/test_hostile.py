@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf.metrics import Mean
-from rlhf.rewards import RewardError, Rewards, RewardSpec, Scoring
+from rlhf.rewards import RewardError, Rewards, RewardSpec, Scoring, process
 from rlhf.rewards.keeper import descendants
 from rlhf.rewards.plugin import Signature
 from rlhf.rewards.pool import Call, Pool
@@ -330,6 +331,24 @@ def test_a_worker_sees_neither_gpus_nor_ranks_and_has_a_folder_of_its_own(tmp_pa
     assert seen["data_limit"] == 1 << 29
     assert seen["is_main_thread"]
     assert not seen["torch"], "a worker that does not need torch must not wait for it"
+
+
+@pytest.mark.parametrize(
+    ("rank", "named", "seen"),
+    [("1", None, "1,2,0"), ("1", "4,7,5", "7,5,4"), ("0", "4,7,5", "4,7,5"), ("1", "", None)],
+)
+def test_each_ranks_workers_see_its_own_gpu_first(
+    monkeypatch: pytest.MonkeyPatch, rank: str, named: str | None, seen: str | None
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: named != "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    environment = process._environment(spec("misbehave", gpu=True))
+    assert environment.get("CUDA_VISIBLE_DEVICES") == (seen if named != "" else "")
+    assert process._environment(spec("misbehave"))["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_sample_costs_the_trainer_a_small_part_of_a_millisecond() -> None:
