@@ -27,7 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # argparse takes positional arguments in one go; those after an option come back here
     unknown = [text for text in loose if text.startswith("-") or "overrides" not in options]
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}; see rlhf {options.command} --help")
+        parser.error(
+            f"unrecognized arguments: {' '.join(unknown)}; a setting is key=value, as steps=5, and "
+            f"rlhf {options.command} --help has the options"
+        )
     if loose:
         options.overrides += loose
     _quiet_libraries()

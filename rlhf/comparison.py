@@ -24,7 +24,7 @@ from rlhf.report_browser import PAINT, browser, read_groups
 from rlhf.report_browser import STYLE as BROWSER_STYLE
 from rlhf.report_page import PLOTS
 from rlhf.report_style import STYLE
-from rlhf.run_folder import RunFolder, RunFolderError
+from rlhf.run_folder import RunFolder, RunFolderError, flat_settings
 from rlhf.verdict import verdict
 
 ASIDE = ("run_dir", "seed", "monitor", "checkpoint")
@@ -72,7 +72,8 @@ def read_run(folder: Path, among: Sequence[Path] = ()) -> Run:
     text = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
     settings = cast(dict[str, Any], yaml.safe_load(text) or {})
     name = folder.resolve().name if alone else str(folder)
-    return Run(name, dict(_flat(settings)), read_metrics(run), read_eval(run), read_groups(run.samples))
+    settings = dict(flat_settings(settings))
+    return Run(name, settings, read_metrics(run), read_eval(run), read_groups(run.samples))
 
 
 def render(runs: Runs) -> str:
@@ -241,11 +242,3 @@ def _swatch(i: int) -> str:
     color = plots.COLORS[i % len(plots.COLORS)]
     line = ("solid", "dashed", "dotted")[i // len(plots.COLORS) % 3]
     return f'<i class="swatch" style="border-top: 3px {line} {color}"></i>'
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(cast(dict[str, Any], value), f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

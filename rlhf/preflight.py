@@ -35,6 +35,7 @@ from rlhf.pretraining import Text, load_texts
 from rlhf.processor import Processor, load_processor
 from rlhf.rewards import Rewards, RewardSpec
 from rlhf.settings import ConfigError
+from rlhf.types import AdvantageInputs
 from rlhf.vllm_preflight import check_adapter, check_vllm
 
 SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -340,8 +341,11 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
             "rollout.top_k, top_p or min_p truncates the distribution, and with algorithm.mismatch.kind = "
             "none samples are learned from as if it had not been"
         )
-    if config.rollout.group_size == 1 and inputs.algorithm.critic is None:
-        yield "rollout.group_size is 1: an advantage relative to the group has nothing to compare with"
+    if config.rollout.group_size == 1 and learned and not _learns_from_one(inputs.algorithm):
+        yield (
+            f"rollout.group_size is 1, and {config.algorithm['name']} compares the completions of a prompt: "
+            "all advantages are 0, so no reward is learned from"
+        )
     if config.rollout.prompts_per_step > len(inputs.train):
         yield (
             f"a step draws {config.rollout.prompts_per_step} prompts, but the data has {len(inputs.train)}: "
@@ -353,3 +357,23 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     if inputs.train.skipped > len(inputs.train):
         left = len(inputs.train)
         yield f"{inputs.train.skipped} prompts are skipped as too long, more than are left ({left})"
+
+
+def _learns_from_one(algorithm: Algorithm) -> bool:
+    """Whether two prompts with a completion each, of which one is right, have any advantage."""
+    if algorithm.critic is not None:
+        return True
+    one_each = torch.arange(2)
+    rewards, none = torch.tensor([0.0, 1.0]), torch.zeros(2)
+    inputs = AdvantageInputs(
+        rewards=rewards,
+        objectives=rewards[:, None],
+        objective_weights=torch.ones(1),
+        group=one_each,
+        token_penalty=none,
+        sequence=one_each,
+        loss_mask=torch.ones(2, dtype=torch.bool),
+        prompt_values=none,
+        balance=torch.ones(2),
+    )
+    return bool(algorithm.advantage(inputs).any())

@@ -14,11 +14,13 @@ import json
 import os
 import socket
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import yaml
 
 from rlhf.files import write_atomically
 
@@ -73,6 +75,10 @@ class RunFolder:
         """Whether a run left steps or checkpoints here; one that failed before its first step did not."""
         logged = self.metrics.is_file() and self.metrics.stat().st_size > 0
         return logged or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+
+    def settings(self) -> str | None:
+        """What config.yaml says, if there is one."""
+        return self.config.read_text(encoding="utf-8") if self.config.is_file() else None
 
     @contextmanager
     def claim(self, *, config: str, resume: bool) -> Generator[None]:
@@ -140,6 +146,24 @@ class RunFolder:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+
+
+def changed_settings(before: str, now: str) -> list[str]:
+    """What differs between two config.yaml, as `learner.lr: 1e-05 -> 2e-05`; how long, how often and where to
+    write is left out."""
+    old, new = (dict(flat_settings(yaml.safe_load(text) or {})) for text in (before, now))
+    aside = ("run_dir", "steps", "checkpoint.", "monitor.", "eval.", "data.eval", "distributed.")
+    keys = [key for key in old if key in new and not key.startswith(aside)]
+    return [f"{key}: {old[key]} -> {new[key]}" for key in keys if old[key] != new[key]]
+
+
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from flat_settings(cast(dict[str, Any], value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _step_of(line: str) -> int | None:

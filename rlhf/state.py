@@ -16,6 +16,7 @@ from torch import Tensor
 from rlhf.algos.algorithm import KL
 from rlhf.algos.critic import RewardScaling
 from rlhf.algos.value import RunningMoments
+from rlhf.checkpoint import CheckpointError
 from rlhf.metrics import Max, Metrics
 from rlhf.tensor_files import TensorFiles
 
@@ -103,7 +104,13 @@ def tensors_of(parts: Mapping[str, Stateful]) -> dict[str, dict[str, Tensor]]:
 
 
 def load_state(parts: Mapping[str, Stateful], state: Mapping[str, Any], tensors: TensorFiles) -> None:
-    """Inverse of `state_of` and `tensors_of`."""
+    """Inverse of `state_of` and `tensors_of`. Raises CheckpointError when it is of a run with other parts."""
+    missing = [name for name in parts if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has no {' and no '.join(missing)}, so its run had other settings (another "
+            "algorithm, perhaps); go on with those, or begin a new run in another run_dir"
+        )
     for name, part in parts.items():
         files = {
             file.removeprefix(f"{name}."): group

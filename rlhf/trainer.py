@@ -21,7 +21,7 @@ from rlhf.parts import build_parts
 from rlhf.preflight import load_inputs, warnings
 from rlhf.recording import recording
 from rlhf.report import closing_summary, write_report
-from rlhf.run_folder import RunFolder
+from rlhf.run_folder import RunFolder, changed_settings
 from rlhf.samples import TokenTexts
 from rlhf.saver import Saver
 from rlhf.sharding import as_whole, gathered
@@ -36,6 +36,7 @@ class Trainer:
         self.config = config
         self.inputs = load_inputs(config, world_size=world_size())
         self.folder = RunFolder(Path(config.run_dir).expanduser())
+        self._settings_before = self.folder.settings()
         self.evaluated: Evaluation | None = None
         self.place = "start"
         """What the run is doing."""
@@ -200,6 +201,11 @@ class Trainer:
             self.saver.resume(newest, self.parts.stateful)
             self.parts.sync.push(self.parts.engine, version=cursor.steps_done)
             self.monitor.note(f"resumed from {newest} after step {cursor.steps_done} of {self.config.steps}")
+            changes = changed_settings(self._settings_before or "", self.config.to_yaml())
+            if changes:
+                self.monitor.warn(f"the run goes on with other settings than before: {'; '.join(changes)}")
+            if cursor.steps_done >= self.config.steps:
+                self.monitor.warn("every step is done already: a larger number of steps goes on")
         if self.world.is_main:
             after = cursor.steps_done if newest is not None else -1
             self.folder.cut(after=after, sampled=after + (self.parts.buffer.experience is not None))
@@ -220,11 +226,12 @@ class Trainer:
             for _ in gathered(policy.rollout_model) if exports else ():
                 pass
             return
-        if exports:
-            reader = self.inputs.processor or self.inputs.tokenizer
-            checkpoint.export(as_whole(policy.rollout_model), reader, path / "model")
-            if policy.adapter is not None:
-                checkpoint.export(policy.adapter, reader, path / "adapter")
-        write_report(self.folder)
+        with self.monitor.phase("export"):
+            if exports:
+                reader = self.inputs.processor or self.inputs.tokenizer
+                checkpoint.export(as_whole(policy.rollout_model), reader, path / "model")
+                if policy.adapter is not None:
+                    checkpoint.export(policy.adapter, reader, path / "adapter")
+            write_report(self.folder)
         self.monitor.close()
         self.monitor.note(closing_summary(self.folder))

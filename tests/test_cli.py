@@ -131,6 +131,37 @@ def test_resuming_with_another_model_is_refused(write, tiny_model, tmp_path: Pat
     assert "another model" in capsys.readouterr().err
 
 
+def test_a_resumed_run_says_what_has_changed(write, capsys):
+    config = write(steps=1)
+    assert main(["train", config]) == 0
+    again = [config, "checkpoint.resume=auto"]
+    capsys.readouterr()
+    assert main(["train", *again]) == 0
+    said = capsys.readouterr().out
+    assert "every step is done already" in said and "other settings" not in said
+    assert main(["train", *again, "steps=2", "learner.lr=0.5", "rollout.group_size=4"]) == 0
+    said = capsys.readouterr().out
+    assert "other settings than before: rollout.group_size: 8 -> 4; learner.lr: " in said and "-> 0.5" in said
+    assert main(["train", *again, "steps=3", "algorithm=ppo"]) == 2
+    assert "the checkpoint has no critic" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("grpo", True), ("rloo", True), ("reinforce_pp", False), ("ppo", False)]
+)
+def test_a_group_of_one_is_told_where_it_has_nothing_to_be_compared_with(
+    write, capsys, name: str, told: bool
+):
+    assert main(["check", write(), f"algorithm={name}", "rollout.group_size=1"]) == 0
+    assert ("no reward is learned from" in capsys.readouterr().out) == told
+
+
+def test_an_option_that_is_a_setting_is_told_how_to_write_it(write, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", write(), "--steps", "5"])
+    assert "unrecognized arguments: --steps; a setting is key=value, as steps=5" in capsys.readouterr().err
+
+
 def test_no_command_says_which_there_are(capsys):
     with pytest.raises(SystemExit):
         main([])

@@ -69,6 +69,14 @@ def test_a_link_leads_somewhere(page: Path) -> None:
             )
 
 
+def test_every_file_in_the_tree_of_the_readme_is_there() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## The tree")[2].split("```")[1]
+    named = re.findall(r"\b[a-z_]+\.py\b", re.sub(r"\S+\.py:\w+|`[^`]*`", "", tree))
+    folders = ("rlhf", "algos", "kernels", "rollout")
+    there = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    assert len(named) > 100 and set(named) <= there, sorted(set(named) - there)
+
+
 def test_every_page_is_reached_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     index = (ROOT / "docs" / "README.md").read_text()
