@@ -67,8 +67,10 @@ def gdpo(
 
     As TRL: the batch is all sequences, of all ranks by way of `all_sum`, and eps is 1e-4 in both places.
     """
+    # a step in which every reward failed has no objectives
     columns = [group_normalize(column, group, eps=eps) for column in objectives.unbind(1)]
-    summed = torch.stack(columns, dim=1) @ weights.to(objectives.dtype)
+    normalized = torch.stack(columns, dim=1) if columns else objectives
+    summed = normalized @ weights.to(objectives.dtype)
     centered, std = _moments(summed, ~objectives.isnan().all(dim=1), all_sum)
     return (centered / (std + eps)).to(objectives.dtype)
 

@@ -19,7 +19,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.pictures import ImageError, has_pictures
+from rlhf.pictures import ImageError, has_pictures, of_text
 from rlhf.processor import Processor
 from rlhf.rewards import gym
 from rlhf.types import Messages, Prompt
@@ -218,7 +218,8 @@ def _write_chat(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase
             "or give prompts as plain text"
         )
     try:
-        return cast(Any, tokenizer).apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        written = of_text(cast(Any, messages))
+        return cast(Any, tokenizer).apply_chat_template(written, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise ValueError(f"{row.where}: the tokenizer's chat template refuses the prompt: {error}") from None
 

@@ -31,6 +31,17 @@ class ImageError(ValueError):
     """A picture cannot be read, or does not fit its prompt. The message names the sample."""
 
 
+def of_text(messages: Sequence[Message]) -> list[Message]:
+    """Messages for a chat template of text: parts that are all text stand end to end in their place."""
+    return [
+        {**message, "content": "".join(part["text"] for part in message["content"])}
+        if not isinstance(message["content"], str)
+        and all(part.get("type") == "text" for part in message["content"])
+        else message
+        for message in messages
+    ]
+
+
 def open_picture(image: Image) -> pil.Image:
     """In RGB, decoded to the end. Raises ImageError."""
     name = image if isinstance(image, str) else f"a picture of {len(image)} bytes"

@@ -10,6 +10,10 @@ Scores = dict[str, float]
 """Objective to value; empty: the function does not apply."""
 
 
+LARGEST = 3.4e38
+"""Of float32, in which advantages are computed: beyond it a number is infinite."""
+
+
 class WrongReturn(TypeError):
     """The function is wrong, not the sample: what it returns is no reward."""
 
@@ -47,7 +51,8 @@ def read_scores(value: object, name: str) -> Scores:
 
 
 def is_finite(scores: Scores) -> bool:
-    return all(math.isfinite(number) for number in scores.values())
+    # false of NaN too
+    return all(abs(number) <= LARGEST for number in scores.values())
 
 
 def run_now(coroutine: Coroutine[Any, Any, Any]) -> Any:

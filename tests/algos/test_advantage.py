@@ -231,6 +231,12 @@ def test_a_missing_reward_does_not_reach_the_batch():
     assert got[2] == 0.0
 
 
+def test_without_any_reward_there_is_nothing_to_compare():
+    none, group = torch.empty(0, 0), torch.empty(0, dtype=torch.long)
+    assert gdpo(none, group, torch.empty(0)).shape == (0,)
+    assert group_normalize(torch.empty(0), group).shape == (0,)
+
+
 def test_a_penalty_in_the_reward_is_summed_over_the_sequence():
     inputs = AdvantageInputs(
         rewards=f64(1.0, 1.0),

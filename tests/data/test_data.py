@@ -47,6 +47,16 @@ def test_chat_messages_go_through_the_chat_template_and_open_the_assistants_turn
     assert (prompt.id, prompt.content, prompt.columns) == ("train.jsonl:1", CHAT, {"answer": 8})
 
 
+def test_parts_of_text_are_written_as_the_text_they_are(
+    write: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "3 + 5?"}]
+    in_parts = {**ROWS[0], "prompt": [{"role": "user", "content": parts}]}
+    whole, cut = load(write(ROWS[0], in_parts), tokenizer).prompts
+    assert cut.token_ids == whole.token_ids
+    assert cut.content == [{"role": "user", "content": parts}]
+
+
 def test_plain_text_is_used_as_it_is(write: Callable[..., Path], tokenizer: PreTrainedTokenizerBase) -> None:
     (prompt,) = load(write({"prompt": "3 + 5 ="}), tokenizer).prompts
     assert tokenizer.convert_ids_to_tokens(list(prompt.token_ids)) == list("3Ġ+Ġ5Ġ=")

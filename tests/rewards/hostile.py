@@ -256,6 +256,7 @@ VALUES: dict[str, Any] = {
     "nan": float("nan"),
     "infinite": float("-inf"),
     "huge": 10**400,
+    "beyond float32": -1e39,
     "none": None,
     "empty dict": {},
     "dict of none": {"bad": None},

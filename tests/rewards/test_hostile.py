@@ -171,6 +171,7 @@ def test_what_a_function_does_costs_its_own_sample_and_no_other(
         ("nan", "nan"),
         ("infinite", "-inf"),
         ("huge", "1000"),
+        ("beyond float32", "-1e+39"),
         ("nan in dict", "{'good': 1.0, 'bad': nan}"),
     ],
 )
