@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONE_PRESS = 1.0
+"""Seconds in which signals are one: `timeout` and others pass on what the terminal has sent to all."""
 
 
 class Interrupted(Exception):
@@ -21,6 +24,7 @@ class Interrupt:
         """`alone`: there are no other ranks, which would wait for this one in their next collective."""
         self.announce, self.alone = announce, alone
         self.requested = False
+        self._since = 0.0
         self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> Interrupt:
@@ -34,8 +38,10 @@ class Interrupt:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            if time.monotonic() - self._since > ONE_PRESS:
+                raise KeyboardInterrupt
+            return
+        self.requested, self._since = True, time.monotonic()
         self.announce(
             f"{signal.Signals(number).name}: the run is saved and left before the next update; "
             "once more: at once"
