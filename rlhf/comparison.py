@@ -29,6 +29,8 @@ from rlhf.verdict import verdict
 
 ASIDE = ("run_dir", "seed", "monitor", "checkpoint")
 """Settings that make no other experiment."""
+UNSAID = ("run_dir", "monitor", "checkpoint")
+"""Of these, those that say nothing about a difference either."""
 MARK = '<meta name="generator" content="rlhf report">'
 
 
@@ -203,7 +205,7 @@ def _if_any(
 
 def _differences(groups: Sequence[Runs], names: Sequence[str]) -> str:
     every = [group[0].settings for group in groups]
-    keys = sorted({key for settings in every for key in settings if key.split(".")[0] != "run_dir"})
+    keys = sorted({key for settings in every for key in settings if key.split(".")[0] not in UNSAID})
     differing = [key for key in keys if len({json.dumps(s.get(key)) for s in every}) > 1]
     if len(groups) < 2 or not differing:
         return '<h2>Settings</h2><p class="note">They differ in nothing but seeds and folders.</p>'

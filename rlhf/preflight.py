@@ -207,7 +207,7 @@ def _check_lengths(config: Config, model: PretrainedConfig) -> None:
     if limit is not None and longest > limit:
         raise ConfigError(
             f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but {config.model.path} "
-            f"has positions for {limit} tokens"
+            f"has positions for {limit} tokens; lower one of the two"
         )
 
 
