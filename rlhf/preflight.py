@@ -250,10 +250,7 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         f"(median {statistics.median(lengths):.0f}), {inputs.train.skipped} skipped as too long"
     )
     yield from _describe_pictures(config, inputs)
-    held_out = (
-        "none" if inputs.eval is None else f"{len(inputs.eval)} prompts x {config.eval.samples} samples"
-    )
-    yield f"held out     {held_out}"
+    yield f"held out     {_held_out(config, inputs)}"
     yield from _describe_completions(config, inputs, world_size)
     updates = learner.epochs * learner.minibatches
     yield (
@@ -268,6 +265,17 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     yield f"run folder   {config.run_dir}"
     yield from estimate(config, inputs, world_size=world_size, machine=_machine(config, world_size)).lines()
     yield from (f"warning      {text}" for text in warnings(config, inputs))
+
+
+def _held_out(config: Config, inputs: Inputs) -> str:
+    if inputs.eval is None:
+        return "none"
+    several = len(config.reward.functions) > 1
+    what = config.reward.success_objective or ("the weighted sum of rewards" if several else "the reward")
+    return (
+        f"{len(inputs.eval)} prompts x {config.eval.samples} samples; right where {what} is at least "
+        f"{config.reward.success_threshold:g}"
+    )
 
 
 def _describe_pictures(config: Config, inputs: Inputs) -> Iterator[str]:

@@ -42,6 +42,10 @@ def algorithm_factory(name: str) -> Callable[..., Algorithm]:
         if not callable(found):
             raise ValueError(f"algorithm.name: {name} must be a function, got {found!r:.80}")
         return typing.cast(Callable[..., Algorithm], found)
+    if name.endswith(".py"):
+        raise ValueError(
+            f"algorithm.name is the file {name}: name a function in it too, as {name}:my_algorithm"
+        )
     near = difflib.get_close_matches(name, ALGORITHMS, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(f"unknown algorithm {name!r}{hint} There are: {', '.join(ALGORITHMS)}")

@@ -173,3 +173,11 @@ def test_the_package_is_the_command_too(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         runpy.run_module("rlhf", run_name="__main__")
     assert "there is no config file nowhere.yaml" in capsys.readouterr().err
+
+
+def test_check_says_what_counts_as_right(write, tmp_path: Path, capsys):
+    held_out = f"data.eval={tmp_path}/train.jsonl"
+    assert main(["check", write(), held_out]) == 0
+    assert "samples; right where the reward is at least 0.5" in capsys.readouterr().out
+    assert main(["check", write(), held_out, "reward.success_objective=a", "reward.success_threshold=1"]) == 0
+    assert "samples; right where a is at least 1" in capsys.readouterr().out

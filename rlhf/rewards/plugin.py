@@ -173,6 +173,8 @@ def _check_params(
 
 
 def _load_by_name(name: str) -> Any:
+    if name.endswith(".py"):
+        raise ValueError(f"a reward is the file {name}: name a function in it too, as {name}:my_reward")
     if name in BUILT_IN:
         if name in NEEDS:
             _import_package(name, *NEEDS[name])

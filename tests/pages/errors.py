@@ -24,7 +24,8 @@ HEAD = """# What goes wrong, and what you are told
 <!-- written by `make docs` from tests/pages/wrong_inputs.py: each message is what the command said -->
 
 Every mistake below is refused before any weights are loaded, with exit status 2 and a sentence on standard
-error. A traceback is a bug of ours: please report it. What shows only while a run goes on is in
+error (under torchrun each rank says it, above torchrun's own report). A traceback is a bug of ours: please
+report it. What shows only while a run goes on is in
 [troubleshooting.md](troubleshooting.md).
 
 The config that the examples change:

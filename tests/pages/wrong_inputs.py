@@ -133,6 +133,7 @@ ALGORITHM = (
     ),
     ("Truncated sampling whose support nothing bounds", ["rollout.top_p=0.9"]),
     ("A file that is not there", ["algorithm.name=mine.py:parabola"]),
+    ("A file without a function", ["algorithm.name=mine.py"]),
 )
 MODEL = (
     Wrong("Model", "A folder that is not there", check("model.path=./modle")),
@@ -255,6 +256,7 @@ NEEDS = "def short(completions, answer):\n    return [0.0 for _ in completions]\
 REWARDS = (
     ("A file that is not there", ["'reward.functions=[{path: rewards.py:short}]'"], "", nothing),
     ("A function misspelt", ["'reward.functions=[{path: reward.py:shrot}]'"], "", nothing),
+    ("A file without a function", ["'reward.functions=[{path: reward.py}]'"], "", nothing),
     ("A module that is not installed", ["'reward.functions=[{path: my_rewards:short}]'"], "", nothing),
     ("A built-in misspelt", ["'reward.functions=[{path: numeric_mach}]'"], "", nothing),
     ("No function at all", ["reward.functions=[]"], "", nothing),
