@@ -72,7 +72,8 @@ def gdpo(
     normalized = torch.stack(columns, dim=1) if columns else objectives
     summed = normalized @ weights.to(objectives.dtype)
     centered, std = _moments(summed, ~objectives.isnan().all(dim=1), all_sum)
-    return (centered / (std + eps)).to(objectives.dtype)
+    # the batch's mean is 0 as each group's is, but for rounding: a group without signal is to have none
+    return (centered / (std + eps)).masked_fill(summed == 0, 0.0).to(objectives.dtype)
 
 
 def reinforce_pp(

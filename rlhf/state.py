@@ -60,13 +60,13 @@ class KLCoefficient(Stateful):
         self.value, self._controller = kl.coef, kl.controller
 
     def adapt(self, metrics: Metrics) -> Metrics:
-        """Moves it if there is a target and this step measured a KL."""
+        """Moves it for the next step, if there is a target and this one measured a KL."""
         observed = metrics["kl/ref"].value if "kl/ref" in metrics else math.nan
         if self._controller is None or not math.isfinite(observed):
             return {}
-        controller = replace(self._controller, coef=self.value)
+        in_force, controller = self.value, replace(self._controller, coef=self.value)
         self.value = controller.update(observed, int(metrics["rollout/samples"].value)).coef
-        return {"kl/coef": Max(self.value)}
+        return {"kl/coef": Max(in_force)}
 
     def state(self) -> dict[str, Any]:
         return {"value": self.value}

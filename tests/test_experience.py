@@ -10,6 +10,8 @@ import torch
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
 from rlhf.experience import pack_groups
+from rlhf.metrics import Mean, Metrics, Sum
+from rlhf.state import KLCoefficient
 from rlhf.types import FinishReason, Group, Prompt
 from tests.support import group, learner_of, policy_of, trajectory
 
@@ -22,6 +24,13 @@ def test_two_groups_become_the_tensors_of_the_worked_example():
     assert experience.sequence.tolist() == [0, 0, 1, 2, 2]
     assert experience.positions.tolist() == [2, 3, 2, 1, 2]
     assert experience.group.tolist() == [0, 0, 1]
+
+
+def test_the_kl_coefficient_that_is_reported_is_the_one_the_step_learned_with():
+    kl = KLCoefficient(KL(coef=0.01, target=0.1, horizon=100))
+    measured: Metrics = {"kl/ref": Mean(0.3), "rollout/samples": Sum(10.0)}
+    assert [kl.adapt(measured)["kl/coef"].value for _ in range(2)] == pytest.approx([0.01, 0.01 * 1.02])
+    assert kl.value == pytest.approx(0.01 * 1.02**2)
 
 
 def test_a_sample_without_a_reward_is_masked_and_changes_nothing_for_the_others(tiny_model_dir: Path):

@@ -231,6 +231,16 @@ def test_a_missing_reward_does_not_reach_the_batch():
     assert got[2] == 0.0
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_gdpo_leaves_a_group_without_signal_at_exactly_zero(seed: int):
+    mixed = torch.rand(9, 2, generator=torch.Generator().manual_seed(seed))
+    objectives = torch.cat([mixed, torch.full((4, 2), 0.3)])
+    group = torch.tensor([0] * 4 + [1] * 5 + [2] * 4)
+    got = gdpo(objectives, group, torch.tensor([1.0, 0.3]))
+    assert (got[9:] == 0).all() and (got[:9] != 0).all()
+    assert got.mean().abs() < 1e-6
+
+
 def test_without_any_reward_there_is_nothing_to_compare():
     none, group = torch.empty(0, 0), torch.empty(0, dtype=torch.long)
     assert gdpo(none, group, torch.empty(0)).shape == (0,)
