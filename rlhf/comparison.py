@@ -27,10 +27,10 @@ from rlhf.report_style import STYLE
 from rlhf.run_folder import RunFolder, RunFolderError, flat_settings
 from rlhf.verdict import verdict
 
-ASIDE = ("run_dir", "seed", "monitor", "checkpoint")
-"""Settings that make no other experiment."""
 UNSAID = ("run_dir", "monitor", "checkpoint")
-"""Of these, those that say nothing about a difference either."""
+"""Settings that make no difference."""
+ASIDE = ("seed", *UNSAID)
+"""Settings that make no other experiment."""
 MARK = '<meta name="generator" content="rlhf report">'
 
 

@@ -82,14 +82,13 @@ class Learner:
     def _update_once(
         self, experience: Experience, groups: list[int], *, number: int, step: int, kl_coef: float
     ) -> list[Metrics]:
-        learned = self._with_signal(experience, groups, kl_coef)
+        learned, skipped = self._with_signal(experience, groups, kl_coef)
         if not self._any_rank(bool(learned)):
             return [{"update/no_signal": Sum(1.0 / self.world.size)}]
         counts = self.counts(experience, groups)
         parts = self.accumulate(experience, learned, counts, kl_coef)
         if self.policy_learns:
             # of what is skipped it is 0
-            skipped = self._tokens(experience, [g for g in groups if g not in learned])
             parts.append({"loss/policy": Mean(0.0, skipped / max(counts.tokens, 1))})
         if self.pretraining is not None and self.policy_learns:
             parts.append(self.pretraining.accumulate(number))
@@ -195,12 +194,6 @@ class Learner:
         parts = minibatch_of(total, self.section.minibatches, seed=seed, step=step, epoch=epoch)
         return [group for group, number in enumerate(numbers) if parts[number] == part]
 
-    def _tokens(self, experience: Experience, groups: list[int]) -> int:
-        """Of these groups, that are learned from."""
-        chosen = torch.tensor(groups, dtype=torch.long, device=self.world.device)
-        inside = torch.isin(experience.group, chosen)[experience.sequence]
-        return int((inside & experience.loss_mask).sum())
-
     def counts(self, experience: Experience, groups: list[int]) -> Counts:
         """The denominators of an update from these groups of this rank, and those of the other ranks."""
         group, chosen = experience.group, torch.tensor(groups, dtype=torch.long, device=self.world.device)
@@ -210,8 +203,10 @@ class Learner:
         totals = self.world.all_sum(torch.stack([valid.sum(), (valid > 0).sum(), right.sum()]))
         return Counts(*integers(totals))
 
-    def _with_signal(self, experience: Experience, groups: list[int], kl_coef: float) -> list[int]:
-        """Those with a gradient; the device is asked once for all of them."""
+    def _with_signal(
+        self, experience: Experience, groups: list[int], kl_coef: float
+    ) -> tuple[list[int], int]:
+        """Those with a gradient, and the tokens of the others; the device is asked once for all of them."""
         algorithm, mask = self.algorithm, experience.loss_mask
         everywhere = (
             self.critic is not None
@@ -223,8 +218,10 @@ class Learner:
         telling = mask if everywhere else mask & (experience.advantages != 0)
         group, zeros = experience.group[experience.sequence], mask.new_zeros(len(experience.prompts)).long()
         counts = integers(torch.cat([zeros.index_add(0, group, m.long()) for m in (mask, telling)]))
+        tokens, told = counts[: len(zeros)], counts[len(zeros) :]
         seen = [algorithm.perception is not None and any(experience.images[g : g + 1]) for g in groups]
-        return [g for g, looks in zip(groups, seen, strict=True) if counts[g if looks else g + len(zeros)]]
+        learned = [g for g, looks in zip(groups, seen, strict=True) if (tokens if looks else told)[g]]
+        return learned, sum(tokens[g] for g in groups) - sum(tokens[g] for g in learned)
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.world.all_sum(torch.tensor(int(flag), device=self.world.device)).item())

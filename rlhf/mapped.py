@@ -41,12 +41,12 @@ class MappedWeights:
                 self.bytes += stored.nbytes
         names = layer_classes(model)
 
-        def read(*_: Any) -> None:
+        def after_forward(*_: Any) -> None:
             self.give_up()
 
         for module in modules_by_name(model).values():
             if type(module).__name__ in names:
-                module.register_forward_hook(read)
+                module.register_forward_hook(after_forward)
         self.give_up()
 
     def give_up(self) -> None:

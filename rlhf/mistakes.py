@@ -120,10 +120,9 @@ def _expected(problem: ErrorDetails, schema: type[BaseModel]) -> str:
     """What should have come, in words."""
     limits: Mapping[str, Any] = problem.get("ctx", {})
     kind = problem["type"]
-    for sign, limit in BOUNDS.items():
-        if kind == sign:
-            key, words = limit
-            return words.format(limits[key])
+    if kind in BOUNDS:
+        key, words = BOUNDS[kind]
+        return words.format(limits[key])
     if kind == "literal_error":
         allowed: str = limits["expected"]
         near = difflib.get_close_matches(str(problem["input"]), allowed.split("'")[1::2], n=1)

@@ -90,8 +90,9 @@ class Head:
         statistics = TokenStats()
         if missing := still_wanted(want, found, kept):
             # all of them are tokens: told so, the host need not wait for a GPU that counts them
-            counted: Any = {"bias": bias, "want": missing, "num_kept": len(targets)}
-            statistics = token_stats(hidden, weight, targets, **counted, **scaling, **against)
+            statistics = token_stats(
+                hidden, weight, targets, bias=bias, want=missing, num_kept=len(targets), **scaling, **against
+            )
         return merged(statistics, found, kept)
 
 

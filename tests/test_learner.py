@@ -107,9 +107,11 @@ def test_which_groups_have_a_signal_is_asked_of_the_device_at_once(tiny_model_di
     masked = replace(masked, trajectories=tuple(nothing))
     experience = builder.build([told, silent, masked, last], kl_coef=0.0)
     with torch.profiler.profile() as profile:
-        assert learner._with_signal(experience, [3, 0, 1, 2], 0.0) == [3, 0]
+        learned, skipped = learner._with_signal(experience, [3, 0, 1, 2], 0.0)
+        assert learned == [3, 0]
+        assert skipped == sum(sum(t.loss_mask) for t in silent.trajectories)
         # a KL in the loss teaches wherever there is a token
-        assert learner._with_signal(experience, [3, 1, 2], 0.1) == [3, 1]
+        assert learner._with_signal(experience, [3, 1, 2], 0.1) == ([3, 1], 0)
     assert "aten::item" not in {event.name for event in profile.events() or ()}
 
 
