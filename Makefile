@@ -32,7 +32,7 @@ test: setup $(VENV)/.dev $(VENV)/.tested-vllm
 
 # every kill point, damage and shortage, about ten minutes; `make test` has a few of each
 test-faults: setup $(VENV)/.dev $(VENV)/.tested-vllm
-	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest tests/faults/test_*.py tests/faults/every_*.py tests/rollout/every_*.py $(ARGS)
+	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest tests/faults/test_*.py tests/faults/every_*.py tests/rollout/vllm/every_*.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check
@@ -40,7 +40,7 @@ lint: $(VENV)/.dev
 type: $(VENV)/.dev
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-# docs/settings.md and docs/errors.md, which tests compare with the code
+# docs/settings.md, docs/errors.md and the list of files in docs/architecture.md: tests compare them with the code
 docs: setup $(VENV)/.dev
 	$(VENV)/bin/python -m tests.pages.write
 

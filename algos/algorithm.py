@@ -20,10 +20,10 @@ from torch import Tensor
 
 from rlhf.algos import kl as estimators
 from rlhf.algos.advantage import Advantage
-from rlhf.algos.balance import Balance
 from rlhf.algos.critic import RAW, CriticLoss, RewardScaling
 from rlhf.algos.kl import AdaptiveKL
 from rlhf.algos.perception import Perception
+from rlhf.algos.prompt_temperature import PromptTemperature
 from rlhf.algos.ratio import CORRECTIONS, Ratio, mismatch_k3
 from rlhf.algos.reduction import Reduction
 from rlhf.algos.shaping import keep_all, unshaped
@@ -152,8 +152,8 @@ class Algorithm:
     """What a completion weighs does not depend on the others of its group: it may come without them."""
     needs_prompt_value: bool = False
     """Rewards are compared with a frozen value of the prompt (`AdvantageInputs.prompt_values`)."""
-    balance: Balance | None = None
-    """When given, each prompt has a temperature of its own (`AdvantageInputs.balance`)."""
+    prompt_temperature: PromptTemperature | None = None
+    """When given, each prompt has a temperature of its own (`AdvantageInputs.temperature_factors`)."""
     silent_at_zero: bool = True
     """A token whose advantage is 0 has no policy gradient."""
 
@@ -221,9 +221,9 @@ class Algorithm:
 
 def _imitation(batch: LossInputs) -> Tensor:
     """-logprob, mean over the tokens of right completions of the whole update (VAPO, arXiv:2504.05118)."""
-    assert batch.right is not None
-    wanted = batch.loss_mask & batch.right
-    return -batch.logprobs.masked_fill(~wanted, 0.0).sum() / max(batch.counts.right_tokens, 1)
+    assert batch.correct is not None
+    wanted = batch.loss_mask & batch.correct
+    return -batch.logprobs.masked_fill(~wanted, 0.0).sum() / max(batch.counts.correct_tokens, 1)
 
 
 def _silence(batch: LossInputs) -> LossInputs:

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.algos.advantage import Advantage, gae, whiten
+from rlhf.algos.advantage import Advantage, whiten
 from rlhf.algos.segments import sequence_tokens
 from rlhf.algos.value import RunningMoments, adaptive_lambda, value_loss
-from rlhf.kernels.gae import Gae
+from rlhf.kernels.gae import Gae, gae
 from rlhf.types import AdvantageInputs, CriticTargets
 
 

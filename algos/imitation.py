@@ -30,8 +30,8 @@ from torch import Tensor
 from rlhf.algos import surrogate
 from rlhf.algos.advantage import Advantage, group_center, leave_one_out, to_tokens, whiten, without_penalty
 from rlhf.algos.algorithm import KL, NO_KL, Algorithm, Mismatch
-from rlhf.algos.balance import Balance
 from rlhf.algos.critic import CriticLoss
+from rlhf.algos.prompt_temperature import PromptTemperature
 from rlhf.algos.ratio import product_ratio, token_ratio
 from rlhf.algos.reduction import sequence_mean_token_sum, token_mean
 from rlhf.algos.weighted import awr_weights
@@ -64,7 +64,7 @@ def alike(inputs: AdvantageInputs) -> Tensor:
     return torch.ones_like(inputs.rewards)
 
 
-def what_is_better(compare: Compare) -> Advantage:
+def positive_part(compare: Compare) -> Advantage:
     """max(A, 0), A by `compare`, for all tokens of a sequence."""
 
     def advantage(inputs: AdvantageInputs) -> Tensor:
@@ -106,13 +106,14 @@ class Exponential:
             )
 
     def by_sequence(self, compare: Compare) -> Advantage:
-        """One for all tokens of a sequence; `inputs.balance`, if given, multiplies the temperature."""
+        """One weight for all tokens of a sequence; `inputs.temperature_factors`, if given, multiply the
+        temperature."""
         exponents = self.exponents(compare)
 
         def advantage(inputs: AdvantageInputs) -> Tensor:
             exponent = exponents(inputs)
-            if inputs.balance is not None:
-                exponent = exponent / inputs.balance
+            if inputs.temperature_factors is not None:
+                exponent = exponent / inputs.temperature_factors
             weights = self._weights(exponent, ~inputs.rewards.isnan(), inputs.all_sum)
             return to_tokens(weights.to(inputs.rewards.dtype), inputs)
 
@@ -156,7 +157,7 @@ def sft(
 ) -> Algorithm:
     """Supervised fine-tuning: every completion alike, whatever its reward."""
     return Algorithm(
-        advantage=what_is_better(alike),
+        advantage=positive_part(alike),
         ratio=token_ratio,
         surrogate=surrogate.reinforce,
         reduction=token_mean,
@@ -181,7 +182,7 @@ def weighted_bc(
 ) -> Algorithm:
     """Behaviour cloning, each completion weighted by its reward (a baseline of arXiv:2305.14718)."""
     base = sft(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
-    return replace(base, advantage=what_is_better(without_penalty), reduction=sequence_mean_token_sum)
+    return replace(base, advantage=positive_part(without_penalty), reduction=sequence_mean_token_sum)
 
 
 def r_gold(
@@ -198,7 +199,7 @@ def r_lol(
 ) -> Algorithm:
     """A-LoL with the reward in place of the advantage, arXiv:2305.14718."""
     base = a_lol(clip=clip, kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
-    return replace(base, advantage=what_is_better(without_penalty), needs_prompt_value=False)
+    return replace(base, advantage=positive_part(without_penalty), needs_prompt_value=False)
 
 
 def a_lol(
@@ -222,7 +223,7 @@ def a_lol_ref_free(
 ) -> Algorithm:
     """A-LoL without a ratio, and so without a reference, arXiv:2305.14718."""
     base = weighted_bc(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
-    return replace(base, advantage=what_is_better(above_prompt_value), needs_prompt_value=True)
+    return replace(base, advantage=positive_part(above_prompt_value), needs_prompt_value=True)
 
 
 def a_lol_kl(
@@ -243,9 +244,10 @@ def awr(
     """Advantage-weighted regression with a completion as one action, arXiv:1910.00177."""
     weigh, compare = Exponential(temperature, max_weight, standardize, normalize), COMPARE[baseline]
     base = sft(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    picked = None if divergence is None else PromptTemperature(divergence, weigh.exponents(compare))
     return replace(base, advantage=weigh.by_sequence(compare),
                    pointwise=baseline in POINTWISE, needs_prompt_value=baseline == "prompt_value",
-                   balance=None if divergence is None else Balance(divergence, weigh.exponents(compare)))
+                   prompt_temperature=picked)
 
 
 def awr_token(

@@ -47,10 +47,10 @@ from matplotlib import pyplot as plt
 from benchmarks.offline_data import Row, lesson, save_tiny_model, token_ids, write, write_set
 from benchmarks.runs import ROOT, machine
 from examples.offline.reward import one
-from rlhf.config import make_config
-from rlhf.pretrained import load_tokenizer
+from rlhf.config.load import make_config
+from rlhf.models.pretrained import load_tokenizer
 from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
-from rlhf.rollout.native import NativeEngine
+from rlhf.rollout.native.engine import NativeEngine
 from rlhf.trainer import Trainer
 from rlhf.types import Prompt
 

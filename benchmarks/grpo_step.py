@@ -37,7 +37,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.runs import machine
-from rlhf.config import make_config
+from rlhf.config.load import make_config
 from rlhf.metrics import Metrics
 from rlhf.trainer import Trainer
 
@@ -78,7 +78,7 @@ class Paced(Trainer):
             "completion_tokens": metrics["rollout/tokens"].value,
             "prompt_tokens": GROUP * sum(len(p.token_ids) for p in self.inputs.train.prompts),
             "peak_gib": self.world.peak_memory_gib(),
-            "weights": float(sum(p.numel() for p in self.parts.policy.model.parameters())),
+            "weights": float(sum(p.numel() for p in self.components.policy.model.parameters())),
         }
         for (name, begun), (_, ended) in zip(marks, [*marks[1:], ("", end)], strict=True):
             record[f"{name}_s"] = record.get(f"{name}_s", 0.0) + ended - begun

@@ -36,16 +36,18 @@ from torch import Tensor
 from benchmarks.runs import machine
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
-from rlhf.allocator import keep_freed_memory
-from rlhf.config import LearnerConfig, ModelConfig
-from rlhf.distributed import World
-from rlhf.experience import ExperienceBuilder
+from rlhf.config.learner import LearnerConfig
+from rlhf.config.model import ModelConfig
+from rlhf.devices import keep_freed_memory
+from rlhf.distributed.world import World
 from rlhf.kernels.token_stats import TokenStats
-from rlhf.learner import Learner
+from rlhf.learn.experience import ExperienceBuilder
+from rlhf.learn.learner import Learner
+from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Metrics
-from rlhf.optimizer import MasterAdamW
-from rlhf.packing import Layout, Packed
-from rlhf.policy import Policy
+from rlhf.models.loading import load_policy
+from rlhf.models.packing import Layout, Packed
+from rlhf.models.policy import Policy
 from rlhf.types import Experience, FinishReason, Group, Prompt, Trajectory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -106,7 +108,7 @@ class Work:
 
 def contenders(names: Sequence[str], work: Work) -> dict[str, Contender]:
     world = World(0, 1, DEVICE)
-    policy = Policy.load(ModelConfig(path=work.model), work.model, world.device)
+    policy = load_policy(ModelConfig(path=work.model), work.model, world.device)
     # so small that the weights stay where they are
     section = LearnerConfig(lr=1e-12, microbatch_tokens=work.microbatch_tokens)
     optimizer = MasterAdamW(policy.model, torch.bfloat16, section, 100)

@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 
-from rlhf.config import make_config
+from rlhf.config.load import make_config
 
 TOKENS = 16
 ALGORITHMS = {"sum": "grpo", "balanced": "grpo", "gdpo": "gdpo", "bound": "grpo"}

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from examples.offline.reward import one
-from rlhf.distributed import derive_seed
-from rlhf.pretrained import load_tokenizer
+from rlhf.distributed.world import derive_seed
+from rlhf.models.pretrained import load_tokenizer
 from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
-from rlhf.rollout.native import NativeEngine
+from rlhf.rollout.native.engine import NativeEngine
 from rlhf.types import Prompt
 
 # fmt: off

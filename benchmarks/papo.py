@@ -29,14 +29,15 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from benchmarks.small_looker import CELL
-from rlhf.config import ModelConfig, make_config
-from rlhf.data import load_prompts
-from rlhf.looking import Looking
-from rlhf.packing import pack
-from rlhf.perception_config import PerceptionConfig
-from rlhf.policy import Policy
-from rlhf.pretrained import load_tokenizer
-from rlhf.processor import load_processor
+from rlhf.config.load import make_config
+from rlhf.config.model import ModelConfig
+from rlhf.config.perception import PerceptionConfig
+from rlhf.data.prompts import load_prompts
+from rlhf.learn.perception import MaskedPasses
+from rlhf.models.loading import load_policy
+from rlhf.models.packing import pack
+from rlhf.models.pretrained import load_tokenizer
+from rlhf.models.vision.processor import load_processor
 from rlhf.trainer import Trainer
 
 matplotlib.use("Agg")
@@ -81,10 +82,10 @@ def measure(model: Path, data: Path) -> dict[str, float]:
     """Of the held-out prompts, by whether the picture agrees with the words."""
     tokenizer = load_tokenizer(str(model))
     processor = load_processor(str(model), tokenizer)
-    policy = Policy.load(ModelConfig(path=str(model)), str(model), torch.device("cpu"), processor)
+    policy = load_policy(ModelConfig(path=str(model)), str(model), torch.device("cpu"), processor)
     section = PerceptionConfig.model_validate({"coef": 1.0, **MASK})
     assert section.term is not None
-    looking = Looking(policy, section.term, section, seed=0, steps=1)
+    masked_passes = MaskedPasses(policy, section.term, section, seed=0, steps=1)
     held_out = load_prompts(
         data / "eval.jsonl", tokenizer, image_column="images", max_prompt_tokens=48, processor=processor
     )
@@ -100,7 +101,7 @@ def measure(model: Path, data: Path) -> dict[str, float]:
         )
         hidden = policy.hidden(packed)
         probabilities = (hidden @ policy.head.module.weight.T).softmax(-1)
-        blind = policy.hidden(looking.masked(packed, 0))
+        blind = policy.hidden(masked_passes.masked(packed, 0))
         kls = policy.divergence(packed, hidden, blind, temperature=1.0)
         right = (probabilities.argmax(-1) == answers).float()
         chances = probabilities.gather(-1, answers[:, None])[:, 0]

@@ -139,9 +139,7 @@ def run_piece(piece: Piece, place: Place) -> Outcome:
     return Outcome(piece.name, State.DONE, seconds)
 
 
-def _what_went_wrong(
-    code: int | None, piece: Piece, seconds: float, log: Path
-) -> tuple[State, float, str]:
+def _what_went_wrong(code: int | None, piece: Piece, seconds: float, log: Path) -> tuple[State, float, str]:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     last = lines[-1][:300] if lines else "it said nothing"
     if code is None:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.runs import machine
-from rlhf.rewards import Rewards, RewardSpec
+from rlhf.rewards.plugin import RewardSpec
+from rlhf.rewards.scoring import Rewards
 from rlhf.types import Completion, FinishReason, Prompt, VersionSpan
 
 SAMPLES, GROUP = 1000, 8
@@ -90,9 +91,7 @@ def main() -> None:
     }
     # what else ran: the ideal does not know of it
     place = machine() | {"load_average_before": load}
-    text = json.dumps(
-        {"samples": SAMPLES, "repeats": options.repeats, "machine": place, **results}, indent=1
-    )
+    text = json.dumps({"samples": SAMPLES, "repeats": options.repeats, "machine": place, **results}, indent=1)
     sys.stdout.write(text + "\n")
     if options.out is not None:
         options.out.write_text(text + "\n")

@@ -2,7 +2,7 @@
 
     generate      `model.generate` at its best for this work: one left-padded batch of every prompt 8 times,
                   sdpa, no truncation of the distribution, no log-probs asked for
-    native        `rlhf.rollout.native.NativeEngine`, log-probs included, as they are in the others
+    native        `rlhf.rollout.native.engine.NativeEngine`, log-probs included, as they are in the others
     hf            `rlhf.rollout.hf.HFEngine`: one prompt at a time
     vllm          vLLM in this process (`make setup EXTRAS=vllm`)
     vllm-server   one server of it on loopback
@@ -40,8 +40,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.runs import machine
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.rollout.factory import make_engine
-from rlhf.rollout.native import NativeEngine
-from rlhf.rollout.support import logprob_errors
+from rlhf.rollout.native.engine import NativeEngine
+from rlhf.rollout.native.support import logprob_errors
 from rlhf.types import Prompt
 
 PROMPTS, GROUP, MAX_TOKENS = 8, 8, 64

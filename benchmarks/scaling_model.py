@@ -16,10 +16,11 @@ from typing import Any, cast
 
 from transformers import LlamaConfig
 
-from rlhf.config import make_config
-from rlhf.data import PromptDataset
-from rlhf.estimate import GIB, Estimate, Machine, estimate
-from rlhf.preflight import Inputs
+from rlhf.config.load import make_config
+from rlhf.data.prompts import PromptDataset
+from rlhf.inputs import Inputs
+from rlhf.preflight.estimate import GIB, Estimate, estimate
+from rlhf.preflight.machine import Machine
 from rlhf.types import Prompt
 
 SHAPES = {

@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from rlhf.pretrained import load_tokenizer
-from rlhf.processor import load_processor
+from rlhf.models.pretrained import load_tokenizer
+from rlhf.models.vision.processor import load_processor
 
 # a cell is one placeholder: 2 by 2 patches
 SIDE, CELL, PATCH = 16, 8, 4

@@ -66,7 +66,7 @@ def tandem(memory: Memory) -> Callable[[str], Method]:
     """This project's, in one of its memory modes."""
 
     def method(hidden: Tensor, weight: Tensor, targets: Tensor) -> Statistics:
-        stats = token_stats(hidden, weight, targets, memory=memory, num_kept=len(targets))
+        stats = token_stats(hidden, weight, targets, memory=memory, num_unmasked=len(targets))
         assert stats.logprob is not None
         return stats.logprob, stats.entropy
 

@@ -2,7 +2,8 @@
 
 import sys
 
-from rlhf import Trainer, load_config
+from rlhf.config.load import load_config
+from rlhf.trainer import Trainer
 
 if __name__ == "__main__":
     config = load_config("configs/quickstart.yaml", ["run_dir=runs/library", *sys.argv[1:]])

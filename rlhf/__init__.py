@@ -5,25 +5,26 @@ from rlhf import Trainer, load_config
 Trainer(load_config("configs/quickstart.yaml", ["steps=5"])).run()
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf.config import load_config
+    from rlhf.config.load import load_config, load_task
+    from rlhf.reward_model.trainer import RewardModelTrainer
     from rlhf.trainer import Trainer
 
-__all__ = ["Trainer", "load_config"]
+MODULES = {
+    "RewardModelTrainer": "rlhf.reward_model.trainer",
+    "Trainer": "rlhf.trainer",
+    "load_config": "rlhf.config.load",
+    "load_task": "rlhf.config.load",
+}
+
+__all__ = ["RewardModelTrainer", "Trainer", "load_config", "load_task"]
 
 
 def __getattr__(name: str) -> Any:
     """Imported when asked for: `import rlhf` alone takes no time."""
-    match name:
-        case "Trainer":
-            from rlhf.trainer import Trainer
-
-            return Trainer
-        case "load_config":
-            from rlhf.config import load_config
-
-            return load_config
-        case _:
-            raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(MODULES[name]), name)

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rlhf.config import Config
-from rlhf.reward_model_config import RewardModelConfig
-from rlhf.tasks import load_task
+from rlhf.config.load import load_task
+from rlhf.config.reward_model import RewardModelConfig
+from rlhf.config.run import Config
 
 if TYPE_CHECKING:
-    from rlhf.reward_model_trainer import RewardModelTrainer
+    from rlhf.reward_model.trainer import RewardModelTrainer
     from rlhf.trainer import Trainer
 
 
@@ -109,8 +109,8 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 def _say(options: argparse.Namespace) -> int:
     """The commands that print lines, each checked before anything long begins."""
-    from rlhf.checkpoint import CheckpointError
-    from rlhf.rewards import RewardError
+    from rlhf.checkpoints.stateful import CheckpointError
+    from rlhf.rewards.workers.pool import RewardError
 
     try:
         for line in _lines(options):
@@ -153,7 +153,7 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
 
 def _trainer(config: Config | RewardModelConfig) -> Trainer | RewardModelTrainer:
     if isinstance(config, RewardModelConfig):
-        from rlhf.reward_model_trainer import RewardModelTrainer
+        from rlhf.reward_model.trainer import RewardModelTrainer
 
         return RewardModelTrainer(config)
     from rlhf.trainer import Trainer
@@ -163,15 +163,15 @@ def _trainer(config: Config | RewardModelConfig) -> Trainer | RewardModelTrainer
 
 def _run(trainer: Trainer | RewardModelTrainer) -> int:
     """What a person can mend is said in a sentence; everything else is a bug and keeps its traceback."""
-    from rlhf.checkpoint import CheckpointError
-    from rlhf.pictures import ImageError
-    from rlhf.pretrained import ModelError
-    from rlhf.rewards import RewardError
+    from rlhf.checkpoints.stateful import CheckpointError
+    from rlhf.distributed.watchdog import EXIT, RankError
+    from rlhf.models.pretrained import ModelError
+    from rlhf.models.vision.images import ImageError
+    from rlhf.monitoring.run_folder import RunFolderError
+    from rlhf.monitoring.sinks import SinkError
+    from rlhf.out_of_memory import memory_advice
+    from rlhf.rewards.workers.pool import RewardError
     from rlhf.rollout.engine import EngineError, SyncError
-    from rlhf.run_folder import RunFolderError
-    from rlhf.shortage import memory_advice
-    from rlhf.sinks import SinkError
-    from rlhf.watchdog import EXIT, RankError
 
     try:
         trainer.run()

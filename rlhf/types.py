@@ -17,7 +17,7 @@ Names (one word, one meaning):
     old_logprobs       by the learner, at the weights before the update
     ref_logprobs       by the frozen reference
     logprobs           by the policy being differentiated
-    kept               the tokens that truncated sampling left; all log-probs above are then over them alone
+    candidates         the tokens that truncated sampling left; all log-probs above are then among them
     loss_mask          True where the policy chose the token and learns from it
     policy_version     number of updates behind a token; staleness = current version - policy_version
 """
@@ -105,11 +105,11 @@ def leaves_out(top_p: float, top_k: int, min_p: float) -> bool:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kept:
+class Candidates:
     """The tokens that truncated sampling (top-k, top-p, min-p) left to draw each of N tokens from.
 
-    Token by token and end to end, 4 bytes each, the drawn one first: `Kept((7, 3, 5, 9), (3, 1))` says that 7
-    was drawn from 7, 3 and 5, and 9 was the only one left. A size of 0: nothing was truncated.
+    Token by token and end to end, 4 bytes each, the drawn one first: `Candidates((7, 3, 5, 9), (3, 1))` says
+    that 7 was drawn from 7, 3 and 5, and 9 was the only one left. A size of 0: nothing was truncated.
     """
 
     ids: Tensor
@@ -118,7 +118,7 @@ class Kept:
     """int64 `[N]`"""
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Kept):
+        if not isinstance(other, Candidates):
             return NotImplemented
         return torch.equal(self.ids, other.ids) and torch.equal(self.sizes, other.sizes)
 
@@ -128,11 +128,11 @@ class Kept:
         return bool((self.sizes > 0).all())
 
     @classmethod
-    def of(cls, tokens: Sequence[Sequence[int] | Tensor]) -> Kept:
-        """The kept ids of each token."""
+    def of(cls, tokens: Sequence[Sequence[int] | Tensor]) -> Candidates:
+        """The candidates ids of each token."""
         none = torch.empty(0, dtype=torch.int32)
-        ids = torch.cat([none, *(torch.as_tensor(kept, dtype=torch.int32) for kept in tokens)])
-        return cls(ids, torch.tensor([len(kept) for kept in tokens], dtype=torch.long))
+        ids = torch.cat([none, *(torch.as_tensor(ids, dtype=torch.int32) for ids in tokens)])
+        return cls(ids, torch.tensor([len(ids) for ids in tokens], dtype=torch.long))
 
     def each(self) -> list[Tensor]:
         """Inverse of `of`."""
@@ -140,21 +140,21 @@ class Kept:
         return list(torch.split(self.ids, sizes.tolist()))
 
     @classmethod
-    def join(cls, parts: Sequence[Kept]) -> Kept:
+    def join(cls, parts: Sequence[Candidates]) -> Candidates:
         """End to end."""
         ids = torch.cat([torch.empty(0, dtype=torch.int32), *(part.ids for part in parts)])
         return cls(ids, torch.cat([torch.empty(0, dtype=torch.long), *(part.sizes for part in parts)]))
 
-    def take(self, index: Tensor) -> Kept:
+    def take(self, index: Tensor) -> Candidates:
         """Those of the tokens at `index`."""
         sizes = self.sizes[index]
         starts = (self.sizes.cumsum(0) - self.sizes)[index] - (sizes.cumsum(0) - sizes)
         total = int(sizes.sum())
         places = torch.arange(total, device=sizes.device) + starts.repeat_interleave(sizes, output_size=total)
-        return Kept(self.ids[places], sizes)
+        return Candidates(self.ids[places], sizes)
 
-    def to(self, device: torch.device) -> Kept:
-        return Kept(self.ids.to(device), self.sizes.to(device))
+    def to(self, device: torch.device) -> Candidates:
+        return Candidates(self.ids.to(device), self.sizes.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,15 +173,15 @@ class Completion:
     always gives them. None: no engine made this completion, it was read from a file."""
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
-    kept: Kept | None = None
+    candidates: Candidates | None = None
     """What each token was drawn from, when the request asked for it and truncates."""
 
     def __post_init__(self) -> None:
         if self.rollout_logprobs is not None:
             lengths = len(self.token_ids), len(self.rollout_logprobs)
             assert lengths[0] == lengths[1], lengths
-        if self.kept is not None:
-            lengths = len(self.token_ids), len(self.kept.sizes)
+        if self.candidates is not None:
+            lengths = len(self.token_ids), len(self.candidates.sizes)
             assert lengths[0] == lengths[1], lengths
 
 
@@ -204,7 +204,7 @@ class Trajectory:
     reward: float | None
     """Weighted sum of the objectives. None: no function gave a number, the trajectory is not learned from."""
     objectives: Mapping[str, float] = field(default_factory=dict[str, float])
-    kept: Kept | None = None
+    candidates: Candidates | None = None
     """None: nothing was truncated, or the learner scores the whole vocabulary all the same."""
 
     @classmethod
@@ -223,7 +223,7 @@ class Trajectory:
             text=text,
             reward=reward,
             objectives=objectives,
-            kept=completion.kept,
+            candidates=completion.candidates,
         )
 
 
@@ -250,7 +250,7 @@ class Counts:
     """Tokens with `loss_mask`."""
     sequences: int
     """Sequences with at least one such token."""
-    right_tokens: int = 0
+    correct_tokens: int = 0
     """Of the tokens, those in completions that are right; counted for an algorithm that imitates them."""
 
 
@@ -315,7 +315,7 @@ class Experience:
     advantages: Tensor
     recorded: Tensor | None = None
     """bool `[N]`: where `rollout_logprobs` is known (it is 0.0 elsewhere). None: everywhere."""
-    right: Tensor | None = None
+    correct: Tensor | None = None
     """bool `[S]`: completions that solve their prompt; None: the algorithm does not ask."""
     critic: CriticTargets | None = None
     perception: PerceptionInputs | None = None
@@ -323,7 +323,7 @@ class Experience:
     """Of each group's prompt; empty where no prompt has any."""
     numbers: Tensor | None = None
     """int64 `[P]`: of each group among those of all ranks; None: there are no others."""
-    kept: Kept | None = None
+    candidates: Candidates | None = None
     """What each token was drawn from; every log-prob of the learner is then renormalised over the same."""
 
 
@@ -346,7 +346,7 @@ class AdvantageInputs:
     values: Tensor | None = None
     prompt_values: Tensor | None = None
     """`[S]`: the frozen value of each sequence's prompt, when the algorithm asks for it."""
-    balance: Tensor | None = None
+    temperature_factors: Tensor | None = None
     """`[S]`: the factor of its prompt's temperature, when the algorithm asks for it."""
     all_sum: Callable[[Tensor], Tensor] = lambda t: t
 
@@ -373,6 +373,11 @@ class LossInputs:
     """The coefficient in force (an adaptive controller moves it)."""
     recorded: Tensor | None = None
     """bool: where `rollout_logprobs` is known; None: everywhere. Elsewhere no mismatch is corrected."""
-    right: Tensor | None = None
+    correct: Tensor | None = None
     """bool `[N]`: tokens of completions that are right, for an algorithm that imitates them."""
     perception: PerceptionBatch | None = None
+
+
+def is_learnable(trajectory: Trajectory) -> bool:
+    """Whether it has what a loss needs: tokens and a reward."""
+    return trajectory.reward is not None and len(trajectory.token_ids) > 0

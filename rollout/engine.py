@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from rlhf.config.rollout import RolloutConfig
 from rlhf.metrics import Metrics
 from rlhf.types import Completion, Prompt, leaves_out
 
@@ -41,9 +42,9 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
-    says_kept: bool = False
-    """Completions come with what truncation left for each token (`Completion.kept`); needs `top_k`, which
-    bounds it."""
+    return_candidates: bool = False
+    """Completions come with the tokens that truncation left at each place (`Completion.candidates`); needs
+    `top_k`, which bounds their number."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_tokens < 1:
@@ -55,17 +56,19 @@ class SamplingParams:
                 "sampling needs temperature >= 0, 0 < top_p <= 1, top_k >= 0 and 0 <= min_p <= 1, "
                 f"got {self.temperature}, {self.top_p}, {self.top_k}, {self.min_p}"
             )
-        if self.kept_is_said and not self.top_k:
-            raise ValueError("what is kept is said for each token, which top_k must bound: it is 0")
+        if self.candidates_needed and not self.top_k:
+            raise ValueError(
+                "return_candidates needs top_k, which bounds the candidates of a token, but top_k is 0"
+            )
 
     @property
     def truncates(self) -> bool:
         return self.temperature > 0 and leaves_out(self.top_p, self.top_k, self.min_p)
 
     @property
-    def kept_is_said(self) -> bool:
+    def candidates_needed(self) -> bool:
         """Whether completions come with what each token was drawn from: asked for, and not everything."""
-        return self.says_kept and self.truncates
+        return self.return_candidates and self.truncates
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +94,8 @@ class SyncReport:
 
 
 @runtime_checkable
-class Eyes(Protocol):
-    """How an engine of this process feeds pictures to the model it samples from (`rlhf.vision`)."""
+class ImageInputs(Protocol):
+    """How an engine of this process feeds pictures to the model it samples from."""
 
     def inputs(self, prompt: Prompt) -> Mapping[str, Tensor]:
         """What `model(input_ids=...)` takes beside the ids of one prompt, a row of each."""
@@ -108,7 +111,7 @@ class Eyes(Protocol):
 
 @runtime_checkable
 class Ranks(Protocol):
-    """The processes of a run that share an engine (`rlhf.distributed.World`)."""
+    """The processes of a run that share an engine (`rlhf.distributed.world.World`)."""
 
     @property
     def rank(self) -> int: ...
@@ -231,3 +234,20 @@ def generate(
         engine.resume()
         raise
     return [sorted(done[r.prompt.id], key=lambda c: c.index) for r in requests]
+
+
+def sampling_of(
+    section: RolloutConfig, *, n: int, max_tokens: int, seed: int, return_candidates: bool
+) -> SamplingParams:
+    """How a run samples."""
+    return SamplingParams(
+        n=n,
+        max_tokens=max_tokens,
+        seed=seed,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        top_k=section.top_k,
+        min_p=section.min_p,
+        stop_token_ids=section.stop_token_ids,
+        return_candidates=return_candidates,
+    )

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from rlhf.config import VLLMConfig
+from rlhf.config.rollout import VLLMConfig
 from rlhf.plugins import load_object
-from rlhf.rollout.embedded import causal_model
-from rlhf.rollout.engine import Eyes, Ranks, RolloutEngine
+from rlhf.rollout.engine import ImageInputs, Ranks, RolloutEngine
 from rlhf.rollout.hf import HFEngine
-from rlhf.rollout.native import NativeEngine
-from rlhf.rollout.vllm import VLLMEngine, VLLMModel
-from rlhf.rollout.vllm_pictures import Sight
-from rlhf.rollout.vllm_pool import Service
-from rlhf.rollout.vllm_server import VLLMServerEngine
-from rlhf.rollout.vllm_shared import SharedServers
+from rlhf.rollout.learner_module import causal_model
+from rlhf.rollout.native.engine import NativeEngine
+from rlhf.rollout.vllm.images import ImageFormat
+from rlhf.rollout.vllm.in_process import VLLMEngine, VLLMModel
+from rlhf.rollout.vllm.pool import Service
+from rlhf.rollout.vllm.servers import VLLMServerEngine
+from rlhf.rollout.vllm.shared import SharedServers
 
 
 def make_engine(
@@ -31,7 +31,7 @@ def make_engine(
     max_tokens: int | None = None,
     dtype: torch.dtype | None = None,
     vllm: VLLMConfig | None = None,
-    eyes: Eyes | None = None,
+    image_inputs: ImageInputs | None = None,
     lora_rank: int = 0,
     ranks: Ranks | None = None,
 ) -> RolloutEngine:
@@ -39,24 +39,24 @@ def make_engine(
 
     If "native" cannot decode it: "hf", with a warning why. `max_tokens`: of a prompt and its completion,
     which vLLM has to know; not given: the model's limit. `dtype`: of the weights that are sent, where not
-    that of `model`. `eyes`: for prompts with pictures. `lora_rank`: of the policy's adapter; 0: it has none.
-    `ranks`: those that share servers. `path/file.py:name` or `package.module:name` is called with the model
-    and `eos_token_ids`.
+    that of `model`. `image_inputs`: for prompts with images. `lora_rank`: of the policy's adapter; 0: it has
+    none. `ranks`: those that share servers. `path/file.py:name` or `package.module:name` is called with the
+    model and `eos_token_ids`.
     """
     if ":" in name:
         return load_object(name)(model, eos_token_ids=eos_token_ids)
     if name == "native":
         try:
-            return NativeEngine(model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib, eyes=eyes)
+            return NativeEngine(
+                model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib, image_inputs=image_inputs
+            )
         except ValueError as error:
             warnings.warn(f"{error}; rollouts use the slower engine 'hf' instead", stacklevel=2)
             name = "hf"
     if name == "hf":
-        return HFEngine(model, eos_token_ids=eos_token_ids, eyes=eyes)
+        return HFEngine(model, eos_token_ids=eos_token_ids, image_inputs=image_inputs)
     if name not in ("vllm", "vllm-server"):
-        raise ValueError(
-            f"unknown rollout engine {name!r}; there are 'native', 'hf', 'vllm' and 'vllm-server'"
-        )
+        raise ValueError(f"unknown rollout engine {name!r}; there are native, hf, vllm and vllm-server")
     section = vllm or VLLMConfig()
     held = causal_model(model)
     sampled = VLLMModel(
@@ -68,7 +68,7 @@ def make_engine(
         kv_cache_gib=kv_cache_gib,
         args=section.args,
         lora_rank=lora_rank if section.lora == "adapter" else 0,
-        sight=None if eyes is None else Sight.of(held.config, held.dtype, eyes),
+        image_format=None if image_inputs is None else ImageFormat.of(held.config, held.dtype, image_inputs),
     )
     in_shards = isinstance(model, FSDPModule)
     return VLLMEngine(sampled) if name == "vllm" else _servers(sampled, section, ranks, in_shards=in_shards)

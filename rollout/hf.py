@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from rlhf.rollout.embedded import Model, causal_model, sampling_mode, take_weights
-from rlhf.rollout.engine import Eyes, PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.engine import ImageInputs, PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.learner_module import Model, causal_model, sampling_mode, take_weights
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import Drawn, RowSampling, sample
 from rlhf.types import Completion
@@ -50,9 +50,9 @@ class HFEngine:
     """`poll` decodes one request and returns its whole group; nothing is kept between polls."""
 
     def __init__(
-        self, model: nn.Module, *, eos_token_ids: Sequence[int], eyes: Eyes | None = None
+        self, model: nn.Module, *, eos_token_ids: Sequence[int], image_inputs: ImageInputs | None = None
     ) -> None:
-        self._model, self._eyes = causal_model(model), eyes
+        self._model, self._image_inputs = causal_model(model), image_inputs
         self._eos_token_ids = tuple(eos_token_ids)
         self._attention = "sdpa" if self._model._supports_sdpa else None
         self._waiting: list[RolloutRequest] = []
@@ -64,7 +64,7 @@ class HFEngine:
         """Raises ValueError for a prompt that is empty, in flight already, or cannot be seen."""
         in_flight = [request.prompt.id for request in self._waiting]
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        check_requests(requests, in_flight, vocabulary, sees=self._eyes is not None)
+        check_requests(requests, in_flight, vocabulary, sees=self._image_inputs is not None)
         self._waiting.extend(requests)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
@@ -115,8 +115,8 @@ class HFEngine:
         )
         prompts = torch.tensor([request.prompt.token_ids] * params.n, device=device)
         seen: Mapping[str, Tensor] = {}
-        if request.prompt.images and self._eyes is not None:
-            seen = self._eyes.inputs(request.prompt)
+        if request.prompt.images and self._image_inputs is not None:
+            seen = self._image_inputs.inputs(request.prompt)
         with sampling_mode(self._model, self._attention), _own_generation_config(self._model, config):
             self._model.generate(
                 prompts,

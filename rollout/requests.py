@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from rlhf.rollout.engine import EngineError, RolloutRequest
-from rlhf.types import Completion, FinishReason, Kept, VersionSpan
+from rlhf.types import Candidates, Completion, FinishReason, VersionSpan
 
 
 @dataclass(slots=True, eq=False)
@@ -22,16 +22,16 @@ class Row:
     """`(version, first token)`, one entry a weight update that it lived through."""
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
-    kept: list[Tensor] = field(default_factory=list[Tensor])
+    candidates: list[Tensor] = field(default_factory=list[Tensor])
     """What each token was drawn from, itself first, where the request asks for that and truncates."""
 
-    def append(self, token_id: int, logprob: float, kept: Tensor | None = None) -> bool:
+    def append(self, token_id: int, logprob: float, candidates: Tensor | None = None) -> bool:
         """Whether the row is finished with this token."""
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
-        if self.request.params.kept_is_said:
-            assert kept is not None
-            self.kept.append(kept)
+        if self.request.params.candidates_needed:
+            assert candidates is not None
+            self.candidates.append(candidates)
         return token_id in self.stop_ids or len(self.token_ids) == self.request.params.max_tokens
 
     def completion(self) -> Completion:
@@ -51,7 +51,7 @@ class Row:
             rollout_logprobs=tuple(self.logprobs),
             finish_reason=reason,
             versions=tuple(span for span in spans if span.start < span.end),
-            kept=Kept.of(self.kept) if self.request.params.kept_is_said else None,
+            candidates=Candidates.of(self.candidates) if self.request.params.candidates_needed else None,
         )
 
 

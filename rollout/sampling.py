@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from rlhf.rollout.engine import SamplingParams
-from rlhf.types import Kept
+from rlhf.types import Candidates
 
 BLOCK = 128
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -70,7 +70,7 @@ class RowSampling:
     top_p: Float[Tensor, " S"] | None
     top_k: Int64[Tensor, " S"] | None
     min_p: Float[Tensor, " S"] | None = None
-    says_kept: Bool[Tensor, " S"] | None = None
+    return_candidates: Bool[Tensor, " S"] | None = None
 
     @classmethod
     def of(
@@ -90,7 +90,7 @@ class RowSampling:
             top_p=column([p.top_p if p.temperature else 1.0 for p in params], 1.0, torch.float64),
             top_k=column([p.top_k if p.temperature else 0 for p in params], 0, torch.int64),
             min_p=column([p.min_p if p.temperature else 0.0 for p in params], 0.0, torch.float32),
-            says_kept=column([p.kept_is_said for p in params], False, torch.bool),
+            return_candidates=column([p.candidates_needed for p in params], False, torch.bool),
         )
 
 
@@ -100,19 +100,17 @@ class Drawn(NamedTuple):
     tokens: Int64[Tensor, " S"]
     logprobs: Float[Tensor, " S"]
     """fp32, under the distribution it was really drawn from."""
-    kept: Kept | None = None
+    candidates: Candidates | None = None
     """What that left, of the rows that are to say it."""
 
     def of_rows(self) -> Iterator[tuple[int, float, Tensor | None]]:
         """On the host, row by row: what `Row.append` takes."""
         drawn: tuple[Any, Any] = self.tokens, self.logprobs
-        kept = [None] * len(self.tokens) if self.kept is None else self.kept.each()
-        return zip(*(x.tolist() for x in drawn), kept, strict=True)
+        candidates = [None] * len(self.tokens) if self.candidates is None else self.candidates.each()
+        return zip(*(x.tolist() for x in drawn), candidates, strict=True)
 
 
-def sample(
-    logits: Float[Tensor, "S V"], rows: RowSampling, position: Int64[Tensor, " S"]
-) -> Drawn:
+def sample(logits: Float[Tensor, "S V"], rows: RowSampling, position: Int64[Tensor, " S"]) -> Drawn:
     """`position` counts the tokens of the completion before this one."""
     if rows.temperature is not None:
         logits = logits.float() / rows.temperature[:, None]
@@ -125,10 +123,16 @@ def sample(
     if rows.greedy is not None:
         tokens = torch.where(rows.greedy, logits.argmax(-1), tokens)
     logprobs = (probs.gather(1, tokens[:, None])[:, 0] / total).log().float()
-    return Drawn(tokens, logprobs, None if rows.says_kept is None else _kept(probs, tokens, rows.says_kept))
+    return Drawn(
+        tokens,
+        logprobs,
+        None if rows.return_candidates is None else _candidates(probs, tokens, rows.return_candidates),
+    )
 
 
-def _kept(probs: Float[Tensor, "S V"], tokens: Int64[Tensor, " S"], rows: Bool[Tensor, " S"]) -> Kept:
+def _candidates(
+    probs: Float[Tensor, "S V"], tokens: Int64[Tensor, " S"], rows: Bool[Tensor, " S"]
+) -> Candidates:
     """The tokens of some probability, the drawn one first; none of the rows that do not say it."""
     left = (probs > 0) & rows[:, None]
     sizes = left.sum(-1)
@@ -138,7 +142,7 @@ def _kept(probs: Float[Tensor, "S V"], tokens: Int64[Tensor, " S"], rows: Bool[T
     drawn = (ids == tokens[owner]).nonzero()[:, 0]
     ids[drawn] = ids[starts]
     ids[starts] = tokens[rows]
-    return Kept(ids.int(), sizes).to(torch.device("cpu"))
+    return Candidates(ids.int(), sizes).to(torch.device("cpu"))
 
 
 def _truncated_rows(rows: RowSampling) -> Int64[Tensor, " R"] | None:

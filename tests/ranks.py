@@ -12,9 +12,7 @@ import torch
 from tests.faults.processes import free_port
 
 
-def together(
-    ranks: int, work: Callable[..., None], *arguments: Any, patience: float = 240.0
-) -> None:
+def together(ranks: int, work: Callable[..., None], *arguments: Any, patience: float = 240.0) -> None:
     """Runs `work` on as many ranks; each exits with 0 if its assertions hold, within `patience` seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.preloaded"])

@@ -14,15 +14,18 @@ import torch
 from torch import nn
 
 from rlhf.algos.algorithm import Algorithm
-from rlhf.buffer import Buffer
-from rlhf.config import LearnerConfig, ModelConfig, make_config
-from rlhf.critic import Critic
-from rlhf.distributed import World
-from rlhf.experience import ExperienceBuilder
-from rlhf.learner import Learner
+from rlhf.config.learner import LearnerConfig
+from rlhf.config.load import make_config
+from rlhf.config.model import ModelConfig
+from rlhf.distributed.world import World
+from rlhf.learn.buffer import Buffer
+from rlhf.learn.critic import Critic
+from rlhf.learn.experience import ExperienceBuilder
+from rlhf.learn.learner import Learner
+from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Max, Mean, Metrics, Sum
-from rlhf.optimizer import MasterAdamW
-from rlhf.policy import Policy
+from rlhf.models.loading import load_policy
+from rlhf.models.policy import Policy
 from rlhf.trainer import Trainer
 from rlhf.types import FinishReason, Group, Prompt, Trajectory, VersionSpan
 
@@ -59,7 +62,7 @@ class ExactRMSNorm(nn.Module):
 
 def policy_of(folder: Path, *, packing: str = "auto", dtype: torch.dtype = torch.float32) -> Policy:
     section = ModelConfig.model_validate({"path": str(folder), "packing": packing})
-    policy = Policy.load(section, str(folder), ALONE.device)
+    policy = load_policy(section, str(folder), ALONE.device)
     if dtype == torch.float64:
         make_exact(policy.model)
     return policy
@@ -155,7 +158,7 @@ def learner_of(
         microbatch_tokens=settings.microbatch_tokens,
         keep_old=settings.epochs * settings.minibatches > 1,
         critic=critic,
-        is_right=lambda trajectory: trajectory.reward == 1.0,
+        is_correct=lambda trajectory: trajectory.reward == 1.0,
     )
     return learner, builder
 

@@ -6,7 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,24 +15,59 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("rlhf", "kernels", "rollout", "algos")
 OPTIONAL = ("vllm", "triton", "flash_attn", "math_verify", "reasoning_gym", "peft", "wandb", "trackio")
 
-# module (the first match counts) -> what of ours it may import; the rest of rlhf/ may import all but ENTRY
-MAY_IMPORT = {
-    "rlhf.types": (),
-    "rlhf.metrics": (),
-    "rlhf.kernels*": ("rlhf.kernels*",),
-    "rlhf.algos*": ("rlhf.types", "rlhf.metrics", "rlhf.kernels*", "rlhf.algos*"),
-    "rlhf.rollout*": (
+# from the ground up: a file imports its own folder and what stands above it in this list
+ROOMS = (
+    "rlhf.types",
+    "rlhf.metrics",
+    "rlhf.files",
+    "rlhf.plugins",
+    "rlhf.devices",
+    "rlhf.torch_typed",
+    "rlhf.interrupt",
+    "rlhf.out_of_memory",
+    "rlhf.small_model",
+    "rlhf.kernels",
+    "rlhf.algos",
+    "rlhf.config",
+    "rlhf.sandbox",
+    "rlhf.distributed",
+    "rlhf.rollout",
+    "rlhf.checkpoints",
+    "rlhf.models",
+    "rlhf.rewards",
+    "rlhf.data",
+    "rlhf.inputs",
+    "rlhf.sync",
+    "rlhf.learn",
+    "rlhf.collect",
+    "rlhf.evaluation",
+    "rlhf.monitoring",
+    "rlhf.preflight",
+    "rlhf.components",
+    "rlhf.loop",
+    "rlhf.reward_model",
+    "rlhf.trainer",
+    "rlhf.commands",
+    "rlhf.cli",
+    "rlhf.__main__",
+    "rlhf.train",
+)
+# what others build upon imports less than its place in the list would allow
+NARROW = {
+    "rlhf.kernels": (),
+    "rlhf.algos": ("rlhf.types", "rlhf.metrics", "rlhf.kernels"),
+    "rlhf.rollout": (
         "rlhf.types",
         "rlhf.metrics",
-        "rlhf.config",
         "rlhf.plugins",
-        "rlhf.kernels*",
-        "rlhf.rollout*",
+        "rlhf.devices",
+        "rlhf.kernels",
+        "rlhf.config",
     ),
     "rlhf.train": ("rlhf.cli",),
-    "*": ("rlhf*",),
 }
-ENTRY = {"rlhf.trainer", "rlhf.train", "rlhf.cli"}
+# offers the names that programs import, each when it is asked for
+PACKAGE = "rlhf"
 
 
 def files() -> list[Path]:
@@ -81,22 +116,49 @@ def at_module_level(body: list[ast.stmt]) -> Iterator[ast.AST]:
             yield from at_module_level([n for n in ast.iter_child_nodes(node) if isinstance(n, ast.stmt)])
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_imports_only_what_its_place_allows(name: str) -> None:
-    allowed = next(patterns for module, patterns in MAY_IMPORT.items() if fnmatchcase(name, module))
-    ours = {m for m in imports(TREES[name], inside_functions=True) if m.split(".")[0] == "rlhf"}
-    wrong = {m for m in ours if not any(fnmatchcase(m, pattern) for pattern in allowed)}
-    assert not wrong, f"{name} may import {allowed}"
+def room(name: str) -> str:
+    """The folder of a module, or the module itself where it stands in rlhf/ alone."""
+    return ".".join(name.split(".")[:2])
 
 
-def test_only_the_entry_points_know_the_trainer() -> None:
-    known = {name: ENTRY.intersection(imports(tree, inside_functions=True)) for name, tree in TREES.items()}
-    assert {name for name, entry in known.items() if entry} <= {
-        "rlhf",
-        "rlhf.__main__",
-        "rlhf.cli",
-        "rlhf.train",
-    }
+OURS = {
+    name: {m for m in imports(tree, inside_functions=True) if m.split(".")[0] == "rlhf"}
+    for name, tree in TREES.items()
+}
+
+
+def test_every_file_has_a_room() -> None:
+    assert {room(name) for name in MODULES} - {PACKAGE} == set(ROOMS)
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != PACKAGE])
+def test_a_module_imports_its_own_room_and_those_below(name: str) -> None:
+    mine = room(name)
+    allowed = {mine, *NARROW.get(mine, ROOMS[: ROOMS.index(mine)])}
+    assert {m for m in OURS[name] if room(m) not in allowed} == set()
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {name: {m for m in found if m in MODULES} for name, found in OURS.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("folder", sorted({file.parent for file in MODULES.values()}))
+def test_a_folder_can_be_taken_in_at_a_glance(folder: Path) -> None:
+    assert len(list(folder.glob("*.py"))) <= 18
+
+
+def test_the_tests_mirror_the_folders() -> None:
+    tests = ROOT / "tests"
+    assert all(
+        len(list(folder.glob("*.py"))) <= 25 for folder in (tests, *tests.rglob("*")) if folder.is_dir()
+    )
+    rooms = {name.removeprefix("rlhf.") for name in ROOMS if name != "rlhf.inputs"}
+    packages = {r for r in rooms if (ROOT / "rlhf" / r).is_dir()}
+    assert packages <= {folder.name for folder in tests.iterdir() if folder.is_dir()}
 
 
 @pytest.mark.parametrize("name", MODULES)

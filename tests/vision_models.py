@@ -127,5 +127,3 @@ def _image_processor(family: str) -> Any:
 
     kind = Idefics3ImageProcessorPil if family == "idefics3" else SmolVLMImageProcessorPil
     return kind(size={"longest_edge": 32}, max_image_size={"longest_edge": 16})
-
-

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.rollout.embedded import sampling_mode
 from rlhf.rollout.engine import PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.learner_module import sampling_mode
 from rlhf.types import Completion, FinishReason, VersionSpan
 
 

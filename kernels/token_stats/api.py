@@ -35,7 +35,7 @@ def token_stats(
     workspace_bytes: int = 512 << 20,
     group: ProcessGroup | None = None,
     vocab_start: int = 0,
-    num_kept: int | None = None,
+    num_unmasked: int | None = None,
     backend: backends.Backend = "auto",
 ) -> TokenStats:
     """Statistics of each token's distribution, from last hidden states and LM head, in one pass.
@@ -55,7 +55,7 @@ def token_stats(
     shares the policy's head, bias included.
 
     A token whose target is -100 is dropped before any matmul: its statistics and gradients are 0.
-    Pass `num_kept`, the number of the others, where it is known: it spares the host from waiting for a
+    Pass `num_unmasked`, the number of the others, where it is known: it spares the host from waiting for a
     GPU. A target outside the vocabulary is an error on a CPU and gives NaN elsewhere.
 
     `memory`: "recompute" computes the logits again in backward, within `workspace_bytes`; "keep" holds
@@ -80,7 +80,7 @@ def token_stats(
         raise ValueError("backend 'reference' needs the whole vocabulary on one rank; use 'tiled'")
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     vector = temperature.detach() if isinstance(temperature, Tensor) else None
-    kept = _count(targets, num_kept)
+    kept = _count(targets, num_unmasked)
     arguments = ops.Arguments(
         hidden,
         weight,
@@ -163,11 +163,11 @@ def check_memory(memory: str, workspace_bytes: int) -> None:
         raise ValueError(f"workspace_bytes must be above 0, got {workspace_bytes}")
 
 
-def _count(targets: Tensor, num_kept: int | None) -> int:
-    if num_kept is not None:
-        if not 0 <= num_kept <= len(targets):
-            raise ValueError(f"num_kept must lie in [0, {len(targets)}], got {num_kept}")
-        return num_kept
+def _count(targets: Tensor, num_unmasked: int | None) -> int:
+    if num_unmasked is not None:
+        if not 0 <= num_unmasked <= len(targets):
+            raise ValueError(f"num_unmasked must lie in [0, {len(targets)}], got {num_unmasked}")
+        return num_unmasked
     if torch.compiler.is_compiling():
         return UNKNOWN
     return int((targets != IGNORED).sum())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf.kernels.token_stats.parallel import SumOverRanks
-from rlhf.kernels.token_stats.problem import Block, Head, Plan, Problem
+from rlhf.kernels.token_stats.tile_sizes import Block, Head, Plan, Problem
 
 COLLECTED_COLUMNS = 8192
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf.kernels.token_stats.state import FIELDS, IGNORED, NEEDS_REFERENCE
 
 UNKNOWN = -1
-"""As `num_kept`: the tokens that are not masked are counted within the operator."""
+"""As `num_unmasked`: the tokens that are not masked are counted within the operator."""
 
 
 def wanted_fields(want: Sequence[str], *, has_reference: bool) -> frozenset[str]:
@@ -34,19 +34,19 @@ def check_scaling(temperature: float | Tensor, softcap: float | None, tokens: in
         raise ValueError(f"softcap must be above 0, got {softcap}; None is no cap")
 
 
-def kept_index(targets: Tensor, num_kept: int) -> Tensor | None:
+def unmasked_index(targets: Tensor, num_unmasked: int) -> Tensor | None:
     """The positions of tokens that are not masked, in order; None where every token is kept.
 
     A known number spares the host from waiting for a GPU. Raises ValueError on a CPU when it is wrong.
     """
-    if num_kept == len(targets):
+    if num_unmasked == len(targets):
         return None
-    is_kept = targets != IGNORED
-    if num_kept != UNKNOWN and targets.device.type != "cpu":
-        return torch.argsort(is_kept, descending=True, stable=True)[:num_kept]
-    index = is_kept.nonzero()[:, 0]
-    if num_kept not in (UNKNOWN, len(index)):
-        raise ValueError(f"num_kept is {num_kept}, but {len(index)} targets are not {IGNORED}")
+    is_unmasked = targets != IGNORED
+    if num_unmasked != UNKNOWN and targets.device.type != "cpu":
+        return torch.argsort(is_unmasked, descending=True, stable=True)[:num_unmasked]
+    index = is_unmasked.nonzero()[:, 0]
+    if num_unmasked not in (UNKNOWN, len(index)):
+        raise ValueError(f"num_unmasked is {num_unmasked}, but {len(index)} targets are not {IGNORED}")
     return None if len(index) == len(targets) else index
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf.kernels import backend as backends
-from rlhf.kernels.token_stats import inputs, problem, reference, rows
-from rlhf.kernels.token_stats.problem import Block, Plan
+from rlhf.kernels.token_stats import inputs, reference, rows
+from rlhf.kernels.token_stats import tile_sizes as problem
 from rlhf.kernels.token_stats.rows import Coefficients, Scaling, Scratch, Tile, Upstream, padded
 from rlhf.kernels.token_stats.state import (
     FIELDS,
@@ -25,6 +25,7 @@ from rlhf.kernels.token_stats.state import (
     empty_state,
     finish,
 )
+from rlhf.kernels.token_stats.tile_sizes import Block, Plan
 
 
 class Arguments(NamedTuple):
@@ -106,7 +107,7 @@ def _check(logits: Tensor, targets: Tensor, ref_logits: Tensor | None) -> None:
 
 
 def _reference(arguments: Arguments) -> TokenStats:
-    index = inputs.kept_index(arguments.targets, inputs.UNKNOWN)
+    index = inputs.unmasked_index(arguments.targets, inputs.UNKNOWN)
 
     def scaled(logits: Tensor) -> Tensor:
         vector = arguments.temperature
@@ -133,7 +134,7 @@ class _Rows:
 
     def __init__(self, arguments: Arguments) -> None:
         self._all = arguments
-        self.index = inputs.kept_index(arguments.targets, inputs.UNKNOWN)
+        self.index = inputs.unmasked_index(arguments.targets, inputs.UNKNOWN)
         self._targets = inputs.gathered(arguments.targets, self.index)
         inputs.check_targets(self._targets, arguments.logits.shape[1], "")
         self.count = len(self._targets)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from rlhf.kernels.token_stats import tiled
-from rlhf.kernels.token_stats.inputs import UNKNOWN, check_targets, gathered, kept_index, spread
+from rlhf.kernels.token_stats.inputs import UNKNOWN, check_targets, gathered, spread, unmasked_index
 from rlhf.kernels.token_stats.parallel import merge_over_ranks
-from rlhf.kernels.token_stats.problem import Head, Problem
 from rlhf.kernels.token_stats.rows import Scaling, Upstream, padded
 from rlhf.kernels.token_stats.state import FIELDS, NEEDS_REFERENCE, SAVED_ROWS, finish
+from rlhf.kernels.token_stats.tile_sizes import Head, Problem
 
 
 class Arguments(NamedTuple):
@@ -36,7 +36,7 @@ class Arguments(NamedTuple):
     softcap: float | None
     want: str
     keep: bool
-    num_kept: int
+    num_unmasked: int
     workspace_bytes: int
     group: str
     vocab_start: int
@@ -49,14 +49,15 @@ class Arguments(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many columns the saved statistics have: the kept tokens where their number is known."""
-        return len(self.targets) if self.num_kept == UNKNOWN else self.num_kept
+        """How many columns the saved statistics have: the unmasked tokens where their number is known."""
+        return len(self.targets) if self.num_unmasked == UNKNOWN else self.num_unmasked
 
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor? temperature, Tensor? ref_hidden, "
     "Tensor? ref_weight, Tensor? ref_bias, float scalar_temperature, float logit_scale, float? softcap, "
-    "str want, bool keep, SymInt num_kept, SymInt workspace_bytes, str group, SymInt vocab_start, str backend"
+    "str want, bool keep, SymInt num_unmasked, SymInt workspace_bytes, str group, SymInt vocab_start, "
+    "str backend"
 )
 _OUTPUTS = ", ".join(["Tensor"] * (len(FIELDS) + 3))
 
@@ -65,7 +66,7 @@ def _forward(*values: Any) -> tuple[Tensor, ...]:
     """The six statistics `[N]` (empty where not wanted), saved rows, kept logits of both models."""
     arguments = Arguments(*values)
     with torch.autocast(arguments.hidden.device.type, enabled=False):
-        index = kept_index(arguments.targets, arguments.num_kept)
+        index = unmasked_index(arguments.targets, arguments.num_unmasked)
         problem = _problem(arguments, index)
         check_targets(problem.targets, problem.vocabulary, arguments.group)
         state, kept, ref_kept = tiled.forward(problem, row_kernels(arguments.backend), keep=arguments.keep)
@@ -101,7 +102,7 @@ def _backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
     arguments = Arguments(*values[:count])
     saved, kept, ref_kept, *upstream, need_hidden, need_weight, need_bias = values[count:]
     with torch.autocast(arguments.hidden.device.type, enabled=False):
-        index = kept_index(arguments.targets, arguments.num_kept)
+        index = unmasked_index(arguments.targets, arguments.num_unmasked)
         problem = _problem(arguments, index)
         own = [None if g is None else gathered(g, index).to(saved.dtype) for g in upstream]
         gradients = tiled.backward(

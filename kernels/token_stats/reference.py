@@ -9,14 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.kernels.token_stats.inputs import check_targets, gathered, kept_index, spread
+from rlhf.kernels.token_stats.inputs import check_targets, gathered, spread, unmasked_index
 from rlhf.kernels.token_stats.ops import Arguments
 from rlhf.kernels.token_stats.state import FIELDS, NEEDS_REFERENCE, TokenStats
 
 
 def statistics(arguments: Arguments) -> TokenStats:
     """The wanted statistics of all tokens; those of masked ones are 0 and have no gradient."""
-    index = kept_index(arguments.targets, arguments.num_kept)
+    index = unmasked_index(arguments.targets, arguments.num_unmasked)
 
     def rows(tensor: Tensor) -> Tensor:
         return gathered(tensor, index)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from rlhf.kernels.token_stats import rows
 from rlhf.kernels.token_stats.gradients import Gradients, Needs, Sums, product
-from rlhf.kernels.token_stats.problem import Block, Head, Problem, plan
 from rlhf.kernels.token_stats.rows import Coefficients, Scratch, Tile, Upstream, padded
 from rlhf.kernels.token_stats.state import empty_state
+from rlhf.kernels.token_stats.tile_sizes import Block, Head, Problem, plan
 
 
 @runtime_checkable

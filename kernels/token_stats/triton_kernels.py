@@ -202,7 +202,7 @@ def _gradient_block(
     head,
     span,
     target,
-    is_kept,
+    is_unmasked,
     top,
     ref_top,
     constant,
@@ -255,7 +255,7 @@ def _gradient_block(
         t = capped / cap
         result *= 1.0 - t * t
     # not even a NaN of a masked row passes
-    result = tl.where(is_kept, result, 0.0)
+    result = tl.where(is_unmasked, result, 0.0)
     if MASKED:
         tl.store(out_row + lane, result.to(out_row.dtype.element_ty), mask=valid)
     else:
@@ -294,7 +294,7 @@ def gradient_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(target_ptr + row)
-    is_kept = token != IGNORED
+    is_unmasked = token != IGNORED
     target = (token - first).to(tl.int32)
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row)
     slot = coefficient_ptr + row
@@ -319,21 +319,21 @@ def gradient_kernel(
     if (head > 0) & (full > 0):
         begin = BLOCK
         _gradient_block(
-            z_row, u_row, out_row, bias_ptr, ref_bias_ptr, lanes, head, span, target, is_kept,
+            z_row, u_row, out_row, bias_ptr, ref_bias_ptr, lanes, head, span, target, is_unmasked,
             top, ref_top, constant, slope, gap_slope, pull, boost, own,
             inverse_temperature, logit_scale, cap,
             HAS_REFERENCE, HAS_CAP, HAS_BIAS, HAS_REF_BIAS, IN_PLACE, True,
         )  # fmt: skip
     for block in range(begin, full, BLOCK):
         _gradient_block(
-            z_row, u_row, out_row, bias_ptr, ref_bias_ptr, block + lanes, head, span, target, is_kept,
+            z_row, u_row, out_row, bias_ptr, ref_bias_ptr, block + lanes, head, span, target, is_unmasked,
             top, ref_top, constant, slope, gap_slope, pull, boost, own,
             inverse_temperature, logit_scale, cap,
             HAS_REFERENCE, HAS_CAP, HAS_BIAS, HAS_REF_BIAS, IN_PLACE, False,
         )  # fmt: skip
     if full < span:
         _gradient_block(
-            z_row, u_row, out_row, bias_ptr, ref_bias_ptr, full + lanes, head, span, target, is_kept,
+            z_row, u_row, out_row, bias_ptr, ref_bias_ptr, full + lanes, head, span, target, is_unmasked,
             top, ref_top, constant, slope, gap_slope, pull, boost, own,
             inverse_temperature, logit_scale, cap,
             HAS_REFERENCE, HAS_CAP, HAS_BIAS, HAS_REF_BIAS, IN_PLACE, True,

@@ -10,11 +10,13 @@ from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import Config
-from rlhf.distributed import world_size
-from rlhf.preflight import Inputs, describe, load_inputs
-from rlhf.reward_model_config import RewardModelConfig
-from rlhf.run_folder import RunFolder
+from rlhf.config.reward_model import RewardModelConfig
+from rlhf.config.run import Config
+from rlhf.distributed.world import world_size
+from rlhf.inputs import Inputs
+from rlhf.monitoring.run_folder import RunFolder
+from rlhf.preflight.describe import describe
+from rlhf.preflight.inputs import load_inputs
 from rlhf.types import Prompt
 
 T = TypeVar("T")
@@ -32,8 +34,8 @@ def run_check(
     Raises ValueError for all that a run would refuse before it loads weights.
     """
     if isinstance(config, RewardModelConfig):
-        from rlhf.reward_model_trainer import RewardModelTrainer
-        from rlhf.reward_model_trainer import describe as describe_reward_model
+        from rlhf.reward_model.trainer import RewardModelTrainer
+        from rlhf.reward_model.trainer import describe as describe_reward_model
 
         yield from describe_reward_model(RewardModelTrainer(config))
     else:

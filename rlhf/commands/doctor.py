@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from rlhf.kernels.backend import why_not_triton
-from rlhf.rollout.vllm import VERSIONS
+from rlhf.rollout.vllm.in_process import VERSIONS
 
 NEEDED = (
     "torch",

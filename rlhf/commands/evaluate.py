@@ -13,15 +13,18 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from rlhf.budgets import check_objective, is_right
-from rlhf.collector import Sampler
+from rlhf.collect.sampler import Sampler
 from rlhf.commands.source import Source, find_source, load_weights
-from rlhf.config import Config, make_config
+from rlhf.components import engine_starter
+from rlhf.config.load import make_config
+from rlhf.config.overrides import apply_override, read_settings
+from rlhf.config.run import Config
+from rlhf.config.section import ConfigError
+from rlhf.evaluation.intervals import bootstrap, pass_at_k
 from rlhf.files import write_atomically
-from rlhf.intervals import bootstrap, pass_at_k
-from rlhf.parts import engine_starter
-from rlhf.preflight import Inputs, load_inputs
-from rlhf.settings import ConfigError, apply_override, read_settings
+from rlhf.inputs import Inputs
+from rlhf.preflight.inputs import load_inputs
+from rlhf.rewards.success import check_objective, is_correct
 from rlhf.types import FinishReason, Group
 
 AT_ONCE = 64
@@ -146,7 +149,7 @@ def evaluation_config(request: Request, source: Source) -> Config:
 def measure(groups: Sequence[Group], config: Config, wanted: Sequence[int], source: Source) -> Measured:
     """Accuracy is pass@1. Every group has `eval.samples` trajectories."""
     check_objective(groups, config.reward)
-    counts = [sum(is_right(t, config.reward) for t in group.trajectories) for group in groups]
+    counts = [sum(is_correct(t, config.reward) for t in group.trajectories) for group in groups]
     samples = [t for group in groups for t in group.trajectories]
     rewards = [t.reward for t in samples if t.reward is not None]
     n = config.eval.samples
@@ -240,7 +243,7 @@ def _record(group: Group, config: Config) -> dict[str, Any]:
                 "text": t.text,
                 "reward": t.reward,
                 "objectives": dict(t.objectives),
-                "right": is_right(t, config.reward),
+                "right": is_correct(t, config.reward),
                 "finish_reason": str(t.finish_reason),
             }
             for t in group.trajectories

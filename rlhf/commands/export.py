@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from rlhf import checkpoint
-from rlhf.checkpoint import CheckpointError
+from rlhf.checkpoints import store as checkpoint
+from rlhf.checkpoints.stateful import CheckpointError
 from rlhf.commands.source import find_source, load_weights
-from rlhf.config import load_config
-from rlhf.pretrained import load_tokenizer
-from rlhf.processor import load_processor
+from rlhf.config.load import load_config
+from rlhf.models.pretrained import load_tokenizer
+from rlhf.models.vision.processor import load_processor
 
 
 def run_export(name: str, folder: str, *, adapter: bool) -> Iterator[str]:

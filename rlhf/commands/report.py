@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rlhf.report import closing_summary, write_report
-from rlhf.run_folder import RunFolder, RunFolderError
+from rlhf.monitoring.report.summary import closing_summary, write_report
+from rlhf.monitoring.run_folder import RunFolder, RunFolderError
 
 
 def run_report(folders: Sequence[str], out: str | None) -> Iterator[str]:
     """The lines to show. Raises RunFolderError: a folder holds no run, or a file would be overwritten."""
-    from rlhf.comparison import read_run, write_comparison
+    from rlhf.monitoring.report.comparison import read_run, write_comparison
 
     paths = [Path(folder).expanduser() for folder in folders]
     if len({path.resolve() for path in paths}) < len(paths):

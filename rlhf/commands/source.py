@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf import checkpoint
-from rlhf.checkpoint import CheckpointError
-from rlhf.config import ModelConfig
-from rlhf.lora import Adapter
-from rlhf.pretrained import ModelError, load_model, local_or_hub
-from rlhf.run_folder import RunFolder
+from rlhf.checkpoints import store as checkpoint
+from rlhf.checkpoints.stateful import CheckpointError
+from rlhf.config.model import ModelConfig
+from rlhf.models.lora import Adapter
+from rlhf.models.pretrained import ModelError, load_model, local_or_hub
+from rlhf.monitoring.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)

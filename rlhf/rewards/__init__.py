@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf.rewards.plugin import RewardSpec, load_reward
-    from rlhf.rewards.pool import RewardError
     from rlhf.rewards.scoring import Rewards, Scoring, reward_metrics
+    from rlhf.rewards.workers.pool import RewardError
 
 HOME = {
-    "RewardError": "rlhf.rewards.pool",
+    "RewardError": "rlhf.rewards.workers.pool",
     "RewardSpec": "rlhf.rewards.plugin",
     "Rewards": "rlhf.rewards.scoring",
     "Scoring": "rlhf.rewards.scoring",

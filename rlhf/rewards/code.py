@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 
 from rlhf.rewards.builtin import Completion, completion_text
-from rlhf.rewards.sandbox import PROTECTS, Limits, isolation, run_python
+from rlhf.sandbox.runner import PROTECTS, Limits, isolation, run_python
 
 logger = logging.getLogger(__name__)
 

@@ -40,7 +40,7 @@ class RewardModel:
         import torch
         import transformers
 
-        from rlhf.pretrained import SCORED_AT_END, load_tokenizer, local_or_hub, pad_token_of
+        from rlhf.models.pretrained import SCORED_AT_END, load_tokenizer, local_or_hub, pad_token_of
 
         torch.set_num_threads(threads)
         library: Any = transformers

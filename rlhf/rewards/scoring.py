@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.metrics import Max, Mean, Metrics
-from rlhf.rewards.batch import Batch, Verdict
-from rlhf.rewards.memory import Memory
 from rlhf.rewards.plugin import ALWAYS_GIVEN, RewardSpec, name_apart
-from rlhf.rewards.pool import Call, Failure, Outcome, Pool, RewardError
-from rlhf.rewards.values import Scores
+from rlhf.rewards.workers.batch import Batch, BatchScores
+from rlhf.rewards.workers.cache import ScoreCache
+from rlhf.rewards.workers.pool import Call, Failure, Outcome, RewardError, WorkerPool
+from rlhf.rewards.workers.values import Scores
 from rlhf.types import Completion, Group, Prompt, Trajectory
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Scoring:
     def __init__(self, rewards: Rewards, batch: Batch, of: int) -> None:
         self.rewards, self.batch, self.of = rewards, batch, of
         self.verdicts = [
-            Verdict(batch, memory, pool.wait_ready().accepts)
+            BatchScores(batch, memory, pool.wait_ready().accepts)
             for pool, memory in zip(rewards.pools, rewards.memories, strict=True)
         ]
         self.left = sum(verdict.unanswered for verdict in self.verdicts)
@@ -65,12 +65,12 @@ class Rewards:
         self, specs: Sequence[RewardSpec], columns: Iterable[str], *, max_failed_share: float = 0.1
     ) -> None:
         names = name_apart([spec.name or spec.path.rpartition(":")[2] for spec in specs])
-        self.pools = [Pool(name, spec) for name, spec in zip(names, specs, strict=True)]
-        self.memories = [Memory(spec.cache) if spec.cache else None for spec in specs]
+        self.pools = [WorkerPool(name, spec) for name, spec in zip(names, specs, strict=True)]
+        self.memories = [ScoreCache(spec.cache) if spec.cache else None for spec in specs]
         self.extra_weights: Mapping[str, float] = {}
         """By objective, beside the weights of the functions: constraints move them."""
         self._max_failed_share = max_failed_share
-        self._owner: dict[str, Pool] = {}
+        self._owner: dict[str, WorkerPool] = {}
         self._logged: set[tuple[str, str]] = set()
         self._changed = threading.Condition()
         self._failed = [0] * len(specs)
@@ -117,7 +117,7 @@ class Rewards:
             if name in pools:
                 self._owner.setdefault(objective, pools[name])
 
-    def _weight(self, pool: Pool, objective: str) -> float:
+    def _weight(self, pool: WorkerPool, objective: str) -> float:
         given = pool.spec.weights.get(objective, pool.spec.weight)
         return given + self.extra_weights.get(objective, 0.0)
 
@@ -299,7 +299,7 @@ class Rewards:
             f"{'; '.join(filter(None, blame)) or 'no function applies to them'}"
         )
 
-    def _blame(self, pool: Pool, parts: Sequence[tuple[Batch, Verdict]]) -> str:
+    def _blame(self, pool: WorkerPool, parts: Sequence[tuple[Batch, BatchScores]]) -> str:
         """For people. Empty when it failed on nothing."""
         failures = [(batch, *failure) for batch, verdict in parts for failure in verdict.failures]
         if not failures:
@@ -330,7 +330,7 @@ class Rewards:
         return metrics
 
 
-def _check_cache(pool: Pool) -> None:
+def _check_cache(pool: WorkerPool) -> None:
     if not pool.spec.cache:
         return
     if not isinstance(pool.spec.batch, int):
@@ -345,7 +345,7 @@ def _check_cache(pool: Pool) -> None:
         )
 
 
-def _close(pools: Sequence[Pool]) -> None:
+def _close(pools: Sequence[WorkerPool]) -> None:
     for pool in pools:
         pool.close()
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.algos.advantage import (
-    gae,
     gdpo,
     group_center,
     group_normalize,
@@ -19,6 +18,7 @@ from rlhf.algos.advantage import (
     reinforce_pp_baseline,
     whiten,
 )
+from rlhf.kernels.gae import gae
 from rlhf.types import AdvantageInputs
 
 BASELINES: list[Callable[..., Tensor]] = [group_normalize, group_center, leave_one_out]

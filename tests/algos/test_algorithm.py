@@ -96,7 +96,7 @@ def test_neither_the_cut_into_microbatches_nor_the_order_of_sequences_changes_an
     rows, counts = random_rows(lengths, seed)
     rows = [row | {"right": torch.full_like(row["right"], i % 2 == 0)} for i, row in enumerate(rows)]
     right = sum(int((row["right"] & row["loss_mask"]).sum()) for row in rows)
-    counts = replace(counts, right_tokens=right)
+    counts = replace(counts, correct_tokens=right)
     whole = algorithm.loss(pack(rows, counts, 0.1))
     shuffled = data.draw(st.permutations(rows))
     parts = [part for part in (shuffled[:cut], shuffled[cut:]) if part]

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.algos.algorithm import Algorithm
-from rlhf.algos.balance import Balance, factor_of
 from rlhf.algos.critic import CriticLoss
 from rlhf.algos.imitation import IMITATION
+from rlhf.algos.prompt_temperature import PromptTemperature, factor_of
 from rlhf.algos.weighted import a_lol, awr
 from rlhf.types import AdvantageInputs, Counts, LossInputs
 
@@ -242,12 +242,12 @@ def test_the_dual_falls_until_the_weights_differ_by_the_divergence(
     exponents: list[float], share: float, divergence: float
 ):
     """Its slope in the factor is divergence - KL(w || equal weights), w ~ exp(A / factor)."""
-    balance = Balance(divergence, lambda inputs: inputs.rewards)
+    temperature = PromptTemperature(divergence, lambda inputs: inputs.rewards)
     factor = factor_of(f64(share)).requires_grad_()
     # a group of another size beside it, padded
     rows = torch.cat([f64(*exponents), f64(torch.nan)])[None]
     there = torch.tensor([[True] * len(exponents) + [False]])
-    slope = torch.autograd.grad(balance.dual(factor, rows, there).sum(), factor)[0]
+    slope = torch.autograd.grad(temperature.dual(factor, rows, there).sum(), factor)[0]
     weights = (f64(*exponents) / factor.detach()).softmax(0)
     divergence_of_weights = (weights * (weights * len(weights)).log()).sum()
     torch.testing.assert_close(slope[0], divergence - divergence_of_weights)
@@ -256,12 +256,12 @@ def test_the_dual_falls_until_the_weights_differ_by_the_divergence(
 def test_a_balance_multiplies_the_temperature_of_its_prompt():
     settings: dict[str, Any] = {"baseline": "none", "standardize": False, "normalize": False}
     algorithm = IMITATION["awr"](divergence=0.5, **settings)
-    inputs = replace(scores(f64(0, 1, 0, 1), [0, 0, 1, 1]), balance=f64(0.5, 0.5, 4.0, 4.0))
+    inputs = replace(scores(f64(0, 1, 0, 1), [0, 0, 1, 1]), temperature_factors=f64(0.5, 0.5, 4.0, 4.0))
     torch.testing.assert_close(algorithm.advantage(inputs), f64(0, 2, 0, 0.25).exp())
-    assert algorithm.balance is not None
-    torch.testing.assert_close(algorithm.balance.exponents(inputs), f64(0, 1, 0, 1))
+    assert algorithm.prompt_temperature is not None
+    torch.testing.assert_close(algorithm.prompt_temperature.exponents(inputs), f64(0, 1, 0, 1))
     torch.testing.assert_close(factor_of(f64(0, 0.5, 1)), f64(0.1, 1, 10))
-    assert IMITATION["awr"](**settings).balance is None
+    assert IMITATION["awr"](**settings).prompt_temperature is None
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"max_weight": -1.0}, {"divergence": 0.0}])

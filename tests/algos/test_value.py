@@ -7,13 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algos.advantage import gae
-from rlhf.algos.value import (
-    RunningMoments,
-    adaptive_lambda,
-    explained_variance,
-    value_loss,
-)
+from rlhf.algos.value import RunningMoments, adaptive_lambda, explained_variance, value_loss
+from rlhf.kernels.gae import gae
 
 
 def f64(*numbers: float) -> Tensor:

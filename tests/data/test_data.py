@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlhf.data import PromptDataset, load_prompts, order
+from rlhf.data.order import order
+from rlhf.data.prompts import PromptDataset, load_prompts
 
 CHAT = [{"role": "user", "content": "What is 3 + 5?"}]
 ROWS = [{"prompt": CHAT, "answer": 8}, {"prompt": [{"role": "user", "content": "1 + 1?"}], "answer": 2}]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import LearnerConfig
+from rlhf.config.learner import LearnerConfig
 from rlhf.kernels import backend
-from rlhf.optimizer import MasterAdamW
+from rlhf.learn.optimizer import MasterAdamW
 from rlhf.rollout.engine import SyncError
-from rlhf.rollout.proof import Sent, digest, prove
+from rlhf.rollout.weight_proof import Sent, digest, prove
 from tests.device.pretend import install
 from tests.support import bandit_settings, metrics_of, train
 

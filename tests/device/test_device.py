@@ -17,9 +17,7 @@ from tests.device.runs import FLOAT32, trained
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
-    pytest.mark.skipif(
-        not torch.__version__.startswith("2.13"), reason="pretend.cpp is for torch 2.13"
-    ),
+    pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="pretend.cpp is for torch 2.13"),
     pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA of its own"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
 ]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.table import ALGORITHMS
-from rlhf.checkpoint import load
+from rlhf.checkpoints.store import load
 from tests.support import bandit_settings, metrics_of, train, train_interrupted, without_clocks
 
 REQUIRED = {"cispo": {"clip_high": 5.0}, "vapo": {"critic": {"warmup_steps": 2}}}

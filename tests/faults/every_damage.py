@@ -111,7 +111,7 @@ def damaged_and_resumed(
 @pytest.mark.parametrize(
     ("where", "call", "phase"),
     [
-        ("rlhf.collector:generate", 2, "rollout"),
+        ("rlhf.collect.collector:generate", 2, "rollout"),
         ("rlhf.rewards.scoring:Rewards.gather", 2, "reward"),
         ("torch.autograd:backward", 3, "learn"),
     ],
@@ -134,7 +134,7 @@ def test_a_rank_that_is_stuck_is_named_with_what_it_does(
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_frozen_rank_is_named(tmp_path: Path, tiny_model_dir: Path, rank: int) -> None:
     settings = settings_of(tmp_path, tiny_model_dir, distributed={"timeout": 30})
-    fault = Fault("rlhf.rollout.native:NativeEngine._decode", 30, action="freeze", rank=rank)
+    fault = Fault("rlhf.rollout.native.engine:NativeEngine._decode", 30, action="freeze", rank=rank)
     other = launch(settings, tmp_path / "log", ranks=2, fault=fault)[1 - rank]
     assert other.code == 3, other.said
     # the first rank keeps the store that the others talk by

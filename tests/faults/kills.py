@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint import latest
+from rlhf.checkpoints.store import latest
 from tests.faults.processes import EVERY, Fault, assert_same, launch, logged_steps, result, settings_of
 
 Straight = Callable[..., dict[str, Any]]
@@ -14,69 +14,75 @@ NOTICED: list[float] = []
 """Seconds after which the others had ended too, where one of several ranks was killed."""
 
 ALONE: dict[str, list[tuple[str, tuple[int, ...]]]] = {
-    "load": [("rlhf.policy:Policy.load", (0, 1)), ("rlhf.optimizer:MasterAdamW.__init__", (0,))],
-    "sync": [("rlhf.weights:WeightSync.push", (0, 2, 4)), ("rlhf.weights:WeightSync.probe", (3,))],
+    "load": [("rlhf.components:load_policy", (0, 1)), ("rlhf.learn.optimizer:MasterAdamW.__init__", (0,))],
+    "sync": [
+        ("rlhf.sync.weight_sync:WeightSync.push", (0, 2, 4)),
+        ("rlhf.sync.weight_sync:WeightSync.probe", (3,)),
+    ],
     "eval": [("rlhf.trainer:evaluate", (0, 1))],
     "rollout": [
-        ("rlhf.rollout.native:NativeEngine._decode", (0, 40, 80)),
-        ("rlhf.rollout.native:NativeEngine._prefill", (4, 7)),
+        ("rlhf.rollout.native.engine:NativeEngine._decode", (0, 40, 80)),
+        ("rlhf.rollout.native.engine:NativeEngine._prefill", (4, 7)),
     ],
     "reward": [("rlhf.rewards.scoring:Rewards.gather", (0, 2, 4))],
-    "experience": [("rlhf.experience:ExperienceBuilder.build", (0, 3))],
+    "experience": [("rlhf.learn.experience:ExperienceBuilder.build", (0, 3))],
     "backward": [("torch.autograd:backward", (0, 3, 6, 9))],
     "optimizer": [
-        ("rlhf.optimizer:MasterAdamW.apply", (0, 1, 7)),
+        ("rlhf.learn.optimizer:MasterAdamW.apply", (0, 1, 7)),
         # a score of weights: in the middle of an update
-        ("rlhf.master:Master.update", (50, 75, 115)),
+        ("rlhf.learn.master_weights:Master.update", (50, 75, 115)),
     ],
-    "metrics": [("rlhf.monitor:Stream.append", (0, 3, 8)), ("rlhf.monitor:Monitor.evaluated", (0, 1))],
+    "metrics": [
+        ("rlhf.monitoring.monitor:Stream.append", (0, 3, 8)),
+        ("rlhf.monitoring.monitor:Monitor.evaluated", (0, 1)),
+    ],
     "save": [
-        ("rlhf.checkpoint:save_file", (0, 1, 2, 3)),
-        ("rlhf.checkpoint:write_atomically", (0, 1, 2, 5)),
-        ("rlhf.checkpoint:prune", (0, 2)),
+        ("rlhf.checkpoints.store:save_file", (0, 1, 2, 3)),
+        ("rlhf.checkpoints.store:write_atomically", (0, 1, 2, 5)),
+        ("rlhf.checkpoints.store:prune", (0, 2)),
     ],
     "rename": [("os:rename", (0, 1, 2)), ("os:replace", (5, 7)), ("os:fsync", (6, 14))],
     "finish": [("rlhf.trainer:write_report", (0,))],
 }
 TOGETHER: dict[str, list[tuple[str, tuple[int, ...]]]] = {
-    "load": [("rlhf.policy:Policy.load", (0,))],
-    "rollout": [("rlhf.rollout.native:NativeEngine._decode", (30,))],
+    "load": [("rlhf.components:load_policy", (0,))],
+    "rollout": [("rlhf.rollout.native.engine:NativeEngine._decode", (30,))],
     "reward": [("rlhf.rewards.scoring:Rewards.gather", (3,))],
     "backward": [("torch.autograd:backward", (3,))],
-    "optimizer": [("rlhf.master:Master.update", (90,))],
+    "optimizer": [("rlhf.learn.master_weights:Master.update", (90,))],
     "collective": [
         ("torch.distributed:all_reduce", (2, 9)),
         ("torch.distributed:all_gather_object", (1, 14)),
     ],
-    "sync": [("rlhf.weights:WeightSync.push", (4,))],
+    "sync": [("rlhf.sync.weight_sync:WeightSync.push", (4,))],
 }
 SAVING = [
-    Fault("rlhf.checkpoint:save_file", 1),
+    Fault("rlhf.checkpoints.store:save_file", 1),
     Fault("os:rename", 1),
     Fault("os:rename", 0, after=True),
 ]
 
 
 PPO_MAX = [
-    Fault("rlhf.rollout.native:NativeEngine._decode", 40),
-    Fault("rlhf.experience:ExperienceBuilder.build", 3),
+    Fault("rlhf.rollout.native.engine:NativeEngine._decode", 40),
+    Fault("rlhf.learn.experience:ExperienceBuilder.build", 3),
     Fault("torch.autograd:backward", 5),
     # policy and critic have an optimizer each: between the two
-    Fault("rlhf.optimizer:MasterAdamW.apply", 4, after=True),
-    Fault("rlhf.optimizer:MasterAdamW.apply", 5, after=True),
-    Fault("rlhf.checkpoint:save_file", 3),
+    Fault("rlhf.learn.optimizer:MasterAdamW.apply", 4, after=True),
+    Fault("rlhf.learn.optimizer:MasterAdamW.apply", 5, after=True),
+    Fault("rlhf.checkpoints.store:save_file", 3),
     Fault("os:rename", 1),
-    Fault("rlhf.weights:WeightSync.push", 4),
+    Fault("rlhf.sync.weight_sync:WeightSync.push", 4),
 ]
 SHARDED = [
-    Fault("rlhf.sharding:_fill", 1),
-    Fault("rlhf.rollout.native:NativeEngine._decode", 40),
+    Fault("rlhf.models.sharding:_fill", 1),
+    Fault("rlhf.rollout.native.engine:NativeEngine._decode", 40),
     Fault("torch.autograd:backward", 5),
-    Fault("rlhf.master:Master.update", 90),
-    Fault("rlhf.checkpoint:save_file", 3),
-    Fault("rlhf.saver:write_atomically", 1, rank=1),
+    Fault("rlhf.learn.master_weights:Master.update", 90),
+    Fault("rlhf.checkpoints.store:save_file", 3),
+    Fault("rlhf.checkpoints.saver:write_atomically", 1, rank=1),
     Fault("os:rename", 1),
-    Fault("rlhf.policy:Policy.merge", 3),
+    Fault("rlhf.models.policy:Policy.merge", 3),
 ]
 
 
@@ -86,11 +92,11 @@ def alone() -> list[Fault]:
     behind = [
         Fault(where, 1, after=True)
         for where in (
-            "rlhf.master:Master.update",
-            "rlhf.checkpoint:save_file",
+            "rlhf.learn.master_weights:Master.update",
+            "rlhf.checkpoints.store:save_file",
             "os:rename",
             "os:replace",
-            "rlhf.weights:WeightSync.push",
+            "rlhf.sync.weight_sync:WeightSync.push",
         )
     ]
     return before + behind

@@ -8,10 +8,7 @@ import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-import rlhf.cli
-import rlhf.plots
-import rlhf.report_page
-import rlhf.trainer
+from rlhf.monitoring.report import plots
 
 torch.set_num_threads(1)
 
@@ -21,4 +18,4 @@ def no_picture(*_: object) -> str:
 
 
 # two thirds of the time of such a small run would go into the pictures of its report
-rlhf.plots.curve = rlhf.plots.stack = no_picture
+plots.curve = plots.stack = no_picture

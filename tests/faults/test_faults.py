@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from rlhf.checkpoint import latest
+from rlhf.checkpoints.store import latest
 from tests.faults.kills import Straight, resumed
 from tests.faults.processes import Fault, launch, logged_steps, settings_of
 from tests.support import metrics_of
@@ -45,7 +45,7 @@ def test_a_rank_that_dies_while_shards_are_saved_ends_the_one_that_needs_its_par
 ) -> None:
     """That one waits for a file, which no connection breaks; the process tells, long before silence does."""
     settings = settings_of(tmp_path, tiny_model_dir, "sharded", checkpoint={"background": background})
-    fault = Fault("rlhf.saver:write_atomically", 1, rank=1)
+    fault = Fault("rlhf.checkpoints.saver:write_atomically", 1, rank=1)
     waiting, killed = launch(settings, tmp_path / "log", ranks=2, fault=fault)
     assert killed.code == -9 and waiting.code == 3, waiting.said
     assert "the process of rank 1 (number" in waiting.said, waiting.said
@@ -61,7 +61,7 @@ def test_a_signal_to_one_rank_saves_and_ends_both(
     tmp_path: Path, tiny_model_dir: Path, straight: Straight
 ) -> None:
     settings = settings_of(tmp_path, tiny_model_dir)
-    fault = Fault("rlhf.rollout.native:NativeEngine._decode", 30, action="term", rank=1)
+    fault = Fault("rlhf.rollout.native.engine:NativeEngine._decode", 30, action="term", rank=1)
     for ended in launch(settings, tmp_path / "log", ranks=2, fault=fault):
         assert ended.code == 0, ended.said
     done = logged_steps(tmp_path)
@@ -75,7 +75,7 @@ def test_a_signal_to_one_rank_saves_and_ends_both(
 @pytest.mark.parametrize(
     ("fault", "limits", "message"),
     [
-        (Fault("rlhf.checkpoint:save_file", 2, action="no space"), {}, "GiB are free; make room"),
+        (Fault("rlhf.checkpoints.store:save_file", 2, action="no space"), {}, "GiB are free; make room"),
         (None, {"RLIMIT_FSIZE": 100_000}, "File too large"),
     ],
     ids=["no space is left", "files may not grow"],
@@ -104,7 +104,7 @@ def test_out_of_memory_says_which_setting_to_lower(tmp_path: Path, tiny_model_di
     changes: dict[str, Any] = {"learner": {"microbatch_tokens": 100_000}}
     changes["rollout"] = {"group_size": 64, "max_completion_tokens": 32, "kv_cache_gib": 1.0}
     settings = settings_of(tmp_path, tiny_model_dir, "grpo", **changes)
-    fault = Fault("rlhf.learner:Learner._losses", 0, action="little memory")
+    fault = Fault("rlhf.learn.learner:Learner._losses", 0, action="little memory")
     (ended,) = launch(settings, tmp_path / "log", fault=fault)
     assert ended.code == 2, ended.said
     assert "out of memory in learn, step 1: lower learner.microbatch_tokens" in ended.said
@@ -163,5 +163,6 @@ def test_a_folder_that_cannot_be_written_is_refused_before_weights_are_loaded(
 ) -> None:
     # a read-only folder would stop everybody but root
     settings = settings_of(tmp_path, tiny_model_dir, run_dir="/proc/self/run")
-    (ended,) = launch(settings, tmp_path / "log", fault=Fault("rlhf.policy:Policy.load", 0, action="raise"))
+    fault = Fault("rlhf.components:load_policy", 0, action="raise")
+    (ended,) = launch(settings, tmp_path / "log", fault=fault)
     assert ended.code == 2 and "the run folder /proc/self/run cannot be written" in ended.said, ended.said

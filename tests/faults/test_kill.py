@@ -15,13 +15,13 @@ from tests.faults.kills import PPO_MAX, SHARDED, Straight, alone, killed_and_res
 from tests.faults.processes import Fault
 
 FEW = [
-    Fault("rlhf.rollout.native:NativeEngine._decode", 40),
+    Fault("rlhf.rollout.native.engine:NativeEngine._decode", 40),
     Fault("rlhf.rewards.scoring:Rewards.gather", 2),
     Fault("torch.autograd:backward", 6),
-    Fault("rlhf.master:Master.update", 115),
-    Fault("rlhf.checkpoint:save_file", 2),
+    Fault("rlhf.learn.master_weights:Master.update", 115),
+    Fault("rlhf.checkpoints.store:save_file", 2),
     Fault("os:rename", 1),
-    Fault("rlhf.weights:WeightSync.push", 4),
+    Fault("rlhf.sync.weight_sync:WeightSync.push", 4),
 ]
 
 

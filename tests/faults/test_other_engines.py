@@ -11,7 +11,7 @@ from tests.faults.processes import STEPS, Fault, launch, settings_of
 ENGINE = """
 import json, os, pathlib
 from dataclasses import replace
-from rlhf.rollout.native import NativeEngine
+from rlhf.rollout.native.engine import NativeEngine
 
 ASKED = pathlib.Path(__file__).with_name("asked.jsonl")
 

@@ -24,7 +24,7 @@ class Options(TypedDict, total=False):
     workspace_bytes: int
     group: ProcessGroup | None
     vocab_start: int
-    num_kept: int | None
+    num_unmasked: int | None
 
 
 @dataclass(frozen=True)

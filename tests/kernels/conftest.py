@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.kernels.token_stats import problem
+from rlhf.kernels.token_stats import tile_sizes as problem
 
 
 @pytest.fixture(autouse=True)

@@ -92,10 +92,10 @@ def test_permuting_tokens_permutes_the_statistics_bit_for_bit() -> None:
 def test_the_host_never_waits_where_the_number_of_kept_tokens_is_known() -> None:
     case = on_gpu(make_case(64, 64, 5003, dtype=torch.bfloat16, masked=0.4))
     number = int((case.targets != IGNORED).sum())
-    measured(case, backend="triton", num_kept=number)
+    measured(case, backend="triton", num_unmasked=number)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        measured(case, backend="triton", num_kept=number)
+        measured(case, backend="triton", num_unmasked=number)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -25,7 +25,9 @@ def as_in_production() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def loss_of(hidden: Tensor, weight: Tensor, case: Case, *, num_kept: int | None, memory: Memory) -> Tensor:
+def loss_of(
+    hidden: Tensor, weight: Tensor, case: Case, *, num_unmasked: int | None, memory: Memory
+) -> Tensor:
     stats = token_stats(
         hidden * 2.0,
         weight,
@@ -34,7 +36,7 @@ def loss_of(hidden: Tensor, weight: Tensor, case: Case, *, num_kept: int | None,
         ref_hidden=case.ref_hidden,
         ref_weight=case.ref_weight,
         want=FIELDS,
-        num_kept=num_kept,
+        num_unmasked=num_unmasked,
         memory=memory,
         backend="tiled",
     )
@@ -52,7 +54,7 @@ def test_it_compiles_into_one_graph_with_the_same_gradients(memory: Memory, coun
     results = []
     for function in (loss_of, compiled):
         hidden, weight = (t.clone().requires_grad_() for t in (case.hidden, case.weight))
-        loss = function(hidden, weight, case, num_kept=number, memory=memory)
+        loss = function(hidden, weight, case, num_unmasked=number, memory=memory)
         results.append([loss.detach(), *torch.autograd.grad(loss, (hidden, weight))])
     for plain, traced in zip(*results, strict=True):
         torch.testing.assert_close(plain, traced, rtol=1e-12, atol=1e-12)

@@ -283,10 +283,10 @@ def test_no_token_to_learn_from_gives_zeros(backend: Backend, tokens: int) -> No
 def test_a_known_number_of_kept_tokens_changes_nothing(backend: Backend) -> None:
     case = make_case(8, 5, 40, masked=0.5, seed=3)
     number = int((case.targets != IGNORED).sum())
-    plain, counted = measured(case, backend=backend), measured(case, backend=backend, num_kept=number)
+    plain, counted = measured(case, backend=backend), measured(case, backend=backend, num_unmasked=number)
     assert all(torch.equal(plain[k], counted[k]) for k in plain)
-    with pytest.raises(ValueError, match=f"num_kept is 8, but {number}|num_kept is 7, but {number}"):
-        measured(case, backend=backend, num_kept=7)
+    with pytest.raises(ValueError, match=f"num_unmasked is 8, but {number}|num_unmasked is 7, but {number}"):
+        measured(case, backend=backend, num_unmasked=7)
 
 
 def test_keeping_the_logits_gives_the_same_bits_as_computing_them_again() -> None:
@@ -306,7 +306,7 @@ def test_permuting_tokens_permutes_the_statistics_bit_for_bit(monkeypatch: pytes
         temperature=case.temperature[order],
         ref_hidden=case.ref_hidden[order],
     )
-    monkeypatch.setattr("rlhf.kernels.token_stats.problem.CPU_ROWS", 1024)
+    monkeypatch.setattr("rlhf.kernels.token_stats.tile_sizes.CPU_ROWS", 1024)
     first, second = measured(case, backend="tiled"), measured(moved, backend="tiled")
     for name in FIELDS:
         torch.testing.assert_close(first[name][order], second[name], rtol=1e-5, atol=1e-6)

@@ -18,15 +18,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlhf.algos.table import ALGORITHMS
-from rlhf.config import Config
-from rlhf.mistakes import OTHER_NAMES
-from rlhf.reward_config import RewardFunction
-from rlhf.reward_model_config import RewardModelConfig
+from rlhf.config.errors import OTHER_NAMES
+from rlhf.config.reward import RewardFunction
+from rlhf.config.reward_model import RewardModelConfig
+from rlhf.config.run import Config
 from rlhf.rewards.plugin import RewardSpec
 
 HEAD = """# Settings
 
-<!-- written by `make docs` from rlhf/config.py; edit the docstrings there -->
+<!-- written by `make docs` from rlhf/config/; edit the docstrings there -->
 
 Every key of a config file, with its default. On the command line a key is written with dots:
 `rlhf train mine.yaml learner.lr=2e-6 rollout.group_size=16`. The value is YAML: `data.eval=null`,

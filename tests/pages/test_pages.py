@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pages import errors, settings
+from tests.pages import errors, files, settings
 from tests.pages.errors import Bench, Said
 from tests.pages.wrong_inputs import WRONG, Wrong
 
@@ -69,12 +69,17 @@ def test_a_link_leads_somewhere(page: Path) -> None:
             )
 
 
-def test_every_file_in_the_tree_of_the_readme_is_there() -> None:
+def test_the_tree_of_the_readme_has_every_folder_and_no_other() -> None:
     tree = (ROOT / "README.md").read_text().partition("## The tree")[2].split("```")[1]
-    named = re.findall(r"\b[a-z_]+\.py\b", re.sub(r"\S+\.py:\w+|`[^`]*`", "", tree))
-    folders = ("rlhf", "algos", "kernels", "rollout")
-    there = {path.name for folder in folders for path in (ROOT / folder).rglob("*.py")}
-    assert len(named) > 100 and set(named) <= there, sorted(set(named) - there)
+    named = re.findall(r"^(?:  )?(\w+)/ ", tree, re.MULTILINE)
+    inside = [
+        path.name for path in (ROOT / "rlhf").iterdir() if path.is_dir() and (path / "__init__.py").is_file()
+    ]
+    assert sorted(named) == sorted(["rlhf", *{*inside, "algos", "kernels", "rollout", "configs"}])
+
+
+def test_the_architecture_names_every_file() -> None:
+    assert files.render() == files.PAGE.read_text(), f"docs/architecture.md {AGAIN}"
 
 
 def test_every_page_is_reached_from_the_readme() -> None:

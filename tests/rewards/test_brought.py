@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import load_config
+from rlhf.config.load import load_config
 from rlhf.trainer import Trainer
 
 TRL = '''

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf.config import make_config
-from rlhf.reward_config import RewardFunction
-from rlhf.rewards import RewardSpec, load_reward
-from rlhf.rewards.plugin import BUILT_IN
+from rlhf.config.load import make_config
+from rlhf.config.reward import RewardFunction
+from rlhf.rewards.plugin import BUILT_IN, RewardSpec, load_reward
+from tests.config.test_config import settings
 from tests.rewards.test_hostile import CASES
-from tests.test_config import settings
 
 TEXT = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
 EXAMPLES = re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import make_config
-from rlhf.data import PromptDataset, load_prompts
-from rlhf.pretrained import load_tokenizer
+from rlhf.config.load import make_config
+from rlhf.data.prompts import PromptDataset, load_prompts
+from rlhf.models.pretrained import load_tokenizer
 from rlhf.rewards.gym import score
-from tests.test_config import settings
+from tests.config.test_config import settings
 
 Load = Callable[[str], PromptDataset]
 

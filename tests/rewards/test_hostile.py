@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from rlhf.metrics import Mean
-from rlhf.rewards import RewardError, Rewards, RewardSpec, Scoring, process
-from rlhf.rewards.keeper import descendants
-from rlhf.rewards.plugin import Signature
-from rlhf.rewards.pool import Call, Pool
-from rlhf.rewards.process import WorkerProcess
+from rlhf.rewards.plugin import RewardSpec, Signature
+from rlhf.rewards.scoring import Rewards, Scoring
+from rlhf.rewards.workers import process
+from rlhf.rewards.workers.keeper import descendants
+from rlhf.rewards.workers.pool import Call, RewardError, WorkerPool
+from rlhf.rewards.workers.process import WorkerProcess
 from rlhf.types import Completion, FinishReason, Prompt, VersionSpan
 
 ROOT = Path(__file__).parents[2]
@@ -287,10 +288,10 @@ import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from tests.rewards.test_hostile import given, made, spec, submit
 from rlhf.rewards import Rewards
-from rlhf.rewards.keeper import descendants
+from rlhf.rewards.workers.keeper import descendants
 from rlhf.rewards.plugin import Signature
-from rlhf.rewards.pool import Call, Pool
-from rlhf.rewards.process import WorkerProcess
+from rlhf.rewards.workers.pool import Call, WorkerPool
+from rlhf.rewards.workers.process import WorkerProcess
 rewards = Rewards([spec("misbehave", timeout=60.0, processes=999)], (), max_failed_share=1.0)
 submit(rewards, ["fork_bomb_in_sessions"])
 while len(pids := list(descendants(os.getpid()))) < 40:
@@ -366,7 +367,7 @@ def test_a_sample_costs_the_trainer_a_small_part_of_a_millisecond() -> None:
 def test_a_step_is_dealt_out_in_few_jobs_that_end_small() -> None:
     """Many samples at once while there are many, so that messages are few; single ones at the end, so that
     no worker waits long for another."""
-    pool = Pool("nothing", spec("misbehave", workers=2))
+    pool = WorkerPool("nothing", spec("misbehave", workers=2))
     pool.signature = Signature(None, (), is_async=False, is_class=False)
     pool._queue.extend(
         [Call((i,), lambda samples: {}, lambda samples, outcome: None, lambda: True) for i in range(1000)]

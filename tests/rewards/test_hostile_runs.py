@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.rewards import RewardError
+from rlhf.rewards.workers.pool import RewardError
 from tests.rewards.test_remote import Service, serving
 from tests.support import bandit_settings, metrics_of, train
 

@@ -13,7 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf.metrics import Mean, Metrics, merge
-from rlhf.rewards import RewardError, Rewards, RewardSpec, load_reward
+from rlhf.rewards.plugin import RewardSpec, load_reward
+from rlhf.rewards.scoring import Rewards
+from rlhf.rewards.workers.pool import RewardError
 from rlhf.types import Completion, FinishReason, Group, Prompt, VersionSpan
 
 MINE = str(Path(__file__).with_name("my_rewards.py"))

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, generate
+from rlhf.rollout.native.support import logprob_errors
 from rlhf.rollout.sampling import truncate
-from rlhf.rollout.support import logprob_errors
 from rlhf.types import Completion, FinishReason
-
-from .models import EOS, prompt, ragged, request, tiny, untruncated
+from tests.rollout.models import EOS, prompt, ragged, request, tiny, untruncated
 
 Check = Callable[[RolloutEngine, PreTrainedModel], None]
 CHECKS: list[Check] = []
@@ -99,7 +98,7 @@ def check_truncated_logprobs_are_renormalised_over_what_is_kept(
     ]
     for asked, group in zip(requests, generate(engine, requests), strict=True):
         for completion in group:
-            expected = kept_logprobs(model, asked, completion)
+            expected = truncated_logprobs(model, asked, completion)
             got = torch.tensor(completion.rollout_logprobs)
             torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
 
@@ -113,29 +112,29 @@ def check_what_truncation_left_is_said(engine: RolloutEngine, model: PreTrainedM
         {"top_k": 12, "min_p": 0.02, "top_p": 0.8, "temperature": 1.5},
     ]
     requests = [
-        request(20 + i, n=3, max_tokens=12, says_kept=True, **cut) for i, cut in enumerate(truncated)
+        request(20 + i, n=3, max_tokens=12, return_candidates=True, **cut) for i, cut in enumerate(truncated)
     ]
-    requests += [request(30, n=2, says_kept=True), request(31, n=2, top_k=5)]
+    requests += [request(30, n=2, return_candidates=True), request(31, n=2, top_k=5)]
     *groups, whole, silent = generate(engine, requests)
-    assert all(completion.kept is None for completion in (*whole, *silent))
+    assert all(completion.candidates is None for completion in (*whole, *silent))
     for asked, group in zip(requests[: len(groups)], groups, strict=True):
         for completion in group:
-            assert completion.kept is not None
-            said = completion.kept.each()
+            assert completion.candidates is not None
+            said = completion.candidates.each()
             assert [int(ids[0]) for ids in said] == list(completion.token_ids)
-            expected = kept_distribution(model, asked, completion)
+            expected = truncated_distribution(model, asked, completion)
             for ids, left in zip(said, expected, strict=True):
                 assert sorted(ids.tolist()) == left.nonzero()[:, 0].tolist()
 
 
-def kept_logprobs(model: PreTrainedModel, asked: RolloutRequest, completion: Completion) -> Tensor:
+def truncated_logprobs(model: PreTrainedModel, asked: RolloutRequest, completion: Completion) -> Tensor:
     """Log-probs over the tokens that truncation leaves; -inf for one that it does not."""
-    kept = kept_distribution(model, asked, completion)
+    kept = truncated_distribution(model, asked, completion)
     chosen = torch.tensor(completion.token_ids)[:, None]
     return (kept / kept.sum(-1, keepdim=True)).gather(1, chosen)[:, 0].log()
 
 
-def kept_distribution(model: PreTrainedModel, asked: RolloutRequest, completion: Completion) -> Tensor:
+def truncated_distribution(model: PreTrainedModel, asked: RolloutRequest, completion: Completion) -> Tensor:
     """Probabilities before each token, zero for what min-p, top-k and top-p leave out."""
     ids = torch.tensor([asked.prompt.token_ids + completion.token_ids])
     with torch.no_grad():
@@ -173,9 +172,7 @@ def check_the_stop_token_belongs_to_the_completion(engine: RolloutEngine, model:
 
 @check
 def check_the_same_seed_samples_the_same_tokens(engine: RolloutEngine, model: PreTrainedModel) -> None:
-    first, again, other = (
-        tokens(generate(engine, [request(9, n=4, seed=seed)]))[0] for seed in (5, 5, 6)
-    )
+    first, again, other = (tokens(generate(engine, [request(9, n=4, seed=seed)]))[0] for seed in (5, 5, 6))
     assert first == again
     assert len(set(first)) == 4
     assert not set(first) & set(other)

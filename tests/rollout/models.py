@@ -63,7 +63,7 @@ def ragged() -> list[RolloutRequest]:
         request(40, n=4, max_tokens=30, temperature=1.3, top_p=0.8),
         request(12, n=2, max_tokens=15, top_k=5),
         request(13, n=2, max_tokens=15, top_k=20, top_p=0.6, temperature=2.0),
-        request(14, n=2, max_tokens=15, top_k=30, min_p=0.05, says_kept=True),
+        request(14, n=2, max_tokens=15, top_k=30, min_p=0.05, return_candidates=True),
         request(6, n=2, max_tokens=10, temperature=0.0, top_p=0.5),
     ]
 

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from rlhf.distributed import world
+from rlhf.distributed.world import world
 from rlhf.rollout.engine import generate
-from rlhf.rollout.vllm import VLLMModel
-from rlhf.rollout.vllm_pool import Service
-from rlhf.rollout.vllm_shared import SharedServers
+from rlhf.rollout.vllm.in_process import VLLMModel
+from rlhf.rollout.vllm.pool import Service
+from rlhf.rollout.vllm.shared import SharedServers
 from rlhf.types import FinishReason
-
-from .conformance import TOLERANCE, Source, conforming_model, drain, moved, worst
-from .models import EOS, VOCABULARY, request
+from tests.rollout.conformance import TOLERANCE, Source, conforming_model, drain, moved, worst
+from tests.rollout.models import EOS, VOCABULARY, request
 
 # of a machine with other work to do
 PATIENCE = 600.0

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from rlhf.rollout.hf import HFEngine
-from rlhf.rollout.native import NativeEngine
-
-from .conformance import CHECKS, Check, conforming_model
-from .models import EOS
+from rlhf.rollout.native.engine import NativeEngine
+from tests.rollout.conformance import CHECKS, Check, conforming_model
+from tests.rollout.models import EOS
 
 
 @pytest.mark.parametrize("kind", [NativeEngine, HFEngine])

@@ -132,16 +132,16 @@ def test_what_is_kept_is_said_with_the_drawn_token_first() -> None:
     logits = torch.randn(6, 300, generator=torch.Generator().manual_seed(2))
     params = [
         SamplingParams(n=1, max_tokens=9, seed=1),
-        SamplingParams(n=1, max_tokens=9, seed=2, top_k=7, says_kept=True),
+        SamplingParams(n=1, max_tokens=9, seed=2, top_k=7, return_candidates=True),
         SamplingParams(n=1, max_tokens=9, seed=3, top_k=7),
-        SamplingParams(n=1, max_tokens=9, seed=4, top_k=50, top_p=0.4, min_p=0.1, says_kept=True),
-        SamplingParams(n=1, max_tokens=9, seed=5, top_k=1, says_kept=True),
-        SamplingParams(n=1, max_tokens=9, seed=6, temperature=0.0, top_k=3, says_kept=True),
+        SamplingParams(n=1, max_tokens=9, seed=4, top_k=50, top_p=0.4, min_p=0.1, return_candidates=True),
+        SamplingParams(n=1, max_tokens=9, seed=5, top_k=1, return_candidates=True),
+        SamplingParams(n=1, max_tokens=9, seed=6, temperature=0.0, top_k=3, return_candidates=True),
     ]
     rows = RowSampling.of(params, [0] * 6, CPU)
     drawn = sample(logits, rows, torch.zeros(6, dtype=torch.int64))
-    assert drawn.kept is not None
-    kept = drawn.kept.each()
+    assert drawn.candidates is not None
+    kept = drawn.candidates.each()
     assert [len(ids) for ids in (*kept[:3], *kept[4:])] == [0, 7, 0, 1, 0]
     assert set(kept[1].tolist()) == set(logits[1].topk(7).indices.tolist())
     for row in (1, 3, 4):
@@ -155,18 +155,18 @@ def test_a_row_draws_the_same_whether_it_says_what_is_kept_or_not() -> None:
     found = [
         sample(logits, RowSampling.of([params] * 64, range(64), CPU), torch.zeros(64, dtype=torch.int64))
         for says in (False, True)
-        for params in [SamplingParams(n=1, max_tokens=9, seed=1, top_k=40, top_p=0.9, says_kept=says)]
+        for params in [SamplingParams(n=1, max_tokens=9, seed=1, top_k=40, top_p=0.9, return_candidates=says)]
     ]
-    assert found[0].kept is None
+    assert found[0].candidates is None
     assert torch.equal(found[0].tokens, found[1].tokens)
     assert torch.equal(found[0].logprobs, found[1].logprobs)
 
 
 def test_what_is_kept_must_be_bounded() -> None:
-    with pytest.raises(ValueError, match="top_k must bound"):
-        SamplingParams(n=1, max_tokens=1, seed=0, top_p=0.9, says_kept=True)
+    with pytest.raises(ValueError, match="return_candidates needs top_k"):
+        SamplingParams(n=1, max_tokens=1, seed=0, top_p=0.9, return_candidates=True)
     # nothing is truncated: there is nothing to say
-    SamplingParams(n=1, max_tokens=1, seed=0, says_kept=True)
+    SamplingParams(n=1, max_tokens=1, seed=0, return_candidates=True)
 
 
 def test_ties_at_the_edge_are_kept_together() -> None:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rlhf.rollout.engine import EngineError
-from rlhf.rollout.vllm_client import Replica, ReplicaError
-from rlhf.rollout.vllm_device import DeviceTransport, Held, plain_handle, rebuilding_arguments
-from rlhf.rollout.vllm_transport import Place, agreed, places
+from rlhf.rollout.vllm.client import Replica, ReplicaError
+from rlhf.rollout.vllm.device_transport import DeviceTransport, Held, plain_handle, rebuilding_arguments
+from rlhf.rollout.vllm.transport import Place, agreed, places
 
 
 def test_servers_get_the_gpus_that_the_learner_leaves() -> None:

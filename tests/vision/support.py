@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from rlhf.config import ModelConfig
-from rlhf.pictures import noise
-from rlhf.policy import Policy
-from rlhf.pretrained import load_tokenizer
-from rlhf.processor import Processor, load_processor
+from rlhf.config.model import ModelConfig
+from rlhf.models.loading import load_policy
+from rlhf.models.policy import Policy
+from rlhf.models.pretrained import load_tokenizer
+from rlhf.models.vision.images import noise
+from rlhf.models.vision.processor import Processor, load_processor
 from rlhf.types import Image, Prompt
 from tests.support import ALONE, bandit_settings, make_exact
 
@@ -34,7 +35,7 @@ def processor_of(folder: Path) -> Processor:
 
 def seeing_policy(folder: Path, *, packing: str = "auto", dtype: torch.dtype = torch.float32) -> Policy:
     section = ModelConfig.model_validate({"path": str(folder), "packing": packing})
-    policy = Policy.load(section, str(folder), ALONE.device, processor_of(folder))
+    policy = load_policy(section, str(folder), ALONE.device, processor_of(folder))
     if dtype == torch.float64:
         make_exact(policy.model)
     return policy

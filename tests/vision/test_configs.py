@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import load_config
-from rlhf.preflight import describe, load_inputs
+from rlhf.config.load import load_config
+from rlhf.preflight.describe import describe
+from rlhf.preflight.inputs import load_inputs
 from tests.vision.support import WIDE
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("papo_*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_the_configs_of_the_paper_check(
-    path: Path, tmp_path: Path, tiny_vlm: Callable[[str], Path]
-) -> None:
+def test_the_configs_of_the_paper_check(path: Path, tmp_path: Path, tiny_vlm: Callable[[str], Path]) -> None:
     # the tiny model has positions for fewer tokens than these configs sample
     limits = ["data.max_prompt_tokens=200", "rollout.max_completion_tokens=64"]
     assert isinstance(WIDE, bytes)

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
-from rlhf.packing import Packed, pack
-from rlhf.pictures import ImageError, noise
-from rlhf.policy import Policy
-from rlhf.pretrained import ModelError
+from rlhf.models.packing import Packed, pack
+from rlhf.models.policy import Policy
+from rlhf.models.pretrained import ModelError
+from rlhf.models.vision.images import ImageError, noise
 from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
 from rlhf.rollout.factory import make_engine
 from rlhf.types import Group, Prompt
@@ -124,7 +124,7 @@ def test_pictures_are_never_left_out_in_silence(tiny_vlm: Folder) -> None:
     policy = seeing_policy(tiny_vlm("qwen2_vl"))
     assert policy.vision is not None
     packed = packed_of(mixed_prompts(policy.vision.processor), completions(policy))
-    with pytest.raises(ModelError, match="has no eyes here"):
+    with pytest.raises(ModelError, match="was loaded without an image processor"):
         logprobs(policy_of(tiny_vlm("qwen2_vl")), packed)
 
 
@@ -133,7 +133,7 @@ def test_pictures_are_never_left_out_in_silence(tiny_vlm: Folder) -> None:
 def test_an_engine_samples_from_what_the_learner_computes(tiny_vlm: Folder, family: str, name: str) -> None:
     policy = seeing_policy(tiny_vlm(family))
     assert policy.vision is not None
-    engine = make_engine(name, policy.model, eos_token_ids=[2], eyes=policy.vision)
+    engine = make_engine(name, policy.model, eos_token_ids=[2], image_inputs=policy.vision)
     prompts = mixed_prompts(policy.vision.processor)
     requests = [RolloutRequest(p, SamplingParams(n=3, max_tokens=9, seed=i)) for i, p in enumerate(prompts)]
     sampled = generate(engine, requests)

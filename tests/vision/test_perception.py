@@ -14,15 +14,16 @@ from torch import Tensor
 from rlhf.algos.algorithm import KL, Algorithm, LossOutput
 from rlhf.algos.perception import Perception
 from rlhf.algos.table import ALGORITHMS
-from rlhf.config import ConfigError, make_config
-from rlhf.hacking import HackingWatch
-from rlhf.learner import Learner
-from rlhf.looking import Looking
+from rlhf.config.load import make_config
+from rlhf.config.perception import PerceptionConfig
+from rlhf.config.section import ConfigError
+from rlhf.learn.learner import Learner
+from rlhf.learn.perception import MaskedPasses
+from rlhf.learn.perception_watch import PerceptionWatch
 from rlhf.metrics import Mean, Metrics, merge
-from rlhf.packing import Packed, microbatches
-from rlhf.perception_config import PerceptionConfig
-from rlhf.policy import Policy
-from rlhf.preflight import load_inputs
+from rlhf.models.packing import Packed, microbatches
+from rlhf.models.policy import Policy
+from rlhf.preflight.inputs import load_inputs
 from rlhf.types import Counts, Experience, Group, LossInputs, PerceptionBatch
 from tests.support import learner_of, metrics_of, train, train_interrupted, trajectory, without_clocks
 from tests.vision.support import mixed_prompts, picture_settings, seeing_policy
@@ -112,10 +113,10 @@ def test_tokens_without_a_picture_have_no_part(name: str) -> None:
     assert loss_of(algorithm_of(name, coef=0.02), logprobs, ~ALL).loss.item() == 0.0
 
 
-def looking_of(policy: Policy, algorithm: Algorithm, **section: Any) -> Looking:
+def masked_passes_of(policy: Policy, algorithm: Algorithm, **section: Any) -> MaskedPasses:
     assert algorithm.perception is not None
     settings = PerceptionConfig.model_validate({"patch": 4} | section)
-    return Looking(policy, algorithm.perception, settings, seed=0, steps=5)
+    return MaskedPasses(policy, algorithm.perception, settings, seed=0, steps=5)
 
 
 def experience_of(
@@ -124,9 +125,9 @@ def experience_of(
     """Two groups with pictures and one without."""
     learner, builder = learner_of(policy, replace(algorithm, perception=None), **section)
     if algorithm.perception is not None:
-        looking = looking_of(policy, algorithm)
+        masked_passes = masked_passes_of(policy, algorithm)
         for part in (learner, builder):
-            part.algorithm, part.looking = algorithm, looking
+            part.algorithm, part.masked_passes = algorithm, masked_passes
     assert policy.vision is not None
     samples = [[5, 6, 7], [8], [9, 10, 4, 11]]
     groups = [
@@ -176,9 +177,9 @@ def test_the_gradient_is_that_of_the_formula_however_the_batch_is_cut(
         got = gradients_of(learner, experience, [0, 1, 2])
         policy.model.zero_grad()
         packed = next(microbatches(experience, [0, 2], 4096)).packed
-        looking = looking_of(policy, algorithm)
+        masked_passes = masked_passes_of(policy, algorithm)
         plain = logprobs_of(policy, packed)
-        masked = logprobs_of(policy, looking.masked(packed, 3))
+        masked = logprobs_of(policy, masked_passes.masked(packed, 3))
         masked = masked if gradient == "both" else masked.detach()
         u = masked - plain
         # 16 of the 24 tokens have a picture
@@ -199,9 +200,9 @@ def test_the_mask_is_another_one_each_step_and_for_each_prompt_and_hides_somethi
     assert torch.equal(first.masked_logprobs, again.masked_logprobs)
     assert not torch.equal(first.masked_logprobs, later.masked_logprobs)
     assert first.has_image.tolist() == [True] * 8 + [False] * 8 + [True] * 8
-    looking = looking_of(policy, algorithm)
+    masked_passes = masked_passes_of(policy, algorithm)
     packed = next(microbatches(experience_of(policy, algorithm)[1], [0, 2], 4096)).packed
-    masks = [i.mask for i in looking.masked(packed, 0).images if i is not None]
+    masks = [i.mask for i in masked_passes.masked(packed, 0).images if i is not None]
     assert masks[0] != masks[1] and {i.mask for i in packed.images if i is not None} == {None}
 
 
@@ -209,20 +210,20 @@ def test_the_sampled_estimator_has_the_exact_kl_as_its_mean_and_both_its_gradien
     """Every token of the vocabulary as a completion, weighted by its probability: a mean without noise."""
     policy = seeing_policy(tiny_vlm("qwen2_vl"), dtype=torch.float64)
     algorithm = algorithm_of(coef=1.0, estimator="exact")
-    looking = looking_of(policy, algorithm)
+    masked_passes = masked_passes_of(policy, algorithm)
     vocabulary = policy.head.module.out_features
     assert policy.vision is not None
     prompt = mixed_prompts(policy.vision.processor)[0]
     group = Group(prompt, tuple(trajectory([i], 0.0) for i in range(vocabulary)))
     builder = learner_of(policy, replace(algorithm, perception=None))[1]
-    builder.algorithm, builder.looking = algorithm, looking
+    builder.algorithm, builder.masked_passes = algorithm, masked_passes
     experience = builder.build([group], kl_coef=0.0)
     micro = next(microbatches(experience, [0], 4096))
-    batch = looking.batch(experience, micro, policy.hidden(micro.packed), temperature=1.0)
+    batch = masked_passes.batch(experience, micro, policy.hidden(micro.packed), temperature=1.0)
     assert batch is not None and batch.exact_kl is not None
     plain = logprobs_of(policy, micro.packed)
     with torch.no_grad():
-        masked = logprobs_of(policy, looking.masked(micro.packed, 0))
+        masked = logprobs_of(policy, masked_passes.masked(micro.packed, 0))
     u = masked - plain
     k3 = u.exp() - u - 1
     assert plain.exp().sum().item() == pytest.approx(1.0, abs=1e-9)
@@ -246,9 +247,9 @@ def test_a_policy_that_sees_nothing_new_has_no_term(tiny_vlm: Folder) -> None:
     policy = seeing_policy(tiny_vlm("qwen2_vl"), dtype=torch.float64)
     algorithm = algorithm_of(coef=1.0)
     learner, experience = experience_of(policy, algorithm)
-    assert learner.looking is not None
-    learner.looking.section = PerceptionConfig(ratio=0.0)
-    perception = learner.looking.inputs(experience, step=0, temperature=1.0, budget=4096)
+    assert learner.masked_passes is not None
+    learner.masked_passes.section = PerceptionConfig(ratio=0.0)
+    perception = learner.masked_passes.inputs(experience, step=0, temperature=1.0, budget=4096)
     still = replace(experience, perception=perception, advantages=torch.zeros_like(experience.advantages))
     gradients = gradients_of(learner, still, [0, 1, 2])
     # the masked log-probs are kept in float32
@@ -257,8 +258,8 @@ def test_a_policy_that_sees_nothing_new_has_no_term(tiny_vlm: Folder) -> None:
 
 def test_annealing_goes_straight_to_its_last_share(tiny_vlm: Folder) -> None:
     policy = seeing_policy(tiny_vlm("qwen2_vl"))
-    looking = looking_of(policy, algorithm_of(coef=0.1), final_share=0.2)
-    assert [looking.scale(step) for step in range(6)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+    masked_passes = masked_passes_of(policy, algorithm_of(coef=0.1), final_share=0.2)
+    assert [masked_passes.scale(step) for step in range(6)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
 
 
 @pytest.mark.parametrize(
@@ -320,8 +321,8 @@ def step_of(
     }
 
 
-def watch_of(**section: Any) -> HackingWatch:
-    return HackingWatch(PerceptionConfig.model_validate({"coef": 0.1, "watch_steps": 2} | section))
+def watch_of(**section: Any) -> PerceptionWatch:
+    return PerceptionWatch(PerceptionConfig.model_validate({"coef": 0.1, "watch_steps": 2} | section))
 
 
 def test_a_healthy_run_shows_no_sign() -> None:
@@ -362,7 +363,7 @@ def test_the_watch_remembers_over_a_resumption() -> None:
 
 
 def test_a_run_without_the_term_is_not_watched() -> None:
-    watch = HackingWatch(PerceptionConfig())
+    watch = PerceptionWatch(PerceptionConfig())
     assert watch.look(merge([step_of()])) == ({}, [])
 
 

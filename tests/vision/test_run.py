@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.buffer import Buffer, pack_images, unpack_images
+from rlhf.checkpoints.plain import pack_images, unpack_images
 from rlhf.cli import main
-from rlhf.config import make_config
-from rlhf.experience import pack_groups
-from rlhf.preflight import describe, load_inputs
-from rlhf.pretrained import load_model
+from rlhf.config.load import make_config
+from rlhf.learn.buffer import Buffer
+from rlhf.learn.experience import pack_groups
+from rlhf.models.pretrained import load_model
+from rlhf.preflight.describe import describe
+from rlhf.preflight.inputs import load_inputs
 from rlhf.types import Group, Images
 from tests.support import metrics_of, train, trajectory
 from tests.vision.support import HIGH, WIDE, mixed_prompts, picture_settings, processor_of

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.config import RolloutConfig
-from rlhf.packing import pack
-from rlhf.pictures import noise
-from rlhf.policy import Policy
+from rlhf.config.rollout import RolloutConfig
+from rlhf.models.packing import pack
+from rlhf.models.policy import Policy
+from rlhf.models.vision.embeddings import Vision
+from rlhf.models.vision.images import noise
 from rlhf.rollout.engine import EngineError, RolloutRequest, SamplingParams, SyncError, generate
 from rlhf.rollout.factory import make_engine
-from rlhf.rollout.vllm_worker import HeldWeights
+from rlhf.rollout.vllm.worker import HeldWeights
+from rlhf.sync.weight_sync import WeightSync
 from rlhf.types import Completion, Prompt
-from rlhf.vision import Vision
-from rlhf.weights import WeightSync
-from tests.rollout.vllm_support import needs_vllm
+from tests.rollout.vllm.support import needs_vllm
 from tests.vision.support import HEADS, mixed_prompts, prompt_of, seeing_policy
 from tests.vision_models import FAMILIES, save_tiny_vlm
 
@@ -52,8 +52,10 @@ def engine(policy: Policy) -> Iterator[Any]:
 
 def engine_for(policy: Policy, name: str = "vllm") -> Any:
     assert policy.vision is not None
-    eyes = Vision(policy.model, policy.vision.processor)
-    return make_engine(name, policy.model, eos_token_ids=[EOS], kv_cache_gib=0.1, max_tokens=256, eyes=eyes)
+    image_inputs = Vision(policy.model, policy.vision.processor)
+    return make_engine(
+        name, policy.model, eos_token_ids=[EOS], kv_cache_gib=0.1, max_tokens=256, image_inputs=image_inputs
+    )
 
 
 def sync_of(policy: Policy) -> WeightSync:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rollout.vllm_support import needs_vllm
+from tests.rollout.vllm.support import needs_vllm
 from tests.support import metrics_of, train
 from tests.vision.support import HEADS, picture_settings
 from tests.vision_models import save_tiny_vlm

@@ -1,0 +1,96 @@
+"""Metrics, groups and images as what JSON and tensor files can hold, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from itertools import accumulate, islice, pairwise
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rlhf.metrics import ExpMean, Max, Mean, Metrics, Partial, Sum
+from rlhf.torch_typed import integers
+from rlhf.types import Candidates, FinishReason, Group, Images, Trajectory, VersionSpan
+
+KINDS: dict[str, type[Partial]] = {kind.__name__: kind for kind in (Mean, ExpMean, Sum, Max)}
+
+
+def pack_images(images: Sequence[Images | None]) -> dict[str, Tensor]:
+    """Which pictures each prompt has, as tensors: names and files end to end, as bytes."""
+    if not images:
+        return {}
+    files = [source for i in images if i is not None for source in i.sources]
+    parts = [b"" if i is None else i.prompt_id.encode() for i in images]
+    parts += [file.encode() if isinstance(file, str) else file for file in files]
+    return {
+        "bytes": torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8),
+        "lengths": torch.tensor([len(part) for part in parts]),
+        "pictures": torch.tensor([0 if i is None else len(i.sources) for i in images]),
+        "is_path": torch.tensor([isinstance(file, str) for file in files]),
+    }
+
+
+def unpack_images(tensors: Mapping[str, Tensor]) -> tuple[Images | None, ...]:
+    """Inverse of `pack_images`."""
+    if not tensors:
+        return ()
+    ends = list(accumulate(integers(tensors["lengths"]), initial=0))
+    held = tensors["bytes"].cpu().numpy().tobytes()
+    parts = [held[start:end] for start, end in pairwise(ends)]
+    pictures = integers(tensors["pictures"])
+    kinds = integers(tensors["is_path"])
+    files = iter(
+        part.decode() if is_path else part
+        for part, is_path in zip(parts[len(pictures) :], kinds, strict=True)
+    )
+    return tuple(
+        Images(name.decode(), tuple(islice(files, count))) if count else None
+        for name, count in zip(parts[: len(pictures)], pictures, strict=True)
+    )
+
+
+def metrics_state(metrics: Metrics) -> dict[str, list[Any]]:
+    """What JSON can hold: of each partial its kind and its numbers."""
+    return {name: [type(p).__name__, *_numbers(p)] for name, p in metrics.items()}
+
+
+def metrics_from(state: Mapping[str, Any]) -> Metrics:
+    """Inverse of `metrics_state`."""
+    return {name: KINDS[kind](*numbers) for name, (kind, *numbers) in state.items()}
+
+
+def _numbers(partial: Partial) -> list[float]:
+    return [float(getattr(partial, f.name)) for f in fields(partial)]
+
+
+def group_state(group: Group) -> dict[str, Any]:
+    """What JSON can hold; the prompt by its id."""
+    trajectories: list[dict[str, Any]] = []
+    for t in group.trajectories:
+        plain = {f.name: getattr(t, f.name) for f in fields(t)}
+        plain |= {"finish_reason": t.finish_reason.value, "objectives": dict(t.objectives)}
+        plain |= {"versions": [[v.version, v.start, v.end] for v in t.versions]}
+        if t.candidates is not None:
+            plain["candidates"] = {"ids": integers(t.candidates.ids), "sizes": integers(t.candidates.sizes)}
+        trajectories.append({k: list(cast(Any, v)) if isinstance(v, tuple) else v for k, v in plain.items()})
+    return {"prompt": group.prompt.id, "draw": group.draw, "trajectories": trajectories}
+
+
+def group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
+    """Inverse of `group_state`."""
+    trajectories: list[Trajectory] = []
+    for plain in state["trajectories"]:
+        values: dict[str, Any] = {
+            k: tuple(cast(Any, v)) if isinstance(v, list) else v for k, v in plain.items()
+        }
+        values["versions"] = tuple(VersionSpan(*v) for v in plain["versions"])
+        values["finish_reason"] = FinishReason(plain["finish_reason"])
+        # checkpoints of earlier versions call them "kept"
+        candidates = values.pop("kept", None) or values.get("candidates")
+        if candidates is not None:
+            ids = torch.tensor(candidates["ids"], dtype=torch.int32)
+            values["candidates"] = Candidates(ids, torch.tensor(candidates["sizes"], dtype=torch.long))
+        trajectories.append(Trajectory(**values))
+    return Group(prompts[state["prompt"]], tuple(trajectories), draw=state["draw"])

@@ -1,0 +1,110 @@
+"""How many completions each prompt of a step gets: all the same, or where they teach (`rlhf.algos.budget`).
+
+One budget for all ranks: whatever the rule, a step samples `group_size` completions a prompt in the mean (or,
+with `budget.cost` tokens, the tokens that these are expected to have).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from rlhf.algos.budget import SuccessTracker, allocate, allocate_tokens, budget_metrics
+from rlhf.checkpoints.stateful import Stateful, TensorFiles
+from rlhf.config.reward import RewardConfig
+from rlhf.config.rollout import BudgetConfig
+from rlhf.distributed.world import World
+from rlhf.metrics import Metrics
+from rlhf.rewards.success import check_objective, is_correct, success_value
+from rlhf.types import Group, Prompt
+
+
+class Budgets(Stateful):
+    """Success rates of the prompts seen so far, and what they are worth sampling."""
+
+    def __init__(self, section: BudgetConfig, reward: RewardConfig, group_size: int, world: World) -> None:
+        self.section, self.reward, self.group_size, self.world = section, reward, group_size, world
+        prior = None if section.prior is None else (section.prior, section.prior)
+        self.tracker = SuccessTracker(prior=prior)
+        self.tokens: dict[str, float] = {}
+        """Mean length of each prompt's completions at its last visit; kept when `budget.cost` is tokens."""
+
+    @property
+    def probes(self) -> bool:
+        """Whether a step's first outcomes decide what else it samples."""
+        return self.section.rule != "uniform" and bool(self.section.probes)
+
+    def sizes(self, prompts: Sequence[Prompt]) -> list[int]:
+        """Completions of each of this rank's prompts: all of them, or the probes.
+
+        Every rank calls it, with prompts or without.
+        """
+        if self.section.rule == "uniform":
+            return [self.group_size] * len(prompts)
+        if self.section.probes:
+            return [self.section.probes] * len(prompts)
+        return self._share_out([(p.id, []) for p in prompts])
+
+    def rest(self, probed: Sequence[Group]) -> list[int]:
+        """How many more completions each prompt gets after its probes; every rank calls it."""
+        if not self.section.probes or self.section.rule == "uniform":
+            return [0] * len(probed)
+        sizes = self._share_out([(g.prompt.id, self._outcomes(g)) for g in probed])
+        return [size - self.section.probes for size in sizes]
+
+    def _share_out(self, mine: Sequence[tuple[str, list[float]]]) -> list[int]:
+        """One allocation for all ranks; of each prompt its id and outcomes of this step's probes."""
+        parts = self.world.gather(mine)
+        names = [name for part in parts for name, _ in part]
+        if not names:
+            return []
+        rates = [self.tracker.rate(name, also=outcomes) for part in parts for name, outcomes in part]
+        low, high = self.section.low, self.section.high
+        if self.section.cost == "tokens":
+            # half is the mean of the prior, which is the same on both sides
+            known = [0.5 if p is None else p for p in rates]
+            tokens = self._expected_tokens(names)
+            sizes = allocate_tokens(known, tokens, self.group_size * sum(tokens), low, high)
+        else:
+            sizes = allocate(rates, self.group_size * len(rates), low, high, unknown=self.group_size)
+        first = sum(len(part) for part in parts[: self.world.rank])
+        return sizes[first : first + len(mine)]
+
+    def _expected_tokens(self, names: Sequence[str]) -> list[float]:
+        """Of a prompt never seen the mean of those that were."""
+        seen = [self.tokens[name] for name in names if name in self.tokens]
+        usual = sum(seen) / len(seen) if seen else 1.0
+        return [self.tokens.get(name, usual) for name in names]
+
+    def _outcomes(self, group: Group) -> list[float]:
+        """Of the completions that were judged: one whose reward failed says nothing about its prompt."""
+        judged = [t for t in group.trajectories if success_value(t, self.reward) is not None]
+        return [float(is_correct(t, self.reward)) for t in judged]
+
+    def observe(self, groups: Sequence[Group]) -> Metrics:
+        """Learns from the outcomes of a step, on every rank from those of all of them."""
+        check_objective(groups, self.reward)
+        mine = [(g.prompt.id, self._outcomes(g), _mean_tokens(g)) for g in groups]
+        for part in self.world.gather(mine):
+            for name, outcomes, tokens in part:
+                self.tracker.update(name, outcomes)
+                if self.section.cost == "tokens":
+                    self.tokens[name] = tokens
+        rewards = [float("nan") if t.reward is None else t.reward for g in groups for t in g.trajectories]
+        index = [i for i, g in enumerate(groups) for _ in g.trajectories]
+        threshold = self.reward.success_threshold
+        group = torch.tensor(index, dtype=torch.long)
+        return budget_metrics(torch.tensor(rewards), group, threshold=threshold)
+
+    def state(self) -> dict[str, Any]:
+        return {"success": self.tracker.state_dict(), "tokens": dict(self.tokens)}
+
+    def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
+        self.tracker.load_state_dict(state["success"])
+        self.tokens = dict(state["tokens"])
+
+
+def _mean_tokens(group: Group) -> float:
+    return max(1.0, sum(len(t.token_ids) for t in group.trajectories) / max(1, len(group.trajectories)))

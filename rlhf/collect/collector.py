@@ -1,0 +1,129 @@
+"""Prompts -> scored groups: the rollouts of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.collect.budgets import Budgets
+from rlhf.collect.sampler import Hooks, Sampler, length_metrics
+from rlhf.data.order import order
+from rlhf.data.prompts import PromptDataset
+from rlhf.distributed.world import World
+from rlhf.metrics import Metrics, Sum, merge
+from rlhf.rewards.scoring import reward_metrics
+from rlhf.types import Group, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The groups of one step on this rank, and where the cursor stands for the next one."""
+
+    groups: list[Group]
+    sampled: list[Group]
+    """With those the algorithm did not keep."""
+    position: int
+    metrics: Metrics
+
+
+class Pending:
+    """The groups of a step, sampled, whose rewards may still be on their way."""
+
+    def __init__(
+        self, wait: Callable[[], Collected] | None = None, *, collected: Collected | None = None
+    ) -> None:
+        """Either what waits for the rewards and gives the whole, or the whole."""
+        assert (wait is None) != (collected is None)
+        self._wait, self._collected = wait, collected
+
+    def settle(self) -> Collected:
+        """Waits for them. Raises RewardError, which names the function."""
+        if self._collected is None:
+            assert self._wait is not None
+            self._collected = self._wait()
+        return self._collected
+
+
+class Collector:
+    """Draws prompts in the cursor's order, a share for each rank, and refills what the algorithm drops."""
+
+    def __init__(
+        self, sampler: Sampler, prompts: PromptDataset, algorithm: Algorithm, budgets: Budgets, world: World
+    ) -> None:
+        self.sampler, self.prompts, self.algorithm, self.world = sampler, prompts, algorithm, world
+        self.budgets = budgets
+
+    def collect(self, position: int, hooks: Hooks) -> Collected:
+        """`position`: how many prompts the run has drawn so far, over all ranks and refills."""
+        wanted = self.world.share(self.sampler.section.prompts_per_step)
+        accepted: list[Group] = []
+        sampled: list[Group] = []
+        parts: list[Metrics] = []
+        for _ in range(1 + self.algorithm.refill):
+            missing = self.world.gather(wanted - len(accepted))
+            if not any(missing):
+                break
+            draws, position = self._draws(position, missing)
+            groups, metrics = self._rollout(draws, hooks)
+            sampled += groups
+            accepted += [g for g in groups if self.algorithm.keep(g)]
+            parts.append(metrics)
+        metrics = merge(parts) | {"rollout/groups": Sum(float(len(accepted)))} | self.sampler.measured()
+        return Collected(accepted, sampled, position, metrics)
+
+    def begin(self, position: int, hooks: Hooks) -> Pending:
+        """As `collect`, but rewards are not waited for, unless they decide what is sampled next."""
+        if self.algorithm.refill or self.budgets.probes:
+            return Pending(collected=self.collect(position, hooks))
+        wanted = self.world.gather(self.world.share(self.sampler.section.prompts_per_step))
+        draws, position = self._draws(position, wanted)
+        prompts, labels = self._prompts(draws)
+        scorings = self.sampler.rollout(prompts, self.budgets.sizes(prompts), labels, hooks)
+        measured = self.sampler.measured()
+
+        def wait() -> Collected:
+            hooks.phase("reward")
+            groups, metrics = self.sampler.rewards.gather(scorings)
+            metrics |= measured
+            groups = _drawn(groups, draws)
+            accepted = [g for g in groups if self.algorithm.keep(g)]
+            metrics = metrics | length_metrics(groups) | {"rollout/groups": Sum(float(len(accepted)))}
+            return Collected(accepted, groups, position, metrics)
+
+        return Pending(wait)
+
+    def _draws(self, position: int, wanted: Sequence[int]) -> tuple[range, int]:
+        """Of this rank, when each draws as many as it wants; the position behind all of them."""
+        first = position + sum(wanted[: self.world.rank])
+        return range(first, first + wanted[self.world.rank]), position + sum(wanted)
+
+    def _prompts(self, draws: range) -> tuple[list[Prompt], list[str]]:
+        indices = order(self.sampler.seed, len(self.prompts), draws.start, len(draws))
+        return [self.prompts[i] for i in indices], [f"rollout/{draw}" for draw in draws]
+
+    def _rollout(self, draws: range, hooks: Hooks) -> tuple[list[Group], Metrics]:
+        prompts, labels = self._prompts(draws)
+        groups, metrics = self._sample(prompts, self.budgets.sizes(prompts), labels, hooks)
+        rest = self.budgets.rest(groups)
+        if any(any(sizes) for sizes in self.world.gather(rest)):
+            labels = [f"{label}/rest" for label in labels]
+            others, more = self._sample(prompts, rest, labels, hooks)
+            groups = [
+                Group(g.prompt, g.trajectories + h.trajectories) for g, h in zip(groups, others, strict=True)
+            ]
+            # a spread is that of whole groups
+            metrics = merge([metrics, more]) | reward_metrics(groups)
+        return _drawn(groups, draws), metrics | length_metrics(groups)
+
+    def _sample(
+        self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: Hooks
+    ) -> tuple[list[Group], Metrics]:
+        """A group of each prompt, scored."""
+        scorings = self.sampler.rollout(prompts, sizes, labels, hooks)
+        hooks.phase("reward")
+        return self.sampler.rewards.gather(scorings)
+
+
+def _drawn(groups: Sequence[Group], draws: Sequence[int]) -> list[Group]:
+    return [replace(group, draw=draw) for group, draw in zip(groups, draws, strict=True)]

@@ -1,0 +1,120 @@
+"""Requests to the engine, their completions scored: the one way to sample, for rollouts and evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config.rollout import RolloutConfig
+from rlhf.distributed.world import derive_seed
+from rlhf.metrics import Mean, Metrics, Sum
+from rlhf.models.pretrained import decoded
+from rlhf.rewards.scoring import Rewards, Scoring
+from rlhf.rollout.engine import Measured, RolloutEngine, RolloutRequest, generate, sampling_of
+from rlhf.types import Completion, FinishReason, Group, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the trainer gives for one step: its number, how to name a phase, what to call while waiting."""
+
+    step: int
+    phase: Callable[[str], object]
+    between: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """Requests to an engine and completions to groups, for training and for evaluation alike."""
+
+    engine: RolloutEngine
+    rewards: Rewards
+    tokenizer: PreTrainedTokenizerBase
+    section: RolloutConfig
+    seed: int
+    return_candidates: bool = False
+    """Rollouts that are learned from say what truncation left."""
+
+    def request(
+        self, prompt: Prompt, *, n: int, label: str, return_candidates: bool = False
+    ) -> RolloutRequest:
+        """`label` names the draw: it makes the request's id unique and its seed its own."""
+        limit, seed = self.section.max_completion_tokens, derive_seed(self.seed, label)
+        params = sampling_of(
+            self.section, n=n, max_tokens=limit, seed=seed, return_candidates=return_candidates
+        )
+        return RolloutRequest(replace(prompt, id=f"{prompt.id}@{label}"), params)
+
+    def generate(
+        self, requests: Sequence[RolloutRequest], between: Callable[[], None] | None = None
+    ) -> list[list[Completion]]:
+        return generate(self.engine, requests, between=between)
+
+    def measured(self) -> Metrics:
+        """What the engine says about itself since it was asked last."""
+        return self.engine.measured() if isinstance(self.engine, Measured) else {}
+
+    def rollout(
+        self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: Hooks
+    ) -> list[Scoring]:
+        """Samples a group of each prompt, without completions where its size is 0.
+
+        Each is handed to the reward workers as soon as it is complete, while others decode; all of them at
+        once, where a function wants to see the whole step.
+        """
+        places = [place for place, size in enumerate(sizes) if size]
+        requests = [
+            self.request(prompts[p], n=sizes[p], label=labels[p], return_candidates=self.return_candidates)
+            for p in places
+        ]
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        scorings: dict[int, Scoring] = {}
+        together = self.rewards.sees_whole_step
+
+        def finished(number: int, group: list[Completion]) -> None:
+            place = places[number]
+            groups[place] = group
+            if not together:
+                scorings[place] = self._submit([prompts[place]], [group], hooks.step, of=sum(sizes))
+
+        hooks.phase("rollout")
+        generate(self.engine, requests, between=hooks.between, finished=finished)
+        if together:
+            return [self._submit(prompts, groups, hooks.step)]
+        for place in set(range(len(prompts))) - set(scorings):
+            scorings[place] = self._submit([prompts[place]], [[]], hooks.step)
+        return [scorings[place] for place in range(len(prompts))]
+
+    def score(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], step: int
+    ) -> tuple[list[Group], Metrics]:
+        return self._submit(prompts, completions, step).result()
+
+    def _submit(
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        step: int,
+        of: int | None = None,
+    ) -> Scoring:
+        texts = [[self.text(c) for c in group] for group in completions]
+        return self.rewards.submit(prompts, completions, texts, trainer_state={"global_step": step}, of=of)
+
+    def text(self, completion: Completion) -> str:
+        """What a reward reads: special tokens left out."""
+        return decoded(self.tokenizer, completion.token_ids)
+
+
+def length_metrics(groups: Sequence[Group]) -> Metrics:
+    """Lengths in tokens that the policy chose, and why completions ended."""
+    lengths = [sum(t.loss_mask) for g in groups for t in g.trajectories]
+    truncated = sum(t.finish_reason == FinishReason.LENGTH for g in groups for t in g.trajectories)
+    count = float(len(lengths))
+    return {
+        "length/mean": Mean(float(sum(lengths)), count),
+        "length/truncated": Mean(float(truncated), count),
+        "rollout/tokens": Sum(float(sum(lengths))),
+        "rollout/samples": Sum(count),
+    }

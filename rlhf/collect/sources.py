@@ -1,0 +1,92 @@
+"""Where a run's completions come from: rollouts, data, or both; built from the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from rlhf.algos.prompt_temperature import PromptTemperature
+from rlhf.checkpoints.stateful import Stateful
+from rlhf.collect.offline import Collects, Draws, InTurn, Mixed, OfflineCollector, OfflineData
+from rlhf.collect.prompt_targets import data_exponents, data_targets, greedy_targets
+from rlhf.collect.replay import Replay
+from rlhf.collect.sampler import Sampler
+from rlhf.config.run import Config
+from rlhf.distributed.world import World
+from rlhf.inputs import Inputs
+from rlhf.learn.experience import ExperienceBuilder
+from rlhf.learn.prompt_temperature import PromptTemperatures
+from rlhf.learn.prompt_value import PromptValues
+from rlhf.models.policy import Policy
+
+
+class Sources:
+    """The data of a run and what is learned of its prompts before it starts, where there is any."""
+
+    def __init__(
+        self, config: Config, inputs: Inputs, world: World, frozen: Policy, sampler: Sampler
+    ) -> None:
+        """`frozen`: the reference, or the policy, which is the reference as long as nothing is learned."""
+        self.config, self.inputs, self.world, self.frozen = config, inputs, world, frozen
+        self.data: OfflineData | None = None
+        self.values: PromptValues | None = None
+        self.temperature_factors: dict[str, float] = {}
+        """Factors of temperatures by the prompt's id; empty until they are prepared or loaded."""
+        self.stateful: dict[str, Stateful] = {}
+        self.preparations: list[Callable[[], str]] = []
+        """What is done once, before the first step, in this order; each says what came out."""
+        if inputs.offline is not None:
+            rewards = inputs.rewards if config.data.reward_column is None else None
+            self.data = OfflineData(inputs.offline, rewards, world)
+            self.stateful["offline"] = self.data
+            self.preparations.append(self.data.prepare)
+        if inputs.algorithm.needs_prompt_value:
+            self.values = self._values(frozen, sampler)
+            self.stateful["prompt_value"] = self.values
+            self.preparations.append(self.values.prepare)
+
+    def _values(self, frozen: Policy, sampler: Sampler) -> PromptValues:
+        section = self.config.prompt_value
+        if section.targets == "data":
+            assert self.data is not None
+            targets = data_targets(self.data)
+        else:
+            limit = self.config.rollout.max_completion_tokens
+            targets = greedy_targets(sampler, self.world, max_tokens=limit)
+        prompts = self.inputs.train.prompts
+        return PromptValues(section, frozen, prompts, targets, self.world, seed=self.config.seed)
+
+    def _add_prompt_temperature(self, temperature: PromptTemperature, experience: ExperienceBuilder) -> None:
+        assert self.data is not None
+        exponents = partial(data_exponents, temperature, self.data, experience)
+        section, prompts, seed = self.config.prompt_value, self.inputs.train.prompts, self.config.seed
+        picked = PromptTemperatures(
+            section, self.frozen, prompts, temperature, exponents, self.world, seed=seed
+        )
+        picked.values = self.temperature_factors
+        self.stateful["balance"] = picked
+        self.preparations.append(picked.prepare)
+
+    @property
+    def prompt_values(self) -> dict[str, float] | None:
+        """By the prompt's id; empty until they are prepared or loaded."""
+        return None if self.values is None else self.values.values
+
+    def collector(self, rollouts: Collects, experience: ExperienceBuilder) -> Collects:
+        """What a step is collected from: `rollouts`, with all that the settings put beside or before them."""
+        config = self.config
+        if self.inputs.algorithm.prompt_temperature is not None:
+            self._add_prompt_temperature(self.inputs.algorithm.prompt_temperature, experience)
+        if config.replay.groups_per_step:
+            rollouts = replay = Replay(rollouts, config.replay, self.inputs.train, config.seed, self.world)
+            self.stateful["replay"] = replay
+        if self.data is None:
+            return rollouts
+        if config.data.mix:
+            rollouts = Mixed(rollouts, self.data)
+        size = 1 if config.data.sampling == "groups" else config.rollout.group_size
+        draws = Draws(config.data.sampling, config.rollout.prompts_per_step * size, config.seed)
+        from_data = OfflineCollector(self.data, draws, experience, self.world)
+        if config.data.mode == "offline":
+            return from_data
+        return InTurn(from_data, rollouts, config.data.offline_steps)

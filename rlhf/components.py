@@ -1,0 +1,254 @@
+"""Every part of a run, built from its settings. The trainer is the loop over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from rlhf.checkpoints.stateful import Stateful
+from rlhf.collect.budgets import Budgets
+from rlhf.collect.collector import Collector
+from rlhf.collect.offline import Collects
+from rlhf.collect.prefetch import Prefetch
+from rlhf.collect.sampler import Sampler
+from rlhf.collect.sources import Sources
+from rlhf.config.checks import return_candidates
+from rlhf.config.run import Config
+from rlhf.distributed.world import World
+from rlhf.inputs import Inputs
+from rlhf.learn.buffer import Buffer
+from rlhf.learn.controllers import KLCoefficient
+from rlhf.learn.critic import Critic, critic_section
+from rlhf.learn.experience import ExperienceBuilder
+from rlhf.learn.learner import Learner
+from rlhf.learn.optimizer import MasterAdamW
+from rlhf.learn.perception import MaskedPasses
+from rlhf.learn.perception_watch import PerceptionWatch
+from rlhf.learn.pretraining import Pretraining
+from rlhf.models.loading import load_policy, load_sharded_policy
+from rlhf.models.policy import Policy, WithoutAdapter
+from rlhf.models.pretrained import load_model
+from rlhf.models.sharding import Sharding
+from rlhf.models.vision.embeddings import Vision
+from rlhf.rewards.constraints import Constraints
+from rlhf.rewards.success import is_correct
+from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.factory import make_engine
+from rlhf.sync.on_demand import EngineOnDemand, SyncOnDemand
+from rlhf.sync.weight_sync import Sync, WeightSync, probed
+
+TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    policy: Policy
+    engine: RolloutEngine
+    sampler: Sampler
+    budgets: Budgets
+    constraints: Constraints
+    collector: Collects
+    prefetch: Prefetch
+    experience: ExperienceBuilder
+    learner: Learner
+    sync: Sync
+    kl: KLCoefficient
+    buffer: Buffer
+    perception_watch: PerceptionWatch
+    stateful: dict[str, Stateful]
+    """What a checkpoint holds, by name."""
+    preparations: list[Callable[[], str]]
+    """What is done once, before the first step; each says what came out."""
+
+
+def build_components(config: Config, inputs: Inputs, world: World) -> Components:
+    """Loads weights. Raises ModelError."""
+    sharding = Sharding.of(config.distributed, _dtype(config), world)
+    policy, reference = _models(config, inputs, world, sharding)
+    critic = _critic(config, inputs, sharding or world.device, policy)
+    optimizer = MasterAdamW(policy.model, _dtype(config), config.learner, config.steps)
+    if config.model.gradient_checkpointing:
+        for trunk in (policy, critic.trunk) if critic is not None and critic.own else (policy,):
+            trunk.checkpoint_activations()
+    budgets = Budgets(config.budget, config.reward, config.rollout.group_size, world)
+    constraints = Constraints(config.reward.constraints, inputs.rewards, world)
+    perception_watch = PerceptionWatch(config.perception)
+    engine, sync, sampler = _rollout(config, inputs, world, policy)
+    sources = Sources(config, inputs, world, reference or policy, sampler)
+    experience, learner = _learning((policy, reference, critic), optimizer, sources, constraints)
+    rollouts = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
+    collector = sources.collector(rollouts, experience)
+    kl, buffer = KLCoefficient(inputs.algorithm.kl), Buffer()
+    prefetch = Prefetch(inputs.train, world, config.rollout.ahead)
+    stateful: dict[str, Stateful] = {
+        "policy": optimizer,
+        "kl": kl,
+        "budgets": budgets,
+        "constraints": constraints,
+        "reward_scaler": experience.scaler,
+        "warmup": learner.warmup,
+        "buffer": buffer,
+        "ahead": prefetch,
+        "hacking": perception_watch,
+        **sources.stateful,
+    }
+    return Components(
+        policy=policy,
+        engine=engine,
+        sampler=sampler,
+        budgets=budgets,
+        constraints=constraints,
+        collector=collector,
+        prefetch=prefetch,
+        experience=experience,
+        learner=learner,
+        sync=sync,
+        kl=kl,
+        buffer=buffer,
+        perception_watch=perception_watch,
+        stateful=stateful if critic is None else stateful | {"critic": critic},
+        preparations=sources.preparations,
+    )
+
+
+def _models(
+    config: Config, inputs: Inputs, world: World, sharding: Sharding | None
+) -> tuple[Policy, Policy | None]:
+    section = config.model
+    if sharding is not None:
+        return _sharded_models(config, inputs, world, sharding)
+    policy = load_policy(section, section.path, world.device, inputs.processor)
+    if section.lora is not None:
+        policy.add_adapter(section.lora, seed=config.seed)
+    if not inputs.algorithm.needs_reference:
+        return policy, None
+    if section.lora is not None and section.reference is None:
+        return policy, WithoutAdapter(policy)
+    path = section.reference or section.path
+    reference = load_policy(section, path, world.device, inputs.processor)
+    reference.freeze(_dtype(config))
+    if world.device.type == "cpu":
+        reference.leave_in_file(path)
+    return policy, reference
+
+
+def _sharded_models(
+    config: Config, inputs: Inputs, world: World, sharding: Sharding
+) -> tuple[Policy, Policy | None]:
+    section = config.model
+    policy = load_sharded_policy(section, section.path, sharding, trains=True)
+    if not config.rollout.elsewhere:
+        policy.replica = load_model(section.path, world.device, _dtype(config))
+        policy.replica.requires_grad_(requires_grad=False)
+    if not inputs.algorithm.needs_reference:
+        return policy, None
+    path = section.reference or section.path
+    return policy, load_sharded_policy(section, path, sharding, trains=False)
+
+
+def _pretraining(config: Config, inputs: Inputs, world: World, policy: Policy) -> Pretraining | None:
+    if config.ptx.path is None:
+        return None
+    budget = config.learner.microbatch_tokens
+    return Pretraining(inputs.texts, config.ptx, policy, world, seed=config.seed, budget=budget)
+
+
+def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, policy: Policy) -> Critic | None:
+    if inputs.algorithm.critic is None:
+        return None
+    section = critic_section(config.critic, config.learner)
+    if config.critic.trunk == "policy":
+        return Critic.on_policy_trunk(policy, section, config.steps)
+    path = config.critic.path or config.model.path
+    return Critic.on_own_trunk(path, device, _dtype(config), section, config.steps)
+
+
+def _rollout(
+    config: Config, inputs: Inputs, world: World, policy: Policy
+) -> tuple[RolloutEngine, Sync, Sampler]:
+    section = config.rollout
+    policy.merge()
+    tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
+    candidates = return_candidates(config, inputs.algorithm)
+    sync = WeightSync(
+        policy, probed(inputs.train.prompts), section, tolerance=tolerance, return_candidates=candidates
+    )
+    rank = 0 if config.model.lora is None else config.model.lora.rank
+    start = engine_starter(config, inputs, policy.rollout_model, lora_rank=rank, ranks=world)
+    on_demand = config.data.mode == "offline"
+    engine = EngineOnDemand(start, sync) if on_demand else start()
+    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed, candidates)
+    return engine, SyncOnDemand(sync) if on_demand else sync, sampler
+
+
+def engine_starter(
+    config: Config, inputs: Inputs, model: PreTrainedModel, *, lora_rank: int = 0, ranks: World | None = None
+) -> Callable[[], RolloutEngine]:
+    """Makes the engine of `rollout.engine` for `model`, which it holds or is sent the weights of.
+
+    `lora_rank`: of an adapter that is sent by itself; 0: there is none, or it is merged. `ranks`: those that
+    share servers.
+    """
+    section = config.rollout
+    return partial(
+        make_engine,
+        section.engine,
+        model,
+        eos_token_ids=inputs.eos_token_ids,
+        kv_cache_gib=section.kv_cache_gib,
+        max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
+        dtype=_dtype(config),
+        vllm=section.vllm,
+        image_inputs=None if inputs.processor is None else Vision(model, inputs.processor),
+        lora_rank=lora_rank,
+        ranks=ranks,
+    )
+
+
+def _learning(
+    models: tuple[Policy, Policy | None, Critic | None],
+    optimizer: MasterAdamW,
+    sources: Sources,
+    constraints: Constraints,
+) -> tuple[ExperienceBuilder, Learner]:
+    policy, reference, critic = models
+    config, inputs, world = sources.config, sources.inputs, sources.world
+    algorithm, section, temperature = inputs.algorithm, config.learner, config.rollout.temperature
+    masked_passes = MaskedPasses.of(config, policy)
+    experience = ExperienceBuilder(
+        policy,
+        reference,
+        algorithm,
+        world,
+        temperature=temperature,
+        microbatch_tokens=section.microbatch_tokens,
+        keep_old=section.epochs * section.minibatches > 1,
+        advantage_clip=config.budget.advantage_clip if config.budget.rule == "knapsack" else None,
+        objective_weights=constraints.weights,
+        critic=critic,
+        is_correct=lambda trajectory: is_correct(trajectory, config.reward),
+        masked_passes=masked_passes,
+        prompt_values=sources.prompt_values,
+        temperature_factors=sources.temperature_factors,
+    )
+    learner = Learner(
+        policy,
+        reference,
+        algorithm,
+        optimizer,
+        world,
+        section,
+        temperature=temperature,
+        critic=critic,
+        pretraining=_pretraining(config, inputs, world, policy),
+        masked_passes=masked_passes,
+    )
+    return experience, learner
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return getattr(torch, config.model.dtype)

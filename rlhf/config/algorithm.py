@@ -1,0 +1,90 @@
+"""The section `algorithm`: the keyword arguments of a function of `algos/table.py`, as settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.table import ALGORITHMS
+from rlhf.config.errors import explain
+from rlhf.plugins import load_plugin
+
+
+def algorithm_factory(name: str) -> Callable[..., Algorithm]:
+    """The function behind `algorithm.name`: of the table, or of a user's file."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    if ":" in name:
+        found: Any = load_plugin(name)
+        if not callable(found):
+            raise ValueError(f"algorithm.name: {name} must be a function, got {found!r:.80}")
+        return typing.cast(Callable[..., Algorithm], found)
+    if name.endswith(".py"):
+        raise ValueError(
+            f"algorithm.name is the file {name}: name a function in it too, as {name}:my_algorithm"
+        )
+    near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise ValueError(f"unknown algorithm {name!r}{hint} There are: {', '.join(ALGORITHMS)}")
+
+
+def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[str, Any]:
+    """`algorithm` with every default filled in; `max_tokens` is the completion limit unless given."""
+    name = settings["name"]
+    schema = _schema(algorithm_factory(name))
+    given = {key: value for key, value in settings.items() if key != "name"}
+    if "max_tokens" in schema.model_fields:
+        given.setdefault("max_tokens", max_tokens)
+    try:
+        resolved = schema.model_validate(given)
+    except ValidationError as error:
+        told = explain(error, prefix="algorithm", schema=schema, owners=_owners())
+        raise ValueError("\n".join(told)) from None
+    values = {key: getattr(resolved, key) for key in schema.model_fields}
+    factory = algorithm_factory(name)
+    hints = typing.get_type_hints(factory)
+    for key, value in values.items():
+        if isinstance(value, BaseModel):
+            values[key] = hints[key](**value.model_dump())
+    made = typing.cast(object, factory(**values))
+    if not isinstance(made, Algorithm):
+        raise ValueError(f"algorithm.name: {name} must return an Algorithm, got {made!r:.80}")
+    return {"name": name, **values}
+
+
+def _owners() -> dict[str, str]:
+    """Keys of algorithms, and the algorithms that have each."""
+    owners: dict[str, list[str]] = {}
+    for name, factory in ALGORITHMS.items():
+        for key in inspect.signature(factory).parameters:
+            owners.setdefault(key, []).append(name)
+    return {key: ", ".join(names) for key, names in owners.items()}
+
+
+def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> type[BaseModel]:
+    """A pydantic model of a function's or dataclass's keyword arguments, with other defaults where given.
+
+    A nested dataclass becomes a model whose defaults are the fields of the argument's default:
+    `kl: {coef: 0.01}` changes one of the algorithm's own KL settings and keeps the others.
+    """
+    fields: dict[str, Any] = {}
+    name = typing.cast(str, getattr(function, "__name__", "settings"))
+    hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
+    for key, parameter in inspect.signature(function).parameters.items():
+        if key not in hints:
+            raise ValueError(
+                f"argument {key!r} of {name} has no annotation; its type is what the config checks"
+            )
+        kind, default = hints[key], (defaults or {}).get(key, parameter.default)
+        if dataclasses.is_dataclass(kind) and dataclasses.is_dataclass(default):
+            default = dataclasses.asdict(typing.cast(Any, default))
+            kind = _schema(typing.cast(type, kind), default)
+        fields[key] = (kind, ... if default is inspect.Parameter.empty else default)
+    return create_model(name, __config__=ConfigDict(extra="forbid", validate_default=True), **fields)

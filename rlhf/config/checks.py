@@ -1,0 +1,138 @@
+"""Settings that are right one by one and cannot work together.
+
+`make_config` calls `check_config` on every Config, so no other code sees one that fails here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.config.run import Config
+
+
+def return_candidates(config: Config, algorithm: Algorithm) -> bool:
+    """Whether engine and learner renormalise over what truncation left, and so have to know it."""
+    learned = config.data.mode != "offline"
+    return learned and config.rollout.truncates and algorithm.mismatch.kind != "none"
+
+
+def check_config(config: Config, algorithm: Algorithm) -> None:
+    """Raises ValueError, one line for each problem. `algorithm`: the one that `config` builds."""
+    problems = [
+        *_rewards(config, algorithm),
+        *(_without_data(config, algorithm) if config.data.mode == "online" else _data(config, algorithm)),
+        *_replay(config, algorithm),
+        *_sizes(config),
+        *_combinations(config),
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    if config.reward.functions:
+        return
+    data = config.data
+    if data.mode != "offline":
+        yield f"reward.functions is empty, but with data.mode = {data.mode} there are rollouts to score"
+    elif data.reward_column is None:
+        yield "reward.functions is empty and data.reward_column is null: nothing gives completions a reward"
+    if data.eval is not None:
+        yield f"reward.functions is empty, but data.eval = {data.eval} is evaluated by them"
+    if algorithm.needs_prompt_value and config.prompt_value.targets == "greedy":
+        yield (
+            "reward.functions is empty, but prompt_value.targets = greedy scores completions with them; "
+            "give some, or learn the values from the data's rewards: prompt_value.targets = data"
+        )
+
+
+def _without_data(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    for key, default in (("sampling", "groups"), ("offline_steps", 0), ("mix", False)):
+        value = config.data.model_dump()[key]
+        if value != default:
+            yield f"data.{key} is {value}, but data.mode is online: there is no data to draw from"
+    if config.prompt_value.targets == "data":
+        yield "prompt_value.targets is data, but data.mode is online: the data has no rewards"
+    if algorithm.prompt_temperature is not None:
+        yield "algorithm.divergence is picked by the data's rewards, but data.mode is online"
+
+
+def _data(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    data, name = config.data, config.algorithm["name"]
+    offline = data.mode == "offline"
+    if offline and algorithm.mismatch.kind != "none":
+        yield (
+            f"algorithm.mismatch.kind is {algorithm.mismatch.kind}, but nobody recorded the log-probs of the "
+            "data's completions, so no mismatch can be corrected: set it to none"
+        )
+    if (offline or data.offline_steps or data.mix) and not algorithm.imitates:
+        yield (
+            f"algorithm {name} compares the policy with the one that sampled, and nobody recorded the data's "
+            "log-probs; learn from data with sft, best_of, awr, a_lol or one of their relatives"
+        )
+    if data.sampling != "groups" and not algorithm.pointwise:
+        yield (
+            f"data.sampling is {data.sampling}, which draws completions one by one, but {name} compares "
+            "those of a group; set it to groups, or take a baseline that is none or prompt_value"
+        )
+    if offline and (data.offline_steps or data.mix):
+        yield "data.offline_steps and data.mix are for data.mode = offline_to_online"
+    if not offline and not data.offline_steps and not data.mix:
+        yield "data.mode is offline_to_online: set data.offline_steps, data.mix or both"
+    if data.offline_steps > config.steps:
+        yield f"data.offline_steps is {data.offline_steps}, but the run has {config.steps} steps"
+    if offline and config.rollout.ahead:
+        yield "rollout.ahead samples the next batch before an update, but data.mode = offline samples none"
+    if offline and config.budget.rule != "uniform":
+        yield f"budget.rule is {config.budget.rule}, but data.mode = offline has no rollouts to share out"
+
+
+def _replay(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    if not config.replay.groups_per_step:
+        return
+    if config.data.mode == "offline":
+        yield "replay.groups_per_step is for rollouts, but data.mode is offline"
+    if config.rollout.ahead:
+        yield "replay.groups_per_step learns from old tokens, which rollout.ahead takes out of the loss"
+    if algorithm.mismatch.kind == "none" and not algorithm.imitates:
+        yield (
+            "replay.groups_per_step needs algorithm.mismatch.kind: without it, tokens of older policies "
+            "count as the policy's own; token_tis is the usual one"
+        )
+
+
+def _sizes(config: Config) -> Iterator[str]:
+    rollout, learner, budget = config.rollout, config.learner, config.budget
+    longest = config.data.max_prompt_tokens + rollout.max_completion_tokens
+    if learner.microbatch_tokens < longest:
+        yield (
+            f"learner.microbatch_tokens is {learner.microbatch_tokens}, but one sequence may have "
+            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest} tokens"
+        )
+    if learner.minibatches > rollout.prompts_per_step:
+        yield (
+            f"learner.minibatches is {learner.minibatches}, but a step has only "
+            f"rollout.prompts_per_step = {rollout.prompts_per_step} prompts to deal out"
+        )
+    if learner.warmup_steps > config.steps:
+        yield (f"learner.warmup_steps is {learner.warmup_steps}, but the run has {config.steps} steps")
+    if budget.rule == "knapsack" and not budget.low <= rollout.group_size <= budget.high:
+        yield (
+            f"the knapsack budget shares out rollout.group_size = {rollout.group_size} rollouts a prompt "
+            f"between budget.low = {budget.low} and budget.high = {budget.high}"
+        )
+
+
+def _combinations(config: Config) -> Iterator[str]:
+    if config.critic.trunk == "policy" and config.critic.path is not None:
+        yield (f"critic.path is {config.critic.path}, but critic.trunk is policy: no other model is loaded")
+    if config.model.lora is not None and config.distributed.mode == "sharded":
+        yield ("model.lora trains so few weights that they are not sharded: take distributed.mode=replicated")
+    if config.checkpoint.keep_best and config.data.eval is None:
+        yield (
+            f"checkpoint.keep_best is {config.checkpoint.keep_best}, but there is no data.eval to "
+            "compare checkpoints by"
+        )
+    if config.eval.every and config.data.eval is None:
+        yield (f"eval.every is {config.eval.every}, but there is no data.eval to evaluate on")

@@ -1,0 +1,71 @@
+"""Reads the settings of a run or of another task from YAML and overrides, and checks them.
+
+config = load_config("configs/quickstart.yaml", ["steps=40", "rollout.group_size=16"])
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from rlhf.config.algorithm import resolve_algorithm
+from rlhf.config.checks import check_config
+from rlhf.config.errors import explain
+from rlhf.config.overrides import read_settings
+from rlhf.config.reward_model import RewardModelConfig
+from rlhf.config.run import Config
+from rlhf.config.section import ConfigError
+
+TASKS = ("rl", "reward_model")
+
+
+def load_task(path: str | Path, overrides: Sequence[str] = ()) -> Config | RewardModelConfig:
+    """The settings of whatever `task` names: a policy (`rl`) or a reward model.
+
+    Raises ConfigError as `load_config` does, and for a task that is none.
+    """
+    settings = read_settings(path, overrides)
+    task = settings.get("task", "rl")
+    if task not in TASKS:
+        near = difflib.get_close_matches(str(task), TASKS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"task must be {' or '.join(TASKS)}, got {task!r}{hint}")
+    if task == "rl":
+        return make_config(settings)
+    try:
+        return RewardModelConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, prefix="", schema=RewardModelConfig))) from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `dotted.key=value` overrides.
+
+    Raises ConfigError: the file is missing or is no YAML mapping, an override is malformed, a key is unknown
+    (its nearest neighbour is named), a value is out of its range, or two settings do not go together.
+    """
+    return make_config(read_settings(path, overrides))
+
+
+def make_config(settings: Mapping[str, Any]) -> Config:
+    """A checked Config from a nested mapping, with every default of its algorithm. Raises ConfigError."""
+    if settings.get("task") == "reward_model":
+        raise ConfigError(
+            "task is reward_model: this is no run of a policy; rlhf train CONFIG trains it, from Python "
+            "rlhf.RewardModelTrainer(rlhf.load_task(CONFIG)).run()"
+        )
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(error, prefix="", schema=Config))) from None
+    try:
+        algorithm = resolve_algorithm(config.algorithm, max_tokens=config.rollout.max_completion_tokens)
+        config = config.model_copy(update={"algorithm": algorithm})
+        check_config(config, config.build_algorithm())
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return config

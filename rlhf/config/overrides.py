@@ -1,0 +1,87 @@
+"""A YAML file with `key=value` overrides in it, as a plain tree: nothing is checked yet."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rlhf.config.section import ConfigError
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree of a YAML file with the overrides in it, not checked yet. Raises ConfigError."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no config file {path}")
+    try:
+        tree = load_yaml(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {_problem_of(error)}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
+    settings = typing.cast(dict[str, Any], tree)
+    for override in overrides:
+        apply_override(settings, override)
+    return settings
+
+
+def apply_override(settings: dict[str, Any], override: str) -> None:
+    """Puts `dotted.key=value` into a tree of settings. Raises ConfigError when it is malformed."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"an override is key=value, got {override!r}")
+    *parents, last = key.split(".")
+    node = settings
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if parent == "algorithm" and isinstance(child, str):
+            child = node[parent] = {"name": child}
+        if not isinstance(child, dict):
+            raise ConfigError(f"{override!r}: {parent} is a value, not a section")
+        node = typing.cast(dict[str, Any], child)
+    try:
+        node[last] = load_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not YAML: {_problem_of(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-5 is a number, as in YAML 1.2, and a key that is given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        first: dict[str, yaml.Mark] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in first:
+                line = first[key.value].line + 1
+                said = f"{key.value} is given a second time (it was in line {line})"
+                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+            first[key.value] = key.start_mark
+        return super().construct_mapping(node, deep)
+
+
+# its stub has no types
+typing.cast(Any, _Loader).add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values alone. Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)
+
+
+def _problem_of(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error)
+    where = f"in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+    tab = "; indent with spaces" if "'\\t'" in (error.problem or "") else ""
+    return f"{error.problem} {where}{tab}"

@@ -1,0 +1,111 @@
+"""Preference pairs and ratings -> tokenised examples, each line checked before weights load.
+
+    pairs      {"prompt": ..., "chosen": "text", "rejected": "text"}
+    ratings    {"prompt": ..., "completion": "text", "ratings": {"helpful": 4, "polite": null}}
+
+A prompt is what it is everywhere (text or chat messages). A completion is its text and the end-of-sequence
+token, at which the score is read; so a text that was cut off is one that ends too early.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config.reward_model import PreferenceData, ScoreConfig
+from rlhf.data.completions import completion_ids
+from rlhf.data.prompts import load_prompts
+from rlhf.types import Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt with what was said to it: chosen and rejected, or one completion and its ratings."""
+
+    prompt: Prompt
+    texts: tuple[str, ...]
+    completions: tuple[tuple[int, ...], ...]
+    """Token ids, the end-of-sequence token last."""
+    ratings: tuple[float, ...] = ()
+    """In the order of `score.objectives`; NaN where there is none."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a forward pass: the prompt once, and one more a completion, from which nothing is predicted."""
+        return len(self.prompt.token_ids) + sum(len(c) + 1 for c in self.completions)
+
+
+def load_examples(
+    path: str, data: PreferenceData, score: ScoreConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """Raises ValueError with file and line: what was expected in which column and what came."""
+    prompts = load_prompts(
+        Path(path).expanduser(),
+        tokenizer,
+        prompt_column=data.prompt_column,
+        max_prompt_tokens=data.max_prompt_tokens,
+        long_prompts=data.long_prompts,
+    )
+    wanted = ("chosen", "rejected") if score.kind == "pairs" else ("completion", "ratings")
+    missing = [name for name in wanted if name not in prompts.columns]
+    if missing:
+        raise ValueError(
+            f"{path}: score.kind {score.kind} needs the columns {', '.join(wanted)} beside the prompt; "
+            f"{', '.join(missing)} is missing, there are {', '.join(prompts.columns) or 'none'}"
+        )
+    return [_example(prompt, wanted, path, data, score, tokenizer) for prompt in prompts.prompts]
+
+
+def _example(
+    prompt: Prompt,
+    columns: Sequence[str],
+    path: str,
+    data: PreferenceData,
+    score: ScoreConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Example:
+    where = f"{path}, {prompt.id}"
+    names = columns if score.kind == "pairs" else columns[:1]
+    texts: list[str] = []
+    for name in names:
+        text = prompt.columns[name]
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{where}: column {name!r} must be text, got {text!r:.80}")
+        texts.append(text)
+    if score.kind == "pairs" and texts[0] == texts[1]:
+        raise ValueError(f"{where}: chosen and rejected are the same text, {texts[0]!r:.80}")
+    completions = tuple(completion_ids(tokenizer, text) for text in texts)
+    longest = max(len(c) for c in completions)
+    if longest > data.max_completion_tokens:
+        raise ValueError(
+            f"{where}: a completion of {longest} tokens is longer than data.max_completion_tokens = "
+            f"{data.max_completion_tokens}; raise the limit or shorten it"
+        )
+    ratings = () if score.kind == "pairs" else _ratings(prompt.columns["ratings"], score.objectives, where)
+    return Example(prompt, tuple(texts), completions, ratings)
+
+
+def _ratings(value: object, objectives: Sequence[str], where: str) -> tuple[float, ...]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: ratings must be an object of numbers by objective, got {value!r:.80}")
+    given = cast(Mapping[str, object], value)
+    unknown = sorted(set(given) - set(objectives))
+    if unknown:
+        raise ValueError(
+            f"{where}: ratings has {', '.join(unknown)}, which is not in score.objectives "
+            f"({', '.join(objectives)})"
+        )
+    ratings: list[float] = []
+    for name in objectives:
+        rating = given.get(name)
+        if rating is not None and not (isinstance(rating, int | float) and math.isfinite(rating)):
+            raise ValueError(f"{where}: the rating of {name} must be a number or null, got {rating!r:.80}")
+        ratings.append(math.nan if rating is None else float(rating))
+    if all(map(math.isnan, ratings)):
+        raise ValueError(f"{where}: none of the objectives is rated")
+    return tuple(ratings)

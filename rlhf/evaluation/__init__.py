@@ -1,0 +1,1 @@
+"""Accuracy on held-out prompts, intervals around it, and calibration."""

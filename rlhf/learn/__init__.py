@@ -1,0 +1,1 @@
+"""Scored groups -> Experience -> updates of the policy, the critic and what else is learned."""

@@ -1,0 +1,100 @@
+"""The experience of the step under way, and how far its updates have come.
+
+A step samples once and makes `learner.epochs * learner.minibatches` updates from what it sampled. A run
+that is stopped between two of them is saved with this buffer and goes on with the next one, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.checkpoints.plain import metrics_from, metrics_state, pack_images, unpack_images
+from rlhf.checkpoints.stateful import Stateful, TensorFiles
+from rlhf.metrics import Metrics, merge
+from rlhf.torch_typed import integers
+from rlhf.types import Candidates, CriticTargets, Experience, PerceptionInputs
+
+NESTED = {"critic": CriticTargets, "perception": PerceptionInputs, "candidates": Candidates}
+OLD_NAMES = {"kept": "candidates", "right": "correct"}
+"""Fields that checkpoints made before these names call otherwise."""
+
+
+class Buffer(Stateful):
+    """Filled once a step, emptied when its last update is done."""
+
+    def __init__(self) -> None:
+        self.experience: Experience | None = None
+        self.updates = 0
+        """Made from this experience so far."""
+        self.metrics: Metrics = {}
+        """Of the rollouts and of those updates."""
+
+    def fill(self, experience: Experience, metrics: Metrics) -> None:
+        self.experience, self.updates, self.metrics = experience, 0, metrics
+
+    def advance(self, metrics: Metrics) -> None:
+        """One more update is done."""
+        self.updates, self.metrics = self.updates + 1, merge([self.metrics, metrics])
+
+    def empty(self) -> Metrics:
+        """Forgets the experience; everything that was measured."""
+        metrics = self.metrics
+        self.experience, self.updates, self.metrics = None, 0, {}
+        return metrics
+
+    def state(self) -> dict[str, Any]:
+        metrics = metrics_state(self.metrics)
+        return {"filled": self.experience is not None, "updates": self.updates, "metrics": metrics}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        x = self.experience
+        if x is None:
+            return {}
+        plain = _tensors(x, "") | {
+            "prompt_lengths": torch.tensor([len(p) for p in x.prompts], dtype=torch.long),
+            "prompts": torch.cat([*x.prompts, x.token_ids[:0]]),
+        }
+        plain |= {f"images.{name}": tensor for name, tensor in pack_images(x.images).items()}
+        return {"experience": {name: tensor.clone() for name, tensor in plain.items()}}
+
+    def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
+        self.updates = state["updates"]
+        self.metrics = metrics_from(state["metrics"])
+        self.experience = None
+        if not state["filled"]:
+            return
+        saved = {_current_name(name): tensor for name, tensor in tensors["experience"].items()}
+        lengths = integers(saved.pop("prompt_lengths"))
+        prompts = torch.split(saved.pop("prompts"), lengths)
+        values: dict[str, Any] = {f.name: None for f in fields(Experience)}
+        values["prompts"] = tuple(prompt.clone() for prompt in prompts)
+        for name, kind in NESTED.items():
+            parts = {k.removeprefix(f"{name}."): t for k, t in saved.items() if k.startswith(f"{name}.")}
+            values[name] = kind(**parts) if parts else None
+        packed = {k.removeprefix("images."): t for k, t in saved.items() if k.startswith("images.")}
+        values["images"] = unpack_images(packed)
+        values |= {name: tensor for name, tensor in saved.items() if "." not in name}
+        self.experience = Experience(**values)
+
+
+def _current_name(name: str) -> str:
+    """The dotted name of a saved tensor, whose first part an earlier version may have called otherwise."""
+    first, dot, rest = name.partition(".")
+    return OLD_NAMES.get(first, first) + dot + rest
+
+
+def _tensors(owner: Any, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a dataclass and of the dataclasses in it, by dotted name; tuples and None left out."""
+    found: dict[str, Tensor] = {}
+    for f in fields(owner):
+        value = getattr(owner, f.name)
+        if isinstance(value, Tensor):
+            found[prefix + f.name] = value
+        elif is_dataclass(value):
+            found |= _tensors(value, f"{prefix}{f.name}.")
+    return found

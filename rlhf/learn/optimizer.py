@@ -1,0 +1,148 @@
+"""AdamW on a float32 master copy; the model itself computes in bfloat16.
+
+A bfloat16 weight has 8 bits: at a learning rate of 1e-6 nearly every update would be rounded away. So the
+optimizer owns float32 masters (master.py), gradients of all microbatches are added up in float32, and the
+model's weights are the masters, rounded, which the engine samples from as well. In float32 they are one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.checkpoints.stateful import CheckpointError, Stateful, TensorFiles
+from rlhf.checkpoints.tensor_files import rows_like
+from rlhf.config.learner import LearnerConfig
+from rlhf.distributed.shards import is_sharded, replicas_of
+from rlhf.distributed.world import World
+from rlhf.learn.master_weights import Master
+from rlhf.metrics import Max, Mean, Metrics, Sum
+
+
+class MasterAdamW(Stateful):
+    """Casts `model` (given in float32) to `dtype`, keeps the masters of what learns and updates both."""
+
+    def __init__(
+        self, model: nn.Module, dtype: torch.dtype, section: LearnerConfig, total_steps: int
+    ) -> None:
+        self.section, self.total_steps = section, total_steps
+        self.begins = 0
+        """The step of the first update, with which the schedule begins."""
+        named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        self.masters = {name: Master(weight, dtype) for name, weight in named}
+        for parameter in model.parameters():
+            if not is_sharded(parameter):
+                parameter.data = parameter.data.to(dtype)
+
+    def step(self, step: int, world: World) -> Metrics:
+        """One update from the gradients accumulated on every rank; they are gone afterwards.
+
+        Gradients are added over the ranks (losses are already divided by global counts) and clipped by their
+        global norm. An update with a non-finite gradient is skipped and counted.
+        """
+        return step_together({"lr": (self, step)}, world)
+
+    def lr(self, step: int) -> float:
+        """In force at a step, counted from 0."""
+        return self.section.lr * lr_factor(step - self.begins, self.section, self.total_steps - self.begins)
+
+    def gather(self, world: World) -> Tensor:
+        """Adds the gradients up over the ranks; their norm. FSDP has added up those of sharded weights."""
+        for master in self.masters.values():
+            master.collect()
+        whole = [master for master in self.masters.values() if not master.is_sharded]
+        if world.size > 1:
+            world.sum_gradients([master.widened() for master in whole])
+        norm = _norm(whole)
+        rows = [master for master in self.masters.values() if master.is_sharded]
+        if not rows:
+            return norm
+        # every row lies on as many ranks as there are replicas
+        squares = world.all_sum(_norm(rows).square()) / replicas_of(rows[0].weight)
+        return (norm.square() + squares).sqrt()
+
+    def apply(self, step: int, norm: Tensor) -> bool:
+        """Clips the gathered gradients, as if `norm` were theirs, and updates unless it is not finite."""
+        finite = math.isfinite(norm.item())
+        factor = (self.section.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        for master in self.masters.values():
+            if finite:
+                master.update(factor, self.lr(step), self.section)
+            master.gradient = None
+        return finite
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Everything a checkpoint needs: the masters, and the moments and update counts of each."""
+        masters: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            masters[name], own = master.saved()
+            moments |= {f"{name}/{key}": value for key, value in own.items()}
+        return {"model": masters, "optimizer": moments}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
+        """Inverse of `tensors`. Raises CheckpointError when they are of another model."""
+        saved, moments = tensors["model"], tensors["optimizer"]
+        if set(saved) != set(self.masters):
+            odd = sorted(set(saved) ^ set(self.masters))[:3]
+            raise CheckpointError(
+                f"the checkpoint is of another model: {', '.join(odd)} is in one of the two only"
+            )
+        for name, master in self.masters.items():
+            value = rows_like(saved, name, master.weight)
+            if value.shape != master.shape:
+                raise CheckpointError(f"{name}: checkpoint {list(value.shape)}, model {list(master.shape)}")
+            master.set(value)
+            if f"{name}/step" not in moments:
+                # saved before the first update, by a version that made moments with it
+                continue
+            master.moments.step.copy_(moments[f"{name}/step"])
+            master.moments.first.copy_(rows_like(moments, f"{name}/exp_avg", master.weight))
+            master.moments.second.copy_(rows_like(moments, f"{name}/exp_avg_sq", master.weight))
+
+
+def _norm(masters: Sequence[Master]) -> Tensor:
+    """Of all their gradients together."""
+    return nn.utils.get_total_norm([master.norm() for master in masters])
+
+
+def step_together(optimizers: Mapping[str, tuple[MasterAdamW, int]], world: World) -> Metrics:
+    """One update of several parts, clipped by one norm over all; made of all of them or of none.
+
+    By the name under which its learning rate is reported, each comes with its own count of steps.
+    """
+    norms = [optimizer.gather(world) for optimizer, _ in optimizers.values()]
+    norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
+    # the norm is one: all of them find it finite, or none does
+    made = [optimizer.apply(step, norm) for optimizer, step in optimizers.values()]
+    finite = all(made)
+    metrics: Metrics = {name: Max(optimizer.lr(step)) for name, (optimizer, step) in optimizers.items()}
+    metrics["update/skipped"] = Sum(0.0 if finite else 1.0 / world.size)
+    return metrics | ({"grad_norm": Mean(norm.item())} if finite else {})
+
+
+def lr_factor(step: int, section: LearnerConfig, total_steps: int) -> float:
+    """Linear warm-up over the first `warmup_steps`, then the schedule; `step` counts from 0.
+
+    `inverse_sqrt` is that of PPO-max (arXiv:2307.04964, its code): max(step / W, 0.1) up to W, sqrt(W / step)
+    from there on.
+    """
+    warmup = section.warmup_steps
+    if section.schedule == "inverse_sqrt":
+        rising, falling = max(step / max(1, warmup), 0.1), math.sqrt(max(1, warmup) / max(1, step, warmup))
+        return rising if step < warmup else max(falling, 1e-8)
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    match section.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - progress
+        case "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * progress))

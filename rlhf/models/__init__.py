@@ -1,0 +1,1 @@
+"""Models of transformers: loading, packing, heads, adapters, shards, and their self-test."""

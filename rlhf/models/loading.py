@@ -1,0 +1,147 @@
+"""Loads models, chooses how packed groups go through them, and checks that by the model's own forward."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlhf.config.model import ModelConfig
+from rlhf.models.packing import Layout, least
+from rlhf.models.policy import Policy, Trunk
+from rlhf.models.pretrained import ModelError, load_model, load_scorer, takes_attention, text_settings
+from rlhf.models.self_test import forward_error, hidden_state_error, image_error
+from rlhf.models.sharding import Sharding, give_up, open_policy, open_scorer
+from rlhf.models.vision.processor import Processor
+
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+log = logging.getLogger(__name__)
+
+
+def load_policy(
+    section: ModelConfig, path: str, device: torch.device, processor: Processor | None = None
+) -> Policy:
+    """Loads the weights in float32 (the optimizer makes its masters from them) and checks the forward.
+
+    Raises ModelError: the model cannot be loaded, its head is of another kind, or it cannot do the packing
+    that was asked for (the reason is named).
+    """
+    return _checked_policy(section, path, load_model(path, device), processor)
+
+
+def load_sharded_policy(section: ModelConfig, path: str, sharding: Sharding, *, trains: bool) -> Policy:
+    """In shards, of float32 where it `trains`; checked in float32, then opened in the compute type."""
+    policy = _checked_policy(section, path, open_policy(path, sharding.exact(), trains=trains))
+    give_up(policy.model)
+    if sharding.computed == torch.float32:
+        return policy
+    layout = policy.layout
+    del policy
+    model = open_policy(path, sharding, trains=trains)
+    without_dropout(model)
+    reopened = Policy(model, layout=layout)
+    with torch.no_grad():
+        reopened.dummy_pass()
+    return reopened
+
+
+def load_trunk(path: str, device: torch.device | Sharding) -> tuple[Trunk, Tensor | None]:
+    """A transformer in float32 ready for packed groups, and the weight of its score head if it has one.
+
+    One in shards is checked in float32 and then opened in the type it computes in.
+    """
+    if isinstance(device, torch.device):
+        return _checked_trunk(path, *load_scorer(path, device))
+    trunk, weight = _checked_trunk(path, *open_scorer(path, device.exact()))
+    if device.computed == torch.float32:
+        return trunk, weight
+    layout = trunk.layout
+    del trunk
+    model, weight = open_scorer(path, device)
+    without_dropout(model)
+    reopened = Trunk(model, layout=layout)
+    with torch.no_grad():
+        reopened.hidden(least(model.device))
+    give_up(model)
+    return reopened, weight
+
+
+def _checked_policy(
+    section: ModelConfig, path: str, model: PreTrainedModel, processor: Processor | None = None
+) -> Policy:
+    without_dropout(model)
+    policy = Policy(model, layout="padded", processor=processor)
+    choose_layout(policy, path, section.packing, lambda: forward_error(policy) or image_error(policy))
+    return policy
+
+
+def _checked_trunk(path: str, model: PreTrainedModel, weight: Tensor | None) -> tuple[Trunk, Tensor | None]:
+    without_dropout(model)
+    trunk = Trunk(model, layout="padded")
+    choose_layout(trunk, path, "auto", lambda: hidden_state_error(trunk))
+    give_up(model)
+    return trunk, weight
+
+
+def choose_layout(trunk: Trunk, path: str, asked: str, error: Callable[[], str | None]) -> None:
+    """Gives `trunk` the best layout that the model can do, or the one asked for; logs why not a better one.
+
+    `error` compares the layout with the model's own forward and says what differs. Raises ModelError: the
+    model cannot do what was asked, or not even padded rows give what it computes itself.
+    """
+    reasons: list[str] = []
+    for layout in LAYOUTS if asked == "auto" else (cast(Layout, asked),):
+        reason = why_not(trunk.model, layout)
+        if reason is None:
+            trunk.layout = layout
+            try:
+                reason = error()
+            except NotImplementedError as refusal:
+                reason = str(refusal)
+        if reason is None:
+            if reasons:
+                how = {"packed": "sequences are packed", "padded": "sequences are padded"}[layout]
+                log.warning(
+                    "%s: prompts are not shared within a group, because %s; %s", path, reasons[0], how
+                )
+            return
+        reasons.append(reason)
+    if asked in ("auto", "padded"):
+        raise ModelError(
+            f"{path}: log-probs from hidden states and head are not those of the model ({reasons[-1]})"
+        )
+    raise ModelError(f"model.packing is {asked}, but {path} cannot: {reasons[0]}")
+
+
+def why_not(model: PreTrainedModel, layout: Layout) -> str | None:
+    """The reason, as far as the settings of a model tell, why it cannot do a layout; None when it may."""
+    if layout == "padded":
+        return None
+    settings = text_settings(model.config)
+    kinds: set[str] = set(settings.get("layer_types") or ())
+    others = kinds - {"full_attention", "sliding_attention"}
+    if others:
+        return f"it has layers of kind {', '.join(sorted(others))}"
+    if settings.get("attn_logit_softcapping"):
+        return "it caps attention logits"
+    if not takes_attention(model):
+        return f"{type(model).__name__} does not take its attention from transformers' AttentionInterface"
+    window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
+    if layout == "shared_prefix" and ("sliding_attention" in kinds or (window and not kinds)):
+        return f"it attends to a sliding window of {window} tokens"
+    return None
+
+
+def without_dropout(model: PreTrainedModel) -> None:
+    """Switches dropout off: log-probs before and after an update must be those of one function."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        # attention modules keep a copy of the config's
+        if "attention_dropout" in vars(module):
+            cast(Any, module).attention_dropout = 0.0

@@ -1,0 +1,145 @@
+"""Whether packed groups give what the model's own forward gives: tried on a few tokens at loading.
+
+Three comparisons, of one form: log-probs of a policy, log-probs after prompts with images, hidden states of a
+trunk without a language-model head. Each returns what differs in words, or None where the two agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from rlhf.models.layers.shared_prefix import FOLD_UP_TO
+from rlhf.models.packing import pack
+from rlhf.models.policy import Policy, Trunk
+from rlhf.models.pretrained import text_settings
+from rlhf.models.vision.images import noise
+from rlhf.torch_typed import integers
+from rlhf.types import Images
+
+LONG_PROMPT = FOLD_UP_TO + 2
+"""Tokens of a prompt that the attention of a CPU does not fold into the rows of its completions."""
+COMPLETION_TOKENS = 7
+"""Tokens of the longer of the two completions."""
+TOLERANCE = 0.01
+"""Largest error, as a share of what another prompt or image changes."""
+
+
+@torch.no_grad()
+def forward_error(policy: Policy) -> str | None:
+    """Compares log-probs of `policy` with those of the model's own full forward."""
+    prompts, others, completions = _short_and_long(policy.model, policy.head.module.out_features)
+    packs = [pack([prompt], [completions]) for prompt in prompts]
+    found = [policy.statistics(packed, temperature=1.0, want=("logprob",)).logprob for packed in packs]
+    got = torch.cat([logprobs for logprobs in found if logprobs is not None])
+    with _own_attention(policy):
+        own, elsewhere = (
+            torch.cat([_full_forward(policy.model, prompt, completions) for prompt in asked])
+            for asked in (prompts, others)
+        )
+    return _difference(got, own, elsewhere, unit=" nats", other="prompt")
+
+
+@torch.no_grad()
+def image_error(policy: Policy) -> str | None:
+    """Compares log-probs after prompts of two images each; None for a model without an image processor."""
+    if policy.vision is None:
+        return None
+    processor, device = policy.vision.processor, policy.model.device
+    text = f"a{processor.placeholder}b{processor.placeholder}c"
+    images = [Images("self-test", (noise(64, 64, seed), noise(64, 96, seed))) for seed in (0, 1)]
+    prompts = [torch.tensor(processor.token_ids(text, i), device=device) for i in images]
+    letters = [i for i in range(2, 14) if i != processor.image_token_id]
+    completions = [torch.tensor(part, device=device) for part in (letters[:7], letters[5:9])]
+    packed = pack(prompts, [completions] * len(prompts), images)
+    got = policy.statistics(packed, temperature=1.0, want=("logprob",)).logprob
+    assert got is not None
+    with _own_attention(policy):
+        own = [
+            _full_forward_with_images(policy, prompt, i, completions)
+            for prompt, i in zip(prompts, images, strict=True)
+        ]
+    # the images have one size, so the two prompts have the same tokens
+    return _difference(got, torch.cat(own), torch.cat(own[::-1]), unit=" nats", other="image")
+
+
+@torch.no_grad()
+def hidden_state_error(trunk: Trunk) -> str | None:
+    """Compares hidden states of packed groups with those of padded rows."""
+    vocabulary = text_settings(trunk.model.config)["vocab_size"]
+    prompts, others, completions = _short_and_long(trunk.model, vocabulary)
+
+    def states(asked: Sequence[Tensor]) -> Tensor:
+        return torch.cat([trunk.hidden(pack([prompt], [completions])) for prompt in asked])
+
+    got = states(prompts)
+    with _own_attention(trunk):
+        own, elsewhere = states(prompts), states(others)
+    return _difference(got, own, elsewhere, unit="", other="prompt")
+
+
+def _short_and_long(
+    model: PreTrainedModel, vocabulary: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Two prompts, the same two with another first token, and two completions, as token ids.
+
+    A CPU takes another way through the attention for the long prompt, with all that is packed with it.
+    """
+    room = text_settings(model.config).get("max_position_embeddings") or LONG_PROMPT + COMPLETION_TOKENS
+    ids = torch.arange(2, LONG_PROMPT + 9, device=model.device) % vocabulary
+    prompts = [ids[:5], ids[: min(LONG_PROMPT, room - COMPLETION_TOKENS)]]
+    others = [torch.cat([ids[8:9], prompt[1:]]) for prompt in prompts]
+    return prompts, others, [ids[5 : 5 + COMPLETION_TOKENS], ids[4:7]]
+
+
+@contextmanager
+def _own_attention(trunk: Trunk) -> Generator[None]:
+    """The model attends as it does by itself, and as before afterwards."""
+    layout, trunk.layout = trunk.layout, "padded"
+    try:
+        yield
+    finally:
+        trunk.layout = layout
+
+
+def _difference(got: Tensor, own: Tensor, elsewhere: Tensor, *, unit: str, other: str) -> str | None:
+    """In words; None when `got` and `own` differ by less than a hundredth of what another prompt (or image)
+    makes of `own`: the scale of a real difference."""
+    signal, error = (elsewhere - own).abs().max().item(), (got - own).abs().max().item()
+    if error <= TOLERANCE * signal + 1e-5:
+        return None
+    return f"by {error:.2g}{unit}, where another {other} makes {signal:.2g}"
+
+
+def _full_forward(model: PreTrainedModel, prompt: Tensor, completions: Sequence[Tensor]) -> Tensor:
+    parts = [
+        _chosen(model(input_ids=torch.cat([prompt, completion])[None]).logits, prompt, completion)
+        for completion in completions
+    ]
+    return torch.cat(parts)
+
+
+def _full_forward_with_images(
+    policy: Policy, prompt: Tensor, images: Images, completions: Sequence[Tensor]
+) -> Tensor:
+    assert policy.vision is not None
+    parts: list[Tensor] = []
+    for completion in completions:
+        inputs = policy.vision.processor.inputs(images, integers(prompt))
+        if "mm_token_type_ids" in inputs:
+            inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, len(completion)))
+        moved = {name: tensor.to(prompt.device) for name, tensor in inputs.items()}
+        logits = policy.model(input_ids=torch.cat([prompt, completion])[None], **moved).logits
+        parts.append(_chosen(logits, prompt, completion))
+    return torch.cat(parts)
+
+
+def _chosen(logits: Tensor, prompt: Tensor, completion: Tensor) -> Tensor:
+    """Log-probs of the completion's tokens, from the logits `[1, T, V]` of prompt and completion."""
+    logprobs = logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
+    return logprobs.gather(-1, completion[:, None])[:, 0]

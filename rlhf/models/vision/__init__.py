@@ -1,0 +1,1 @@
+"""Images: opened, encoded by the processor of a model, and put among its token embeddings."""

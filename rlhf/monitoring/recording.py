@@ -1,0 +1,43 @@
+"""What a run writes, and who: the first rank holds the folder and keeps the record, the others are silent."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from rlhf.config.reward_model import RewardModelConfig
+from rlhf.config.run import Config
+from rlhf.distributed.world import World
+from rlhf.monitoring.monitor import Monitor
+from rlhf.monitoring.run_folder import RunFolder
+from rlhf.monitoring.samples import TokenTexts
+
+
+@contextmanager
+def recording(
+    folder: RunFolder,
+    config: Config | RewardModelConfig,
+    world: World,
+    *,
+    samples_per_step: int = 0,
+    texts: TokenTexts | None = None,
+) -> Generator[Monitor]:
+    """Claims the folder and starts its monitor; closes and leaves both at the end.
+
+    Raises RunFolderError as `RunFolder.claim`, SinkError as `Monitor.start` do.
+    """
+    if not world.is_main:
+        yield Monitor.silent()
+        return
+    with (
+        folder.claim(config=config.to_yaml(), resume=config.checkpoint.resume == "auto"),
+        Monitor.start(
+            folder,
+            sinks=config.monitor.sinks,
+            total_steps=config.steps,
+            samples_per_step=samples_per_step,
+            settings=config.model_dump(mode="json"),
+            texts=texts,
+        ) as monitor,
+    ):
+        yield monitor

@@ -1,0 +1,1 @@
+"""RUN/report.html, the comparison of several runs, and the closing summary."""

@@ -1,0 +1,129 @@
+"""Completions to read: prompts, samples, rewards by objective, tokens coloured by advantage or entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from typing import Any, cast
+
+Record = Mapping[str, Any]
+
+GROUPS = 16
+"""Shown of a run: those of its first and its last step, and some in between."""
+COMPLETIONS = 8
+"""Shown of a group."""
+TOKENS = 24_000
+"""Coloured on a page, which grows by about 60 bytes with each."""
+
+STYLE = """
+details { border-top: 1px solid var(--line); padding: .3rem 0; }
+summary { cursor: pointer; overflow-wrap: anywhere; }
+summary small { opacity: .75; } .tokens i { font-style: normal; }
+.paint { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin: .8rem 0; padding: 0; border: 0; }
+:root { --up: #10b981; --down: #ef4444; --open: #f59e0b; }
+body:has(#by-advantage:checked) .tokens .u {
+  background: color-mix(in srgb, var(--up) calc(var(--a) * 70%), transparent); }
+body:has(#by-advantage:checked) .tokens .d {
+  background: color-mix(in srgb, var(--down) calc(var(--a) * 70%), transparent); }
+body:has(#by-entropy:checked) .tokens i {
+  background: color-mix(in srgb, var(--open) calc(var(--e, 0) * 80%), transparent); }
+body:has(#by-nothing:checked) .scale, body:has(#by-advantage:checked) .scale.e,
+body:has(#by-entropy:checked) .scale.a { display: none; }
+"""
+PAINT = """<fieldset class="paint">Tokens coloured by
+<label><input type="radio" name="paint" id="by-advantage" checked> advantage</label>
+<label><input type="radio" name="paint" id="by-entropy"> entropy</label>
+<label><input type="radio" name="paint" id="by-nothing"> nothing</label>
+<small class="scale a">green: above what its group leads one to expect, red: below</small>
+<small class="scale e">the stronger, the less sure the policy was of this token</small></fieldset>"""
+
+
+def browser(groups: Sequence[Record]) -> str:
+    """A part of a page, which needs `STYLE` and, once, `PAINT`; empty without groups."""
+    room = TOKENS
+    parts: list[str] = []
+    for number, group in enumerate(groups):
+        shown = group["completions"][:COMPLETIONS]
+        drawn: list[str] = []
+        for completion in shown:
+            room -= len(completion.get("tokens", ()))
+            drawn.append(_completion(completion, coloured=room >= 0))
+        parts.append(_group(group, drawn, is_open=number in (0, len(groups) - 1)))
+    return "".join(parts)
+
+
+def lengths_of(groups: Iterable[Record]) -> list[int]:
+    """Tokens of each completion that was recorded."""
+    return [c["num_tokens"] for group in groups for c in group["completions"] if "num_tokens" in c]
+
+
+def _group(group: Record, completions: Sequence[str], *, is_open: bool) -> str:
+    rewards = [c["reward"] for c in group["completions"]]
+    said = " ".join("none" if reward is None else f"{reward:.2f}" for reward in rewards[:COMPLETIONS])
+    more = len(rewards) - len(completions)
+    head = f"step {group['step']}: {escape(_shorten(text_of(group['prompt'])))} <small>rewards {said}</small>"
+    left_out = f'<p class="note">{more} more were sampled.</p>' if more > 0 else ""
+    return (
+        f"<details{' open' if is_open else ''}><summary>{head}</summary>"
+        f'<div class="question">{_prompt(group["prompt"])}</div>'
+        f'<div class="completions">{"".join(completions)}</div>{left_out}</details>'
+    )
+
+
+def _prompt(prompt: str | Sequence[Record]) -> str:
+    if isinstance(prompt, str):
+        return escape(prompt)
+    return "\n".join(f"<small>{escape(str(m['role']))}</small> {escape(str(m['content']))}" for m in prompt)
+
+
+def _completion(completion: Record, *, coloured: bool) -> str:
+    tokens = completion.get("tokens")
+    body = "".join(_tokens(completion)) if coloured and tokens else escape(completion["text"])
+    return (
+        f'<div><small>{escape(_head(completion))}</small><blockquote class="tokens">{body}</blockquote></div>'
+    )
+
+
+def _head(completion: Record) -> str:
+    parts = [reward_text(completion)]
+    objectives: Record = completion.get("objectives", {})
+    if len(objectives) > 1:
+        values = ((name, "none" if value is None else f"{value:.2f}") for name, value in objectives.items())
+        parts.append(", ".join(f"{name} {value}" for name, value in values))
+    advantage = completion.get("advantage")
+    if isinstance(advantage, int | float):
+        parts.append(f"advantage {advantage:+.2f}")
+    if "num_tokens" in completion:
+        parts.append(f"{completion['num_tokens']} tokens")
+    if completion.get("finish_reason") == "length":
+        parts.append("cut at the limit")
+    return " · ".join(parts)
+
+
+def _tokens(completion: Record) -> Iterator[str]:
+    tokens: Sequence[str] = completion["tokens"]
+    advantage: Any = completion.get("advantage", 0.0)
+    advantages: Sequence[float] = [advantage] * len(tokens)
+    if isinstance(advantage, list):
+        advantages = cast(list[float], advantage)
+    entropies: Sequence[float | None] = completion.get("entropy") or [None] * len(tokens)
+    for token, a, e in zip(tokens, advantages, entropies, strict=True):
+        # an advantage of 2 standard deviations, an entropy of 2 nats: as strong as it gets
+        style = f"--a:{min(1.0, abs(a) / 2):.2g}" + ("" if e is None else f";--e:{min(1.0, e / 2):.2g}")
+        title = f"advantage {a:+.2f}" + ("" if e is None else f", entropy {e:.2f}")
+        kind = "u" if a > 0 else "d" if a < 0 else "z"
+        yield f'<i class="{kind}" style="{style}" title="{title}">{escape(token)}</i>'
+
+
+def reward_text(sample: Record) -> str:
+    return "no reward" if sample["reward"] is None else f"reward {sample['reward']:.2f}"
+
+
+def text_of(prompt: str | Sequence[Record]) -> str:
+    """The last message of a chat."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 80 else line[:79] + "…"

@@ -1,0 +1,193 @@
+"""RUN/report.html: one file with everything in it, for a light or dark, wide or narrow screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+from rlhf.monitoring.report import browser as report_browser
+from rlhf.monitoring.report import plots
+from rlhf.monitoring.report.browser import PAINT, browser, lengths_of, reward_text
+from rlhf.monitoring.report.style import STYLE
+from rlhf.monitoring.report.verdict import Verdict
+
+Steps = Sequence[Mapping[str, float]]
+Records = Sequence[Mapping[str, Any]]
+
+
+SOLVED = {"0": "0 %", "0_20": "to 20 %", "20_80": "to 80 %", "80_100": "below 100 %", "100": "100 %"}
+
+
+class Plot(NamedTuple):
+    """Curves of one figure: parts of a whole, or each by itself."""
+
+    title: str
+    names: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    whole: bool = True
+    spread: str = ""
+    """Metric that is a margin around the only curve."""
+
+
+PLOTS = (
+    Plot("Reward, mean of a step", ("reward/mean",), spread="reward/std"),
+    Plot("KL to the reference, nats a token", ("kl/ref",)),
+    Plot("Entropy, nats a token", ("entropy",)),
+    Plot("Length of completions, tokens", ("length/mean",)),
+    Plot("Share of completions cut at the limit", ("length/truncated",)),
+    Plot("Norm of the gradient", ("grad_norm",)),
+    Plot("Engine against learner (k3), nats a token", ("mismatch/k3",)),
+    Plot("Share of tokens clipped", ("clip_fraction",)),
+    Plot("Share of rollouts in groups whose rewards differ", ("budget/effective_ratio",)),
+    Plot(
+        "Rollouts a prompt, by the share of them that was right",
+        tuple(f"budget/size_{bucket}" for bucket in SOLVED),
+        tuple(SOLVED.values()),
+        whole=False,
+    ),
+    Plot(
+        "Share of prompts, by the share of their rollouts that was right",
+        tuple(f"budget/solved_{bucket}" for bucket in SOLVED),
+        tuple(SOLVED.values()),
+    ),
+    Plot("Seconds a step", ("time/rollout", "time/reward", "time/learn", "time/sync")),
+    Plot("Tokens sampled a second", ("throughput/tokens_per_second",)),
+)
+
+
+def render(
+    title: str, said: Verdict, *, evaluations: Records, steps: Steps, groups: Records, config: str
+) -> str:
+    """The page. A plot whose metrics are missing is left out, and named; so are evaluations.
+
+    `groups`: some of RUN/samples.jsonl, oldest first.
+    """
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        _verdict(said),
+        _facts(steps),
+        _accuracy(evaluations),
+        _curves(steps, groups),
+        _evaluated(evaluations),
+        f"<h2>Completions in training</h2>{PAINT}{browser(groups)}" if groups else "",
+        f"<h2>Configuration</h2><pre>{escape(config)}</pre>" if config else "",
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{STYLE}{report_browser.STYLE}</style>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</html>\n"
+    )
+
+
+def _verdict(said: Verdict) -> str:
+    page = f'<p class="verdict {said.outcome}">{escape(said.sentence)}</p>'
+    if said.reasons:
+        items = "".join(f"<li>{escape(reason)}</li>" for reason in said.reasons)
+        page += f'<ul class="reasons">{items}</ul>'
+    return page
+
+
+def _facts(steps: Steps) -> str:
+    if not steps:
+        return '<p class="note">No step was recorded.</p>'
+    facts = [f"{len(steps)} steps"]
+    seconds = [values["time/step"] for values in steps if "time/step" in values]
+    if seconds:
+        facts += [
+            f"{sum(seconds) / 60:.1f} minutes of training",
+            f"{sum(seconds) / len(seconds):.1f} s a step",
+        ]
+    peaks = [values["memory/peak_gib"] for values in steps if "memory/peak_gib" in values]
+    if peaks:
+        facts.append(f"{max(peaks):.1f} GiB at most")
+    return f'<p class="note">{", ".join(facts)}</p>'
+
+
+def _accuracy(evaluations: Records) -> str:
+    if not evaluations:
+        return ""
+    heads = "".join(f"<th>{head}</th>" for head in ("after step", "accuracy", "95% interval", "samples"))
+    rows = "".join(
+        f"<tr><td>{e['step']}</td><td>{e['accuracy']:.3f}</td>"
+        f"<td>{e['ci_low']:.3f} to {e['ci_high']:.3f}</td><td>{e['num_samples']}</td></tr>"
+        for e in evaluations
+    )
+    page = "<h2>Accuracy on held-out prompts</h2>"
+    page += f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div>'
+    if len(evaluations) > 2:
+        steps, accuracy = [e["step"] for e in evaluations], [e["accuracy"] for e in evaluations]
+        bounds = [(e["ci_low"], e["ci_high"]) for e in evaluations]
+        page += (
+            f'<div class="plots">{plots.intervals("Accuracy, 95% interval", steps, accuracy, bounds)}</div>'
+        )
+    return page
+
+
+def _evaluated(evaluations: Records) -> str:
+    """Each question once, with what the first and the last evaluation got for it."""
+    completions: dict[str, list[str]] = {}
+    for e in [*evaluations[:1], *evaluations[1:][-1:]]:
+        for sample in e["samples"]:
+            word = "right" if sample["right"] else "wrong"
+            head = f'after step {e["step"]}: <span class="{word}">{word}</span>, {reward_text(sample)}'
+            completions.setdefault(sample["prompt"], []).append(_completion(head, sample["completion"]))
+    return _questions("Completions of held-out prompts", completions.items())
+
+
+def _questions(title: str, questions: Iterable[tuple[str, list[str]]]) -> str:
+    page = "".join(
+        f'<div class="question">{escape(question)}</div><div class="completions">{"".join(completions)}</div>'
+        for question, completions in questions
+    )
+    return f"<h2>{title}</h2>{page}" if page else ""
+
+
+def _completion(head: str, text: str) -> str:
+    return f"<div><small>{head}</small><blockquote>{escape(text)}</blockquote></div>"
+
+
+def _curves(steps: Steps, groups: Records) -> str:
+    if not steps:
+        return ""
+    drawn: list[str] = []
+    missing: list[str] = []
+    for plot in PLOTS:
+        labels = plot.labels or [name.partition("/")[2] for name in plot.names]
+        named = [
+            (name, label)
+            for name, label in zip(plot.names, labels, strict=True)
+            if any(name in values for values in steps)
+        ]
+        if named:
+            drawn.append(_draw(plot, named, steps))
+        else:
+            missing.append(plot.title)
+    drawn += _lengths(groups)
+    page = f'<h2>Training</h2><div class="plots">{"".join(drawn)}</div>'
+    if missing:
+        page += f'<p class="note">Not recorded in this run: {escape("; ".join(missing))}.</p>'
+    return page
+
+
+def _draw(plot: Plot, named: Sequence[tuple[str, str]], steps: Steps) -> str:
+    numbers = [values["step"] for values in steps]
+    gap = math.nan if len(named) == 1 or not plot.whole else 0.0
+    parts = [(label, [values.get(name, gap) for values in steps]) for name, label in named]
+    if len(parts) == 1 and plot.spread:
+        margins = [values.get(plot.spread, math.nan) for values in steps]
+        return plots.spread(f"{plot.title}, and its spread in a group", numbers, parts[0][1], margins)
+    if len(parts) == 1:
+        return plots.curve(plot.title, numbers, parts[0][1])
+    return (plots.stack if plot.whole else plots.lines)(plot.title, numbers, parts)
+
+
+def _lengths(groups: Records) -> list[str]:
+    """Of the recorded completions, those of the first half of the run against the second."""
+    half = len(groups) // 2
+    parts = [("first half", lengths_of(groups[:half])), ("second half", lengths_of(groups[half:]))]
+    found = [(name, values) for name, values in parts if values]
+    return [plots.histogram("Lengths of the recorded completions", found, unit="tokens")] if found else []

@@ -1,0 +1,207 @@
+"""Everything that can be known before weights are loaded: tokenizer, datasets, rewards, the model's limits.
+
+The trainer begins with it and `rlhf check` is nothing else, so what passes the check starts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.config.checks import return_candidates
+from rlhf.config.run import Config
+from rlhf.config.section import ConfigError
+from rlhf.data.completions import OfflineDataset, load_offline
+from rlhf.data.prompts import PromptDataset, load_prompts
+from rlhf.data.texts import load_texts
+from rlhf.inputs import Inputs
+from rlhf.models.pretrained import (
+    check_writes_text,
+    eos_token_ids,
+    load_model_config,
+    load_tokenizer,
+    local_or_hub,
+    text_settings,
+)
+from rlhf.models.vision.processor import Processor, load_processor
+from rlhf.plugins import load_plugin
+from rlhf.preflight.vllm import check_adapter, check_vllm
+from rlhf.rewards.plugin import RewardSpec
+from rlhf.rewards.scoring import Rewards
+
+SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
+    """Raises ConfigError, or the ValueError of the part that is wrong: what was expected and what came."""
+    if config.rollout.prompts_per_step < world_size:
+        raise ConfigError(
+            f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, fewer than "
+            f"the {world_size} ranks"
+        )
+    if config.learner.minibatches > config.rollout.prompts_per_step // world_size:
+        raise ConfigError(
+            f"learner.minibatches is {config.learner.minibatches}: with "
+            f"{config.rollout.prompts_per_step} prompts a step some of the {world_size} ranks would have "
+            "nothing to learn from in an update"
+        )
+    _check_installed(config)
+    check_vllm(config, world_size)
+    algorithm = config.build_algorithm()
+    _check_sampling(config, algorithm)
+    _check_ahead(config, algorithm)
+    model = load_model_config(config.model.path)
+    check_writes_text(config.model.path, model)
+    tokenizer = load_tokenizer(config.model.path)
+    for path in (config.model.reference, config.critic.path if algorithm.critic is not None else None):
+        if path is not None:
+            local_or_hub(path)
+    _check_lengths(config, model)
+    _check_weights(config, model)
+    processor = load_processor(config.model.path, tokenizer)
+    check_adapter(config, processor)
+    ends = _eos_token_ids(config, tokenizer)
+    offline = None if config.data.mode == "online" else _offline(config, tokenizer, processor, ends)
+    train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
+    held_out = None if config.data.eval is None else _prompts(config, config.data.eval, tokenizer, processor)
+    _check_pictures(config, algorithm, train)
+    texts = ()
+    if config.ptx.path is not None:
+        texts = tuple(load_texts(config.ptx, tokenizer, config.learner.microbatch_tokens))
+    rewards = _rewards(config, train)
+    if held_out is not None:
+        try:
+            rewards.check_columns(held_out.columns)
+        except ValueError as error:
+            raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
+    return Inputs(tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor, offline)
+
+
+def _offline(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor | None,
+    eos_token_ids: tuple[int, ...],
+) -> OfflineDataset:
+    eos = tokenizer.eos_token_id
+    return load_offline(
+        Path(config.data.train).expanduser(),
+        tokenizer,
+        config.data,
+        max_completion_tokens=config.rollout.max_completion_tokens,
+        eos_token_id=eos if isinstance(eos, int) else eos_token_ids[0],
+        processor=processor,
+    )
+
+
+def _check_installed(config: Config) -> None:
+    """What is asked for by name, beside the algorithm and the rewards, is there."""
+    for sink in config.monitor.sinks:
+        package = SINK_PACKAGES[sink]
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"monitor.sinks has {sink}, but {package} is not installed: pip install {package}"
+            )
+    if ":" in config.rollout.engine and not callable(load_plugin(config.rollout.engine)):
+        raise ConfigError(f"rollout.engine: {config.rollout.engine} is no class or function")
+
+
+def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
+    specs = [RewardSpec(**function.model_dump()) for function in config.reward.functions]
+    return Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
+
+
+def _check_pictures(config: Config, algorithm: Algorithm, train: PromptDataset) -> None:
+    if not any(prompt.images for prompt in train.prompts):
+        if algorithm.perception is not None:
+            raise ConfigError(f"perception has a weight, but no prompt of {config.data.train} has a picture")
+        return
+    if config.distributed.mode == "sharded":
+        raise ConfigError(
+            "prompts have pictures, and models that see are not sharded: take distributed.mode=replicated"
+        )
+    if algorithm.needs_prompt_value or algorithm.prompt_temperature is not None:
+        raise ConfigError(
+            f"prompts have pictures, and what {config.algorithm['name']} learns of a prompt, it learns from "
+            "text alone; take awr with a baseline of the group"
+        )
+    if algorithm.critic is not None and config.critic.trunk == "own":
+        raise ConfigError(
+            "critic.trunk is own, but a critic of its own sees no pictures; set critic.trunk to policy"
+        )
+
+
+def _prompts(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, processor: Processor | None
+) -> PromptDataset:
+    data = config.data
+    return load_prompts(
+        Path(path).expanduser(),
+        tokenizer,
+        prompt_column=data.prompt_column,
+        image_column=data.image_column,
+        max_prompt_tokens=data.max_prompt_tokens,
+        long_prompts=data.long_prompts,
+        processor=processor,
+    )
+
+
+def _check_sampling(config: Config, algorithm: Algorithm) -> None:
+    """What truncation leaves is recorded token by token, which `top_k` must bound."""
+    rollout = config.rollout
+    if return_candidates(config, algorithm) and not rollout.top_k:
+        raise ConfigError(
+            f"rollout.top_p = {rollout.top_p} and rollout.min_p = {rollout.min_p} truncate the distribution, "
+            f"and algorithm.mismatch.kind = {algorithm.mismatch.kind} compares log-probs among the tokens "
+            "that were left, which are recorded for each token (4 bytes each): set rollout.top_k too, which "
+            "bounds them, to 1000 for example, or algorithm.mismatch.kind=none, which learns as if nothing "
+            "had been truncated"
+        )
+
+
+def _check_ahead(config: Config, algorithm: Algorithm) -> None:
+    if config.rollout.ahead and algorithm.mismatch.kind == "none":
+        raise ConfigError(
+            "rollout.ahead = 1 samples with weights one update older than those it is learned with, and "
+            "algorithm.mismatch.kind = none would not correct for it; use token_tis, or rollout.ahead=0"
+        )
+
+
+def _check_lengths(config: Config, model: PretrainedConfig) -> None:
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    limit = text_settings(model).get("max_position_embeddings")
+    if limit is not None and longest > limit:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but {config.model.path} "
+            f"has positions for {limit} tokens; lower one of the two"
+        )
+
+
+def _check_weights(config: Config, model: PretrainedConfig) -> None:
+    quantization = model.to_dict().get("quantization_config")
+    if quantization is not None:
+        method = cast(dict[str, Any], quantization).get("quant_method", "an unknown method")
+        what = "QLoRA is not supported" if config.model.lora else "they cannot be trained"
+        raise ConfigError(
+            f"the weights of {config.model.path} are quantized ({method}): {what}; give the model it was "
+            "made from"
+        )
+    if config.model.lora is not None and importlib.util.find_spec("peft") is None:
+        raise ConfigError("model.lora is set, but peft is not installed: pip install 'tandem-rl[lora]'")
+
+
+def _eos_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The end-of-sequence tokens of tokenizer and model. Raises ConfigError when there is none at all."""
+    ids = eos_token_ids(config.model.path).union(config.rollout.stop_token_ids)
+    if isinstance(tokenizer.eos_token_id, int):
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise ConfigError(
+            f"{config.model.path} has no end-of-sequence token; set rollout.stop_token_ids, or every "
+            "completion is cut at its limit"
+        )
+    return tuple(sorted(ids))

@@ -1,0 +1,118 @@
+"""The run of a reward model: batches, updates, evaluations, checkpoints; the model saved for others to use.
+
+RUN/model           sequence classifier of the Hugging Face layout, with the tokenizer
+RUN/calibration.json  one object an evaluation: accuracy, calibration error, and what was predicted and came
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+
+from rlhf.checkpoints import store
+from rlhf.checkpoints.stateful import Stateful
+from rlhf.config.reward_model import RewardModelConfig
+from rlhf.config.section import ConfigError
+from rlhf.data.pairs import load_examples
+from rlhf.distributed.world import World, world_size
+from rlhf.files import write_atomically
+from rlhf.learn.optimizer import MasterAdamW
+from rlhf.loop import Loop
+from rlhf.metrics import Max, Metrics
+from rlhf.models.loading import load_policy
+from rlhf.models.pretrained import load_tokenizer, pad_token_of
+from rlhf.monitoring.monitor import Monitor
+from rlhf.reward_model.evaluation import evaluate
+from rlhf.reward_model.learner import RewardModelLearner, next_batch
+from rlhf.reward_model.model import RewardModel
+
+TIMEOUT = 1800.0
+"""Seconds that one rank waits for another."""
+
+
+class RewardModelTrainer(Loop[RewardModelConfig]):
+    """One run. `RewardModelTrainer(config).run()` is all that `train.py` does."""
+
+    throughput: ClassVar[tuple[str, str]] = ("throughput/examples_per_second", "reward_model/examples")
+
+    def __init__(self, config: RewardModelConfig) -> None:
+        """Reads everything but the weights. Raises ValueError for bad input."""
+        super().__init__(config, timeout=TIMEOUT)
+        self.tokenizer = load_tokenizer(config.model.path)
+        self.pad_token_id = pad_token_of(self.tokenizer)
+        self.train, self.held_out = (
+            load_examples(path, config.data, config.score, self.tokenizer)
+            for path in (config.data.train, config.data.eval)
+        )
+        if config.batch.low < world_size():
+            raise ConfigError(
+                f"batch.low is {config.batch.low}, fewer than the {world_size()} ranks that share a batch"
+            )
+
+    def build(self, world: World, monitor: Monitor) -> dict[str, Stateful]:
+        config = self.config
+        policy = load_policy(config.model, config.model.path, world.device)
+        self.model = RewardModel(policy, len(config.score.objectives))
+        dtype = getattr(torch, config.model.dtype)
+        optimizer = MasterAdamW(self.model.module, dtype, config.learner, config.steps)
+        if config.model.gradient_checkpointing:
+            policy.checkpoint_activations()
+        self.learner = RewardModelLearner(self.model, optimizer, config, world)
+        return {"cursor": self.cursor, "model": optimizer}
+
+    def step(self) -> Metrics:
+        """One update."""
+        self.agree_to_stop()
+        self.monitor.phase("learn")
+        batch = next_batch(self.train, self.config, self.cursor.position)
+        learned = self.learner.update(batch, step=self.cursor.steps_done)
+        self.cursor.position += len(batch)
+        self.cursor.steps_done += 1
+        metrics = self.world.merge(learned)
+        return metrics | {"reward_model/examples": Max(float(len(batch)))}
+
+    def evaluate(self) -> float:
+        """The accuracy."""
+        with self.monitor.phase("eval"):
+            record, details = evaluate(self.learner, self.held_out, self.config, self.cursor.steps_done)
+        if self.world.is_main:
+            self._record(record, details)
+        return record["accuracy"]
+
+    def _record(self, record: dict[str, Any], details: dict[str, Any]) -> None:
+        self.monitor.evaluated(record)
+        path = self.folder.path / "calibration.json"
+        known: list[dict[str, Any]] = json.loads(path.read_text()) if path.is_file() else []
+        known = [entry for entry in known if entry["step"] < details["step"]]
+        write_atomically(path, json.dumps([*known, details], indent=1))
+        self.monitor.note(", ".join(_sentences(details)))
+
+    def finish(self) -> None:
+        if not self.world.is_main:
+            return
+        if self.config.checkpoint.export:
+            target = self.folder.path / "model"
+            scorer = self.model.export(self.config.score.objectives, self.pad_token_id)
+            store.export(scorer, self.tokenizer, target)
+            self.monitor.note(f"the reward model is in {target}")
+        self.monitor.close()
+
+
+def describe(trainer: RewardModelTrainer) -> Iterator[str]:
+    """What a run of this config will do: the lines `rlhf check` prints."""
+    config = trainer.config
+    yield f"model        {config.model.path}, computed in {config.model.dtype}"
+    yield f"scores       {', '.join(config.score.objectives)}, from {config.score.kind}"
+    yield f"data         {len(trainer.train)} examples, {len(trainer.held_out)} held out"
+    batch = config.batch
+    yield f"an update    {batch.low} to {batch.high} examples of about {batch.tokens} tokens"
+    yield f"the run      {config.steps} steps, learning rate {config.learner.lr:g}"
+    yield f"run folder   {config.run_dir}"
+
+
+def _sentences(details: dict[str, Any]) -> Iterator[str]:
+    for name, found in details["objectives"].items():
+        yield f"{name}: calibration error {found['calibration_error']:.3f}"

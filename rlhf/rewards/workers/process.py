@@ -1,0 +1,274 @@
+"""One worker process as the trainer sees it: started, asked, and ended, with a reason for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+from rlhf.plugins import absolute
+from rlhf.rewards.plugin import RewardSpec, Signature
+from rlhf.rewards.workers.keeper import SLOW
+from rlhf.rewards.workers.progress import Progress
+
+KEEPER = Path(__file__).with_name("keeper.py")
+START_SECONDS = 300.0
+"""For a worker to import its function and to make its object; a deadline, not an expectation."""
+END_SECONDS = 30.0
+"""For a keeper to end what it keeps; it takes milliseconds."""
+LONGEST_ANSWER = 1 << 24
+"""Bytes of one call's answer; more is not one."""
+
+# threads beside those of the trainer slow both down; and a worker is no rank of the run
+SINGLE_THREADED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class WorkerLost(Exception):
+    """The process is gone. `kind`: "timeout" or "died"; the message says how; `output`: its last words.
+
+    `call`: the number of the call that was under way; None: of several, or of none that is known.
+    """
+
+    def __init__(self, kind: str, message: str, output: str, call: int | None) -> None:
+        super().__init__(message)
+        self.kind, self.output, self.call = kind, output, call
+
+
+class StartError(ValueError):
+    """The function cannot be loaded. The message is for people, with the user's traceback if there is one."""
+
+
+class WorkerProcess:
+    """A keeper and the worker below it; alive until `end`, or until a method raises WorkerLost."""
+
+    def __init__(self, name: str, spec: RewardSpec, log: Callable[[str], None]) -> None:
+        # the worker has a folder of its own
+        spec = replace(spec, path=absolute(spec.path))
+        self.name, self.spec, self._log = name, spec, log
+        self._data, its_data = socket.socketpair()
+        self._line, its_line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._progress = Progress()
+        self._job = 0
+        self._unread = b""
+        self._both, self._answers = select.poll(), select.poll()
+        for poll in (self._both, self._answers):
+            poll.register(self._data, select.POLLIN)
+        self._both.register(self._line, select.POLLIN)
+        self._ended: str | None = None
+        self._tail = ""
+        self._folder = Path(tempfile.gettempdir()) / f"reward-{uuid.uuid4().hex[:12]}"
+        settings = {
+            "data": its_data.fileno(),
+            "progress": self._progress.descriptor,
+            "line": its_line.fileno(),
+            "cwd": str(self._folder),
+            "memory": int(spec.memory_gib * 2**30),
+            "processes": spec.processes,
+            "path": [entry or os.getcwd() for entry in sys.path],
+        }
+        with its_data, its_line:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-P", str(KEEPER), json.dumps(settings)],
+                pass_fds=(its_data.fileno(), its_line.fileno(), self._progress.descriptor),
+                env=_environment(spec),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._send((name, spec))
+
+    def ready(self) -> Signature:
+        """Waits for the handshake. Raises StartError, with the function's own reason."""
+        try:
+            answer = self._receive(time.monotonic() + START_SECONDS)
+        except WorkerLost as lost:
+            how = f"was not ready within {START_SECONDS:g} s" if lost.kind == "timeout" else str(lost)
+            raise StartError(f"reward function {self.name} cannot be loaded: {how}\n{lost.output}") from None
+        if "ready" in answer:
+            fields = answer["ready"]
+            return Signature(
+                accepts=None if fields["accepts"] is None else tuple(fields["accepts"]),
+                requires=tuple(map(tuple, fields["requires"])),
+                is_async=fields["is_async"],
+                is_class=fields["is_class"],
+            )
+        self.end()
+        raise StartError(answer["refused"] or _refusal(self.name, answer))
+
+    def run(self, calls: Sequence[Mapping[str, Any]], *, is_async: bool) -> Iterator[tuple[int, Any]]:
+        """Number and answer of each call, as they come. Raises WorkerLost; the process is then gone.
+
+        A call has the deadline of its samples, from its beginning on; of an async function the worker itself
+        holds the deadlines, and the trainer's is a second later.
+        """
+        self._job += 1
+        self._send((self._job, calls))
+        seconds = [self.spec.timeout * len(arguments["completions"]) for arguments in calls]
+        last = time.monotonic() + sum(seconds)
+        missing = set(range(len(calls)))
+        for number in range(len(calls)):
+
+            def later(number: int = number) -> float:
+                """The deadline of the call under way: it may be one after `number`, whose answer waits."""
+                call, since = self._progress.under_way(self._job) or (-1, 0.0)
+                return min(last, since + seconds[call]) if number <= call < len(seconds) else 0.0
+
+            if is_async:
+                answer = self._receive(time.monotonic() + max(seconds) + 1.0)
+            else:
+                answer = self._receive(time.monotonic() + seconds[number], later)
+            place = answer.get("call")
+            if not isinstance(place, int) or place not in (missing if is_async else {number}):
+                self._lose("died", f"it sent what is no answer: {answer!r:.200}")
+            missing.discard(place)
+            yield place, answer
+
+    def interrupt(self) -> None:
+        """Has it killed, unless it has ended, from another thread; whoever waits for it gets WorkerLost."""
+        with suppress(OSError):
+            self._line.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        """Kills the worker and all it started, and waits until they are gone."""
+        self._hear_the_rest()
+        self._line.close()
+        self._data.close()
+        self._progress.close()
+        try:
+            self._keeper.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._keeper.kill()
+            self._keeper.wait()
+        # the keeper has done it, unless it was killed itself
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _send(self, message: object) -> None:
+        try:
+            self._data.settimeout(END_SECONDS)
+            self._data.sendall(pickle.dumps(message))
+        except OSError:
+            # it ended before it had read all; what follows finds out how
+            return
+
+    def _receive(self, deadline: float, later: Callable[[], float] = lambda: 0.0) -> dict[str, Any]:
+        """The next answer. Raises WorkerLost when it does not come, with the process ended.
+
+        `later` is asked for another deadline when the first is over.
+        """
+        while b"\n" not in self._unread:
+            left = deadline - time.monotonic()
+            ready = self._wait(left)
+            if self._line.fileno() in ready:
+                self._hear()
+            if self._data.fileno() in ready:
+                self._read()
+            elif self._ended is not None:
+                self._lose("died", self._ended)
+            elif left <= 0 and (deadline := later()) <= time.monotonic():
+                self._give_up()
+        line, _, self._unread = self._unread.partition(b"\n")
+        try:
+            answer: object = json.loads(line)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            self._lose("died", f"it sent what is no answer: {line[:200]!r}")
+        return cast(dict[str, Any], answer)
+
+    def _wait(self, seconds: float) -> set[int]:
+        poll = self._both if self._ended is None else self._answers
+        return {descriptor for descriptor, _ in poll.poll(max(0.0, seconds) * 1000)}
+
+    def _read(self) -> None:
+        try:
+            some = self._data.recv(1 << 16)
+        except OSError:
+            some = b""
+        self._unread += some
+        if not some:
+            self._lose("died", self._how_it_ended())
+        if len(self._unread) > LONGEST_ANSWER:
+            self._lose("died", f"it sent an answer of more than {LONGEST_ANSWER >> 20} MiB")
+
+    def _hear(self) -> None:
+        """One thing that the keeper has to say."""
+        try:
+            event = self._line.recv(1 << 18)
+        except OSError:
+            event = b""
+        if not event:
+            self._ended = "its keeper is gone"
+            return
+        told: dict[str, Any] = json.loads(event)
+        if "output" in told:
+            self._log(told["output"])
+            return
+        self._ended, self._tail = told["ended"], told["tail"]
+        if told["dropped"]:
+            self._log(f"\n[{told['dropped']} bytes of output are left out]\n")
+
+    def _hear_the_rest(self) -> None:
+        """What it printed last, as far as the keeper has passed it on."""
+        while self._ended is None and self._line.fileno() in self._wait_for_line(0.0):
+            self._hear()
+
+    def _how_it_ended(self) -> str:
+        deadline = time.monotonic() + END_SECONDS
+        while self._ended is None and (left := deadline - time.monotonic()) > 0:
+            if self._line.fileno() in self._wait_for_line(left):
+                self._hear()
+        return self._ended or "its keeper does not answer"
+
+    def _wait_for_line(self, seconds: float) -> set[int]:
+        if self._line.fileno() < 0:
+            return set()
+        poll = select.poll()
+        poll.register(self._line, select.POLLIN)
+        return {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
+
+    def _give_up(self) -> NoReturn:
+        with suppress(OSError):
+            self._line.send(b"d")
+        reason = self._how_it_ended()
+        self._lose("timeout" if reason == SLOW else "died", reason)
+
+    def _lose(self, kind: str, message: str) -> NoReturn:
+        call, _ = self._progress.under_way(self._job) or (None, 0.0)
+        self.end()
+        raise WorkerLost(kind, message, self._tail, call)
+
+
+def _refusal(name: str, answer: Mapping[str, Any]) -> str:
+    lines = str(answer["traceback"]).splitlines()
+    # where it came from, without the machinery that imports a file
+    shown = [line for line in lines if not line.startswith(("Traceback", '  File "<frozen'))]
+    return "\n".join([f"reward function {name} cannot be loaded: {answer['raised']}", *shown])
+
+
+def _environment(spec: RewardSpec) -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if key not in RANKS}
+    gpus = _ranks_gpu_first() if spec.gpu else dict.fromkeys(GPUS, "")
+    return kept | dict.fromkeys(SINGLE_THREADED, "1") | gpus | {"PYTHONUNBUFFERED": "1"}
+
+
+def _ranks_gpu_first() -> dict[str, str]:
+    """A worker is no rank, and takes the first GPU it sees: that should not be the same one for all ranks."""
+    # here, because it takes torch, which a process that starts workers may do without
+    from rlhf.devices import visible_gpus
+
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), visible_gpus()
+    return {GPUS[0]: ",".join([*gpus[rank:], *gpus[:rank]])} if gpus else {}

@@ -1,0 +1,1 @@
+"""Generated programs run in an enclosure: no network, no writable files, bounded time and memory."""

@@ -1,0 +1,168 @@
+"""Runs generated Python by itself: limits always, namespaces where the system allows, and it says which.
+
+A program has no environment, an empty folder of its own, a bound on time, memory, file
+size, processes and output, and ends with everything it started. In namespaces it further has no network, sees
+no other process, cannot write outside its folder, and is nobody.
+
+What it does not protect from: whatever the user may read, the program may read (without namespaces it may
+also write it, and reach the network); the kernel itself is as open as to any program (no seccomp filter); and
+programs can measure one another by their load. For hostile programs on a machine that matters, use a remote
+sandbox behind `rlhf.rewards.remote:RemoteReward`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.sandbox.enclosure import LEVELS
+
+LAUNCHER = str(Path(__file__).with_name("enclosure.py"))
+OUTPUT_LIMIT = 1 << 16
+END_SECONDS = 5.0
+"""For a namespace to end; it takes milliseconds."""
+PROTECTS = {
+    "nobody, namespaces": "no network, no other processes, nothing writable but its folder, nobody's rights",
+    "namespaces": "no network, no other processes, nothing writable but its folder",
+    "limits only": "time, memory, file size, processes and output; NOT from reading or writing what you may "
+    "read or write, nor from the network: this system allows no namespaces",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    seconds: float = 5.0
+    memory_mib: int = 512
+    processes: int = 32
+    file_mib: int = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one program. Example: `Result("", "8\\n", "", 0)`."""
+
+    ended: str
+    """Empty when it ended by itself; else why it was ended: "time" or "output"."""
+    output: str
+    errors: str
+    status: int
+    """0: without an error. Negative: the signal that killed it."""
+
+
+def run_python(code: str, limits: Limits, *, standard_input: str = "", level: str | None = None) -> Result:
+    """Runs `code` as a program of its own, at the safest level that works here unless one is named."""
+    level = isolation() if level is None else level
+    folder = tempfile.mkdtemp(prefix="program-")
+    try:
+        os.chmod(folder, 0o777)
+        program = os.path.join(folder, "program.py")
+        with open(program, "w") as file:
+            file.write(code)
+        os.chmod(program, 0o644)
+        return _run(program, folder, limits, standard_input, level)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def isolation() -> str:
+    """The safest of `LEVELS` that works on this system; found out once, by trying."""
+    global _found
+    if _found is None:
+        probe = "import os; print(os.getcwd()); open('x', 'w').write('y')"
+        _found = next(
+            (
+                level
+                for level in LEVELS[:-1]
+                if run_python(probe, Limits(seconds=10.0), level=level).status == 0
+            ),
+            LEVELS[-1],
+        )
+    return _found
+
+
+_found: str | None = None
+
+
+def _run(program: str, folder: str, limits: Limits, standard_input: str, level: str) -> Result:
+    # of a virtual environment the interpreter it was made from: it may lie where its user may not look
+    python = os.path.realpath(sys.executable)
+    settings = {
+        "program": program,
+        "folder": folder,
+        "level": level,
+        "seconds": limits.seconds,
+        "memory": limits.memory_mib << 20,
+        "processes": limits.processes,
+        "file": limits.file_mib << 20,
+        "python": python,
+    }
+    with tempfile.TemporaryFile() as reads:
+        reads.write(standard_input.encode())
+        reads.seek(0)
+        launcher = subprocess.Popen(
+            [python, "-I", "-S", LAUNCHER, json.dumps(settings)],
+            stdin=reads,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={},
+            cwd=folder,
+            start_new_session=True,
+        )
+        return _watch(launcher, time.monotonic() + limits.seconds, level)
+
+
+def _watch(program: subprocess.Popen[bytes], deadline: float, level: str) -> Result:
+    """Reads what it prints, up to a bound, and waits; afterwards it is dead with all that it started.
+
+    (Without namespaces: with its process group, so a process that made a group of its own lives on until the
+    worker's keeper ends it with the worker.)
+    """
+    assert program.stdout is not None and program.stderr is not None
+    pipes = {program.stdout.fileno(): bytearray(), program.stderr.fileno(): bytearray()}
+    still_open, ended = set(pipes), ""
+    poll = select.poll()
+    for pipe in pipes:
+        poll.register(pipe, select.POLLIN)
+    try:
+        while still_open and not ended:
+            for pipe, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                some = os.read(pipe, 1 << 14)
+                pipes[pipe] += some
+                if not some:
+                    poll.unregister(pipe)
+                    still_open.discard(pipe)
+                if len(pipes[pipe]) > OUTPUT_LIMIT:
+                    ended = "output"
+            if time.monotonic() >= deadline:
+                ended = "time"
+        if not ended:
+            program.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        ended = "time"
+    finally:
+        status = _end(program, level)
+        program.stdout.close()
+        program.stderr.close()
+    output, errors = (bytes(text[:OUTPUT_LIMIT]).decode(errors="replace") for text in pipes.values())
+    return Result(ended, output, errors, status)
+
+
+def _end(launcher: subprocess.Popen[bytes], level: str) -> int:
+    """Its status. In namespaces SIGTERM has the launcher end everything and wait for it."""
+    if level != LEVELS[-1]:
+        launcher.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return launcher.wait(END_SECONDS)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGKILL)
+    return launcher.wait()

@@ -1,0 +1,1 @@
+"""The embedded engine: a prompt prefilled once a group, decoding from a shared key-value cache."""

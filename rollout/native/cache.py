@@ -1,0 +1,212 @@
+"""Keys and values of several prompts, each kept once, and of the rows that continue them.
+
+    prefix   per layer  [P, Hk, L, D]   one entry a prompt, right-padded to the longest: a bias hides the rest
+    suffix   per layer  [S, Hk, T, D]   one entry a row; all hold equally many tokens: no bias
+
+The suffix grows as tokens come. Finished rows, and prompts without rows, are overwritten by the last
+ones, and the storage is halved when half of it is unused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int64
+from torch import Tensor
+
+from rlhf.kernels.attention_parts import attend, merge
+
+CHUNK = 64
+
+
+def without(size: int, dropped: Sequence[int]) -> list[int]:
+    """The order in which `size` entries without the `dropped` ones are kept: the last ones fill the holes.
+
+    `without(5, [1, 3]) == [0, 4, 2]`
+    """
+    gone = set(dropped)
+    kept = size - len(gone)
+    movers = (i for i in range(kept, size) if i not in gone)
+    return [next(movers) if i in gone else i for i in range(kept)]
+
+
+class SharedPrefixCache:
+    """Made for whole prompts and their rows; filled by one or more `Prefill`, then one `Decode` a token.
+
+    `reserved_tokens` is what it may grow to, in tokens of `bytes_per_token`.
+    """
+
+    def __init__(self, prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int) -> None:
+        self.prompt_lengths = list(prompt_lengths)
+        self.owner = [p for p, size in enumerate(group_sizes) for _ in range(size)]
+        """The prompt of each row."""
+        self.length = 0
+        """Tokens each row holds after its prompt."""
+        self._max_tokens = max_tokens
+        self._prefix: list[tuple[Tensor, Tensor]] = []
+        self._suffix: list[tuple[Tensor, Tensor]] = []
+        self._bias: Tensor | None = None
+        self._slots: Tensor | None = None
+        self._place: Tensor | None = None
+
+    @property
+    def reserved_tokens(self) -> int:
+        prefix, suffix = self._prefix[0][0], self._suffix[0][0]
+        return prefix.shape[0] * prefix.shape[2] + suffix.shape[0] * self._max_tokens
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of every layer."""
+        return sum(x.shape[1] * x.shape[3] * x.itemsize for pair in self._prefix for x in pair)
+
+    def store_prompt(self, layer: int, prompt: int, key: Tensor, value: Tensor) -> None:
+        """Keys and values `[Hk, L, D]` of one prompt at one layer; layers come in order."""
+        if layer == len(self._prefix):
+            self._prefix.append((self._new_prefix(key), self._new_prefix(value)))
+            self._suffix.append((self._new_suffix(key), self._new_suffix(value)))
+        for stored, new in zip(self._prefix[layer], (key, value), strict=True):
+            stored[prompt, :, : new.shape[1]] = new
+
+    def _new_prefix(self, like: Tensor) -> Tensor:
+        # zeros: a hidden key weighs nothing, but nothing times NaN is NaN
+        return like.new_zeros(
+            len(self.prompt_lengths), like.shape[0], max(self.prompt_lengths), like.shape[2]
+        )
+
+    def _new_suffix(self, like: Tensor) -> Tensor:
+        return like.new_empty(len(self.owner), like.shape[0], min(CHUNK, self._max_tokens), like.shape[2])
+
+    def begin_token(self) -> None:
+        """Makes room for one more token a row and lays rows out by prompt; call before each `Decode`."""
+        room = self._suffix[0][0].shape[2]
+        if self.length == room:
+            self._suffix = [(self._grown(k), self._grown(v)) for k, v in self._suffix]
+        if self._slots is None:
+            self._lay_out()
+
+    def _grown(self, stored: Tensor) -> Tensor:
+        _, heads, room, dim = stored.shape
+        rows = len(self.owner)
+        grown = stored.new_empty(rows, heads, min(room + max(CHUNK, room // 2), self._max_tokens), dim)
+        grown[:, :, :room] = stored[:rows]
+        return grown
+
+    def _lay_out(self) -> None:
+        """Where the rows of each prompt are, `[P, G]`, short groups filled up; each row's place in that."""
+        members: list[list[int]] = [[] for _ in self.prompt_lengths]
+        for row, prompt in enumerate(self.owner):
+            members[prompt].append(row)
+        width = max(map(len, members))
+        place = [0] * len(self.owner)
+        for prompt, rows in enumerate(members):
+            for slot, row in enumerate(rows):
+                place[row] = prompt * width + slot
+        key = self._prefix[0][0]
+        slots = torch.tensor([rows + rows[:1] * (width - len(rows)) for rows in members], device=key.device)
+        self._place = torch.tensor(place, device=key.device)
+        # P * Hk * G places in queries seen as [S * Hk, r * D]
+        heads = torch.arange(key.shape[1], device=key.device)
+        self._slots = (slots[:, None] * len(heads) + heads[:, None]).flatten()
+        self._bias = None
+        if min(self.prompt_lengths) < key.shape[2]:
+            lengths = torch.tensor(self.prompt_lengths, device=key.device)
+            hidden = torch.arange(key.shape[2], device=key.device) >= lengths[:, None]
+            bias = torch.zeros(hidden.shape, dtype=key.dtype, device=key.device)
+            self._bias = bias.masked_fill(hidden, float("-inf"))[:, None, None]
+
+    def attend_token(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """One new token a row: `[S, Hq, 1, D]` to `[S, 1, Hq, D]`."""
+        assert self._slots is not None and self._place is not None
+        rows, query_heads, _, dim = query.shape
+        heads, repeats = key.shape[1], query_heads // key.shape[1]
+        prompts, end = len(self.prompt_lengths), self.length + 1
+        suffix_key, suffix_value = self._suffix[layer]
+        suffix_key[:rows, :, self.length] = key[:, :, 0]
+        suffix_value[:rows, :, self.length] = value[:, :, 0]
+        # query heads that share keys, and then rows that share a prompt, are more queries of one attention
+        flat = query.reshape(rows * heads, repeats * dim)
+        by_prompt = flat.index_select(0, self._slots).view(prompts, heads, -1, dim)
+        prefix_key, prefix_value = (x[:prompts] for x in self._prefix[layer])
+        out1, lse1 = attend(by_prompt, prefix_key, prefix_value, scale=scale, bias=self._bias)
+        by_row = query.reshape(rows, heads, repeats, dim)
+        out2, lse2 = attend(by_row, suffix_key[:rows, :, :end], suffix_value[:rows, :, :end], scale=scale)
+        # the kernel writes [.., query, Hk, D]: merged in that order, which makes the next four lines views
+        out1, lse1 = out1.transpose(1, 2).reshape(-1, query_heads * dim), lse1.mT.reshape(-1, query_heads)
+        out2, lse2 = out2.transpose(1, 2), lse2.mT
+        out1 = out1.index_select(0, self._place).view(out2.shape)
+        lse1 = lse1.index_select(0, self._place).view(lse2.shape)
+        return merge(out1, lse1, out2, lse2).transpose(1, 2).reshape(rows, 1, query_heads, dim)
+
+    def end_token(self) -> None:
+        """Counts the token that every layer stored."""
+        self.length += 1
+
+    def drop(self, rows: Sequence[int]) -> list[int]:
+        """Forgets rows, and prompts that lose their last one; gives the former numbers of the rows left."""
+        order = without(len(self.owner), rows)
+        self._suffix = [(_keep(k, order), _keep(v, order)) for k, v in self._suffix]
+        owner = [self.owner[row] for row in order]
+        left = set(owner)
+        prompts = without(
+            len(self.prompt_lengths), [p for p in range(len(self.prompt_lengths)) if p not in left]
+        )
+        if len(prompts) < len(self.prompt_lengths):
+            self._prefix = [(_keep(k, prompts), _keep(v, prompts)) for k, v in self._prefix]
+        place = {prompt: i for i, prompt in enumerate(prompts)}
+        self.owner = [place[prompt] for prompt in owner]
+        self.prompt_lengths = [self.prompt_lengths[prompt] for prompt in prompts]
+        self._slots = None
+        return order
+
+
+def _keep(stored: Tensor, order: Sequence[int]) -> Tensor:
+    """Entries in the order that `without` gave: in place, or in new storage if half of it is unused."""
+    if 2 * len(order) <= len(stored):
+        return stored[torch.tensor(order, dtype=torch.int64, device=stored.device)]
+    holes = [i for i, entry in enumerate(order) if entry != i]
+    if holes:
+        stored[holes] = stored[[order[i] for i in holes]]
+    return stored
+
+
+class Prefill:
+    """Prompts end to end in one row, `[1, N]`: no padding; each attends to itself and is stored."""
+
+    def __init__(self, cache: SharedPrefixCache, prompts: Sequence[int]) -> None:
+        self._cache = cache
+        self._prompts = prompts
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        outs: list[Tensor] = []
+        lengths = [self._cache.prompt_lengths[prompt] for prompt in self._prompts]
+        parts = zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
+        for prompt, (q, k, v) in zip(self._prompts, parts, strict=True):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+            outs.append(out.transpose(1, 2))
+            self._cache.store_prompt(layer, prompt, k[0], v[0])
+        return torch.cat(outs, 1)
+
+
+class Decode:
+    """One token a row, `[S, 1]`: the rows of several caches, one after the other."""
+
+    def __init__(self, caches: Sequence[SharedPrefixCache]) -> None:
+        self._caches = caches
+        self._sizes = [len(cache.owner) for cache in caches]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        if len(self._caches) == 1:
+            return self._caches[0].attend_token(layer, query, key, value, scale)
+        parts = zip(self._caches, *(torch.split(x, self._sizes) for x in (query, key, value)), strict=True)
+        return torch.cat([cache.attend_token(layer, q, k, v, scale) for cache, q, k, v in parts])
+
+
+AttentionPass = Prefill | Decode
+"""What one forward of the model does at each attention layer: `attend(layer, query, key, value, scale)`."""
+
+
+def last_tokens(lengths: Sequence[int]) -> Int64[Tensor, " P"]:
+    """Where each prompt ends when they lie end to end."""
+    return torch.tensor(lengths).cumsum(0) - 1

@@ -1,0 +1,327 @@
+"""The embedded engine: samples from the learner's very module, in this process, without a copy of it.
+
+1. A prompt is prefilled once, whatever the size of its group; prompts lie end to end, so nothing is padded.
+2. Each decoding step runs one token of every row through the model. Its attention is replaced: the rows
+   of a prompt attend to the prompt's keys together (they are queries of one attention problem), then each
+   to its own suffix, and the two are merged by their log-sum-exp (`attention.py`, `cache.py`).
+3. Finished rows leave the batch at once, and prompts with their last row.
+4. A token is a function of its logits and of `(seed, index, position)` (`sampling.py`), so what a row
+   samples does not depend on its neighbours, beyond the rounding of matrix products of another size.
+
+Requests are admitted in the order of `submit`, as whole groups, while the keys and values they may come
+to need fit in `kv_cache_gib`; the others wait. A weight update while rows are decoded keeps their keys
+and values (as in-flight updates do elsewhere); the versions of a completion say where it happened.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from rlhf.rollout.engine import EngineError, ImageInputs, PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.learner_module import Model, causal_model, sampling_mode, take_weights
+from rlhf.rollout.native.cache import AttentionPass, Decode, Prefill, SharedPrefixCache, last_tokens
+from rlhf.rollout.native.cpu_linear import PackedLinears
+from rlhf.rollout.native.support import check_decoding, why_unsupported
+from rlhf.rollout.requests import Row, check_requests, rows_of
+from rlhf.rollout.sampling import Drawn, RowSampling, sample
+from rlhf.types import Completion, Prompt
+
+ATTENTION = "tandem_rollout"
+PREFILL_TOKENS = 4096
+"""Of one forward; a longer prompt gets one of its own."""
+_BEYOND_SOFTMAX = ("sliding_window", "softcap", "s_aux", "position_bias")
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    rollout_pass: AttentionPass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention of every layer while the engine runs the model."""
+    extra = [name for name in _BEYOND_SOFTMAX if kwargs.get(name) is not None]
+    if attention_mask is not None:
+        extra.append("a mask of its own")
+    if extra:
+        raise ValueError(f"its attention has {', '.join(extra)}")
+    if rollout_pass is None:
+        raise ValueError("it does not pass keyword arguments on to its attention")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return rollout_pass.attend(int(cast(Any, module).layer_idx), query, key, value, scale), None
+
+
+cast(Any, AttentionInterface).register(ATTENTION, _attention)
+
+
+@dataclass(slots=True, eq=False)
+class _Cohort:
+    """Groups admitted together: all their rows have sampled equally many tokens."""
+
+    cache: SharedPrefixCache
+    rows: list[Row]
+    tokens: Int64[Tensor, " S"]
+    """The last one of each row, not seen by the model yet."""
+    positions: Int64[Tensor, " S"]
+    """Where it stands, counted from the start of the prompt."""
+
+    def record(
+        self, tokens: Int64[Tensor, " S"], drawn: Iterable[tuple[int, float, Tensor | None]]
+    ) -> list[Row]:
+        """Appends one token to every row; the rows it finishes leave."""
+        ended = [row.append(*one) for row, one in zip(self.rows, drawn, strict=True)]
+        finished = [i for i, has_ended in enumerate(ended) if has_ended]
+        self.tokens, self.positions = tokens, self.positions + 1
+        gone = [self.rows[i] for i in finished]
+        if gone:
+            order = self.cache.drop(finished)
+            index = torch.tensor(order, dtype=torch.int64, device=tokens.device)
+            self.rows = [self.rows[i] for i in order]
+            self.tokens, self.positions = self.tokens[index], self.positions[index]
+        return gone
+
+
+class NativeEngine:
+    """`kv_cache_gib`: memory for keys and values, GiB.
+
+    Raises ValueError when the model's attention is more than a softmax over all earlier tokens, or when
+    decoding a few tokens does not reproduce the log-probs of a plain forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        eos_token_ids: Sequence[int],
+        kv_cache_gib: float = 4.0,
+        image_inputs: ImageInputs | None = None,
+    ) -> None:
+        self._model, self._image_inputs = causal_model(model), image_inputs
+        reason = self.supports(self._model)
+        if reason is not None:
+            raise ValueError(f"the native engine cannot decode {type(self._model).__name__}: {reason}")
+        self._eos_token_ids: tuple[int, ...] = ()
+        self._waiting: list[list[Row]] = []
+        self._cohorts: list[_Cohort] = []
+        self._ended: dict[str, list[Completion]] = {}
+        self._finished: list[Completion] = []
+        self._sampling: RowSampling | None = None
+        self._version = 0
+        self._paused = False
+        self._bytes_per_token = 0
+        self._budget = int(kv_cache_gib * 2**30)
+        self._linears = PackedLinears(self._model)
+        check_decoding(self, self._model)
+        self._eos_token_ids = tuple(eos_token_ids)
+
+    @staticmethod
+    def supports(model: Model) -> str | None:
+        """Why this engine cannot decode `model`, as far as its configuration tells; None: it may."""
+        return why_unsupported(model)
+
+    def submit(self, requests: Sequence[RolloutRequest]) -> None:
+        """Raises ValueError for a prompt that is empty, in flight, can never fit, or cannot be seen."""
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        check_requests(requests, self._in_flight(), vocabulary, sees=self._image_inputs is not None)
+        for request in requests:
+            needed = _reserve([request]) * self._bytes_per_token
+            if needed > self._budget:
+                raise EngineError(
+                    f"prompt {request.prompt.id!r} with {request.params.n} samples of "
+                    f"{request.params.max_tokens} tokens may need {needed / 2**30:.3g} GiB of keys and "
+                    f"values, kv_cache_gib is {self._budget / 2**30:.3g}; raise it, or lower the group size "
+                    "or the token limit"
+                )
+        for request in requests:
+            self._waiting.append(rows_of(request, self._eos_token_ids, self._version))
+            self._ended[request.prompt.id] = []
+
+    def poll(self, timeout: float | None = None) -> list[Completion]:
+        """Decodes until a whole group has finished, or `timeout`: it is scored while others are decoded."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if self._ended and not self._finished and not self._paused:
+            self._decode_until(deadline)
+        finished, self._finished = self._finished, []
+        return finished
+
+    def pause(self, mode: PauseMode) -> None:
+        """`abort` ends rows where they are, `wait` decodes them to their end, `keep` holds them."""
+        if mode == "abort":
+            for row in self._rows_in_flight():
+                self._end(row)
+            self._waiting, self._cohorts, self._sampling = [], [], None
+        if mode == "wait":
+            finished = self._finished
+            while self._ended:
+                self._finished = []
+                self._decode_until(None)
+                finished.extend(self._finished)
+            self._finished = finished
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+
+    def update_weights(self, source: WeightSource, version: int) -> SyncReport:
+        """Copies the weights, unless the learner's own module is held. Raises ValueError on a mismatch."""
+        report = take_weights(self._model, source, version)
+        self._linears.clear()
+        self._version = version
+        for row in self._rows_in_flight():
+            row.versions.append((version, len(row.token_ids)))
+        return report
+
+    def release(self) -> None:
+        """Drops packed weights and what a GPU's allocator holds; keys and values went with their rows."""
+        self._linears.clear()
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Forgets everything in flight."""
+        self._waiting, self._cohorts, self._sampling = [], [], None
+        self._ended, self._finished = {}, []
+
+    def _in_flight(self) -> list[str]:
+        return list(self._ended)
+
+    def _rows_in_flight(self) -> list[Row]:
+        decoding = [row for cohort in self._cohorts for row in cohort.rows]
+        return decoding + [row for rows in self._waiting for row in rows]
+
+    def _end(self, row: Row) -> None:
+        """A group is handed over when its last row has ended."""
+        prompt_id = row.request.prompt.id
+        self._ended[prompt_id].append(row.completion())
+        if len(self._ended[prompt_id]) == row.request.params.n:
+            self._finished.extend(self._ended.pop(prompt_id))
+
+    def _decode_until(self, deadline: float | None) -> None:
+        with sampling_mode(self._model, ATTENTION), self._linears.installed():
+            while self._ended and not self._finished:
+                self._admit()
+                self._decode()
+                if deadline is not None and time.monotonic() >= deadline:
+                    break
+
+    def _admit(self) -> None:
+        """Prefills as many waiting groups as fit, and samples their first tokens."""
+        reserved = sum(cohort.cache.reserved_tokens for cohort in self._cohorts)
+        groups: list[list[Row]] = []
+        while self._waiting:
+            wanted = [rows[0].request for rows in (*groups, self._waiting[0])]
+            if (reserved + _reserve(wanted)) * self._bytes_per_token > self._budget:
+                break
+            groups.append(self._waiting.pop(0))
+        if groups:
+            self._prefill(groups)
+
+    def _prefill(self, groups: list[list[Row]]) -> None:
+        requested = [rows[0].request.prompt for rows in groups]
+        prompts = [prompt.token_ids for prompt in requested]
+        sizes = [len(rows) for rows in groups]
+        longest = max(rows[0].request.params.max_tokens for rows in groups)
+        cache = SharedPrefixCache([len(prompt) for prompt in prompts], sizes, longest)
+        parts = [self._prefill_some(cache, requested, part) for part in _parts(prompts)]
+        logits = [logits for logits, _ in parts]
+        self._bytes_per_token = cache.bytes_per_token
+        device = self._model.device
+        rows = [row for group in groups for row in group]
+        owner = torch.tensor(cache.owner, device=device)
+        ends = torch.tensor([place for _, places in parts for place in places], device=device)[owner] - 1
+        cohort = _Cohort(cache, rows, owner, ends)
+        sampling = _sampling_of(rows, device)
+        self._record([cohort], sample(torch.cat(logits)[owner], sampling, torch.zeros_like(owner)))
+        if cohort.rows:
+            self._cohorts.append(cohort)
+        self._sampling = None
+
+    def _prefill_some(
+        self, cache: SharedPrefixCache, prompts: list[Prompt], part: Sequence[int]
+    ) -> tuple[Float[Tensor, "P V"], list[int]]:
+        """Logits after each prompt of this part, and where the next token of each stands."""
+        device = self._model.device
+        ids = [prompts[p].token_ids for p in part]
+        lengths = [len(prompt) for prompt in ids]
+        last, prefill = last_tokens(lengths).to(device), Prefill(cache, part)
+        if self._image_inputs is not None and any(prompts[p].images for p in part):
+            hidden, following = self._image_inputs.read([prompts[p] for p in part], rollout_pass=prefill)
+            return self._model.get_output_embeddings()(hidden[0, last]), following
+        tokens = torch.tensor([token for prompt in ids for token in prompt], device=device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        return self._forward(tokens[None], positions[None], prefill, last)[0], lengths
+
+    def _decode(self) -> None:
+        """One more token for every row."""
+        if not self._cohorts:
+            return
+        caches = [cohort.cache for cohort in self._cohorts]
+        for cache in caches:
+            cache.begin_token()
+        tokens = torch.cat([cohort.tokens for cohort in self._cohorts])
+        positions = torch.cat([cohort.positions for cohort in self._cohorts])
+        logits = self._forward(tokens[:, None], positions[:, None], Decode(caches), 1)[:, 0]
+        for cache in caches:
+            cache.end_token()
+        if self._sampling is None:
+            self._sampling = _sampling_of(
+                [row for cohort in self._cohorts for row in cohort.rows], tokens.device
+            )
+        sampled = torch.cat([torch.full_like(c.tokens, c.cache.length) for c in self._cohorts])
+        self._record(self._cohorts, sample(logits, self._sampling, sampled))
+
+    def _record(self, cohorts: list[_Cohort], drawn: Drawn) -> None:
+        sampled = drawn.of_rows()
+        sizes = [len(cohort.rows) for cohort in cohorts]
+        for cohort, tokens in zip(cohorts, torch.split(drawn.tokens, sizes), strict=True):
+            for row in cohort.record(tokens, list(islice(sampled, len(tokens)))):
+                self._sampling = None
+                self._end(row)
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
+
+    def _forward(
+        self, tokens: Tensor, positions: Tensor, attention: AttentionPass, keep: int | Tensor
+    ) -> Float[Tensor, "B T V"]:
+        return self._model(
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=keep,
+            rollout_pass=attention,
+        ).logits
+
+
+def _sampling_of(rows: Sequence[Row], device: torch.device) -> RowSampling:
+    return RowSampling.of([row.request.params for row in rows], [row.index for row in rows], device)
+
+
+def _reserve(requests: Sequence[RolloutRequest]) -> int:
+    """Tokens whose keys and values these groups may come to hold together, prompts padded to the longest."""
+    longest_prompt = max(len(request.prompt.token_ids) for request in requests)
+    longest = max(request.params.max_tokens for request in requests)
+    return len(requests) * longest_prompt + sum(request.params.n for request in requests) * longest
+
+
+def _parts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Numbers of the prompts that are prefilled together, in order."""
+    parts: list[list[int]] = []
+    room = 0
+    for number, prompt in enumerate(prompts):
+        if len(prompt) > room:
+            parts.append([])
+            room = max(PREFILL_TOKENS, len(prompt))
+        parts[-1].append(number)
+        room -= len(prompt)
+    return parts

@@ -1,0 +1,62 @@
+"""A run from data on two ranks takes the completions that one rank takes, and learns the same from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.checkpoints.store import load
+from tests.e2e.test_offline_runs import settings
+from tests.faults.processes import launch
+from tests.support import metrics_of
+
+STEPS = 4
+# what was taken, what it is worth, and what was learned from it
+TAKEN = ("rollout/groups", "length/mean", "reward/mean", "reward/std", "offline/kept_fraction")
+LEARNED = ("loss/policy", "entropy", "grad_norm", "kl/ref")
+
+
+def run(folder: Path, model: Path, ranks: int, changes: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """The records of a run, and the weights it ends with."""
+    folder.mkdir()
+    # the steps of AdamW are as large for a gradient that is rounding as for a large one
+    learner = {"lr": 1e-3, "eps": 1e-3, "minibatches": 2}
+    made = settings(folder, model, steps=STEPS, learner=learner, **changes)
+    for ended in launch(made, folder / "log", ranks=ranks):
+        assert ended.code == 0, ended.said
+    saved = load(folder / "run" / "checkpoints" / f"step_{STEPS:06d}", device="cpu")
+    return metrics_of(folder), dict(saved.tensors["policy.model"])
+
+
+@pytest.mark.multi
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": {"name": "awr"}, "data": {"sampling": "groups"}},
+        {
+            "algorithm": {"name": "a_lol"},
+            "data": {"sampling": "priority"},
+            "prompt_value": {"targets": "data"},
+        },
+    ],
+    ids=["groups", "completions-by-their-advantage"],
+)
+def test_two_ranks_take_and_learn_what_one_does(
+    tmp_path: Path, tiny_model_dir: Path, changes: dict[str, Any]
+) -> None:
+    one, weights = run(tmp_path / "one", tiny_model_dir, 1, changes)
+    two, others = run(tmp_path / "two", tiny_model_dir, 2, changes)
+    assert len(one) == len(two) == STEPS
+    for alone, both in zip(one, two, strict=True):
+        for name in TAKEN:
+            assert both[name] == pytest.approx(alone[name], rel=1e-6), (alone["step"], name)
+        for name in LEARNED:
+            if name in alone:
+                assert both[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-5), (alone["step"], name)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=0, atol=2e-5)

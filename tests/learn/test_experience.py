@@ -1,0 +1,84 @@
+"""Scored groups to Experience."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf.algos.algorithm import KL
+from rlhf.algos.table import ALGORITHMS
+from rlhf.learn.controllers import KLCoefficient
+from rlhf.learn.experience import pack_groups
+from rlhf.metrics import Mean, Metrics, Sum
+from rlhf.types import FinishReason, Group, Prompt
+from tests.support import group, learner_of, policy_of, trajectory
+
+
+def test_two_groups_become_the_tensors_of_the_worked_example():
+    groups = [group("x", [7, 8], [[1, 2], [3]], [1.0, 0.0]), group("y", [9], [[4, 5]], [1.0])]
+    experience = pack_groups(groups, device=torch.device("cpu"))
+    assert [p.tolist() for p in experience.prompts] == [[7, 8], [9]]
+    assert experience.token_ids.tolist() == [1, 2, 3, 4, 5]
+    assert experience.sequence.tolist() == [0, 0, 1, 2, 2]
+    assert experience.positions.tolist() == [2, 3, 2, 1, 2]
+    assert experience.group.tolist() == [0, 0, 1]
+
+
+def test_the_kl_coefficient_that_is_reported_is_the_one_the_step_learned_with():
+    kl = KLCoefficient(KL(coef=0.01, target=0.1, horizon=100))
+    measured: Metrics = {"kl/ref": Mean(0.3), "rollout/samples": Sum(10.0)}
+    assert [kl.adapt(measured)["kl/coef"].value for _ in range(2)] == pytest.approx([0.01, 0.01 * 1.02])
+    assert kl.value == pytest.approx(0.01 * 1.02**2)
+
+
+def test_a_sample_without_a_reward_is_masked_and_changes_nothing_for_the_others(tiny_model_dir: Path):
+    _, builder = learner_of(policy_of(tiny_model_dir), ALGORITHMS["grpo"](kl=KL()))
+    ids = [[5, 6], [7], [8, 9, 10]]
+    with_failure = builder.build([group("x", [3, 4], [*ids, [11]], [1.0, 0.0, 0.0, None])], kl_coef=0.0)
+    without = builder.build([group("x", [3, 4], ids, [1.0, 0.0, 0.0])], kl_coef=0.0)
+    assert with_failure.advantages.tolist() == without.advantages.tolist()
+    assert with_failure.token_ids.tolist() == without.token_ids.tolist()
+
+
+def test_groups_without_any_reward_leave_an_empty_experience(tiny_model_dir: Path):
+    learner, builder = learner_of(policy_of(tiny_model_dir), ALGORITHMS["grpo"](kl=KL()))
+    experience = builder.build([group("x", [3], [[4]], [None])], kl_coef=0.0)
+    assert len(experience.token_ids) == 0
+    assert learner.update(experience, step=0, seed=0, kl_coef=0.0)["update/no_signal"].value == 1
+
+
+def test_truncated_trajectories_are_compared_but_not_learned_from_when_asked(tiny_model_dir: Path):
+    algorithm = ALGORITHMS["dapo"](max_tokens=64, drop_truncated=True)
+    _, builder = learner_of(policy_of(tiny_model_dir), algorithm)
+    cut = trajectory([5, 6], 0.0, finish_reason=FinishReason.LENGTH)
+    groups = [Group(Prompt("x", (3,), "x"), (trajectory([7, 8], 1.0), cut))]
+    experience = builder.build(groups, kl_coef=0.0)
+    assert experience.loss_mask.tolist() == [True, True, False, False]
+    assert experience.advantages[0].item() == pytest.approx(0.7071, abs=1e-3)
+
+
+def test_tool_tokens_keep_their_place_and_their_mask(tiny_model_dir: Path):
+    two_turns = trajectory(
+        [5, 6, 7, 8, 9], 1.0, loss_mask=(True, True, False, False, True), turns=(0, 0, 0, 0, 1)
+    )
+    groups = [Group(Prompt("x", (3,), "x"), (two_turns, trajectory([4], 0.0)))]
+    experience = pack_groups(groups, device=torch.device("cpu"))
+    assert experience.loss_mask.tolist() == [True, True, False, False, True, True]
+    assert experience.turn.tolist() == [0, 0, 0, 0, 1, 0]
+
+
+def test_a_kl_in_the_reward_lowers_the_advantage_of_what_left_the_reference(tiny_model_dir: Path):
+    policy, reference = policy_of(tiny_model_dir), policy_of(tiny_model_dir)
+    algorithm = ALGORITHMS["rloo"](kl=KL(coef=1.0, estimator="k1", placement="reward"))
+    _, builder = learner_of(policy, algorithm, reference)
+    groups = [group("x", [3, 4], [[5, 6], [7, 8]], [1.0, 1.0])]
+    same = builder.build(groups, kl_coef=1.0)
+    assert same.advantages.abs().max() < 1e-5
+    with torch.no_grad():
+        policy.head.module.weight[5] += 1.0
+    moved = builder.build(groups, kl_coef=1.0)
+    assert moved.old_logprobs is not None and moved.ref_logprobs is not None
+    drift = (moved.old_logprobs - moved.ref_logprobs).view(2, 2).sum(1)
+    assert moved.advantages[0].item() == pytest.approx((drift[1] - drift[0]).item(), abs=1e-5)

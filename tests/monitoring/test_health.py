@@ -1,0 +1,88 @@
+"""A run that goes on without learning is told so, once, with what to do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from rlhf.metrics import Mean
+from rlhf.monitoring.health import Watch
+from rlhf.monitoring.monitor import Monitor
+from rlhf.monitoring.progress import Nothing
+from rlhf.monitoring.run_folder import RunFolder
+
+HEALTHY = {
+    "reward/mean": 0.4,
+    "reward/std": 0.5,
+    "advantage/zero_fraction": 0.3,
+    "length/truncated": 0.1,
+    "grad_norm": 0.7,
+}
+
+
+def told(steps: Sequence[Mapping[str, float]], patience: int = 3) -> list[str]:
+    watch = Watch(patience)
+    return [text for values in steps for text in watch.look(values)]
+
+
+@pytest.mark.parametrize(
+    ("dead", "advice"),
+    [
+        ({"reward/mean": 0.0, "reward/std": 0.0}, "every completion gets the same reward"),
+        ({"advantage/zero_fraction": 1.0}, "all advantages are zero"),
+        ({"length/truncated": 1.0}, "every completion is cut at the token limit"),
+        ({"grad_norm": 0.0}, "no parameter changes"),
+    ],
+)
+def test_a_run_that_does_nothing_is_told_once_and_what_to_do(dead: dict[str, float], advice: str) -> None:
+    alive, idle = HEALTHY, HEALTHY | dead
+    assert told([alive] * 10) == []
+    assert told([alive, idle, idle, alive, idle]) == []
+    said = told([alive, idle, idle, idle, idle, alive, idle, idle, idle])
+    assert len(said) == 1 and advice in said[0] and said[0].endswith("(3 steps in a row)")
+
+
+def test_a_reward_that_differs_between_steps_is_not_constant() -> None:
+    steps = [HEALTHY | {"reward/mean": r, "reward/std": 0.0} for r in (0.1, 0.2, 0.1, 0.2)]
+    assert told(steps) == []
+
+
+def test_a_run_where_nothing_ever_ended_is_told_of_its_end_of_sequence() -> None:
+    said = told([HEALTHY | {"length/truncated": 1.0}] * 8)
+    assert len(said) == 1 and "no completion of this run has ended by itself" in said[0]
+
+
+def test_the_pattern_of_a_collapse_is_told_and_any_two_of_its_three_signs_are_not() -> None:
+    before = HEALTHY | {"length/mean": 20.0, "perplexity": 3.0, "kl/ref": 0.02}
+    signs = {"length/mean": 40.0, "perplexity": 1.5, "kl/ref": 0.5}
+    said = told([before] * 5 + [before | signs] * 5)
+    assert len(said) == 1 and "pleases the reward and means nothing" in said[0]
+    for sign in signs:
+        assert told([before] * 5 + [before | {k: v for k, v in signs.items() if k != sign}] * 5) == []
+    # steps of a warm-up, without a perplexity, are no beginning
+    assert len(told([HEALTHY] * 4 + [before] * 5 + [before | signs] * 5)) == 1
+    # without a reference nothing is known of the KL
+    assert told([HEALTHY | {"perplexity": 3.0, "length/mean": 20.0}] * 5 + [before | signs] * 5) == []
+
+
+def test_a_resumed_run_is_held_against_its_own_beginning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = HEALTHY | {"length/mean": 20.0, "perplexity": 3.0, "kl/ref": 0.02}
+    after = before | {"length/mean": 40.0, "perplexity": 1.5, "kl/ref": 0.5}
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text("".join(json.dumps({"step": i, **before}) + "\n" for i in range(5)))
+    said: list[str] = []
+    monitor = Monitor(folder, sinks=[], display=Nothing(), samples_per_step=0)
+    monkeypatch.setattr(monitor, "warn", said.append)
+    for step in range(5, 12):
+        monitor.log(step, {name: Mean(value) for name, value in after.items()})
+    assert len(said) == 1 and "pleases the reward" in said[0]
+
+
+def test_no_gradient_without_advantages_is_one_finding_not_two() -> None:
+    said = told([HEALTHY | {"advantage/zero_fraction": 1.0, "grad_norm": 0.0}] * 8)
+    assert len(said) == 1 and "all advantages are zero" in said[0]

@@ -1,0 +1,128 @@
+"""What a person sees while a run goes on: a panel on a terminal, a line a step anywhere else."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from rlhf.metrics import Mean
+from rlhf.monitoring.monitor import Monitor
+from rlhf.monitoring.progress import Course, Lines, Panels, duration, open_display, sparkline
+from rlhf.monitoring.run_folder import RunFolder
+from tests.support import STEP
+
+
+def test_without_a_terminal_a_step_is_one_aligned_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with Monitor.start(RunFolder(tmp_path), sinks=[], total_steps=20, samples_per_step=0, settings={}) as m:
+        m.log(3, STEP)
+        m.warn("look out")
+        m.note("checkpoint of step 3")
+        m.log(10, STEP | {"length/truncated": Mean(0.0)})
+    third, warning, note, tenth = capsys.readouterr().out.splitlines()
+    expected = (
+        "step  3/20  reward 0.750  kl 0.0021  entropy 1.32  length 9.8  truncated 3%  412 tok/s  11.2 s  eta "
+    )
+    assert third.startswith(expected)
+    assert (warning, note) == ("warning: look out", "checkpoint of step 3")
+    assert tenth.startswith(expected.replace(" 3/", "10/").replace("3%", "0%"))
+
+
+def test_the_time_left_follows_the_pace_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    course = Course("run", 100)
+    assert course.left is None
+    course.advance(1, {"time/step": 8.0})
+    assert course.left == 99 * 8.0
+    for step in range(2, 30):
+        clock[0] += 4.0
+        course.advance(step, {})
+    assert course.left == pytest.approx(71 * 4.0)
+
+
+def screen(width: int, steps: int, phase: str | None = None) -> str:
+    """What the panel looks like on a terminal of that width."""
+    console = Console(file=io.StringIO(), width=width, height=30, force_terminal=True, color_system=None)
+    panel = Panels(Course("runs/quickstart", 40), console)
+    for step in range(1, steps + 1):
+        values = {name: float(partial.value) for name, partial in STEP.items()}
+        panel.advance(
+            step,
+            values | {"reward/mean": step / 40, "time/eval": 9.9, "time/rollout": 6.1, "time/learn": 4.2},
+        )
+    panel.enter(phase)
+    picture = Console(file=io.StringIO(), width=width, color_system=None)
+    picture.print(panel.render())
+    panel.close()
+    assert isinstance(picture.file, io.StringIO)
+    return picture.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_panel_fits_its_terminal_and_says_it_all(width: int) -> None:
+    picture = screen(width, steps=30, phase="rollout")
+    rows = picture.splitlines()
+    assert all(len(row) == width for row in rows) and len(rows) <= 12
+    text = re.sub(r"[\s│]+", " ", picture)
+    for part in (
+        "step 30/40",
+        "reward 0.750",
+        "kl 0.0021",
+        "entropy 1.32",
+        "length 9.8",
+        "truncated 3%",
+        "412 tok/s",
+        "a step 11.2 s = rollout 6.1 + learn 4.2",
+        "rollout 0:00",
+        "left",
+    ):
+        assert part in text, picture
+
+
+def test_the_panel_shows_the_phase_before_the_first_step() -> None:
+    picture = screen(80, steps=0, phase="eval")
+    assert "step 0/40" in picture and "eval" in picture
+    assert "starting" in screen(80, steps=0)
+
+
+def test_warnings_stay_above_the_panel() -> None:
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    panel = Panels(Course("runs/quickstart", 40), console)
+    panel.say("look out", warning=True)
+    panel.close()
+    assert isinstance(console.file, io.StringIO)
+    printed = console.file.getvalue()
+    assert printed.index("warning: look out") < printed.rindex("step 0/40")
+
+
+def test_what_is_no_terminal_gets_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert isinstance(open_display("run", 3), Lines)
+
+
+def test_durations_read_as_a_clock() -> None:
+    assert [duration(s) for s in (0.4, 59.6, 190, 3723)] == ["0:00", "1:00", "3:10", "1:02:03"]
+
+
+def test_a_sparkline_runs_from_the_least_to_the_largest() -> None:
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([5.0, 5.0, math.nan], 8) == "▁▁"
+    assert sparkline([9, 0, 7], 2) == "▁█"
+    assert sparkline([], 8) == ""
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(1, 50))
+def test_a_sparkline_has_a_bar_a_number(numbers: list[float], width: int) -> None:
+    assert len(sparkline(numbers, width)) == min(len(numbers), width)

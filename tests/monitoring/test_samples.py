@@ -1,0 +1,71 @@
+"""RUN/samples.jsonl: what was sampled, token by token, with what the learner made of each token."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+import torch
+
+from rlhf.monitoring.samples import Shown, TokenTexts
+from tests.support import bandit_settings, group, metrics_of, random_groups, train
+
+
+@pytest.mark.parametrize("learner", [{}, {"epochs": 2, "minibatches": 2}], ids=["one_update", "four_updates"])
+def test_entropies_of_all_tokens_average_to_the_metric_of_the_first_pass(
+    tmp_path: Path, tiny_model_dir: Path, learner: dict[str, int]
+) -> None:
+    settings = bandit_settings(tmp_path, tiny_model_dir, learner=learner, monitor={"samples_per_step": 99})
+    train(settings | {"steps": 2})
+    records = [json.loads(line) for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1] * 8 + [2] * 8
+    for step in metrics_of(tmp_path):
+        shown = [c for r in records if r["step"] == step["step"] for c in r["completions"]]
+        learned = [c for c in shown if "entropy" in c]
+        assert learned and sum(c["num_tokens"] for c in shown) == step["rollout/tokens"]
+        if not learner:
+            mean = fmean(e for c in learned for e in c["entropy"])
+            assert mean == pytest.approx(step["entropy"], abs=2e-4)
+        for completion in learned:
+            assert len(completion["entropy"]) == len(completion["tokens"]) == completion["num_tokens"]
+            text = re.sub(r"<\|\w+\|>", "", "".join(completion["tokens"]))
+            assert text == completion["text"]
+        # a group whose rewards are all equal teaches nothing: no pass was made of it
+        assert all(c["advantage"] == 0 for c in shown if "entropy" not in c)
+
+
+def test_what_was_not_learned_from_has_no_advantage_and_shifts_no_other() -> None:
+    class Numbers:
+        def decode(self, token_ids: list[int]) -> str:
+            return f"<{token_ids[0]}>"
+
+    from rlhf.learn.experience import pack_groups
+    from rlhf.types import is_learnable
+
+    shown = group("p", [1], [[5, 6], [7], [8, 9]], [1.0, None, 0.0])
+    learned = [t for t in shown.trajectories if is_learnable(t)]
+    experience = pack_groups(
+        [type(shown)(shown.prompt, tuple(learned)), *random_groups(0, sizes=[2])], device=torch.device("cpu")
+    )
+    experience.advantages[:4] = torch.tensor([1.0, 1.0, -0.5, -1.0])
+    entropy = torch.full_like(experience.advantages, 0.25)
+    entropy[2] = torch.nan
+    (record,) = Shown(3, (shown,), experience).records(TokenTexts(Numbers()), entropy)
+    first, second, third = record["completions"]
+    assert (
+        first["tokens"] == ["<5>", "<6>"] and first["advantage"] == 1.0 and first["entropy"] == [0.25, 0.25]
+    )
+    assert "advantage" not in second and "entropy" not in second
+    assert third["advantage"] == [-0.5, -1.0] and "entropy" not in third
+
+
+def test_a_step_that_is_cut_short_is_shown_without_entropies(tmp_path: Path) -> None:
+    from tests.monitoring.test_monitor import group as scored
+    from tests.monitoring.test_monitor import monitor
+
+    with monitor(tmp_path, samples=1) as m:
+        m.samples(1, [scored("a")])
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["prompt_id"] == "a"

@@ -1,0 +1,210 @@
+"""Generated programs: judged by what they do, kept in by what the system has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from rlhf.rewards.code import CodeReward, program_of
+from rlhf.sandbox.enclosure import LEVELS
+from rlhf.sandbox.runner import Limits, Result, isolation, run_python
+
+LIMITED = LEVELS[-1]
+QUICK = Limits(seconds=20.0)
+ADD = "```python\ndef add(a, b):\n    return a + b\n```"
+
+
+def run(code: str, level: str | None = None, limits: Limits = QUICK, **more: str) -> Result:
+    return run_python(code, limits, level=level, **more)
+
+
+def needs_namespaces() -> None:
+    if "namespaces" not in isolation():
+        pytest.skip("this system allows no namespaces")
+
+
+def test_the_last_block_is_the_program_and_without_one_all_of_it() -> None:
+    assert program_of("```python\nx = 1\n```\nbetter:\n```\nx = 2\n```\n") == "x = 2\n"
+    assert program_of("x = 3") == "x = 3"
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        (ADD, 1.0),
+        (f"First:\n```python\nx = 1\n```\nno,\n{ADD}\nThat is all.", 1.0),
+        (ADD.replace("+", "-"), 0.0),
+        (ADD.replace("return", "raise SystemExit  #"), 0.0),
+        (f"{ADD[:-3]}raise SystemExit(0)\n```", 0.0),
+        (f"{ADD[:-3]}import os\nos._exit(0)\n```", 0.0),
+        (f"{ADD[:-3]}print('passed')\nprint('True')\nraise SystemExit\n```", 0.0),
+        (f"{ADD[:-3]}print = lambda *_: None\n```", 0.0),
+        (f'{ADD[:-3]}x = """\n```', 0.0),
+        (f"{ADD[:-3]}if False:\n```", 0.0),
+        ("def add(", 0.0),
+        ("I cannot do that.", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_asserts_decide_and_must_be_reached(completion: str, score: float) -> None:
+    asserts = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
+    assert CodeReward(seconds=20.0)([completion], [asserts]) == [score]
+
+
+def test_what_is_printed_decides_by_the_share_of_tests() -> None:
+    pairs = [
+        {"input": "1 2\n", "output": "3"},
+        {"input": "2 2", "output": "4\n"},
+        {"input": "", "output": "x"},
+    ]
+    reward = CodeReward(seconds=20.0)
+    assert reward(["print(sum(map(int, input().split())))"], [pairs]) == [pytest.approx(2 / 3)]
+    with pytest.raises(ValueError, match="its column 'tests' is an empty list"):
+        reward(["print(1)"], [[]])
+
+
+@pytest.mark.parametrize("level", [LIMITED, "best"])
+@pytest.mark.parametrize(
+    ("code", "ended", "status"),
+    [
+        ("while True: pass", "time", -9),
+        ("import time; time.sleep(60)", "time", -9),
+        ("print('x' * 10**8)", "output", -9),
+        ("x = bytearray(1 << 31)", "", 1),
+        ("open('big', 'wb').write(b'x' * (64 << 20))", "", 1),
+        ("import ctypes; ctypes.string_at(0)", "", -11),
+        ("import os; os._exit(3)", "", 3),
+        # of a namespace the first process, which nothing inside can kill
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "", None),
+        ("import os; os.closerange(0, 9)\nwhile True: pass", "time", -9),
+        (
+            "import os, signal\nfor s in range(1, 32): s in (9, 19) or signal.signal(s, 1)\nwhile True: pass",
+            "time",
+            -9,
+        ),
+        ("import os; os.rmdir(os.getcwd()); print(1)", "", 1),
+        ("x = [b'x' * (1 << 20) for _ in range(4096)]", "", 1),
+        ("import threading\nfor _ in range(9999): threading.Thread(target=input).start()", "", None),
+        ("import numpy", "", 1),
+    ],
+)
+def test_a_program_stays_within_its_limits(code: str, ended: str, status: int | None, level: str) -> None:
+    """A status of None: it may end in several ways, and must end."""
+    level = isolation() if level == "best" else level
+    limits = Limits(seconds=2.0) if ended == "time" else QUICK
+    result = run(code, level, limits)
+    if status is None:
+        assert result.ended in ("", "time", "output"), result
+    else:
+        assert (result.ended, result.status) == (ended, status), result
+
+
+def test_a_program_has_no_environment_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "1234")
+    result = run("import os; print(sorted(os.environ), os.listdir('.'))")
+    assert "SECRET" not in result.output
+    assert "['program.py']" in result.output
+
+
+def test_what_a_program_reads_is_its_input() -> None:
+    assert run("print(input() + '!')", standard_input="hello\n").output == "hello!\n"
+
+
+def test_in_namespaces_a_program_writes_nowhere_else_and_reaches_nobody(tmp_path: Path) -> None:
+    needs_namespaces()
+    os.chmod(tmp_path, 0o777)
+    target = tmp_path / "written"
+    code = f"""
+import os, socket
+try:
+    open({str(target)!r}, "w").write("x")
+except OSError as error:
+    print("write", type(error).__name__)
+try:
+    socket.create_connection(("127.0.0.1", 22), timeout=1)
+except OSError as error:
+    print("connect", type(error).__name__)
+try:
+    open("/proc/sys/kernel/hostname", "w").write("x")
+except OSError as error:
+    print("settings", type(error).__name__)
+print("processes", sum(name.isdigit() for name in os.listdir("/proc")))
+print("user", os.getuid())
+open("own", "w").write("fine")
+"""
+    result = run(code)
+    assert result.status == 0, result
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines] == ["write", "connect", "settings", "processes", "user"]
+    assert lines[3:] == ["processes 1", "user 65534"]
+    assert not target.exists()
+
+
+def test_in_namespaces_a_program_can_end_nobody_but_itself() -> None:
+    needs_namespaces()
+    code = """
+import os, signal
+for target in (-1, 0, os.getppid()):
+    try:
+        os.kill(target, signal.SIGTERM if target else 0)
+    except OSError as error:
+        print(type(error).__name__)
+print("alive")
+"""
+    result = run(code)
+    assert result.output.split()[-1] == "alive", result
+
+
+def test_in_namespaces_what_a_program_leaves_behind_ends_with_it() -> None:
+    needs_namespaces()
+    name = f"left{os.getpid()}"
+    code = f"""
+import ctypes, os, time
+if os.fork() == 0:
+    os.setsid()
+    ctypes.CDLL(None).prctl(15, {name.encode()!r})
+    os.closerange(0, 9)
+    time.sleep(600)
+time.sleep(0.2)
+print("done")
+"""
+    result = run(code)
+    assert (result.ended, result.status, result.output) == ("", 0, "done\n")
+    assert name not in map(comm, Path("/proc").glob("[0-9]*/comm"))
+
+
+def test_in_namespaces_a_fork_bomb_ends_with_its_program() -> None:
+    needs_namespaces()
+    name = f"bomb{os.getpid()}"
+    code = f"""
+import ctypes, os, time
+ctypes.CDLL(None).prctl(15, {name.encode()!r})
+for _ in range(8):
+    try:
+        os.fork()
+        os.setsid()
+    except OSError:
+        pass
+print(sum(name.isdigit() for name in os.listdir("/proc")), flush=True)
+time.sleep(60)
+"""
+    result = run(code, limits=Limits(seconds=3.0, processes=16))
+    assert result.ended == "time"
+    assert max(map(int, result.output.split())) > 8
+    assert name not in map(comm, Path("/proc").glob("[0-9]*/comm"))
+
+
+def comm(path: Path) -> str:
+    """The name of a process, if it is still there."""
+    try:
+        return path.read_text().strip()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def test_namespaces_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.rewards.code.isolation", lambda: LIMITED)
+    with pytest.raises(RuntimeError, match=r"require_namespaces is set, but .* NOT from reading"):
+        CodeReward(require_namespaces=True)
