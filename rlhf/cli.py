@@ -189,7 +189,8 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
     except RankError as error:
         _refuse("train", error)
         return EXIT
-    except (RuntimeError, MemoryError) as error:
+    except Exception as error:
+        # libraries say that memory is short in errors of many kinds
         advice = memory_advice(error, trainer.place)
         if advice is None:
             raise

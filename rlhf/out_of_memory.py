@@ -13,14 +13,21 @@ ADVICE = {
     "sync": "set distributed.mode=sharded with more ranks",
     "save": "set checkpoint.background=false",
 }
-SIGNS = ("can't allocate memory", "out of memory", "cannot allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+SIGNS = (
+    "can't allocate memory",
+    "out of memory",
+    "cannot allocate memory",
+    "bad_alloc",
+    "status_alloc_failed",
+)
+"""Of torch for a CPU and for a GPU, of the system, of the C++ library, and of cuBLAS and cuDNN."""
 
 
 def memory_advice(error: BaseException, place: str) -> str | None:
     """For people; None when memory was not what was short. `place`: a phase, and where the run stood."""
     text = str(error)
-    short = isinstance(error, MemoryError | torch.OutOfMemoryError) or any(sign in text for sign in SIGNS)
-    if not short:
+    short = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if not short and not any(sign in text.lower() for sign in SIGNS):
         return None
     phase = place.partition(",")[0]
     first = (text.splitlines() or ["no more memory"])[0]

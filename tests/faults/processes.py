@@ -16,7 +16,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -28,6 +29,8 @@ from safetensors.torch import load_file
 from tests.support import bandit_settings, without_clocks
 
 Action = Literal["kill", "freeze", "stall", "term", "no space", "raise", "nan", "little memory"]
+SMALL_BLOCK = 1 << 16
+"""Bytes; the tensors of a call that is to run out of memory are larger."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Fault:
     call: int = 0
     action: Action = "kill"
     after: bool = False
-    """When the call has returned instead of before it."""
+    """When the call has returned instead of before it. "little memory" and "nan" are of the call itself."""
     rank: int = 0
 
     def __str__(self) -> str:
@@ -156,7 +159,8 @@ def plant(fault: Fault) -> None:
         hit = calls == fault.call
         if hit and not fault.after:
             strike(fault.action)
-        result = original(*args, **kwargs)
+        with little_memory() if hit and fault.action == "little memory" else nullcontext():
+            result = original(*args, **kwargs)
         if hit and fault.after:
             strike(fault.action)
         return result * math.nan if hit and fault.action == "nan" else result
@@ -178,12 +182,32 @@ def strike(action: Action) -> None:
             raise OSError(28, "No space left on device")
         case "raise":
             raise ArithmeticError("an accident")
-        case "little memory":
-            pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * os.sysconf("SC_PAGE_SIZE") + (4 << 20)
-            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
-        case "nan":
+        case "nan" | "little memory":
             pass
+
+
+@contextmanager
+def little_memory() -> Generator[None]:
+    """While it lasts, no more memory is to be had than what is mapped already, and that is taken as well.
+
+    What the allocator keeps of earlier phases is enough for the call on one machine and not on another, and
+    a limit that stayed would stop whatever comes next instead. So the free blocks are held meanwhile, all but
+    the small ones, of which Python and the error itself need some.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE"), before[1]))
+    held: list[torch.Tensor] = []
+    size = 1 << 30
+    try:
+        while size >= SMALL_BLOCK:
+            try:
+                held.append(torch.empty(size, dtype=torch.uint8))
+            except RuntimeError:
+                size //= 2
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 STEPS, EVERY = 5, 2
