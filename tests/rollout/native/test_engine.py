@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, generate
 from rlhf.rollout.hf import HFEngine
-from rlhf.rollout.native.cpu_linear import can_pack
+from rlhf.rollout.native import cpu_linear
 from rlhf.rollout.native.engine import NativeEngine
 from rlhf.rollout.native.support import logprob_errors
 from rlhf.types import Completion, FinishReason, VersionSpan
@@ -285,11 +285,18 @@ def test_a_peft_model_samples_with_its_adapters() -> None:
     assert max(logprob_errors(model.get_base_model(), [request(9, n=4)], groups)) < 1e-4
 
 
-def test_packed_weights_follow_the_weights_they_were_made_from() -> None:
-    model = tiny("qwen2", torch.bfloat16, initializer_range=0.1)
-    if not any(map(can_pack, model.parameters())):
-        pytest.skip("needs a CPU that computes in bfloat16")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_weights_follow_the_weights_they_were_made_from(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """oneDNN packs float32 on every CPU, and bfloat16 where there are instructions for it."""
+    model = tiny("qwen2", dtype, initializer_range=0.1)
+    if dtype == torch.float32:
+        monkeypatch.setattr(cpu_linear, "can_pack", lambda weight: type(weight) is nn.Parameter)
+    elif not any(map(cpu_linear.can_pack, model.parameters())):
+        pytest.skip("needs a CPU that computes in bfloat16; float32 is packed on this one")
     engine = NativeEngine(model, eos_token_ids=[])
+    assert engine._linears._linears
     requests = [request(9, n=4), request(30, n=4)]
     before = generate(engine, requests)
     with torch.no_grad():
