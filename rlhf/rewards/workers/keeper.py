@@ -34,6 +34,10 @@ DUMP_SECONDS = 1.0
 """What a worker has to write its stack before it is killed."""
 OUTPUT_LIMIT = 1 << 18
 """Bytes of a worker's output that are passed on; the rest is counted and dropped."""
+PIECE = 1 << 14
+"""Bytes of output that are read, and passed on, at once."""
+REPORT_SECONDS = 10.0
+"""What a trainer has to hear the last words of a worker; it listens already."""
 TAIL = 4000
 SLOW = "it was too slow"
 """Why the trainer has a worker killed, unless there is a better reason."""
@@ -70,8 +74,7 @@ def main() -> None:
     finally:
         _end(worker)
         shutil.rmtree(folder, ignore_errors=True)
-    if ended is not None:
-        keeper.report(ended)
+    keeper.report(ended)
 
 
 def _become_worker(settings: dict[str, Any], libc: ctypes.CDLL, output: int) -> None:
@@ -103,13 +106,15 @@ class Keeper:
         self.memory: int = settings["memory"]
         self.processes: int = settings["processes"]
         self.trainer = os.getppid()
-        self.passed_on = self.dropped = 0
-        self.tail = b""
+        self.taken = self.dropped = 0
+        self.tail = self.waiting = b""
+        """What it wrote last; and what is not passed on yet."""
+        self.is_heard = True
         os.set_blocking(output, False)
         os.set_blocking(self.line, False)
 
     def watch(self) -> str | None:
-        """Returns when the worker has to end or has ended: why, None when nobody is there to be told."""
+        """Returns when the worker has to end or has ended: why, None when the trainer needs no reason."""
         poll = select.poll()
         poll.register(self.line, select.POLLIN)
         poll.register(self.output, select.POLLIN)
@@ -118,6 +123,7 @@ class Keeper:
             ready = dict(poll.poll(TICK * 1000))
             if self.output in ready and not self._read_output():
                 poll.unregister(self.output)
+            self._pass_on()
             if self.line in ready:
                 if self._told() != b"d":
                     return None
@@ -141,13 +147,22 @@ class Keeper:
         except ConnectionResetError:
             return b""
 
-    def report(self, ended: str) -> None:
-        """The last thing that is said: how it ended, and the end of what the worker wrote."""
+    def report(self, ended: str | None) -> None:
+        """The last that is said: the rest of what the worker wrote, which has ended, and how it ended."""
         for _ in range(64):
             if not select.select([self.output], [], [], 0)[0] or not self._read_output():
                 break
-        os.set_blocking(self.line, True)
-        self._tell(ended=ended, tail=self.tail.decode(errors="replace"), dropped=self.dropped)
+        poll = select.poll()
+        poll.register(self.line, select.POLLOUT)
+        deadline = time.monotonic() + REPORT_SECONDS
+        told = ended is None
+        while self.is_heard and (self.waiting or not told) and time.monotonic() < deadline:
+            self._pass_on(unfinished=True)
+            if not self.waiting and not told:
+                tail = self.tail.decode(errors="replace")
+                told = self._tell(ended=ended, tail=tail, dropped=self.dropped)
+            if self.waiting or not told:
+                poll.poll(TICK * 1000)
 
     def _reap(self) -> int | None:
         """Collects the dead; the status of the worker if it is among them."""
@@ -189,24 +204,39 @@ class Keeper:
                 return
 
     def _read_output(self) -> bool:
-        """Passes output on up to the limit. False at its end."""
+        """Takes output in up to the limit. False at its end."""
         try:
-            chunk = os.read(self.output, 1 << 14)
+            chunk = os.read(self.output, PIECE)
         except BlockingIOError:
             return True
         self.tail = (self.tail + chunk)[-TAIL:]
-        some = chunk[: max(0, OUTPUT_LIMIT - self.passed_on)]
-        if some and self._tell(output=some.decode(errors="replace")):
-            self.passed_on += len(some)
-        else:
-            self.dropped += len(chunk)
+        some = chunk[: max(0, OUTPUT_LIMIT - self.taken)]
+        self.taken += len(some)
+        self.dropped += len(chunk) - len(some)
+        self.waiting += some
         return bool(chunk)
 
+    def _pass_on(self, *, unfinished: bool = False) -> None:
+        """Passes whole lines on, and one without an end if it is long or nothing more is to come.
+
+        What the trainer does not read at the moment waits here: nothing may wait for the trainer.
+        """
+        while self.waiting:
+            length = self.waiting.rfind(b"\n", 0, PIECE) + 1
+            if length == 0 and (unfinished or len(self.waiting) >= PIECE):
+                length = min(len(self.waiting), PIECE)
+            if length == 0 or not self._tell(output=self.waiting[:length].decode(errors="replace")):
+                return
+            self.waiting = self.waiting[length:]
+
     def _tell(self, **event: Any) -> bool:
-        """False when the trainer is gone, or does not read at the moment: nothing here may wait for it."""
+        """False when the trainer is gone, or does not read at the moment."""
         try:
             os.write(self.line, json.dumps(event).encode())
+        except BlockingIOError:
+            return False
         except OSError:
+            self.is_heard, self.waiting = False, b""
             return False
         return True
 

@@ -193,7 +193,12 @@ class WorkerPool:
         try:
             arguments = [call.arguments(call.samples) for call in calls]
             for number, answer in worker.run(arguments, is_async=self.signature.is_async):
-                self._answered(unanswered.pop(number), answer)
+                call = unanswered.pop(number)
+                if not unanswered:
+                    # whoever waits for this answer may close the pool: what the worker printed is still heard
+                    with self._changed:
+                        self._busy.discard(worker)
+                self._answered(call, answer)
         except WorkerLost as lost:
             self._lost(unanswered, lost)
             return False

@@ -143,13 +143,17 @@ class WorkerProcess:
             self._line.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
-        """Kills the worker and all it started, and waits until they are gone."""
-        self._hear_the_rest()
+        """Kills the worker and all it started, waits until they are gone, and hears what it printed last."""
+        deadline = time.monotonic() + END_SECONDS
+        with suppress(OSError):
+            # the keeper takes it for the end, and can still be heard
+            self._line.shutdown(socket.SHUT_WR)
+        self._hear_the_end(deadline)
         self._line.close()
         self._data.close()
         self._progress.close()
         try:
-            self._keeper.wait(END_SECONDS)
+            self._keeper.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self._keeper.kill()
             self._keeper.wait()
@@ -221,17 +225,16 @@ class WorkerProcess:
         if told["dropped"]:
             self._log(f"\n[{told['dropped']} bytes of output are left out]\n")
 
-    def _hear_the_rest(self) -> None:
-        """What it printed last, as far as the keeper has passed it on."""
-        while self._ended is None and self._line.fileno() in self._wait_for_line(0.0):
-            self._hear()
-
     def _how_it_ended(self) -> str:
-        deadline = time.monotonic() + END_SECONDS
+        return self._hear_the_end(time.monotonic() + END_SECONDS)
+
+    def _hear_the_end(self, deadline: float) -> str:
+        """What it printed, until its keeper says how it ended, or is gone."""
         while self._ended is None and (left := deadline - time.monotonic()) > 0:
             if self._line.fileno() in self._wait_for_line(left):
                 self._hear()
-        return self._ended or "its keeper does not answer"
+        self._ended = self._ended or "its keeper does not answer"
+        return self._ended
 
     def _wait_for_line(self, seconds: float) -> set[int]:
         if self._line.fileno() < 0:
