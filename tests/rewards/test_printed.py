@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.rewards.keeper import OUTPUT_LIMIT, Keeper
 from rlhf.rewards.plugin import RewardSpec
-from rlhf.rewards.process import WorkerLost, WorkerProcess
+from rlhf.rewards.workers.keeper import OUTPUT_LIMIT, Keeper
+from rlhf.rewards.workers.process import WorkerLost, WorkerProcess
 
 LINES = 2000
 FUNCTION = f"""

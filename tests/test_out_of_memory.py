@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.shortage import memory_advice
+from rlhf.out_of_memory import memory_advice
 
 # no address space holds it
 TOO_MUCH = 1 << 50
