@@ -65,7 +65,7 @@ def measure(function: str, workers: int, repeats: int) -> dict[str, float]:
             scoring.result()
             walls.append(time.monotonic() - began)
             processor.append(time.process_time() - used)
-            shares.append(sum(scoring.verdicts[0].seconds) / workers / walls[-1])
+            shares.append(sum(scoring.by_function[0].seconds) / workers / walls[-1])
     finally:
         rewards.close()
     best = max(range(repeats), key=shares.__getitem__)

@@ -77,7 +77,7 @@ class Sampler:
             place = places[number]
             groups[place] = group
             if not together:
-                scorings[place] = self._submit([prompts[place]], [group], hooks.step, of=sum(sizes))
+                scorings[place] = self._submit([prompts[place]], [group], hooks.step, step_samples=sum(sizes))
 
         hooks.phase("rollout")
         generate(self.engine, requests, between=hooks.between, finished=finished)
@@ -97,10 +97,13 @@ class Sampler:
         prompts: Sequence[Prompt],
         completions: Sequence[Sequence[Completion]],
         step: int,
-        of: int | None = None,
+        step_samples: int | None = None,
     ) -> Scoring:
         texts = [[self.text(c) for c in group] for group in completions]
-        return self.rewards.submit(prompts, completions, texts, trainer_state={"global_step": step}, of=of)
+        state = {"global_step": step}
+        return self.rewards.submit(
+            prompts, completions, texts, trainer_state=state, step_samples=step_samples
+        )
 
     def text(self, completion: Completion) -> str:
         """What a reward reads: special tokens left out."""

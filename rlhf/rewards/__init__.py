@@ -1,6 +1,6 @@
-"""Reward functions: found by name, run in workers that can be killed, and what counts when one fails.
+"""Reward functions: loaded by name, run in worker processes that can be killed, failures counted.
 
-Importing the package imports nothing else: the workers import it too, and must start quickly.
+Importing this package imports none of its modules: worker processes import it too and must start quickly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rlhf.rewards.scoring import Rewards, Scoring, reward_metrics
     from rlhf.rewards.workers.pool import RewardError
 
-HOME = {
+MODULE_OF = {
     "RewardError": "rlhf.rewards.workers.pool",
     "RewardSpec": "rlhf.rewards.plugin",
     "Rewards": "rlhf.rewards.scoring",
@@ -26,6 +26,6 @@ __all__ = ["RewardError", "RewardSpec", "Rewards", "Scoring", "load_reward", "re
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOME:
+    if name not in MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(HOME[name]), name)
+    return getattr(import_module(MODULE_OF[name]), name)

@@ -1,4 +1,4 @@
-"""Rewards that need nothing but the completion and, for two of them, the column `answer`."""
+"""Built-in rewards: number, exact, format and JSON matches, completion length, overlong penalty."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 Completion = str | Sequence[Mapping[str, Any]]
 
-# a minus belongs to the number unless it stands between two terms, as in 10-5
+# a minus sign belongs to the number unless it stands between two terms, as in 10-5
 NUMBER = re.compile(
     r"(?:(?<![\w.)])[-\u2212])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 )
@@ -21,8 +21,8 @@ NUMBER = re.compile(
 def numeric_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
     """1 where the last number of the completion equals `answer`, else 0.
 
-    Numbers are integers or decimals, with or without thousands separators or a minus: "-1,234.50" equals
-    -1234.5. An answer given as text may have words around its number, of which the last counts too.
+    Numbers are integers or decimals, with or without thousands separators or a minus sign: "-1,234.50" equals
+    -1234.5. If `answer` is text, its last number is the one that must be matched.
 
     Raises ValueError for an answer without a number.
     """
@@ -37,17 +37,17 @@ def numeric_match(completions: Sequence[Completion], answer: Sequence[Any]) -> l
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
-    """1 where the completion, without the white space around it, is `answer`, else 0."""
+    """1 where the completion equals `answer`, white space around either ignored, else 0."""
     texts = [completion_text(completion).strip() for completion in completions]
     return [float(text == str(value).strip()) for text, value in zip(texts, answer, strict=True)]
 
 
 def format_match(completions: Sequence[Completion], pattern: str | Sequence[str]) -> list[float]:
-    """1 where the whole completion has the form of `pattern`, else 0.
+    """1 where the whole completion matches `pattern`, else 0.
 
-    Text is a regular expression, whose dot also matches line ends. A list names tags: `["think", "answer"]`
-    asks for `<think>...</think>` and then `<answer>...</answer>`, each once, with nothing but white space
-    outside.
+    A `pattern` given as text is a regular expression, in which the dot also matches line ends. A list names
+    tags: `["think", "answer"]` asks for `<think>...</think>` and then `<answer>...</answer>`, each once, with
+    only white space outside.
     """
     expression = pattern if isinstance(pattern, str) else _tags(pattern)
     form = re.compile(expression, re.DOTALL)
@@ -55,11 +55,11 @@ def format_match(completions: Sequence[Completion], pattern: str | Sequence[str]
 
 
 def json_match(completions: Sequence[Completion], schema: Mapping[str, Any] | None = None) -> list[float]:
-    """1 where the completion is JSON, alone or in one fenced block, that keeps to the JSON schema; else 0.
+    """1 where the completion, or its only fenced block, is JSON that is valid under `schema`; else 0.
 
-    Without `schema` any JSON will do. A schema needs the package `jsonschema` (extra `rewards`).
+    Without `schema` any JSON is accepted. A schema needs the package `jsonschema` (extra `rewards`).
 
-    Raises jsonschema.SchemaError when the schema is none.
+    Raises jsonschema.SchemaError when `schema` is not a valid JSON schema.
     """
     check = _schema_check({} if schema is None else schema)
     return [float(_is_json(completion_text(completion), check)) for completion in completions]
@@ -68,14 +68,16 @@ def json_match(completions: Sequence[Completion], schema: Mapping[str, Any] | No
 def length(
     completion_ids: Sequence[Sequence[int]], target: int | None = None, scale: float = 1.0
 ) -> list[float]:
-    """Minus the tokens of the completion, or minus how far they are from `target`, divided by `scale`."""
+    """Minus the number of tokens, or minus its distance from `target` if one is given, divided by `scale`."""
     goal = 0 if target is None else target
     return [-abs(len(ids) - goal) / scale for ids in completion_ids]
 
 
 def overlong(completion_ids: Sequence[Sequence[int]], max_tokens: int, cache: int) -> list[float]:
-    """0 up to `max_tokens - cache` tokens, then down in a line to -1 at `max_tokens` (DAPO, arXiv:2503.14476
-    eq. 13). `algorithm.overlong_cache` does the same to the weighted sum; this is an objective of its own.
+    """0 up to `max_tokens - cache` tokens, then falling linearly to -1 at `max_tokens`, and -1 beyond.
+
+    Source: DAPO, arXiv:2503.14476 eq. 13. The setting `algorithm.overlong_cache` adds the same penalty to the
+    weighted sum of all objectives; this function is an objective of its own.
 
     Raises ValueError unless 0 < cache <= max_tokens.
     """
@@ -85,12 +87,12 @@ def overlong(completion_ids: Sequence[Sequence[int]], max_tokens: int, cache: in
 
 
 def completion_text(completion: Completion) -> str:
-    """What the policy wrote: the text itself, or the content of the last message."""
+    """The text that the policy wrote: a plain completion itself, or the content of its last chat message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number in `text`, None without one. `last_number("3 + 5 = 8.0!") == 8`."""
+    """The last number in `text`, None if there is none. Example: `last_number("3 + 5 = 8.0!") == 8`."""
     found = NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
 

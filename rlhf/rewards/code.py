@@ -1,8 +1,9 @@
-"""Programs that a policy writes, judged by what they do: `sandbox.py` runs them, and says how safely.
+"""Reward `code`: runs the program in a completion in the sandbox; the score is the share of tests passed.
 
-The program is the last fenced block of the completion (```python ... ```), or all of it when there is none.
-The column `tests` holds either Python that raises when something is wrong (asserts, appended to the program),
-or a list of `{"input": ..., "output": ...}`: what the program reads and what it must print.
+The program is the last fenced block of the completion (```python ... ```), or the whole completion when there
+is none. The column `tests` holds either Python code that raises when something is wrong (asserts; the code is
+appended to the program), or a list of `{"input": ..., "output": ...}`: what the program reads from standard
+input and what it must print. `rlhf/sandbox/runner.py` runs the programs.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
 class CodeReward:
-    """The share of tests that pass; asserts are one test."""
+    """Scores each completion with the share of its tests that pass; all asserts together are one test."""
 
     def __init__(self, seconds: float = 5.0, memory_mib: int = 512, require_namespaces: bool = False) -> None:
-        """`seconds` are those of one test: the function's `timeout` must leave room for all of a sample.
+        """`seconds` is the limit of one test: the function's `timeout` must leave time for all of a sample.
 
-        Raises RuntimeError when namespaces are required and this system allows none.
+        Logs how well the sandbox isolates programs on this system. Raises RuntimeError when
+        `require_namespaces` is set and this system does not allow namespaces.
         """
         self.limits = Limits(seconds=seconds, memory_mib=memory_mib)
         level = isolation()
@@ -43,6 +45,7 @@ class CodeReward:
         ]
 
     def share_passed(self, program: str, tests: str | Sequence[Mapping[str, str]]) -> float:
+        """Share of `tests` that `program` passes. Raises ValueError for an empty list of tests."""
         if isinstance(tests, str):
             return float(self._asserts_hold(program, tests))
         if not tests:
@@ -50,10 +53,11 @@ class CodeReward:
         return sum(self._prints(program, test) for test in tests) / len(tests)
 
     def _asserts_hold(self, program: str, tests: str) -> bool:
-        """The tests must have been reached: a program that ends before them has passed none.
+        """Whether all asserts pass and are reached: a program that exits before them has passed none.
 
-        What is printed behind them is new every time, so that a program cannot print it instead. (It stands
-        in the program's own file: one that reads that file, or gives Python another `==`, can cheat.)
+        A random word printed after the tests proves that they were reached; it is new every time, so that a
+        program cannot know it. (It stands in the program's own file: a program that reads this file, or that
+        redefines `==`, can cheat.)
         """
         done = secrets.token_hex(16)
         result = run_python(f"{program}\n\n{tests}\nprint({done!r})\n", self.limits)
@@ -67,6 +71,6 @@ class CodeReward:
 
 
 def program_of(text: str) -> str:
-    """The last fenced block, or the whole text."""
+    """The program in a completion: its last fenced block, or the whole text if there is no block."""
     blocks = BLOCK.findall(text)
     return str(blocks[-1]) if blocks else text

@@ -1,16 +1,17 @@
-"""Objectives that must keep to a bound: their weights move until they do (Lagrange multipliers).
+"""Constraints on objectives: Lagrange multipliers change their weights until the bounds are kept.
 
     maximise   the weighted sum of objectives   subject to   mean of c_k >= b_k  (or <= b_k)
 
-is sought as a saddle point: the reward of a completion has lambda_k c_k added (taken off for an upper bound),
-and after every step
+is solved as a saddle point: lambda_k c_k is added to the reward of each completion (subtracted for an upper
+bound), and after every step
 
     lambda_k <- max(0, lambda_k + rate_k (b_k - mean of c_k))          (upper bound: mean of c_k - b_k)
 
-over all completions of the step on all ranks (dual ascent, as in Safe RLHF, arXiv:2310.12773).
+with the mean over all completions of the step on all ranks (dual ascent, as in Safe RLHF, arXiv:2310.12773).
 
-Differences from that paper: 1. lambda itself moves, not its logarithm, so it can be exactly 0; 2. the sum is
-not divided by 1 + lambda, which a normalisation by the group does anyway; 3. the mean is that of one step.
+Differences from that paper: 1. lambda itself is updated, not its logarithm, so it can be exactly 0; 2. the
+sum is not divided by 1 + lambda, because normalising advantages within a group has the same effect; 3. the
+mean is taken over one step.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rlhf.types import Group
 
 
 class Constraints(Stateful):
-    """What objectives weigh: the multipliers in force, which it puts on the weights of `rewards`."""
+    """Keeps the multiplier of each constraint and adds it to the weight of its objective in `rewards`."""
 
     def __init__(self, constraints: Sequence[ConstraintConfig], rewards: Rewards, world: World) -> None:
         self.constraints, self.rewards, self.world = constraints, rewards, world
@@ -39,16 +40,16 @@ class Constraints(Stateful):
         self._apply()
 
     def observe(self, groups: Sequence[Group]) -> Metrics:
-        """Moves the multipliers by the groups of a step; every rank calls it, with groups or without.
+        """Updates the multipliers from the groups of a step; every rank must call it, even without groups.
 
-        Raises RewardError when the step has rewards and none of a constrained objective.
+        Raises RewardError when the step has scored completions but none has a constrained objective.
         """
         scored = [t.objectives for g in groups for t in g.trajectories if t.objectives]
         for c in self.constraints:
             values = [objectives[c.objective] for objectives in scored if c.objective in objectives]
             sums = torch.tensor([sum(values), len(values), len(scored)], dtype=torch.float64)
-            total, count, others = numbers(self.world.all_sum(sums.to(self.world.device)))
-            if others and not count:
+            total, count, num_scored = numbers(self.world.all_sum(sums.to(self.world.device)))
+            if num_scored and not count:
                 raise RewardError(
                     f"no reward function gave the objective {c.objective!r} of reward.constraints"
                 )
@@ -59,9 +60,12 @@ class Constraints(Stateful):
         return {f"reward/multiplier/{name}": Max(value) for name, value in self.multipliers.items()}
 
     def weights(self) -> dict[str, float]:
-        """By objective, of all that any rank has seen: groups move between ranks. Every rank calls it."""
+        """Weight of each objective that any rank has seen (groups move between ranks).
+
+        Every rank must call it.
+        """
         for owners in self.world.gather(self.rewards.owners):
-            self.rewards.recall(owners)
+            self.rewards.add_owners(owners)
         return self.rewards.weights
 
     def _apply(self) -> None:
@@ -74,5 +78,5 @@ class Constraints(Stateful):
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         self.multipliers |= state["multipliers"]
-        self.rewards.recall(state.get("owners", {}))
+        self.rewards.add_owners(state.get("owners", {}))
         self._apply()

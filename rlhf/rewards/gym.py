@@ -1,11 +1,11 @@
-"""reasoning-gym tasks (extra `gym`) as data and reward.
+"""Tasks of the package reasoning-gym (extra `gym`), as a dataset of prompts and as the reward `gym`.
 
     data: {train: "gym:chain_sum?size=500&seed=1&max_terms=3"}
 
-names one of its tasks and settings of that task; the reward `gym`, which is the reward when the config names
-no other, has the task judge the answer. Entry `i` of a task depends on its seed, 0 when none is given, and
-`i` alone. Beside the task's own settings: `chat=false` gives the question as plain text instead of one chat
-message, and `instruction` is written behind every question.
+Behind `gym:` stand the name of a task and settings of that task. The task also scores the answers, through
+the reward `gym`, which is used when the config names no reward function. Entry `i` of a task depends only on
+`i` and on the setting `seed` (0 unless given). Two more settings are ours: `chat=false` gives the question as
+plain text instead of one chat message, and `instruction` is appended to every question, on a line of its own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ def score(
     gym: Sequence[Mapping[str, Any]],
     extract: Literal["tag", "number", "whole"] = "tag",
 ) -> list[float]:
-    """What the task says of the answer, 0 to 1; partly right answers may get a part.
+    """The task's own score of each answer, from 0 to 1; partly correct answers may score in between.
 
-    `extract`: what of the completion is the answer: the last `<answer>...</answer>` and, without one, all of
-    it; the last number; or all of it.
+    `extract` says which part of the completion is the answer. `tag`: the text inside the last
+    `<answer>...</answer>`, or the whole completion if it has none; `number`: the last number; `whole`: the
+    whole completion.
     """
     return [
         float(_scorer(entry["task"])(_extract(completion_text(completion), extract), dict(entry["entry"])))
@@ -42,8 +43,9 @@ def score(
 def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Id and columns (`prompt`, `answer`, `gym`) of each entry of `gym:TASK?setting=value&...`.
 
-    Raises ValueError when the package is missing, there is no such task, or it has no such setting (the
-    nearest neighbours are named), and the task's own error when it does not like a value.
+    Raises ValueError when the package is missing, when there is no such task or setting (the message names
+    the most similar one), and when the task asserts that a value is invalid. Other exceptions of the task are
+    passed on.
     """
     task, _, query = source.removeprefix(PREFIX).partition("?")
     settings = {key: _plain(value) for key, value in parse_qsl(query, keep_blank_values=True)}
@@ -54,7 +56,7 @@ def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if key not in known:
             raise ValueError(f"{source}: the task {task} has no setting {key!r}{_near(key, known)}")
     try:
-        # without a seed the package draws one, and a resumed run would go on with other questions
+        # without a seed the package draws a random one, and a resumed run would see other questions
         dataset: Any = _library().create_dataset(task, **{"seed": 0, **settings})
     except AssertionError as error:
         raise ValueError(f"{source}: {error or 'the task refuses these settings'}") from None
@@ -104,7 +106,7 @@ def _library() -> Any:
 
 
 def _plain(value: str) -> Any:
-    """`3` is a number, `true` a truth value, `[1, 2]` a list; anything else is text."""
+    """A value of the query: JSON such as `3`, `true` or `[1, 2]` is decoded, anything else is text."""
     try:
         return json.loads(value)
     except json.JSONDecodeError:

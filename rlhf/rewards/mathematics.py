@@ -1,7 +1,8 @@
-"""Mathematical equality by the package math-verify (extra `rewards`): 1/2 is 0.5 is \\frac{1}{2}.
+"""Reward `math_match`: mathematical equality, by the package math-verify (extra `rewards`).
 
-Its time limits are alarms, which work in the main thread only; a worker calls rewards there. They end what
-sympy computes, and not one endless step of C code: that is what the worker's deadline is for.
+For example 1/2, 0.5 and \\frac{1}{2} are equal. The time limits of the package are alarm signals, which work
+only in the main thread; workers call reward functions there. An alarm interrupts sympy, but not a single
+endless step of C code: such a step is ended by the deadline of the worker.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ SECONDS = 3
 def math_match(
     completions: Sequence[Completion], answer: Sequence[Any], seconds: int = SECONDS
 ) -> list[float]:
-    """1 where the completion's final expression equals `answer`, else 0; 0 too when it takes too long.
+    """1 where the completion's final expression equals `answer`, else 0; also 0 when it takes too long.
 
-    Of a completion the boxed expression counts, or the last one. `answer` may be LaTeX, with or without
-    dollar signs, or plain. `seconds`: for reading a text, and for comparing.
+    The final expression of a completion is the boxed one, or the last one if none is boxed. `answer` may be
+    LaTeX, with or without dollar signs, or plain text. `seconds` limits parsing one text, and comparing once.
 
-    Raises ValueError for an answer in which there is nothing to compare with.
+    Raises ValueError for an answer that holds no expression.
     """
     import math_verify  # pyright: ignore[reportMissingTypeStubs]
 
     library: Any = math_verify
 
-    # it logs each time limit as an error, with a traceback
+    # the package logs each expired time limit as an error with a traceback
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     scores: list[float] = []
     for completion, value in zip(completions, answer, strict=True):
         gold = _gold(str(value), library.parse, seconds)
-        # the order matters: a relation in the completion may be compared with a number, not the reverse
-        said = library.parse(completion_text(completion), parsing_timeout=seconds)
-        scores.append(float(library.verify(gold, said, timeout_seconds=seconds)))
+        # the order matters: gold before completion, so that "x = 3" in the completion can equal the answer 3
+        found = library.parse(completion_text(completion), parsing_timeout=seconds)
+        scores.append(float(library.verify(gold, found, timeout_seconds=seconds)))
     return scores
 
 

@@ -1,15 +1,16 @@
-"""A reward model: any sequence classifier in the Hugging Face layout, scoring in its worker in batches.
+"""Reward `reward_model`: a sequence classifier in the Hugging Face layout scores completions in batches.
 
     reward:
       functions:
         - {path: reward_model, params: {model: runs/reward/model}, batch: 16, memory_gib: 16, timeout: 60}
 
-What `task: reward_model` saved is given what it was trained on: prompt, completion and an end-of-sequence
-token, also where the completion was cut. Any other one gets the conversation as its chat template writes it.
+A model saved by `task: reward_model` gets the input that it was trained on: prompt, completion and an
+end-of-sequence token, even where the completion was truncated. Any other model gets the conversation as its
+chat template writes it.
 
-One label is one number; several labels are several objectives with the names of the model's `id2label`, as in
-multi-objective GRPO (arXiv:2503.21819), whose weights the paper does not give: `weights` of the function sets
-them.
+A model with one label returns a number. A model with several labels returns several objectives, named by its
+`id2label`, as in multi-objective GRPO (arXiv:2503.21819). The paper does not give their weights; the setting
+`weights` of the function does.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Messages = str | Sequence[Mapping[str, Any]]
 
 
 class RewardModel:
-    """Loaded once a worker; `batch` of the function is how many samples go through it at once."""
+    """Loaded once per worker; the function's setting `batch` is the number of samples of a forward pass."""
 
     def __init__(
         self,
@@ -33,9 +34,12 @@ class RewardModel:
         dtype: Literal["float32", "bfloat16"] = "float32",
         threads: int = 1,
     ) -> None:
-        """`max_tokens` cuts the beginning of what is longer; `threads` are those of this process.
+        """Loads `model`, a folder or a name on the hub, on the GPU if the worker sees one.
 
-        Raises ModelError when there is no such model, and ValueError when it is no classifier.
+        `max_tokens`: inputs that are longer lose their beginning. `transform`: applied to each score.
+        `threads`: CPU threads of this worker.
+
+        Raises ModelError when there is no such model, and ValueError when it is not a sequence classifier.
         """
         import torch
         import transformers
@@ -57,9 +61,10 @@ class RewardModel:
         kind = library.AutoModelForSequenceClassification
         self.model: Any = kind.from_pretrained(path, dtype=getattr(torch, dtype)).to(device).eval()
         if self.model.config.pad_token_id is None:
-            # without one a classifier takes the last token of the row, padding included, for its answer
+            # without a padding token a classifier reads its score at the last token of the row, padding
+            # included
             self.model.config.pad_token_id = pad_token_of(self.tokenizer)
-        self.ends = settings.to_dict().items() >= SCORED_AT_END.items()
+        self.scored_at_end = settings.to_dict().items() >= SCORED_AT_END.items()
         self.max_tokens, self.transform = max_tokens, transform
         labels: dict[int, str] = self.model.config.id2label
         self.labels = [labels[i] for i in range(self.model.config.num_labels)]
@@ -67,7 +72,7 @@ class RewardModel:
     def __call__(
         self, prompts: Sequence[Messages], completions: Sequence[Completion]
     ) -> list[float] | list[dict[str, float]]:
-        """Scores of prompts with their completions, one forward pass for all."""
+        """Score of each completion (by objective, if there are several labels); one forward pass for all."""
         import torch
 
         rows = [self._tokens(p, c) for p, c in zip(prompts, completions, strict=True)]
@@ -86,7 +91,7 @@ class RewardModel:
 
     def _tokens(self, prompt: Messages, completion: Completion) -> list[int]:
         plain = isinstance(prompt, str)
-        if not self.ends:
+        if not self.scored_at_end:
             # a chat template writes the special tokens itself
             text = f"{prompt}{completion}" if plain else self._write([*prompt, *completion])
             limits = {"truncation": True, "max_length": self.max_tokens}

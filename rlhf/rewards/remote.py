@@ -1,9 +1,9 @@
-"""Rewards from elsewhere over HTTP: a service of one's own in batches, and a language model as a judge.
+"""Rewards over HTTP: `remote`, a scoring service of the user's, and `judge`, a language model as judge.
 
-Requests are made in a worker, so a service that hangs costs samples and nothing more. What may pass (a
-refused or dropped connection, a time limit, status 408, 425, 429 and 5xx) is tried again, with pauses that
-double and vary at random; a request keeps its `Idempotency-Key`, so a service can tell a repeated one. Other
-statuses are errors at once.
+Requests are sent by worker processes, so a service that hangs costs its samples and nothing more. Failures
+that may be temporary (a refused or dropped connection, a timeout, status 408, 425, 429, 500, 502, 503 or 504)
+are tried again, after pauses that double and vary at random. All attempts carry the same `Idempotency-Key`,
+by which a service recognises a repeated request. Any other status is an error at once.
 """
 
 from __future__ import annotations
@@ -23,23 +23,27 @@ from rlhf.rewards.builtin import Completion, completion_text
 
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 LONGEST_ANSWER = 1 << 24
+"""Bytes of a response that are read at most."""
 _JITTER = random.Random()
-"""A generator of its own: what is drawn from the seeded one does not depend on a network."""
+"""A separate generator: random pauses must not change what is drawn from the seeded global one."""
 
 
 class RemoteError(RuntimeError):
-    """The service gave no answer, or none that can be used."""
+    """The service did not respond, or its response cannot be used."""
 
 
 class Client:
-    """POSTs JSON to one address over one connection, which it keeps open and makes anew when it is lost."""
+    """POSTs JSON to one address; keeps one connection open and opens a new one when that is lost."""
 
     _connection: http.client.HTTPConnection | None = None
 
     def __init__(
         self, url: str, *, headers: Mapping[str, str], seconds: float, attempts: int, pause: float
     ) -> None:
-        """Raises ValueError for what is no http or https address."""
+        """`seconds`: limit of one attempt; `attempts`: how many; `pause`: seconds before the second attempt.
+
+        Raises ValueError when `url` is not an http or https address.
+        """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"expected an address like http://host:8000/score, got {url!r}")
@@ -53,7 +57,7 @@ class Client:
         self._drop()
 
     def post(self, payload: object) -> Any:
-        """The answer, decoded. Raises RemoteError, with what happened at the last attempt."""
+        """The decoded JSON of the response. Raises RemoteError, which says how the last attempt failed."""
         body = json.dumps(payload).encode()
         headers = {**self.headers, "Idempotency-Key": hashlib.sha256(body).hexdigest()}
         problem = ""
@@ -90,10 +94,10 @@ class Client:
 
 
 class RemoteReward:
-    """Has a service score: `{"samples": [{"prompt", "completion", ...columns}]}` -> `{"scores": [...]}`.
+    """Lets a service score: `{"samples": [{"prompt", "completion", ...columns}]}` -> `{"scores": [...]}`.
 
-    `batch` of the function is how many samples a request has; `workers` how many requests are made at once.
-    A score is what a function may return: a number, an object of numbers by objective, or null.
+    The function's setting `batch` is the number of samples of one request, `workers` the number of requests
+    under way at once. A score is a number, an object of numbers by objective, or null (does not apply).
     """
 
     def __init__(
@@ -106,10 +110,11 @@ class RemoteReward:
         key_variable: str | None = None,
         columns: Sequence[str] | None = None,
     ) -> None:
-        """`seconds`, `attempts`, `pause`: of each try, how many, and between the first two.
+        """`seconds`: limit of one attempt; `attempts`: how many; `pause`: seconds before the second attempt.
 
-        `key_variable` names the environment variable whose value is sent as bearer token; `columns` are those
-        of the dataset that are sent, all when not given. Raises ValueError when the variable is not set.
+        `key_variable`: the environment variable whose value is sent as bearer token. `columns`: the columns
+        of the dataset that are sent; all of them if not given. Raises ValueError when the variable is not
+        set.
         """
         sent = {**(headers or {}), **_authorization(key_variable)}
         self.client = Client(url, headers=sent, seconds=seconds, attempts=attempts, pause=pause)
@@ -145,10 +150,10 @@ then end with one line: Score: <number>"""
 
 
 class LLMJudge:
-    """A language model behind an OpenAI-compatible endpoint gives the score that it writes last.
+    """A language model behind an OpenAI-compatible endpoint; the last score that it writes is the reward.
 
-    The completion is put into the judge's prompt as it is: what it says to the judge counts as part of it, so
-    a policy may learn to flatter; look at samples.
+    The completion is put into the judge's prompt unchanged. Words in it that address the judge can therefore
+    raise the score, and a policy may learn to flatter: look at samples.
     """
 
     def __init__(
@@ -165,9 +170,14 @@ class LLMJudge:
         pause: float = 0.5,
         key_variable: str | None = None,
     ) -> None:
-        """`url` ends before `/chat/completions`; `template` has {prompt} and {completion}, and may have
-        columns of the dataset. The last match of `pattern` is the score, which becomes 0 at `low` and 1 at
-        `high`. Raises ValueError for a template without {completion}."""
+        """`url` without its ending `/chat/completions`.
+
+        `template`: the judge's prompt, with the placeholders {prompt}, {completion} and any column of the
+        dataset. `pattern`: the first group of its last match in the judge's answer is the score, which is
+        scaled so that `low` becomes 0 and `high` becomes 1.
+
+        Raises ValueError for a template without {completion}.
+        """
         if "{completion}" not in template:
             raise ValueError("the judge's template must have {completion}, or it judges nothing")
         address = url.rstrip("/") + "/chat/completions"
@@ -181,10 +191,10 @@ class LLMJudge:
     ) -> list[float]:
         scores: list[float] = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            others = {name: values[i] for name, values in columns.items() if name != "trainer_state"}
-            asked = {**others, "prompt": _question(prompt), "completion": completion_text(completion)}
-            # not str.format: what is filled in may have braces of its own
-            text = re.sub(r"\{(\w+)\}", lambda m, a=asked: str(a.get(m[1], m[0])), self.template)
+            filled = {name: values[i] for name, values in columns.items() if name != "trainer_state"}
+            fields = {**filled, "prompt": _question(prompt), "completion": completion_text(completion)}
+            # not str.format: the completion may contain braces itself
+            text = re.sub(r"\{(\w+)\}", lambda m, f=fields: str(f.get(m[1], m[0])), self.template)
             scores.append(self._score(text))
         return scores
 
@@ -197,12 +207,12 @@ class LLMJudge:
         }
         answer = self.client.post(payload)
         try:
-            said = str(answer["choices"][0]["message"]["content"])
+            written = str(answer["choices"][0]["message"]["content"])
         except (KeyError, IndexError, TypeError):
             raise RemoteError(f"{self.client.url}: not a chat completion: {answer!r:.200}") from None
-        found = self.pattern.findall(said)
+        found = self.pattern.findall(written)
         if not found:
-            raise RemoteError(f"the judge gave no score: {said!r:.300}")
+            raise RemoteError(f"the judge gave no score: {written!r:.300}")
         score = float(found[-1])
         if not self.low <= score <= self.high:
             raise RemoteError(f"the judge's score {score:g} lies outside {self.low:g} to {self.high:g}")

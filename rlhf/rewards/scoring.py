@@ -1,10 +1,10 @@
-"""Completions become scored groups: what every function says of each sample, weighted and added up.
+"""Scores completions: has every reward function score each sample, and adds up the weighted objectives.
 
-A function that says None for a sample does not apply to it. A sample on which one fails (NaN, infinity, an
-exception, a deadline, the end of its process), or to which none applies, has no reward: it is not learned
-from, which is not the same as a reward of 0.
+A function that returns None for a sample does not apply to it. A sample has no reward when a function fails
+on it (NaN, infinity, an exception, a missed deadline, the end of its process) or when no function applies to
+it. Such a sample is not learned from, which is not the same as a reward of 0.
 
-    handle = rewards.submit(prompts, completions, texts, trainer_state=state)     # the workers begin
+    handle = rewards.submit(prompts, completions, texts, trainer_state=state)     # workers start scoring
     groups, metrics = handle.result()
 """
 
@@ -34,31 +34,32 @@ logger = logging.getLogger(__name__)
 
 
 class Scoring:
-    """Samples on their way through the workers: `Rewards.submit` makes it, `result` waits for it."""
+    """Handle of samples that are being scored: `Rewards.submit` returns it, `result` waits for the scores."""
 
-    def __init__(self, rewards: Rewards, batch: Batch, of: int) -> None:
-        self.rewards, self.batch, self.of = rewards, batch, of
-        self.verdicts = [
-            BatchScores(batch, memory, pool.wait_ready().accepts)
-            for pool, memory in zip(rewards.pools, rewards.memories, strict=True)
+    def __init__(self, rewards: Rewards, batch: Batch, step_samples: int) -> None:
+        self.rewards, self.batch, self.step_samples = rewards, batch, step_samples
+        self.by_function = [
+            BatchScores(batch, cache, pool.wait_ready().accepts)
+            for pool, cache in zip(rewards.pools, rewards.caches, strict=True)
         ]
-        self.left = sum(verdict.unanswered for verdict in self.verdicts)
-        """Answers still to come, one a sample and function."""
+        """Scores and failures of each reward function."""
+        self.unanswered = sum(scores.unanswered for scores in self.by_function)
+        """Scores still to come, counted once per sample and function."""
 
     @property
     def done(self) -> bool:
-        return self.left == 0
+        return self.unanswered == 0
 
     def result(self) -> tuple[list[Group], Metrics]:
-        """The groups as they were submitted. Raises RewardError, as `Rewards.gather` does."""
+        """The scored groups, in the order submitted, and metrics; raises what `Rewards.gather` raises."""
         return self.rewards.gather([self])
 
 
 class Rewards:
-    """Every reward function of a run, each with its workers.
+    """All reward functions of a run, each with its worker processes.
 
-    `columns` are those of the dataset, beside the prompt. Raises ValueError for a function that cannot be
-    loaded, and for one that needs a column not among them.
+    `columns`: names of the dataset's columns other than the prompt. Raises ValueError when a function cannot
+    be loaded or needs a column that is not among them.
     """
 
     def __init__(
@@ -66,16 +67,17 @@ class Rewards:
     ) -> None:
         names = name_apart([spec.name or spec.path.rpartition(":")[2] for spec in specs])
         self.pools = [WorkerPool(name, spec) for name, spec in zip(names, specs, strict=True)]
-        self.memories = [ScoreCache(spec.cache) if spec.cache else None for spec in specs]
+        self.caches = [ScoreCache(spec.cache) if spec.cache else None for spec in specs]
         self.extra_weights: Mapping[str, float] = {}
-        """By objective, beside the weights of the functions: constraints move them."""
+        """By objective, added to the weights in the settings; constraints change them from step to step."""
         self._max_failed_share = max_failed_share
         self._owner: dict[str, WorkerPool] = {}
         self._logged: set[tuple[str, str]] = set()
         self._changed = threading.Condition()
         self._failed = [0] * len(specs)
-        """Samples since the last `gather`, a function."""
+        """Failed samples of each function since the last `gather`."""
         self._given_up: str | None = None
+        """Why scoring is given up, empty if the failures say it; None: it is not given up."""
         weakref.finalize(self, _close, self.pools)
         try:
             for pool in self.pools:
@@ -90,46 +92,47 @@ class Rewards:
             raise
 
     def check_columns(self, columns: Iterable[str]) -> None:
-        """Raises ValueError when a dataset with `columns` does not have what a function needs."""
+        """Raises ValueError when a function needs a column that a dataset with `columns` does not have."""
         columns = tuple(columns)
         taken = sorted(set(columns).intersection(ALWAYS_GIVEN))
         if taken:
             raise ValueError(
-                f"the dataset's column {taken[0]!r} has a name that reward functions get otherwise"
+                f"the dataset's column {taken[0]!r} has the name of an argument that the trainer passes to "
+                "reward functions; rename the column"
             )
         for pool in self.pools:
             pool.wait_ready().check_columns(pool.name, columns)
 
     @property
     def weights(self) -> dict[str, float]:
-        """Weight of each objective seen so far: a function that returns dicts names them when called."""
+        """Weight of each objective seen so far (objectives of returned dicts are known only then)."""
         return {objective: self._weight(pool, objective) for objective, pool in self._owner.items()}
 
     @property
     def owners(self) -> dict[str, str]:
-        """The function that each objective seen so far is of, by name."""
+        """Name of the function that gave it, for each objective seen so far."""
         return {objective: pool.name for objective, pool in self._owner.items()}
 
-    def recall(self, owners: Mapping[str, str]) -> None:
-        """Takes over what another rank, or a run before this one, has seen."""
+    def add_owners(self, owners: Mapping[str, str]) -> None:
+        """Adds the objectives that another rank, or the run before it was resumed, has seen."""
         pools = {pool.name: pool for pool in self.pools}
         for objective, name in owners.items():
             if name in pools:
                 self._owner.setdefault(objective, pools[name])
 
     def _weight(self, pool: WorkerPool, objective: str) -> float:
-        given = pool.spec.weights.get(objective, pool.spec.weight)
-        return given + self.extra_weights.get(objective, 0.0)
+        configured = pool.spec.weights.get(objective, pool.spec.weight)
+        return configured + self.extra_weights.get(objective, 0.0)
 
     @property
     def sees_whole_step(self) -> bool:
-        """Whether a function is called once with all samples of a step: they are then submitted together."""
+        """Whether a function is called once with all samples of a step: they must be submitted together."""
         return any(pool.spec.batch == "step" for pool in self.pools)
 
     def print_to(self, path: Path) -> None:
-        """What functions print goes to this file, each line headed by the function's name.
+        """Appends what reward functions print to this file, each line preceded by the function's name.
 
-        It is for reading alone: where it cannot be written, it is left out.
+        The file is only for people to read: if it cannot be written, the output is dropped.
         """
 
         def write(name: str, text: str) -> None:
@@ -140,7 +143,7 @@ class Rewards:
             pool.log = partial(write, pool.name)
 
     def close(self) -> None:
-        """Ends every worker. What is submitted later starts new ones."""
+        """Ends all workers. A later `submit` starts new ones."""
         _close(self.pools)
 
     def score(
@@ -151,7 +154,7 @@ class Rewards:
         *,
         trainer_state: Mapping[str, Any],
     ) -> tuple[list[Group], Metrics]:
-        """`submit`, and the result."""
+        """Submits the completions and waits: the scored groups and metrics."""
         return self.submit(prompts, completions, texts, trainer_state=trainer_state).result()
 
     def submit(
@@ -161,12 +164,12 @@ class Rewards:
         texts: Sequence[Sequence[str]],
         *,
         trainer_state: Mapping[str, Any],
-        of: int | None = None,
+        step_samples: int | None = None,
     ) -> Scoring:
-        """Has the completions of each prompt scored; `texts` are they decoded, without special tokens.
+        """Starts scoring the completions of each prompt; `texts` are these decoded, without special tokens.
 
-        `of`: the samples of the whole step that these belong to, when it is submitted in parts; how many may
-        fail is a share of that. The parts are then given to `gather` together.
+        `step_samples`: the number of samples of the whole step, if the step is submitted in parts; the number
+        of samples that may fail is a share of it. The parts are then passed to `gather` together.
 
         Raises RewardError when a function cannot be run any more.
         """
@@ -179,19 +182,19 @@ class Rewards:
             [completion for group in completions for completion in group],
             [text for group in texts for text in group],
         )
-        scoring = Scoring(self, batch, len(batch.texts) if of is None else of)
+        scoring = Scoring(self, batch, len(batch.texts) if step_samples is None else step_samples)
         for number, pool in enumerate(self.pools):
             pool.submit(self._calls(scoring, number, trainer_state))
         return scoring
 
     def gather(self, scorings: Sequence[Scoring]) -> tuple[list[Group], Metrics]:
-        """Waits for all of them; their groups, in order, and metrics over all.
+        """Waits for all of them. Returns their groups, in order, and metrics over all groups.
 
-        A trajectory's reward is the sum over its objectives of the weight times the value.
+        The reward of a trajectory is the sum of weight times value over its objectives.
 
-        Raises RewardError, which names the function, when one returns the wrong length or type, when it
-        cannot be run any more, and when more than `max_failed_share` of the samples have no reward; that as
-        soon as it is certain, with what is left not scored.
+        Raises RewardError, which names the function, when a function returns the wrong length or type, when
+        it cannot be run any more, and when more than `max_failed_share` of the samples have no reward. The
+        last is raised as soon as it is certain; the remaining samples are then not scored.
         """
         try:
             for scoring in scorings:
@@ -205,7 +208,7 @@ class Rewards:
         return groups, reward_metrics(groups) | self._timings(scorings)
 
     def _calls(self, scoring: Scoring, number: int, trainer_state: Mapping[str, Any]) -> list[Call]:
-        pool, batch, wanted = self.pools[number], scoring.batch, scoring.verdicts[number].to_score
+        pool, batch, wanted = self.pools[number], scoring.batch, scoring.by_function[number].to_score
         size = pool.spec.batch
         if size == "group":
             cuts = [tuple(group) for _, group in batch.groups]
@@ -227,24 +230,24 @@ class Rewards:
         return [Call(samples, arguments, finish, is_wanted) for samples in cuts if samples]
 
     def _finish(self, scoring: Scoring, number: int, samples: tuple[int, ...], outcome: Outcome) -> None:
-        """Called by a worker's thread with the answer to one call."""
+        """Called by the thread of a worker with the outcome of one call."""
         name, failure = self.pools[number].name, outcome.failure
         with self._changed:
-            answered, failed = scoring.verdicts[number].add(samples, outcome)
-            scoring.left -= answered
+            answered, failed = scoring.by_function[number].add(samples, outcome)
+            scoring.unanswered -= answered
             self._failed[number] += len(failed)
             if failure is not None and failure.kind == "wrong":
                 self._given_up = f"reward function {name} {failure.message}"
-            elif self._failed[number] > self._max_failed_share * scoring.of:
+            elif self._failed[number] > self._max_failed_share * scoring.step_samples:
                 self._given_up = ""
-            # what stops the run is told where it stops
+            # a wrong return stops the run with an error that says so: it is not logged as well
             first = failure is not None and (name, failure.kind) not in {*self._logged, (name, "wrong")}
             if failure is not None:
                 self._logged.add((name, failure.kind))
             if scoring.done or self._given_up is not None:
                 self._changed.notify_all()
         if first and failed:
-            _log(name, scoring.batch.name(failed[0][0]), failed[0][1])
+            _log_failure(name, scoring.batch.name(failed[0][0]), failed[0][1])
 
     def _wait(self, scoring: Scoring) -> None:
         with self._changed:
@@ -262,7 +265,7 @@ class Rewards:
         ]
 
     def _trajectory(self, scoring: Scoring, sample: int) -> Trajectory:
-        scored = [verdict.scores[sample] for verdict in scoring.verdicts]
+        scored = [scores.scores[sample] for scores in scoring.by_function]
         objectives: Scores = {}
         total = 0.0
         for pool, scores in zip(self.pools, scored, strict=True):
@@ -271,7 +274,7 @@ class Rewards:
                 if owner is not pool:
                     raise RewardError(
                         f"reward functions {owner.name} and {pool.name} both name an "
-                        f"objective {objective!r}; rename one"
+                        f"objective {objective!r}; give one another name"
                     )
                 objectives[objective] = value
                 total += self._weight(pool, objective) * value
@@ -285,12 +288,13 @@ class Rewards:
 
     def _refuse_too_many_failures(self, groups: Sequence[Group], scorings: Sequence[Scoring]) -> None:
         rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
-        total = max([len(rewards), *(scoring.of for scoring in scorings)])
-        without = rewards.count(None) - sum(scoring.left for scoring in scorings) // max(1, len(self.pools))
+        total = max([len(rewards), *(scoring.step_samples for scoring in scorings)])
+        unanswered = sum(scoring.unanswered for scoring in scorings) // max(1, len(self.pools))
+        without = rewards.count(None) - unanswered
         if without <= self._max_failed_share * total:
             return
         blame = [
-            self._blame(pool, [(s.batch, s.verdicts[number]) for s in scorings])
+            self._blame(pool, [(s.batch, s.by_function[number]) for s in scorings])
             for number, pool in enumerate(self.pools)
         ]
         raise RewardError(
@@ -300,8 +304,8 @@ class Rewards:
         )
 
     def _blame(self, pool: WorkerPool, parts: Sequence[tuple[Batch, BatchScores]]) -> str:
-        """For people. Empty when it failed on nothing."""
-        failures = [(batch, *failure) for batch, verdict in parts for failure in verdict.failures]
+        """What an error says about one function: its failures and the first cause; empty if it has none."""
+        failures = [(batch, *failure) for batch, scores in parts for failure in scores.failures]
         if not failures:
             return ""
         batch, sample, failure = failures[0]
@@ -309,20 +313,20 @@ class Rewards:
         return f"{pool.name} failed on {len(failures)} ({failure.message} {where})"
 
     def _timings(self, scorings: Sequence[Scoring]) -> Metrics:
-        """Seconds a sample of each function, and the share of its samples that failed."""
+        """For each function: seconds per sample, and the shares of its samples that failed or were cached."""
         metrics: Metrics = {}
         for number, pool in enumerate(self.pools):
-            verdicts = [scoring.verdicts[number] for scoring in scorings]
-            seconds = sorted(s for verdict in verdicts for s in verdict.seconds)
-            failures = [failure for verdict in verdicts for _, failure in verdict.failures]
-            count = sum(len(verdict.scores) for verdict in verdicts)
-            late = sum(failure.kind == "timeout" for failure in failures)
+            parts = [scoring.by_function[number] for scoring in scorings]
+            seconds = sorted(s for part in parts for s in part.seconds)
+            failures = [failure for part in parts for _, failure in part.failures]
+            count = sum(len(part.scores) for part in parts)
+            timeouts = sum(failure.kind == "timeout" for failure in failures)
             if count:
                 metrics[f"reward/failed/{pool.name}"] = Mean(len(failures), count)
-                metrics[f"reward/timeout/{pool.name}"] = Mean(late, count)
-            if count and self.memories[number] is not None:
-                recalled = sum(verdict.recalled for verdict in verdicts)
-                metrics[f"reward/recalled/{pool.name}"] = Mean(recalled, count)
+                metrics[f"reward/timeout/{pool.name}"] = Mean(timeouts, count)
+            if count and self.caches[number] is not None:
+                cached = sum(part.cached for part in parts)
+                metrics[f"reward/recalled/{pool.name}"] = Mean(cached, count)
             if not seconds:
                 continue
             metrics[f"time/reward_p50/{pool.name}"] = Max(seconds[len(seconds) // 2])
@@ -335,13 +339,13 @@ def _check_cache(pool: WorkerPool) -> None:
         return
     if not isinstance(pool.spec.batch, int):
         raise ValueError(
-            f"reward function {pool.name} sees whole groups or steps, and may say something else of the same "
-            "sample: cache must be 0"
+            f"reward function {pool.name} sees whole groups or steps, so its score of a sample may depend on "
+            "other samples: set its cache to 0"
         )
     if "trainer_state" in (pool.wait_ready().accepts or ()):
         raise ValueError(
-            f"reward function {pool.name} asks for trainer_state, which changes from step to step: cache "
-            "must be 0"
+            f"reward function {pool.name} asks for trainer_state, which changes from step to step: "
+            "set its cache to 0"
         )
 
 
@@ -350,11 +354,11 @@ def _close(pools: Sequence[WorkerPool]) -> None:
         pool.close()
 
 
-def _log(name: str, sample: str, failure: Failure) -> None:
+def _log_failure(name: str, sample: str, failure: Failure) -> None:
     details = f"\n{failure.details.rstrip()}" if failure.details else ""
     logger.warning(
         "reward function %s failed on sample %s, which is not learned from: %s%s\n"
-        "(said once; reward/failed/%s counts)",
+        "(this is logged once; the metric reward/failed/%s counts all)",
         name,
         sample,
         failure.message,
@@ -364,7 +368,10 @@ def _log(name: str, sample: str, failure: Failure) -> None:
 
 
 def reward_metrics(groups: Sequence[Group]) -> Metrics:
-    """`reward/std` is the mean over groups of the standard deviation within the group."""
+    """Mean, spread and failures of the rewards, and mean and spread of each objective.
+
+    `reward/std` is the mean over groups of the standard deviation within a group.
+    """
     samples = [trajectory for group in groups for trajectory in group.trajectories]
     if not samples:
         return {}

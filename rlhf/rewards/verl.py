@@ -1,10 +1,11 @@
-"""The reward function of verl, `compute_score`, called as verl calls it.
+"""Adapter for reward functions written for verl (`compute_score`): calls them as verl does.
 
     def compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float | {"score": ...}
 
-It is known by its parameters `solution_str` and `ground_truth`. `solution_str` is the completion's text; the
-columns `data_source` and `extra_info` are passed on; `ground_truth` is the column of that name or, as verl's
-datasets have it, `reward_model["ground_truth"]`. Of a dict the entry `score` counts, as there.
+A function with the parameters `solution_str` and `ground_truth` is taken for one. `solution_str` is the text
+of the completion; the columns `data_source` and `extra_info` are passed on; `ground_truth` is the column of
+that name or, as in verl's datasets, `reward_model["ground_truth"]`. If the function returns a dict, its entry
+`score` is the reward, as in verl.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ PASSED_ON = ("data_source", "extra_info")
 
 
 def is_compute_score(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a function with these parameters is a `compute_score` written for verl."""
     return {"solution_str", "ground_truth"} <= parameters.keys()
 
 
 class VerlReward:
-    """A `compute_score` under the signature of the other reward functions."""
+    """Gives a `compute_score` the signature of the other reward functions (rlhf/rewards/plugin.py)."""
 
     def __init__(self, function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> None:
         self.function = function
@@ -42,7 +44,7 @@ class VerlReward:
         reward_model: Sequence[Mapping[str, Any]] | None = None,
         **others: Any,
     ) -> list[Any]:
-        """`others` are columns, which are lists, and params, which are the same for every sample."""
+        """`others`: columns (lists with one entry per sample) and params (the same for all samples)."""
         if ground_truth is None:
             assert reward_model is not None
             ground_truth = [column["ground_truth"] for column in reward_model]

@@ -1,1 +1,1 @@
-"""Generated programs run in an enclosure: no network, no writable files, bounded time and memory."""
+"""Sandbox for generated programs: no network, no writable files, limits on time and memory."""

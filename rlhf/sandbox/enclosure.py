@@ -1,7 +1,7 @@
-"""The launcher of a generated program: closes itself in, step by step, and becomes the program.
+"""Launcher of a generated program: enters namespaces and sets limits, then becomes the program (exec).
 
-Run as a file with one argument, its settings as JSON (`sandbox.py` has them). It imports little, because
-every program starts with it.
+This file is run as a script with one argument, its settings as JSON, which `rlhf/sandbox/runner.py` writes.
+It imports little, because every program starts with it.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import sys
 from typing import Any
 
 LEVELS = ("nobody, namespaces", "namespaces", "limits only")
-"""What may be in force, the safest first."""
+"""Levels of isolation, the safest first."""
 CLONE = {"mount": 0x20000, "uts": 0x04000000, "ipc": 0x08000000, "user": 0x10000000, "pid": 0x20000000}
 CLONE_NET = 0x40000000
 NOBODY = 65534
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
 MS_REC, MS_PRIVATE = 0x4000, 1 << 18
 MS_CLOSED = 1 | 2 | 4 | 8
-"""Read-only, no set-user-id, no devices, no programs."""
+"""MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC."""
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
 
 
 def launch(settings: dict[str, Any]) -> None:
-    """In the launcher: closes itself in and becomes the program, or, in namespaces, has its child do it."""
+    """Isolates this process and becomes the program; in namespaces a child does, and this process waits."""
     libc = ctypes.CDLL(None, use_errno=True)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_CPU, int(settings["seconds"]) + 1)
@@ -39,7 +39,7 @@ def launch(settings: dict[str, Any]) -> None:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
-        # a change of user makes /proc/self another's
+        # after a change of user /proc/self belongs to root, unless the process is dumpable
         _check(libc, libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
     user, group = os.getuid(), os.getgid()
     _check(libc, libc.unshare(sum(CLONE.values()) | CLONE_NET), "unshare")
@@ -52,7 +52,7 @@ def launch(settings: dict[str, Any]) -> None:
     if child:
         code = os.waitstatus_to_exitcode(_wait(child, signals))
         if code < 0:
-            # this process has the same end, so that whoever waits for it sees the signal
+            # this process ends by the same signal, so that whoever waits for it sees the signal
             os.kill(os.getpid(), -code)
         os._exit(code)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
@@ -61,9 +61,10 @@ def launch(settings: dict[str, Any]) -> None:
 
 
 def _wait(child: int, signals: set[signal.Signals]) -> int:
-    """The status of the first process of a namespace, which ends when all others in it are gone.
+    """Exit status of `child`, the first process of its PID namespace: with it all others there have ended.
 
-    SIGTERM has it killed, and so all of them: who waits for this process waits for the whole program.
+    On SIGTERM the child is killed, and so all processes of the namespace. Waiting for the launcher therefore
+    means waiting for the end of everything that the program started.
     """
     while True:
         if signal.sigwait(signals) == signal.SIGTERM:
@@ -74,7 +75,7 @@ def _wait(child: int, signals: set[signal.Signals]) -> int:
 
 
 def _close_files(libc: Any, folder: str) -> None:
-    """Every mount read-only but an own, small one over the folder, which keeps the program."""
+    """Makes all mounts read-only, except a small tmpfs over `folder`, into which the program is copied."""
     with open(os.path.join(folder, "program.py"), "rb") as file:
         program = file.read()
     _check(libc, libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "mount")
@@ -84,7 +85,7 @@ def _close_files(libc: Any, folder: str) -> None:
     _check(libc, done, "mount_setattr")
     mounted = libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=32m,mode=777")
     _check(libc, mounted, "mount")
-    # read-only: for the system's root, settings of the kernel would be writable there
+    # read-only, because root could change settings of the kernel in /proc
     _check(libc, libc.mount(b"proc", b"/proc", b"proc", MS_CLOSED, None), "mount")
     os.chdir(folder)
     with open("program.py", "wb") as file:
@@ -92,6 +93,7 @@ def _close_files(libc: Any, folder: str) -> None:
 
 
 def _become(settings: dict[str, Any], libc: Any) -> None:
+    """Sets the last limits and replaces this process by the program."""
     _limit(resource.RLIMIT_AS, settings["memory"])
     if settings["level"] != LEVELS[-1] or os.getuid():
         _limit(resource.RLIMIT_NPROC, settings["processes"])

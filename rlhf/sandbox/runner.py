@@ -1,13 +1,13 @@
-"""Runs generated Python by itself: limits always, namespaces where the system allows, and it says which.
+"""Runs generated Python code in the sandbox: always with limits, in namespaces where the system allows it.
 
-A program has no environment, an empty folder of its own, a bound on time, memory, file
-size, processes and output, and ends with everything it started. In namespaces it further has no network, sees
-no other process, cannot write outside its folder, and is nobody.
+A program gets no environment variables, an empty folder of its own, and limits on time, memory, file size,
+processes and output; when it ends, everything that it started is ended. In namespaces it also has no network,
+sees no other process, cannot write outside its folder, and runs as the user nobody.
 
-What it does not protect from: whatever the user may read, the program may read (without namespaces it may
-also write it, and reach the network); the kernel itself is as open as to any program (no seccomp filter); and
-programs can measure one another by their load. For hostile programs on a machine that matters, use a remote
-sandbox behind `rlhf.rewards.remote:RemoteReward`.
+What this does not protect from: the program can read all that the user can read (without namespaces it can
+also write it, and use the network); it can attack the kernel like any program (there is no seccomp filter);
+and programs can observe each other through the load of the machine. For hostile programs on a machine that
+matters, use a remote sandbox behind `rlhf.rewards.remote:RemoteReward`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from rlhf.sandbox.enclosure import LEVELS
 
 LAUNCHER = str(Path(__file__).with_name("enclosure.py"))
 OUTPUT_LIMIT = 1 << 16
+"""Bytes of output, and of errors, after which a program is ended."""
 END_SECONDS = 5.0
-"""For a namespace to end; it takes milliseconds."""
+"""Time limit for the end of a namespace; normally it takes milliseconds."""
 PROTECTS = {
     "nobody, namespaces": "no network, no other processes, nothing writable but its folder, nobody's rights",
     "namespaces": "no network, no other processes, nothing writable but its folder",
@@ -41,6 +42,8 @@ PROTECTS = {
 
 @dataclass(frozen=True, slots=True)
 class Limits:
+    """Limits of one program."""
+
     seconds: float = 5.0
     memory_mib: int = 512
     processes: int = 32
@@ -49,18 +52,18 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Of one program. Example: `Result("", "8\\n", "", 0)`."""
+    """How one program ended. Example: `Result("", "8\\n", "", 0)`."""
 
     ended: str
-    """Empty when it ended by itself; else why it was ended: "time" or "output"."""
+    """Empty if the program ended by itself; else which limit ended it: "time" or "output"."""
     output: str
     errors: str
     status: int
-    """0: without an error. Negative: the signal that killed it."""
+    """Exit status; 0: no error; negative: the signal that killed the program."""
 
 
 def run_python(code: str, limits: Limits, *, standard_input: str = "", level: str | None = None) -> Result:
-    """Runs `code` as a program of its own, at the safest level that works here unless one is named."""
+    """Runs `code` as a separate program, at isolation `level` or else at the safest one that works here."""
     level = isolation() if level is None else level
     folder = tempfile.mkdtemp(prefix="program-")
     try:
@@ -75,7 +78,7 @@ def run_python(code: str, limits: Limits, *, standard_input: str = "", level: st
 
 
 def isolation() -> str:
-    """The safest of `LEVELS` that works on this system; found out once, by trying."""
+    """The safest of `LEVELS` that works on this system, found by trying once per process."""
     global _found
     if _found is None:
         probe = "import os; print(os.getcwd()); open('x', 'w').write('y')"
@@ -94,7 +97,8 @@ _found: str | None = None
 
 
 def _run(program: str, folder: str, limits: Limits, standard_input: str, level: str) -> Result:
-    # of a virtual environment the interpreter it was made from: it may lie where its user may not look
+    # the base interpreter, not its link in a virtual environment: user nobody may not be allowed to read that
+    # folder
     python = os.path.realpath(sys.executable)
     settings = {
         "program": program,
@@ -106,12 +110,12 @@ def _run(program: str, folder: str, limits: Limits, standard_input: str, level: 
         "file": limits.file_mib << 20,
         "python": python,
     }
-    with tempfile.TemporaryFile() as reads:
-        reads.write(standard_input.encode())
-        reads.seek(0)
+    with tempfile.TemporaryFile() as input_file:
+        input_file.write(standard_input.encode())
+        input_file.seek(0)
         launcher = subprocess.Popen(
             [python, "-I", "-S", LAUNCHER, json.dumps(settings)],
-            stdin=reads,
+            stdin=input_file,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env={},
@@ -122,10 +126,10 @@ def _run(program: str, folder: str, limits: Limits, standard_input: str, level: 
 
 
 def _watch(program: subprocess.Popen[bytes], deadline: float, level: str) -> Result:
-    """Reads what it prints, up to a bound, and waits; afterwards it is dead with all that it started.
+    """Reads the program's output up to the limit and waits; then ends it with all that it started.
 
-    (Without namespaces: with its process group, so a process that made a group of its own lives on until the
-    worker's keeper ends it with the worker.)
+    Without namespaces only its process group is ended: a process that has left the group lives on until the
+    worker's keeper (rlhf/rewards/workers/keeper.py) ends it with the worker.
     """
     assert program.stdout is not None and program.stderr is not None
     pipes = {program.stdout.fileno(): bytearray(), program.stderr.fileno(): bytearray()}
@@ -158,7 +162,7 @@ def _watch(program: subprocess.Popen[bytes], deadline: float, level: str) -> Res
 
 
 def _end(launcher: subprocess.Popen[bytes], level: str) -> int:
-    """Its status. In namespaces SIGTERM has the launcher end everything and wait for it."""
+    """Ends the program; returns its status. In namespaces the launcher does it on SIGTERM."""
     if level != LEVELS[-1]:
         launcher.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -66,13 +66,15 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def submit(rewards: Rewards, texts: Sequence[str], of: int | None = None, **columns: Any) -> Scoring:
+def submit(
+    rewards: Rewards, texts: Sequence[str], step_samples: int | None = None, **columns: Any
+) -> Scoring:
     spans = (VersionSpan(0, 0, 1),)
     completions = [
         Completion("a.jsonl:1", i, (1,), (0.0,), FinishReason.STOP, spans) for i in range(len(texts))
     ]
     prompts = [Prompt("a.jsonl:1", (1,), "Why?", columns)]
-    return rewards.submit(prompts, [completions], [texts], trainer_state={}, of=of)
+    return rewards.submit(prompts, [completions], [texts], trainer_state={}, step_samples=step_samples)
 
 
 def given(scoring: Scoring) -> list[float | None]:
@@ -81,7 +83,7 @@ def given(scoring: Scoring) -> list[float | None]:
 
 def causes(scoring: Scoring) -> list[tuple[int, str, str]]:
     """Place, kind and message of each failure."""
-    return [(place, failure.kind, failure.message) for place, failure in scoring.verdicts[0].failures]
+    return [(place, failure.kind, failure.message) for place, failure in scoring.by_function[0].failures]
 
 
 @pytest.fixture(scope="module")
@@ -133,12 +135,12 @@ CASES = {
     "exit_at_once": "it exited with status 0",
     "exit_politely": "SystemExit: enough",
     "kill_itself": "it was killed by SIGKILL",
-    "kill_its_keeper": "its keeper is gone",
+    "kill_its_keeper": "its supervisor process is gone",
     "kill_its_group": "it was killed by SIGKILL",
     "print_megabytes": "ValueError: enough written",
     "close_every_file": "it exited with status 1",
-    "garble_the_connection": "it sent what is no answer",
-    "forge_an_answer": "it sent what is no answer",
+    "garble_the_connection": "it sent something that is not an answer",
+    "forge_an_answer": "it sent something that is not an answer",
     "flood_the_connection": "it sent an answer of more than 16 MiB",
     "raise_what_cannot_be_printed": r"Unprintable: <exception str\(\) failed>",
     "raise_megabytes": "ValueError: zzz",
@@ -269,10 +271,10 @@ def test_the_stack_of_a_loop_is_in_the_log(caplog: pytest.LogCaptureFixture) -> 
 
 def test_parts_of_a_step_are_scored_while_others_are_made() -> None:
     with made("misbehave", max_failed_share=0.2, timeout=TIMEOUT) as rewards:
-        parts = [submit(rewards, [text], of=4) for text in ("fine", "sleep", "fine", "fine")]
+        parts = [submit(rewards, [text], step_samples=4) for text in ("fine", "sleep", "fine", "fine")]
         with pytest.raises(RewardError, match="1 of 4 samples"):
             rewards.gather(parts)
-        parts = [submit(rewards, ["fine"], of=2), submit(rewards, ["fine"], of=2)]
+        parts = [submit(rewards, ["fine"], step_samples=2), submit(rewards, ["fine"], step_samples=2)]
         while not all(part.done for part in parts):
             time.sleep(0.01)
         groups, metrics = rewards.gather(parts)

@@ -103,7 +103,7 @@ def test_a_trainer_that_is_gone_is_not_waited_for(kept: Kept) -> None:
     kept.print(b"words")
     kept.trainer.close()
     kept.keeper.report("it exited")
-    assert not kept.keeper.is_heard
+    assert not kept.keeper.is_connected
 
 
 @pytest.mark.parametrize("function", ["chatty", "stuck"])

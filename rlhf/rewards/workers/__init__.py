@@ -1,1 +1,1 @@
-"""Processes in which reward functions run, so that one that hangs or crashes costs its sample alone."""
+"""Worker processes for reward functions: a function that hangs or crashes costs only its own sample."""

@@ -1,4 +1,4 @@
-"""Samples on their way through the reward functions, and what each function said of them."""
+"""The samples of one submission, and one reward function's scores and failures for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.types import Completion, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples end to end: sample `i` belongs to `prompts[i]`; `groups` has the samples of each prompt."""
+    """Samples to score: sample `i` belongs to `prompts[i]`; `groups` has each prompt with its samples."""
 
     groups: list[tuple[Prompt, range]]
     prompts: list[Prompt]
@@ -24,7 +24,10 @@ class Batch:
     def arguments(
         self, samples: Sequence[int], wanted: Iterable[str] | None, trainer_state: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What a call with some of the samples gets. `completions` is always among it."""
+        """The keyword arguments of a call with some of the samples: those `wanted`, None for all.
+
+        `completions` is always one of them, because deadlines depend on the number of samples.
+        """
         prompts = [self.prompts[i] for i in samples]
         chats = [not isinstance(p.content, str) for p in prompts]
         given: dict[str, Any] = {
@@ -41,65 +44,66 @@ class Batch:
         return {**kept, "completions": completions}
 
     def name(self, sample: int) -> str:
-        """For people: the prompt's id and the place in its group."""
+        """The name of a sample in messages: the id of its prompt and its index in the group."""
         return f"{self.prompts[sample].id}#{self.completions[sample].index}"
 
 
 class BatchScores:
-    """What one function said of every sample of a submission, filled in as answers come."""
+    """Scores and failures of one function for every sample of a submission, filled in as calls return."""
 
-    def __init__(self, batch: Batch, memory: ScoreCache | None, accepts: Iterable[str] | None) -> None:
-        """`memory` of a function that says the same of the same sample."""
+    def __init__(self, batch: Batch, cache: ScoreCache | None, accepts: Iterable[str] | None) -> None:
+        """`cache`: earlier scores, for a deterministic function. `accepts`: its arguments, None for any."""
         count = len(batch.texts)
-        self.memory = memory
+        self.cache = cache
         self.scores: list[Scores | None] = [None] * count
         self.seconds: list[float] = []
         self.failures: list[tuple[int, Failure]] = []
-        """Samples that got no scores, each with the reason."""
+        """Samples that got no scores, each with its failure."""
         self.to_score: Sequence[int] = range(count)
-        """Samples that the function has to be called with."""
-        self._like: dict[int, list[int]] = {}
-        """Of these, those with others like them."""
+        """Samples that the function must be called with: not cached, no duplicates."""
+        self._duplicates: dict[int, list[int]] = {}
+        """For a sample in `to_score`, the later samples that are equal to it."""
         self._keys: list[bytes] = []
-        if memory is not None:
-            self._keys = [memory.key(batch.arguments((i,), accepts, {})) for i in range(count)]
-            self.to_score = self._recall(memory)
+        if cache is not None:
+            self._keys = [cache.key(batch.arguments((i,), accepts, {})) for i in range(count)]
+            self.to_score = self._look_up(cache)
 
     @property
-    def recalled(self) -> int:
-        """Samples that cost no call."""
+    def cached(self) -> int:
+        """Number of samples that need no call: cached, or equal to another sample."""
         return len(self.scores) - len(self.to_score)
 
     @property
     def unanswered(self) -> int:
-        """Samples whose scores are still to come, before any call is made."""
-        return len(self.to_score) + sum(map(len, self._like.values()))
+        """Number of samples whose scores are not known before any call is made."""
+        return len(self.to_score) + sum(map(len, self._duplicates.values()))
 
-    def _recall(self, memory: ScoreCache) -> list[int]:
+    def _look_up(self, cache: ScoreCache) -> list[int]:
+        """Fills in cached scores; returns the samples to score, the first of each set of equal ones."""
         first: dict[bytes, int] = {}
         for i, key in enumerate(self._keys):
-            known = memory.get(key)
+            known = cache.get(key)
             if known is not None:
                 self.scores[i] = known
             elif key in first:
-                self._like.setdefault(first[key], []).append(i)
+                self._duplicates.setdefault(first[key], []).append(i)
             else:
                 first[key] = i
         return list(first.values())
 
     def add(self, samples: Sequence[int], outcome: Outcome) -> tuple[int, list[tuple[int, Failure]]]:
-        """Returns how many samples have their answer by it, and the new failures."""
+        """Enters the outcome of a call. Returns the number of samples it answers, and the new failures."""
         answered = 0
         failed: list[tuple[int, Failure]] = []
         for first, scores in zip(samples, outcome.scores, strict=True):
-            for i in (first, *self._like.get(first, ())):
+            for i in (first, *self._duplicates.get(first, ())):
                 self.scores[i] = scores
                 answered += 1
                 if scores is None:
                     assert outcome.failure is not None
                     failed.append((i, outcome.failure))
-            if self.memory is not None and scores is not None:
-                self.memory.put(self._keys[first], scores)
+            if self.cache is not None and scores is not None:
+                self.cache.put(self._keys[first], scores)
         self.seconds += [outcome.seconds / len(samples)] * len(samples)
         self.failures += failed
         return answered, failed

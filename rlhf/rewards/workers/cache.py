@@ -1,4 +1,4 @@
-"""What a deterministic reward function said of samples before: the same sample is not scored twice."""
+"""Cache of the scores of a deterministic reward function: an equal sample is not scored twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.rewards.workers.values import Scores
 
 
 class ScoreCache:
-    """Scores of the samples used last, at most `size` of them. Failures are not kept."""
+    """Scores of the `size` samples that were used last (LRU). Failures are not cached."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -23,10 +23,10 @@ class ScoreCache:
 
     @staticmethod
     def key(arguments: Mapping[str, Any]) -> bytes:
-        """Of everything that a function gets of one sample, the trainer's state excepted."""
+        """SHA-256 of all arguments that a function gets for one sample, except `trainer_state`."""
         written = io.BytesIO()
         pickler = pickle.Pickler(written)
-        # without it, equal arguments differ by which of their parts are the same object
+        # without `fast`, the bytes depend on which parts of the arguments are the same object
         pickler.fast = True
         pickler.dump({name: value for name, value in arguments.items() if name != "trainer_state"})
         return hashlib.sha256(written.getvalue()).digest()

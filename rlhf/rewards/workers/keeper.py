@@ -1,15 +1,16 @@
-"""The process between the trainer and one reward worker. It runs no code of a user's, so it can be relied on.
+"""The keeper: supervisor process of one reward worker, which limits and kills it with all that it started.
 
     trainer --line--> keeper --fork--> worker (the reward function) --> whatever the function starts
     trainer <------------samples and scores------------> worker
 
-The keeper adopts the orphans of everything below it (PR_SET_CHILD_SUBREAPER), so nothing that a reward starts
-escapes: neither by a session of its own nor by outliving its parent. It ends all of it, by SIGKILL, when the
-trainer asks, when the trainer is gone however it went, when the worker ends, and when the tree has too many
-processes or too much memory. Then it ends itself: a keeper has one worker in its life.
+The keeper runs no user code, so it is reliable where the worker is not. It adopts the orphans of all
+processes below it (PR_SET_CHILD_SUBREAPER). So no process that a reward function starts can escape, neither
+by opening a session of its own nor by outliving its parent. The keeper kills the whole tree, by SIGKILL, when
+the trainer asks, when the trainer has ended for whatever reason, when the worker ends, and when the tree has
+too many processes or uses too much memory. Then the keeper ends: it supervises only one worker.
 
-Run as a file with one argument, its settings as JSON; it imports the standard library alone, and of that
-little, because a worker starts in what this takes.
+This file is run as a script with one argument, its settings as JSON. It imports only a few modules of the
+standard library, because the time these take is part of the time in which a worker starts.
 """
 
 from __future__ import annotations
@@ -29,34 +30,36 @@ from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 TICK = 0.05
-"""Seconds between two looks at the tree."""
+"""Seconds between two checks of the process tree."""
 DUMP_SECONDS = 1.0
-"""What a worker has to write its stack before it is killed."""
+"""Seconds that a worker has to write its stack before it is killed."""
 OUTPUT_LIMIT = 1 << 18
-"""Bytes of a worker's output that are passed on; the rest is counted and dropped."""
+"""Bytes of a worker's output that are passed on at most; the rest is counted and dropped."""
 PIECE = 1 << 14
-"""Bytes of output that are read, and passed on, at once."""
+"""Bytes of output that are read, or passed on, at once."""
 REPORT_SECONDS = 10.0
-"""What a trainer has to hear the last words of a worker; it listens already."""
+"""Seconds in which the trainer must read the final report; it is normally waiting for it."""
 TAIL = 4000
+"""Bytes of the worker's last output that the final report holds."""
 SLOW = "it was too slow"
-"""Why the trainer has a worker killed, unless there is a better reason."""
+"""Reason reported when the trainer asks to kill a worker that is within its other limits."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
+    """Forks the worker and supervises it until one of the two has to end; then kills the whole tree."""
     settings: dict[str, Any] = json.loads(sys.argv[1])
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
-    output, its_output = os.pipe()
+    output, workers_output = os.pipe()
     folder: str = settings["cwd"]
     os.mkdir(folder, 0o700)
     worker = os.fork()
     if worker == 0:
         status = 1
         try:
-            _become_worker(settings, libc, its_output)
+            _become_worker(settings, libc, workers_output)
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -64,7 +67,7 @@ def main() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
-    os.close(its_output)
+    os.close(workers_output)
     os.close(settings["data"])
     os.close(settings["progress"])
     keeper = Keeper(worker, settings, output)
@@ -78,6 +81,7 @@ def main() -> None:
 
 
 def _become_worker(settings: dict[str, Any], libc: ctypes.CDLL, output: int) -> None:
+    """In the forked child: closes the keeper's files, sets limits, and serves the reward function."""
     os.setsid()
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.close(settings["line"])
@@ -88,7 +92,7 @@ def _become_worker(settings: dict[str, Any], libc: ctypes.CDLL, output: int) -> 
     os.close(nothing)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     memory: int = settings["memory"]
-    # private writable memory: unlike RLIMIT_AS it does not count what libraries map and reserve
+    # limits private writable memory; RLIMIT_AS would also count what libraries map or only reserve
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     sys.path[:] = settings["path"]
     sys.argv[:] = ["reward"]
@@ -98,7 +102,7 @@ def _become_worker(settings: dict[str, Any], libc: ctypes.CDLL, output: int) -> 
 
 
 class Keeper:
-    """Watches one worker."""
+    """Supervises one worker: relays its output, checks its limits, reports how it ended."""
 
     def __init__(self, worker: int, settings: dict[str, Any], output: int) -> None:
         self.worker, self.output = worker, output
@@ -108,13 +112,14 @@ class Keeper:
         self.trainer = os.getppid()
         self.taken = self.dropped = 0
         self.tail = self.waiting = b""
-        """What it wrote last; and what is not passed on yet."""
-        self.is_heard = True
+        """The last output of the worker; the output that is not passed on yet."""
+        self.is_connected = True
+        """Whether the trainer can still be reached."""
         os.set_blocking(output, False)
         os.set_blocking(self.line, False)
 
     def watch(self) -> str | None:
-        """Returns when the worker has to end or has ended: why, None when the trainer needs no reason."""
+        """Returns when the worker has ended or must end: the reason, None if the trainer needs none."""
         poll = select.poll()
         poll.register(self.line, select.POLLIN)
         poll.register(self.output, select.POLLIN)
@@ -125,7 +130,7 @@ class Keeper:
                 poll.unregister(self.output)
             self._pass_on()
             if self.line in ready:
-                if self._told() != b"d":
+                if self._read_command() != b"d":
                     return None
                 if excess := self._excess():
                     return excess
@@ -140,32 +145,35 @@ class Keeper:
                 if excess := self._excess():
                     return excess
 
-    def _told(self) -> bytes:
-        """What the trainer says; nothing when it has closed the line, maybe with words on it left unread."""
+    def _read_command(self) -> bytes:
+        """The trainer's command: `d` for a missed deadline, nothing when it has closed the line.
+
+        A line that is closed while it holds unread messages raises ConnectionResetError.
+        """
         try:
             return os.read(self.line, 1)
         except ConnectionResetError:
             return b""
 
     def report(self, ended: str | None) -> None:
-        """The last that is said: the rest of what the worker wrote, which has ended, and how it ended."""
+        """Passes on the rest of the output of the worker, which has ended, and then how it ended."""
         for _ in range(64):
             if not select.select([self.output], [], [], 0)[0] or not self._read_output():
                 break
         poll = select.poll()
         poll.register(self.line, select.POLLOUT)
         deadline = time.monotonic() + REPORT_SECONDS
-        told = ended is None
-        while self.is_heard and (self.waiting or not told) and time.monotonic() < deadline:
+        reported = ended is None
+        while self.is_connected and (self.waiting or not reported) and time.monotonic() < deadline:
             self._pass_on(unfinished=True)
-            if not self.waiting and not told:
+            if not self.waiting and not reported:
                 tail = self.tail.decode(errors="replace")
-                told = self._tell(ended=ended, tail=tail, dropped=self.dropped)
-            if self.waiting or not told:
+                reported = self._send_event(ended=ended, tail=tail, dropped=self.dropped)
+            if self.waiting or not reported:
                 poll.poll(TICK * 1000)
 
     def _reap(self) -> int | None:
-        """Collects the dead; the status of the worker if it is among them."""
+        """Waits for the processes that have ended; returns the status of the worker if it is one of them."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -177,11 +185,13 @@ class Keeper:
                 return status
 
     def _excess(self) -> str | None:
+        """Which limit the process tree exceeds, None if it keeps to all."""
         pids = list(descendants(os.getpid()))
         if len(pids) > self.processes:
             return f"it had {len(pids)} processes, more than the {self.processes} allowed"
-        # pages that processes share count in each of them here; the exact sum takes longer to know
-        if sum(map(_resident, pids)) > self.memory and (used := sum(map(_share, pids))) > self.memory:
+        # resident sizes count shared pages several times; the exact size takes longer, so it is read only if
+        # needed
+        if sum(map(_resident, pids)) > self.memory and (used := sum(map(_proportional, pids))) > self.memory:
             return (
                 f"it and its processes held {used / 2**30:.1f} GiB, more than the "
                 f"{self.memory / 2**30:.1f} GiB allowed"
@@ -189,14 +199,14 @@ class Keeper:
         return None
 
     def _dump_stack(self) -> None:
-        """Has the worker write where it is; faulthandler does it without the interpreter's lock."""
+        """Makes the worker write its stack (faulthandler needs no interpreter lock for it) and reads it."""
         try:
             os.kill(self.worker, signal.SIGUSR2)
         except ProcessLookupError:
             return
         deadline = time.monotonic() + DUMP_SECONDS
-        while (left := deadline - time.monotonic()) > 0:
-            if select.select([self.output], [], [], left)[0] and not self._read_output():
+        while (remaining := deadline - time.monotonic()) > 0:
+            if select.select([self.output], [], [], remaining)[0] and not self._read_output():
                 return
             if b"most recent call first" in self.tail:
                 time.sleep(0.01)
@@ -204,7 +214,7 @@ class Keeper:
                 return
 
     def _read_output(self) -> bool:
-        """Takes output in up to the limit. False at its end."""
+        """Reads some output; what exceeds OUTPUT_LIMIT is dropped. False at the end of the output."""
         try:
             chunk = os.read(self.output, PIECE)
         except BlockingIOError:
@@ -217,32 +227,33 @@ class Keeper:
         return bool(chunk)
 
     def _pass_on(self, *, unfinished: bool = False) -> None:
-        """Passes whole lines on, and one without an end if it is long or nothing more is to come.
+        """Passes on whole lines, and an incomplete one if it is long or if it is the last (`unfinished`).
 
-        What the trainer does not read at the moment waits here: nothing may wait for the trainer.
+        Output that the trainer does not read at the moment is kept: the keeper must never block on the
+        trainer.
         """
         while self.waiting:
             length = self.waiting.rfind(b"\n", 0, PIECE) + 1
             if length == 0 and (unfinished or len(self.waiting) >= PIECE):
                 length = min(len(self.waiting), PIECE)
-            if length == 0 or not self._tell(output=self.waiting[:length].decode(errors="replace")):
+            if length == 0 or not self._send_event(output=self.waiting[:length].decode(errors="replace")):
                 return
             self.waiting = self.waiting[length:]
 
-    def _tell(self, **event: Any) -> bool:
-        """False when the trainer is gone, or does not read at the moment."""
+    def _send_event(self, **event: Any) -> bool:
+        """Sends an event to the trainer. False when the trainer is gone or does not read at the moment."""
         try:
             os.write(self.line, json.dumps(event).encode())
         except BlockingIOError:
             return False
         except OSError:
-            self.is_heard, self.waiting = False, b""
+            self.is_connected, self.waiting = False, b""
             return False
         return True
 
 
 def _how(status: int) -> str:
-    """How a process ended, for people."""
+    """How a process ended, as a clause of an error message."""
     if not os.WIFSIGNALED(status):
         return f"it exited with status {os.waitstatus_to_exitcode(status)}"
     number = os.WTERMSIG(status)
@@ -251,7 +262,7 @@ def _how(status: int) -> str:
 
 
 def _end(worker: int) -> None:
-    """Kills everything below this process. Whole groups at once, so that a fork bomb cannot outrun it."""
+    """Kills all processes below this one: whole groups at once, so that a fork bomb cannot outrun it."""
     _kill(worker, group=True)
     deadline = time.monotonic() + 10.0
     while time.monotonic() < deadline:
@@ -269,7 +280,7 @@ def _end(worker: int) -> None:
 
 
 def _kill(pid: int, *, group: bool) -> None:
-    """A group of the worker's tree only: a process that shares the keeper's own is killed by itself."""
+    """Kills a process, or its whole group unless that is the keeper's own group."""
     try:
         if not group:
             os.kill(pid, signal.SIGKILL)
@@ -280,7 +291,7 @@ def _kill(pid: int, *, group: bool) -> None:
 
 
 def descendants(pid: int) -> Iterator[int]:
-    """Every process below `pid`, as the kernel lists them; of a kernel that does not, by all parents."""
+    """All processes below `pid`: from the kernel's lists of children or, without them, from all parents."""
     if not os.path.exists(f"/proc/{pid}/task/{pid}/children"):
         yield from _descendants_by_parent(pid)
         return
@@ -314,7 +325,7 @@ def _descendants_by_parent(pid: int) -> Iterator[int]:
 
 
 def _resident(pid: int) -> int:
-    """Bytes of a process in memory, those it shares with others in full."""
+    """Resident memory of a process in bytes; pages shared with other processes count fully."""
     try:
         with open(f"/proc/{pid}/statm") as file:
             return int(file.read().split()[1]) * PAGE
@@ -322,8 +333,8 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _share(pid: int) -> int:
-    """Bytes of a process in memory, its part of those it shares with others."""
+def _proportional(pid: int) -> int:
+    """Resident memory of a process in bytes; shared pages count in proportion (PSS)."""
     try:
         with open(f"/proc/{pid}/smaps_rollup") as file:
             return sum(int(line.split()[1]) << 10 for line in file if line.startswith("Pss:"))

@@ -1,7 +1,8 @@
-"""The workers of one reward function: calls queue up, free workers take some, lost ones are replaced.
+"""The worker pool of one reward function: queues calls, hands them to free workers, replaces lost workers.
 
-One thread a worker, which waits for it; so scoring goes on while the trainer does something else. A sample is
-never lost: its call is answered, or failed with a reason, whatever becomes of the worker.
+Each worker has one thread in the trainer, which waits for it, so scoring continues while the trainer does
+other work. No sample is lost: whatever happens to a worker, each of its calls gets an outcome, with scores or
+a failure.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from rlhf.rewards.workers.process import StartError, WorkerLost, WorkerProcess
 
 MOST_WORKERS = 8
 MOST_CALLS = 64
-"""Of one job: what a worker is given at once."""
+"""Most calls of one job; a job is what a worker is given at once."""
 
 
 class RewardError(RuntimeError):
-    """A reward function returns what is no reward, cannot be run, or too many samples got none."""
+    """A function cannot be run, or returns something that is not a reward, or too many samples failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,42 +34,46 @@ class Failure:
     """"exception", "timeout", "died", "value" or "wrong"."""
     message: str
     details: str = ""
-    """The user's traceback, or what the process wrote last."""
+    """The traceback of the user's code, or the last output of the process."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Of one call. Example: `Outcome([{"brevity": 1.0}], 0.001, None)`."""
+    """The result of one call. Example: `Outcome([{"brevity": 1.0}], 0.001, None)`."""
 
     scores: list[dict[str, float] | None]
-    """One a sample; None where there is none."""
+    """One entry per sample; None for a sample that got no scores."""
     seconds: float
     failure: Failure | None
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Samples for one call of the function."""
+    """One call of the function, with one or several samples."""
 
     samples: tuple[int, ...]
     arguments: Callable[[tuple[int, ...]], Mapping[str, Any]]
+    """Makes the keyword arguments when the call is sent."""
     finish: Callable[[tuple[int, ...], Outcome], None]
+    """Called with the outcome."""
     is_wanted: Callable[[], bool]
+    """False: scoring was given up, and the call is dropped."""
     alone: bool = False
-    """In a job of its own: one of several that were under way when a worker was lost."""
+    """Whether it must be in a job of its own: it was one of several under way when a worker was lost."""
 
-    def pieces(self) -> list[Call]:
+    def split(self) -> list[Call]:
+        """The same samples, each in a call of its own."""
         return [Call((i,), self.arguments, self.finish, self.is_wanted) for i in self.samples]
 
 
 class WorkerPool:
-    """`start`, then `submit` as often as there is something to score; `close` ends every process."""
+    """Call `start` once, `submit` whenever there are samples to score, and `close` to end all processes."""
 
     def __init__(self, name: str, spec: RewardSpec) -> None:
         self.name, self.spec = name, spec
         self.signature: Signature | None = None
         self.log: Callable[[str], None] = lambda text: None
-        """Gets what the function prints."""
+        """Called with what the function prints."""
         self._ready: list[WorkerProcess] = []
         self._queue: deque[Call] = deque()
         self._changed = threading.Condition()
@@ -78,11 +83,11 @@ class WorkerPool:
         self._broken: Exception | None = None
 
     def start(self) -> None:
-        """Begins to start the first worker."""
+        """Starts the first worker, without waiting until it is ready."""
         self._ready.append(self._new_worker())
 
     def wait_ready(self) -> Signature:
-        """What the function asks for. Raises StartError: it cannot be loaded."""
+        """Waits for the first worker; returns the function's signature. Raises StartError."""
         if self.signature is None:
             try:
                 self.signature = self._ready[0].ready()
@@ -93,6 +98,7 @@ class WorkerPool:
 
     @property
     def num_workers(self) -> int:
+        """The setting `workers`; without it 1 for a class, else this rank's share of the cores, at most 8."""
         assert self.signature is not None
         if self.spec.workers is not None:
             return self.spec.workers
@@ -101,7 +107,7 @@ class WorkerPool:
         return 1 if self.signature.is_class else max(1, min(MOST_WORKERS, cores))
 
     def submit(self, calls: Sequence[Call]) -> None:
-        """Queues calls, whose `finish` is called from other threads. Raises RewardError if it cannot."""
+        """Queues calls; `finish` of each is called from another thread. Raises what `check` raises."""
         with self._changed:
             self._check()
             self._queue.extend(calls)
@@ -111,12 +117,12 @@ class WorkerPool:
             self._changed.notify_all()
 
     def check(self) -> None:
-        """Raises RewardError when no worker can be started any more."""
+        """Raises RewardError when no worker can be started any more, with the reason."""
         with self._changed:
             self._check()
 
     def close(self) -> None:
-        """Ends every process; calls still queued are never finished. It may be used again."""
+        """Ends all processes; calls still in the queue are dropped. The pool may be used again afterwards."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -139,7 +145,7 @@ class WorkerPool:
         return WorkerProcess(self.name, self.spec, lambda text: self.log(text))
 
     def _serve(self) -> None:
-        """The life of one worker after another."""
+        """Runs in a thread: gives jobs to one worker, and starts another when that worker is lost."""
         worker: WorkerProcess | None = None
         try:
             while self._wait_for_work():
@@ -147,7 +153,7 @@ class WorkerPool:
                 if not self._run(worker, self._take()):
                     worker = None
         except Exception as error:
-            # whoever waits for a result is told by `check`; nobody sees an exception of a thread
+            # nobody sees an exception in a thread, so it is kept and raised by `check`
             with self._changed:
                 self._broken = self._broken or error
                 self._changed.notify_all()
@@ -169,7 +175,7 @@ class WorkerPool:
         return worker
 
     def _take(self) -> list[Call]:
-        """The next job: smaller and smaller, so that all workers are done at about the same time."""
+        """The next job. Jobs shrink with the queue, so that all workers finish at about the same time."""
         with self._changed:
             size = min(MOST_CALLS, -(-len(self._queue) // (4 * self.num_workers)))
             calls: list[Call] = []
@@ -183,7 +189,7 @@ class WorkerPool:
             return calls
 
     def _run(self, worker: WorkerProcess, calls: list[Call]) -> bool:
-        """Has a job done. False: the worker is lost."""
+        """Has a worker do a job. False if the worker was lost."""
         assert self.signature is not None
         unanswered = dict(enumerate(calls))
         with self._changed:
@@ -195,7 +201,8 @@ class WorkerPool:
             for number, answer in worker.run(arguments, is_async=self.signature.is_async):
                 call = unanswered.pop(number)
                 if not unanswered:
-                    # whoever waits for this answer may close the pool: what the worker printed is still heard
+                    # whoever waits for this answer may now close the pool: the worker is then ended, not
+                    # interrupted, so that its last output is still logged
                     with self._changed:
                         self._busy.discard(worker)
                 self._answered(call, answer)
@@ -208,7 +215,7 @@ class WorkerPool:
         return True
 
     def _answered(self, call: Call, answer: Mapping[str, Any]) -> None:
-        """Raises nothing for what a function did: the failure is the outcome."""
+        """Finishes a call with its answer. Whatever the function did, the failure is part of the outcome."""
         seconds, samples = float(answer["seconds"]), len(call.samples)
         if "scores" in answer:
             _, cause = answer["cause"] or (0, None)
@@ -223,9 +230,10 @@ class WorkerPool:
             self._fail(call, Failure("exception", answer["raised"], answer["traceback"]), seconds)
 
     def _lost(self, unanswered: dict[int, Call], lost: WorkerLost) -> None:
-        """The call under way is to blame; where that may be one of several, each is made again by itself.
+        """Fails the call that was under way when the worker was lost; queues the other calls again.
 
-        Several: those of an async function, and those whose answers were not sent when the worker died.
+        If the call under way may be one of several, each of them is repeated in a job of its own. That is so
+        for async functions, and when answers of earlier calls had not been sent when the worker died.
         """
         assert self.signature is not None
         if self._closing:
@@ -244,9 +252,9 @@ class WorkerPool:
         self._fail(culprit, Failure(lost.kind, message, lost.output), seconds)
 
     def _fail(self, call: Call, failure: Failure, seconds: float) -> None:
-        """A call of several samples that need not be together is made again with each alone."""
+        """Finishes a call as failed, or repeats it with each sample alone if the samples may be separated."""
         if len(call.samples) > 1 and isinstance(self.spec.batch, int):
-            self._requeue(call.pieces())
+            self._requeue(call.split())
         else:
             call.finish(call.samples, Outcome([None] * len(call.samples), seconds, failure))
 

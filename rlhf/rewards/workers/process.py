@@ -1,4 +1,4 @@
-"""One worker process as the trainer sees it: started, asked, and ended, with a reason for people."""
+"""The trainer's side of one worker process: starts it, sends calls, holds deadlines, says why it ended."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ from rlhf.rewards.workers.progress import Progress
 
 KEEPER = Path(__file__).with_name("keeper.py")
 START_SECONDS = 300.0
-"""For a worker to import its function and to make its object; a deadline, not an expectation."""
+"""Time limit for a worker to import its function and construct its object; normally it takes far less."""
 END_SECONDS = 30.0
-"""For a keeper to end what it keeps; it takes milliseconds."""
+"""Time limit for a keeper to kill its process tree; normally it takes milliseconds."""
 LONGEST_ANSWER = 1 << 24
-"""Bytes of one call's answer; more is not one."""
+"""Bytes of the answer to one call; a longer one is treated as an error."""
 
-# threads beside those of the trainer slow both down; and a worker is no rank of the run
+# a worker must not compete with the threads of the trainer, and must not take itself for a rank of the run
 SINGLE_THREADED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class WorkerLost(Exception):
-    """The process is gone. `kind`: "timeout" or "died"; the message says how; `output`: its last words.
+    """The worker process is gone; the message says why.
 
-    `call`: the number of the call that was under way; None: of several, or of none that is known.
+    `kind`: "timeout" or "died". `output`: the last output of the worker. `call`: the number of the call that
+    was under way; None if there may have been several, or if it is not known.
     """
 
     def __init__(self, kind: str, message: str, output: str, call: int | None) -> None:
@@ -50,18 +51,18 @@ class WorkerLost(Exception):
 
 
 class StartError(ValueError):
-    """The function cannot be loaded. The message is for people, with the user's traceback if there is one."""
+    """The function cannot be loaded; the message includes the traceback of the user's code, if any."""
 
 
 class WorkerProcess:
     """A keeper and the worker below it; alive until `end`, or until a method raises WorkerLost."""
 
     def __init__(self, name: str, spec: RewardSpec, log: Callable[[str], None]) -> None:
-        # the worker has a folder of its own
+        # the path must be absolute, because the worker runs in a folder of its own
         spec = replace(spec, path=absolute(spec.path))
         self.name, self.spec, self._log = name, spec, log
-        self._data, its_data = socket.socketpair()
-        self._line, its_line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._data, workers_data = socket.socketpair()
+        self._line, keepers_line = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._progress = Progress()
         self._job = 0
         self._unread = b""
@@ -73,18 +74,18 @@ class WorkerProcess:
         self._tail = ""
         self._folder = Path(tempfile.gettempdir()) / f"reward-{uuid.uuid4().hex[:12]}"
         settings = {
-            "data": its_data.fileno(),
+            "data": workers_data.fileno(),
             "progress": self._progress.descriptor,
-            "line": its_line.fileno(),
+            "line": keepers_line.fileno(),
             "cwd": str(self._folder),
             "memory": int(spec.memory_gib * 2**30),
             "processes": spec.processes,
             "path": [entry or os.getcwd() for entry in sys.path],
         }
-        with its_data, its_line:
+        with workers_data, keepers_line:
             self._keeper = subprocess.Popen(
                 [sys.executable, "-P", str(KEEPER), json.dumps(settings)],
-                pass_fds=(its_data.fileno(), its_line.fileno(), self._progress.descriptor),
+                pass_fds=(workers_data.fileno(), keepers_line.fileno(), self._progress.descriptor),
                 env=_environment(spec),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
@@ -92,7 +93,7 @@ class WorkerProcess:
         self._send((name, spec))
 
     def ready(self) -> Signature:
-        """Waits for the handshake. Raises StartError, with the function's own reason."""
+        """Waits until the function is loaded; returns its signature. Raises StartError, with the reason."""
         try:
             answer = self._receive(time.monotonic() + START_SECONDS)
         except WorkerLost as lost:
@@ -110,10 +111,10 @@ class WorkerProcess:
         raise StartError(answer["refused"] or _refusal(self.name, answer))
 
     def run(self, calls: Sequence[Mapping[str, Any]], *, is_async: bool) -> Iterator[tuple[int, Any]]:
-        """Number and answer of each call, as they come. Raises WorkerLost; the process is then gone.
+        """Yields number and answer of each call as they arrive. Raises WorkerLost; the process is then gone.
 
-        A call has the deadline of its samples, from its beginning on; of an async function the worker itself
-        holds the deadlines, and the trainer's is a second later.
+        The deadline of a call is `timeout` seconds per sample after it began. For an async function the
+        worker itself enforces these deadlines, and the trainer only intervenes a second later.
         """
         self._job += 1
         self._send((self._job, calls))
@@ -123,7 +124,7 @@ class WorkerProcess:
         for number in range(len(calls)):
 
             def later(number: int = number) -> float:
-                """The deadline of the call under way: it may be one after `number`, whose answer waits."""
+                """Deadline of the call under way, perhaps a later one: answers are sent together."""
                 call, since = self._progress.under_way(self._job) or (-1, 0.0)
                 return min(last, since + seconds[call]) if number <= call < len(seconds) else 0.0
 
@@ -133,22 +134,22 @@ class WorkerProcess:
                 answer = self._receive(time.monotonic() + seconds[number], later)
             place = answer.get("call")
             if not isinstance(place, int) or place not in (missing if is_async else {number}):
-                self._lose("died", f"it sent what is no answer: {answer!r:.200}")
+                self._lose("died", f"it sent something that is not an answer: {answer!r:.200}")
             missing.discard(place)
             yield place, answer
 
     def interrupt(self) -> None:
-        """Has it killed, unless it has ended, from another thread; whoever waits for it gets WorkerLost."""
+        """Has the worker killed; may be called from another thread. Whoever waits for it gets WorkerLost."""
         with suppress(OSError):
             self._line.shutdown(socket.SHUT_RDWR)
 
     def end(self) -> None:
-        """Kills the worker and all it started, waits until they are gone, and hears what it printed last."""
+        """Kills the worker and all it started, waits until they are gone, and logs what it printed last."""
         deadline = time.monotonic() + END_SECONDS
         with suppress(OSError):
-            # the keeper takes it for the end, and can still be heard
+            # the keeper then kills the worker; what the keeper sends can still be read
             self._line.shutdown(socket.SHUT_WR)
-        self._hear_the_end(deadline)
+        self._wait_for_report(deadline)
         self._line.close()
         self._data.close()
         self._progress.close()
@@ -157,7 +158,7 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             self._keeper.kill()
             self._keeper.wait()
-        # the keeper has done it, unless it was killed itself
+        # the keeper has removed the folder, unless it was killed itself
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _send(self, message: object) -> None:
@@ -165,32 +166,32 @@ class WorkerProcess:
             self._data.settimeout(END_SECONDS)
             self._data.sendall(pickle.dumps(message))
         except OSError:
-            # it ended before it had read all; what follows finds out how
+            # the worker ended before it had read all; the next `_receive` finds out how
             return
 
     def _receive(self, deadline: float, later: Callable[[], float] = lambda: 0.0) -> dict[str, Any]:
-        """The next answer. Raises WorkerLost when it does not come, with the process ended.
+        """The next answer. If it does not come in time, ends the process and raises WorkerLost.
 
-        `later` is asked for another deadline when the first is over.
+        `later` is asked for a later deadline when the first one has passed.
         """
         while b"\n" not in self._unread:
-            left = deadline - time.monotonic()
-            ready = self._wait(left)
+            remaining = deadline - time.monotonic()
+            ready = self._wait(remaining)
             if self._line.fileno() in ready:
-                self._hear()
+                self._read_event()
             if self._data.fileno() in ready:
                 self._read()
             elif self._ended is not None:
                 self._lose("died", self._ended)
-            elif left <= 0 and (deadline := later()) <= time.monotonic():
-                self._give_up()
+            elif remaining <= 0 and (deadline := later()) <= time.monotonic():
+                self._kill_late()
         line, _, self._unread = self._unread.partition(b"\n")
         try:
             answer: object = json.loads(line)
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            self._lose("died", f"it sent what is no answer: {line[:200]!r}")
+            self._lose("died", f"it sent something that is not an answer: {line[:200]!r}")
         return cast(dict[str, Any], answer)
 
     def _wait(self, seconds: float) -> set[int]:
@@ -208,32 +209,32 @@ class WorkerProcess:
         if len(self._unread) > LONGEST_ANSWER:
             self._lose("died", f"it sent an answer of more than {LONGEST_ANSWER >> 20} MiB")
 
-    def _hear(self) -> None:
-        """One thing that the keeper has to say."""
+    def _read_event(self) -> None:
+        """Reads one message of the keeper: output of the worker, or the report of how it ended."""
         try:
             event = self._line.recv(1 << 18)
         except OSError:
             event = b""
         if not event:
-            self._ended = "its keeper is gone"
+            self._ended = "its supervisor process is gone"
             return
-        told: dict[str, Any] = json.loads(event)
-        if "output" in told:
-            self._log(told["output"])
+        message: dict[str, Any] = json.loads(event)
+        if "output" in message:
+            self._log(message["output"])
             return
-        self._ended, self._tail = told["ended"], told["tail"]
-        if told["dropped"]:
-            self._log(f"\n[{told['dropped']} bytes of output are left out]\n")
+        self._ended, self._tail = message["ended"], message["tail"]
+        if message["dropped"]:
+            self._log(f"\n[{message['dropped']} bytes of output are left out]\n")
 
     def _how_it_ended(self) -> str:
-        return self._hear_the_end(time.monotonic() + END_SECONDS)
+        return self._wait_for_report(time.monotonic() + END_SECONDS)
 
-    def _hear_the_end(self, deadline: float) -> str:
-        """What it printed, until its keeper says how it ended, or is gone."""
-        while self._ended is None and (left := deadline - time.monotonic()) > 0:
-            if self._line.fileno() in self._wait_for_line(left):
-                self._hear()
-        self._ended = self._ended or "its keeper does not answer"
+    def _wait_for_report(self, deadline: float) -> str:
+        """Logs what the worker printed until the keeper reports how it ended; returns how."""
+        while self._ended is None and (remaining := deadline - time.monotonic()) > 0:
+            if self._line.fileno() in self._wait_for_line(remaining):
+                self._read_event()
+        self._ended = self._ended or "its supervisor process does not respond"
         return self._ended
 
     def _wait_for_line(self, seconds: float) -> set[int]:
@@ -243,13 +244,15 @@ class WorkerProcess:
         poll.register(self._line, select.POLLIN)
         return {descriptor for descriptor, _ in poll.poll(seconds * 1000)}
 
-    def _give_up(self) -> NoReturn:
+    def _kill_late(self) -> NoReturn:
+        """Asks the keeper to kill the worker, which missed a deadline; raises WorkerLost."""
         with suppress(OSError):
             self._line.send(b"d")
         reason = self._how_it_ended()
         self._lose("timeout" if reason == SLOW else "died", reason)
 
     def _lose(self, kind: str, message: str) -> NoReturn:
+        """Ends the process and raises WorkerLost."""
         call, _ = self._progress.under_way(self._job) or (None, 0.0)
         self.end()
         raise WorkerLost(kind, message, self._tail, call)
@@ -257,20 +260,20 @@ class WorkerProcess:
 
 def _refusal(name: str, answer: Mapping[str, Any]) -> str:
     lines = str(answer["traceback"]).splitlines()
-    # where it came from, without the machinery that imports a file
+    # the traceback without its heading and without the frames of the import system
     shown = [line for line in lines if not line.startswith(("Traceback", '  File "<frozen'))]
     return "\n".join([f"reward function {name} cannot be loaded: {answer['raised']}", *shown])
 
 
 def _environment(spec: RewardSpec) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in RANKS}
-    gpus = _ranks_gpu_first() if spec.gpu else dict.fromkeys(GPUS, "")
+    gpus = _own_gpu_first() if spec.gpu else dict.fromkeys(GPUS, "")
     return kept | dict.fromkeys(SINGLE_THREADED, "1") | gpus | {"PYTHONUNBUFFERED": "1"}
 
 
-def _ranks_gpu_first() -> dict[str, str]:
-    """A worker is no rank, and takes the first GPU it sees: that should not be the same one for all ranks."""
-    # here, because it takes torch, which a process that starts workers may do without
+def _own_gpu_first() -> dict[str, str]:
+    """Environment in which the GPU of this rank is the first: a worker uses the first GPU that it sees."""
+    # imported here because it imports torch, which a process that starts workers may not need
     from rlhf.devices import visible_gpus
 
     rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), visible_gpus()

@@ -1,7 +1,8 @@
-"""Where a worker is: four numbers in memory that it shares with the trainer.
+"""Shared memory in which a worker notes the call under way, so that the trainer can enforce its deadline.
 
-So a worker need not send each answer by itself, and yet the trainer knows, when it waits too long, which call
-is under way and since when. A worker in another mood may write anything here; it is read with that in mind.
+It holds three numbers: the job, the call within it, and when the call began. With them a worker can send
+several answers at once, and the trainer still knows, when it waits too long, which call is under way and
+since when. A misbehaving reward function may write anything here, so the reader must not trust the numbers.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ PLACE = struct.Struct("=qqd")
 
 
 class Progress:
+    """The call under way in one worker: the worker calls `begin`, the trainer `under_way`."""
+
     def __init__(self, descriptor: int | None = None) -> None:
-        """`descriptor`: of the other side's; not given: makes one."""
+        """`descriptor`: of the memory that the other process has made; None makes new memory."""
         self.descriptor = os.memfd_create("progress") if descriptor is None else descriptor
         if descriptor is None:
             os.truncate(self.descriptor, mmap.PAGESIZE)
@@ -26,9 +29,9 @@ class Progress:
         PLACE.pack_into(self._shared, 0, job, call, time.monotonic())
 
     def under_way(self, job: int) -> tuple[int, float] | None:
-        """Number and beginning of the call under way; None: the job has not begun."""
-        of, call, since = PLACE.unpack_from(self._shared)
-        return (call, since) if of == job else None
+        """Number of the call under way and when it began (monotonic seconds); None: `job` has not begun."""
+        noted_job, call, since = PLACE.unpack_from(self._shared)
+        return (call, since) if noted_job == job else None
 
     def close(self) -> None:
         self._shared.close()

@@ -1,4 +1,4 @@
-"""What a reward function returned, read in the worker: numbers, dicts of numbers, None, or a mistake."""
+"""Checks what a reward function returned and turns it into scores by objective, or a WrongReturn."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any, Protocol, SupportsFloat, cast, runtime_checkable
 
 Scores = dict[str, float]
-"""Objective to value; empty: the function does not apply."""
+"""Value of each objective; empty: the function does not apply to the sample."""
 
 
 LARGEST = 3.4e38
-"""Of float32, in which advantages are computed: beyond it a number is infinite."""
+"""About the largest float32: advantages are float32, so a larger number would be infinite."""
 
 
 class WrongReturn(TypeError):
-    """The function is wrong, not the sample: what it returns is no reward."""
+    """A reward function returned something that is not a reward. The function is at fault, not the sample."""
 
 
 @runtime_checkable
@@ -24,7 +24,7 @@ class _Array(Protocol):
 
 
 def read_values(returned: object, count: int) -> list[Any]:
-    """One value a completion, of a list, a tuple or an array. Raises WrongReturn."""
+    """The `count` values in a returned list, tuple or array. Raises WrongReturn for anything else."""
     if isinstance(returned, _Array):
         returned = returned.tolist()
     if not isinstance(returned, list | tuple):
@@ -39,7 +39,7 @@ def read_values(returned: object, count: int) -> list[Any]:
 
 
 def read_scores(value: object, name: str) -> Scores:
-    """The objectives in one value; a plain number belongs to the objective `name`. Raises WrongReturn."""
+    """The objectives in one returned value; a plain number is the objective `name`. Raises WrongReturn."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -51,20 +51,21 @@ def read_scores(value: object, name: str) -> Scores:
 
 
 def is_finite(scores: Scores) -> bool:
-    # false of NaN too
+    """Whether all values are finite numbers in float32."""
+    # the comparison is false for NaN too
     return all(abs(number) <= LARGEST for number in scores.values())
 
 
 def run_now(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Of a function that is not declared async and returns a coroutine all the same."""
-    # imported when needed: it is half of what a worker takes to start
+    """The result of a coroutine, for a function that returns one without being declared async."""
+    # imported only when needed: it takes half of the time in which a worker starts
     import asyncio
 
     return asyncio.run(coroutine)
 
 
 def _number(value: object) -> float:
-    # numbers of numpy, tensors of one element, Decimal and Fraction are as good as float; text is not
+    # NumPy numbers, tensors of one element, Decimal and Fraction are accepted like float; text is not
     if isinstance(value, SupportsFloat):
         try:
             return float(value)

@@ -1,8 +1,9 @@
-"""The process in which one reward function runs, in its main thread, until the trainer closes the connection.
+"""The worker's side: loads one reward function, calls it in the main thread and sends scores as JSON lines.
 
-It is told what to load, says that it is ready or why it cannot be, and then answers each call of each job in
-a line of JSON. What it reads comes from the trainer and is pickled; what it writes is data only, because the
-function shares the process and may have written it.
+The worker receives what to load, answers that it is ready or why it is not, and then answers each call of
+each job, until the trainer closes the connection. It reads pickles, which come from the trainer. It writes
+only JSON: the reward function shares the process and could have written the bytes, so the trainer must not
+unpickle them.
 """
 
 from __future__ import annotations
@@ -27,21 +28,21 @@ from rlhf.rewards.workers.progress import Progress
 from rlhf.rewards.workers.values import WrongReturn, is_finite, read_scores, read_values, run_now
 
 SEND_SECONDS = 0.02
-"""How long an answer may wait for others to be sent with it."""
+"""How long an answer may wait, so that several are sent together."""
 LONGEST_TEXT = 8000
-"""Of a message or a traceback, in characters."""
+"""Characters of a message or a traceback that are kept at most."""
 
 OURS = {"rlhf.plugins", "rlhf.rewards.plugin", "rlhf.rewards.workers.worker"}
-"""Modules whose frames say nothing to the user of a reward function."""
+"""Modules whose frames are left out of tracebacks: they do not concern the author of a reward function."""
 
 Answer = dict[str, Any]
 
 
 def serve(connection: int, progress: int, folder: str) -> None:
-    """Runs until the other end of the socket `connection` is closed.
+    """Serves one reward function until the other end of the socket `connection` is closed.
 
-    A function is imported, and a class made, where the run was started: relative paths in a config mean what
-    they say. It is called in `folder`, which is its own.
+    The function is imported, or its class constructed, in the folder where the run was started, so that
+    relative paths in a config work. It is called in `folder`, which belongs to this worker alone.
     """
     os.set_inheritable(connection, False)
     os.set_inheritable(progress, False)
@@ -54,7 +55,7 @@ def serve(connection: int, progress: int, folder: str) -> None:
             worker = Worker(name, spec, load_reward(spec), answers, Progress(progress))
             os.chdir(folder)
         except BaseException as error:
-            # whatever the user's module does when it is imported, the trainer is told
+            # the user's module may raise anything when it is imported; the trainer must learn of it
             refused = str(error) if isinstance(error, ValueError) and _is_ours(error) else None
             answers.add({"refused": refused, **describe(error)})
             answers.send()
@@ -70,7 +71,7 @@ def serve(connection: int, progress: int, folder: str) -> None:
 
 
 class Answers:
-    """Lines of JSON on their way to the trainer, several at a time: each one wakes it up."""
+    """Collects answers and sends several at a time, because each message wakes the trainer up."""
 
     def __init__(self, trainer: socket.socket) -> None:
         self.trainer, self.waiting, self.sent_at = trainer, b"", 0.0
@@ -88,7 +89,7 @@ class Answers:
 
 
 class Worker:
-    """Answers the calls of a job: in order, or, of an async function, several at once."""
+    """Calls the reward function for the calls of a job: in order, or several at once if it is async."""
 
     def __init__(
         self, name: str, spec: RewardSpec, reward: Reward, answers: Answers, progress: Progress
@@ -105,12 +106,12 @@ class Worker:
             self.progress.begin(number, call)
             started = time.perf_counter()
             try:
-                returned = self.reward(_state(arguments))
+                returned = self.reward(_with_state(arguments))
                 if inspect.iscoroutine(returned):
                     returned = run_now(returned)
                 result = self._read(returned, arguments)
             except BaseException as error:
-                # a function may raise anything, SystemExit included, and the others go on
+                # a function may raise anything, even SystemExit; the other calls continue
                 result = describe(error)
             self.answers.add({"call": call, "seconds": time.perf_counter() - started, **result})
             self.answers.send_if_due()
@@ -120,24 +121,24 @@ class Worker:
         import asyncio
 
         async def one(call: int, arguments: Mapping[str, Any]) -> None:
-            async with room:
+            async with slots:
                 started = time.perf_counter()
                 seconds = self.spec.timeout * len(arguments["completions"])
                 limit = asyncio.timeout(seconds)
                 try:
                     async with limit:
-                        result = self._read(await self.reward(_state(arguments)), arguments)
+                        result = self._read(await self.reward(_with_state(arguments)), arguments)
                 except BaseException as error:
                     timed_out = isinstance(error, TimeoutError) and limit.expired()
                     result = {"timeout": seconds} if timed_out else describe(error)
                 self.answers.add({"call": call, "seconds": time.perf_counter() - started, **result})
                 self.answers.send()
 
-        room = asyncio.Semaphore(self.spec.concurrency)
+        slots = asyncio.Semaphore(self.spec.concurrency)
         await asyncio.gather(*(one(call, arguments) for call, arguments in enumerate(job)))
 
     def _read(self, returned: object, arguments: Mapping[str, Any]) -> Answer:
-        """`scores` has None where a value is no finite number; `cause` is the first such, by its place."""
+        """`scores`: None for a value that is not finite; `cause`: index and text of the first such value."""
         scores: list[dict[str, float] | None] = []
         cause: tuple[int, str] | None = None
         for place, value in enumerate(read_values(returned, len(arguments["completions"]))):
@@ -150,25 +151,25 @@ class Worker:
 
 
 def describe(error: BaseException) -> Answer:
-    """An exception, for the trainer: its kind, what it says, and its traceback from the user's code on."""
+    """An exception as an answer: type, message, and traceback from the first frame of the user's code on."""
     if isinstance(error, WrongReturn):
         return {"wrong": str(error)[:LONGEST_TEXT]}
     frames = error.__traceback__
     while frames is not None and frames.tb_frame.f_globals.get("__name__") in OURS:
         frames = frames.tb_next
     text = "".join(traceback.format_exception(type(error), error, frames))
-    # not str(error): an exception's own text may fail
-    _, colon, said = traceback.format_exception_only(error)[-1].strip().partition(": ")
+    # not str(error): the __str__ of an exception may itself raise
+    _, colon, message = traceback.format_exception_only(error)[-1].strip().partition(": ")
     return {
-        "raised": f"{type(error).__name__}{colon}{said}"[:LONGEST_TEXT],
+        "raised": f"{type(error).__name__}{colon}{message}"[:LONGEST_TEXT],
         "traceback": text[-LONGEST_TEXT:],
     }
 
 
 def allow_cpu_seconds(seconds: float) -> None:
-    """Lets the process use what all cores can do in `seconds` from here on, and one second.
+    """Limits the CPU time from now on to what all cores can use in `seconds`, and 1 to 2 s more.
 
-    The deadline is the trainer's to hold; this ends an endless loop even where nobody holds it.
+    The trainer enforces the deadline; this limit ends an endless loop even if the trainer cannot.
     """
     used = resource.getrusage(resource.RUSAGE_SELF)
     limit = int(used.ru_utime + used.ru_stime + seconds * (os.cpu_count() or 1)) + 2
@@ -178,14 +179,15 @@ def allow_cpu_seconds(seconds: float) -> None:
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether this project raised it, and not the user's module: then its sentence says it all."""
+    """Whether this project raised the error, not the user's module: then its message is enough."""
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None:
         frames = frames.tb_next
     return frames is not None and frames.tb_frame.f_globals.get("__name__") in OURS
 
 
-def _state(arguments: Mapping[str, Any]) -> dict[str, Any]:
+def _with_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with `trainer_state` as an object with attributes, as TRL passes it."""
     if "trainer_state" not in arguments:
         return dict(arguments)
     return {**arguments, "trainer_state": SimpleNamespace(**arguments["trainer_state"])}
