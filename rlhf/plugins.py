@@ -1,4 +1,4 @@
-"""Objects that a config names: `package.module:name` or `path/file.py:name`."""
+"""Imports the objects that a config names, as `package.module:name` or `path/file.py:name`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ RAISED = (
     ArithmeticError,
     OSError,
 )
-"""What the code of a plug-in may raise when it is imported, beside ValueError."""
+"""Exceptions of imported plug-in code that become a ValueError with the line."""
 
 
 def load_object(spec: str) -> Any:
     """Imports the module or file of `spec` and returns the object named behind the colon.
 
-    Raises ValueError when the spec has no colon, the module or file does not exist, or it has no such name
-    (its nearest neighbour is named). An exception of the imported code itself is passed on.
+    Raises ValueError when the spec has no colon, when the module or file does not exist, and when it has no
+    such name (the message names the most similar one). An exception of the imported code itself is passed on.
     """
     where, colon, name = spec.rpartition(":")
     if not colon or not where or not name:
@@ -42,35 +42,35 @@ def load_object(spec: str) -> Any:
 
 
 def load_plugin(spec: str) -> Any:
-    """As `load_object`, but what the imported code raises becomes a ValueError that says where."""
+    """Like `load_object`, but exceptions of the imported code become a ValueError with file and line."""
     try:
         return load_object(spec)
     except RAISED as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
         where = spec.rpartition(":")[0]
         line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno
-        said = error.msg if isinstance(error, SyntaxError) else str(error)
+        message = error.msg if isinstance(error, SyntaxError) else str(error)
         raise ValueError(
-            f"{where} cannot be imported: {type(error).__name__}: {said}, line {line}"
+            f"{where} cannot be imported: {type(error).__name__}: {message}, line {line}"
         ) from error
 
 
 def absolute(spec: str) -> str:
-    """The same object for a process that works in another folder. Raises ValueError: no such file."""
+    """The spec with an absolute file path, valid in any folder. Raises ValueError if the file is missing."""
     where, colon, name = spec.rpartition(":")
     if not where.endswith(".py"):
         return spec
-    _assert_there(Path(where))
+    _check_exists(Path(where))
     return f"{Path(where).resolve()}{colon}{name}"
 
 
-def _assert_there(path: Path) -> None:
+def _check_exists(path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"there is no file {path} (looked from {Path.cwd()})")
 
 
 def _load_file(path: Path) -> ModuleType:
-    _assert_there(path)
+    _check_exists(path)
     name = f"rlhf_plugin_{path.stem}_{abs(hash(str(path.resolve())))}"
     if name in sys.modules:
         return sys.modules[name]
@@ -78,7 +78,7 @@ def _load_file(path: Path) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    # a file may import its neighbours, as it could if it were run
+    # the file may import other files in its folder, as it could if it were run as a script
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)

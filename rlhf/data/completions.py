@@ -1,11 +1,11 @@
-"""Completions that are already there: prompts, completions and rewards of a dataset become scored groups.
+"""Reads datasets of completions (offline data): prompts, completions and rewards become scored groups.
 
     {"prompt": "Name a colour.", "completion": "Blue.", "reward": 0.8}
     {"prompt": "Name a colour.", "completion": "Seven.", "reward": 0.1, "finish_reason": "stop"}
 
-All lines with the same prompt are one group. Who wrote the completions is not known, nor with what
-probability: their trajectories have no `rollout_logprobs`. The end-of-sequence token is put behind each
-completion, except where a column `finish_reason` says "length".
+All lines with the same prompt form one group. Nobody recorded with what probability the completions were
+sampled, so their trajectories have no `rollout_logprobs`. The end-of-sequence token is appended to each
+completion, except where a column `finish_reason` says "length" (truncated).
 """
 
 from __future__ import annotations
@@ -31,23 +31,24 @@ FINISH_REASON = "finish_reason"
 
 @dataclass(frozen=True, slots=True)
 class OfflineDataset:
-    """A dataset's completions by prompt, in the order of the file.
+    """The completions of a dataset, grouped by prompt, in the order of the file.
 
-    Example, of four lines about three prompts, one too long: two groups, `skipped=1`.
+    Example: a file with three prompts, one of them on two lines and one too long, gives two groups and
+    `skipped=1`.
     """
 
     groups: tuple[Group, ...]
     columns: tuple[str, ...]
-    """Of every line, beside prompt, completion and reward: what a reward function may ask for."""
+    """Columns of every line other than prompt, completion and reward; reward functions may ask for them."""
     skipped: int
-    """Lines left out because prompt or completion is longer than its limit."""
+    """Number of lines left out because prompt or completion is longer than its limit."""
     source: Path
     splitting: tuple[str, ...] = ()
-    """Columns that differ between lines with the same prompt, which are several groups therefore."""
+    """Columns that differ between lines with the same prompt, so that these lines form several groups."""
 
     @property
     def prompts(self) -> PromptDataset:
-        """The prompts by themselves, each once."""
+        """The prompts without completions, one for each group."""
         return PromptDataset(tuple(g.prompt for g in self.groups), self.columns, self.skipped, self.source)
 
     @property
@@ -66,23 +67,24 @@ def load_offline(
 ) -> OfflineDataset:
     """Reads, checks and tokenises every line.
 
-    A completion is text, or chat messages of which the last one counts. A reward is a number, or null: such a
-    completion is not learned from. `section.reward_column` None leaves all of them without, to be scored.
+    A completion is text, or a list of chat messages of which the last one counts. A reward is a number, or
+    null for a completion that is not learned from. If `section.reward_column` is None, no completion has a
+    reward yet, and reward functions score them later.
 
-    Raises ValueError, with file and line, for all that `load_prompts` raises it for, for a missing column, a
-    completion that is empty or no text, a reward that is no finite number, and completions longer than the
-    limit unless they are to be skipped.
+    Raises ValueError, with file and line, whenever `load_prompts` does, and for a missing column, a
+    completion that is empty or not text, a reward that is not a finite number, and completions longer than
+    the limit unless `section.long_prompts` is "skip".
     """
     path = Path(path)
     members: dict[tuple[Any, ...], tuple[Prompt, list[Trajectory]]] = {}
     too_long: list[str] = []
     columns: Columns | None = None
-    for some, prompts in tokenized(path, tokenizer, section.prompt_column, section.image_column, processor):
-        columns = columns or Columns.find(some[0], section)
-        trajectories = _trajectories(some, columns, tokenizer, eos_token_id)
-        for row, prompt, trajectory in zip(some, prompts, trajectories, strict=True):
-            sizes = len(prompt.token_ids), len(trajectory.token_ids)
-            if sizes[0] > section.max_prompt_tokens or sizes[1] > max_completion_tokens:
+    for rows, prompts in tokenized(path, tokenizer, section.prompt_column, section.image_column, processor):
+        columns = columns or Columns.find(rows[0], section)
+        trajectories = _trajectories(rows, columns, tokenizer, eos_token_id)
+        for row, prompt, trajectory in zip(rows, prompts, trajectories, strict=True):
+            prompt_tokens, completion_tokens = len(prompt.token_ids), len(trajectory.token_ids)
+            if prompt_tokens > section.max_prompt_tokens or completion_tokens > max_completion_tokens:
                 too_long.append(row.where)
                 continue
             prompt = replace(prompt, columns=columns.others(prompt.columns))
@@ -96,12 +98,13 @@ def load_offline(
             + (", or set data.long_prompts to skip" if members else "")
         )
     assert columns is not None
-    groups = tuple(Group(prompt, tuple(those)) for prompt, those in members.values())
+    groups = tuple(Group(prompt, tuple(trajectories)) for prompt, trajectories in members.values())
     names = tuple(groups[0].prompt.columns)
     return OfflineDataset(groups, names, skipped=len(too_long), source=path, splitting=_splitting(groups))
 
 
 def _splitting(groups: Sequence[Group]) -> tuple[str, ...]:
+    """Columns in which groups with the same prompt tokens differ."""
     first: dict[tuple[int, ...], Prompt] = {}
     found: dict[str, None] = {}
     for prompt in (g.prompt for g in groups):
@@ -112,7 +115,7 @@ def _splitting(groups: Sequence[Group]) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns of a dataset are meant."""
+    """Names of the columns that hold completion and reward, and whether there is a finish reason."""
 
     completion: str
     reward: str | None
@@ -120,7 +123,7 @@ class Columns:
 
     @classmethod
     def find(cls, row: Row, section: DataConfig) -> Columns:
-        """Raises ValueError for one that is not there."""
+        """The columns that the settings name. Raises ValueError if the dataset does not have one of them."""
         completion = section.completion_column
         if completion is None:
             completion = "response" if "response" in row.columns else "completion"
@@ -129,15 +132,19 @@ class Columns:
             if name is not None and name not in row.columns:
                 near = difflib.get_close_matches(name, row.columns, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else "."
-                other = ", or to null to score completions" if setting == "data.reward_column" else ""
+                other = (
+                    ", or to null to have the completions scored" if setting == "data.reward_column" else ""
+                )
                 raise ValueError(
-                    f"{row.where}: no column {name!r} among {quoted(row.columns)}{hint} Set {setting}{other}"
+                    f"{row.where}: no column {name!r} among {quoted(row.columns)}{hint} "
+                    f"Set {setting} to its name{other}"
                 )
         return cls(completion, section.reward_column, FINISH_REASON in row.columns)
 
     def others(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        own = {self.completion, self.reward, FINISH_REASON}
-        return {name: value for name, value in columns.items() if name not in own}
+        """Columns other than completion, reward and finish reason."""
+        taken = {self.completion, self.reward, FINISH_REASON}
+        return {name: value for name, value in columns.items() if name not in taken}
 
 
 def _trajectories(
@@ -159,7 +166,7 @@ def _text(row: Row, column: str) -> str:
         value = cast(Mapping[str, object], value[-1]).get("content")
     if not isinstance(value, str) or not value:
         raise ValueError(
-            f"{row.where}: column {column!r} must be text that is not empty, or chat messages, "
+            f"{row.where}: column {column!r} must be non-empty text or chat messages, "
             f"got {row.columns[column]!r:.80}"
         )
     return value
@@ -182,6 +189,6 @@ def _reward(row: Row, column: str) -> float | None:
 
 
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """The tokens of a finished completion."""
+    """Token ids of a completion that is not truncated, the end-of-sequence token last."""
     ids = cast(list[int], cast(Any, tokenizer)(text, add_special_tokens=False)["input_ids"])
     return (*ids, cast(int, tokenizer.eos_token_id))

@@ -1,10 +1,10 @@
-"""Preference pairs and ratings -> tokenised examples, each line checked before weights load.
+"""Reads data for reward models: preference pairs or ratings become tokenised examples, every line checked.
 
     pairs      {"prompt": ..., "chosen": "text", "rejected": "text"}
     ratings    {"prompt": ..., "completion": "text", "ratings": {"helpful": 4, "polite": null}}
 
-A prompt is what it is everywhere (text or chat messages). A completion is its text and the end-of-sequence
-token, at which the score is read; so a text that was cut off is one that ends too early.
+A prompt is text or chat messages, as in every dataset. A completion is its text and the end-of-sequence
+token, at which the score is read; a truncated text is therefore scored as one that ends too early.
 """
 
 from __future__ import annotations
@@ -25,25 +25,28 @@ from rlhf.types import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A prompt with what was said to it: chosen and rejected, or one completion and its ratings."""
+    """A prompt with a chosen and a rejected completion, or with one completion and its ratings."""
 
     prompt: Prompt
     texts: tuple[str, ...]
     completions: tuple[tuple[int, ...], ...]
     """Token ids, the end-of-sequence token last."""
     ratings: tuple[float, ...] = ()
-    """In the order of `score.objectives`; NaN where there is none."""
+    """One per objective, in the order of `score.objectives`; NaN for an objective that is not rated."""
 
     @property
     def tokens(self) -> int:
-        """Of a forward pass: the prompt once, and one more a completion, from which nothing is predicted."""
+        """Tokens of a forward pass: the prompt once, and each completion with one extra token at its end.
+
+        The score is read from the state that would predict the extra token.
+        """
         return len(self.prompt.token_ids) + sum(len(c) + 1 for c in self.completions)
 
 
 def load_examples(
     path: str, data: PreferenceData, score: ScoreConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[Example]:
-    """Raises ValueError with file and line: what was expected in which column and what came."""
+    """Reads, checks and tokenises all examples. Raises ValueError with file, line, column and reason."""
     prompts = load_prompts(
         Path(path).expanduser(),
         tokenizer,

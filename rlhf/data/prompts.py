@@ -1,7 +1,7 @@
-"""Datasets become prompts: jsonl, parquet and `datasets` folders, each line checked before weights load.
+"""Reads datasets of prompts (jsonl, parquet, `datasets` folders, reasoning-gym), checks and tokenises them.
 
-The order in which prompts are visited is a pure function of seed and position (`order`): a resumed run needs
-no state but how many prompts it has taken.
+All lines are checked before weights are loaded. The order in which prompts are visited is not stored here: it
+is a function of seed and position (`rlhf/data/order.py`).
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ class Row:
 
     id: str
     where: str
-    """For people: the whole path and the line, counted from 1."""
+    """The place as error messages name it: the whole path and the line, counted from 1."""
     columns: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptDataset:
-    """The tokenised prompts of a dataset that fit the limit.
+    """The tokenised prompts of a dataset, without those that are longer than the limit.
 
-    Example, of 64 lines of which 2 are too long and skipped, so its length is 62:
+    Example: of 64 lines 2 are too long and skipped, so the length is 62:
     `PromptDataset((Prompt(...), ...), ("answer",), skipped=2, source=Path("train.jsonl"))`.
     """
 
     prompts: tuple[Prompt, ...]
     columns: tuple[str, ...]
-    """Of every line, beside the prompt's own: what a reward function may ask for."""
+    """Columns of every line other than prompt and images; reward functions may ask for them."""
     skipped: int
-    """Prompts left out because they are longer than the limit."""
+    """Number of prompts left out because they are longer than the limit."""
     source: Path
 
     def __len__(self) -> int:
@@ -74,15 +74,16 @@ def load_prompts(
 ) -> PromptDataset:
     """Reads, checks and tokenises every prompt.
 
-    A prompt is plain text, tokenised as it is, or a list of chat messages, written out by the tokenizer's
-    chat template with the opening of the assistant's turn at the end. The `processor` of a model that can see
-    writes messages with pictures (rlhf/pictures.py), those of `image_column` among them.
+    A prompt is plain text, tokenised as it is, or a list of chat messages. Chat messages are written by the
+    tokenizer's chat template, up to the opening of the assistant's turn. For a vision-language model its
+    `processor` (rlhf/models/vision/processor.py) writes messages with images, including the images of
+    `image_column`.
 
-    Raises ValueError, with file and line, when the path is not there or is no dataset, a line is not a JSON
-    object, the prompt column is missing (its nearest neighbour is named), a prompt is empty or neither text
-    nor chat messages, or a line has other columns than the first one; for chat messages without a chat
-    template to write them, for pictures that cannot be read or that the model cannot see, and for prompts
-    longer than `max_prompt_tokens` unless they are to be skipped.
+    Raises ValueError, with file and line, when the path does not exist or is not a dataset, when a line is
+    not a JSON object, when the prompt column is missing (the message names the most similar column), when a
+    prompt is empty or neither text nor chat messages, and when a line has other columns than the first line;
+    also for chat messages if the tokenizer has no chat template, for images that cannot be read or that the
+    model cannot process, and for prompts longer than `max_prompt_tokens` unless `long_prompts` is "skip".
     """
     path, prompts, too_long, columns = Path(path), list[Prompt](), list[Prompt](), tuple[str, ...]()
     for rows, found in tokenized(path, tokenizer, prompt_column, image_column, processor):
@@ -106,11 +107,11 @@ def tokenized(
     image_column: str | None,
     processor: Processor | None,
 ) -> Iterator[tuple[list[Row], list[Prompt]]]:
-    """Checked lines and their prompts, some at a time. Raises ValueError as `load_prompts` does."""
+    """Yields checked lines and their prompts, many at a time. Raises ValueError as `load_prompts` does."""
     tokenize = partial(_tokenize, tokenizer=tokenizer)
     if processor is not None:
         folder = path.parent if path.is_file() else path
-        tokenize = partial(_tokenize_with_pictures, tokenizer=tokenizer, processor=processor, folder=folder)
+        tokenize = partial(_tokenize_with_images, tokenizer=tokenizer, processor=processor, folder=folder)
     rows = _checked_rows(path, prompt_column)
     while some := list(islice(rows, TOKENIZE_AT_ONCE)):
         yield some, list(tokenize(some, prompt_column=prompt_column, image_column=image_column))
@@ -125,10 +126,10 @@ def _tokenize(
 ) -> Iterator[Prompt]:
     contents: list[Messages] = [row.columns[prompt_column] for row in rows]
     for row, content in zip(rows, contents, strict=True):
-        if _loose_pictures(row, image_column) is not None or has_pictures(content):
+        if _column_images(row, image_column) is not None or has_pictures(content):
             raise ValueError(
-                f"{row.where}: the prompt has pictures, but the model cannot see; take one that can, or set "
-                "data.image_column to null where they are in a column of their own"
+                f"{row.where}: the prompt has images, but the model has no image processor; use a "
+                "vision-language model, or set data.image_column to null if the images are in a column of their own"
             )
     ids: list[list[int]] = [[]] * len(rows)
     chats = [i for i, content in enumerate(contents) if not isinstance(content, str)]
@@ -146,7 +147,7 @@ def _tokenize(
         yield Prompt(row.id, tuple(token_ids), content, others)
 
 
-def _tokenize_with_pictures(
+def _tokenize_with_images(
     rows: Sequence[Row],
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -155,26 +156,26 @@ def _tokenize_with_pictures(
     prompt_column: str,
     image_column: str | None,
 ) -> Iterator[Prompt]:
-    """One by one: every picture is read, which finds the broken ones before weights are loaded."""
+    """Tokenises rows one by one; every image is read, so that broken ones are found before weights load."""
     for row in rows:
         content: Messages = row.columns[prompt_column]
-        loose = _loose_pictures(row, image_column)
+        column_images = _column_images(row, image_column)
         others = {name: row.columns[name] for name in _others(row, prompt_column, image_column)}
         if isinstance(content, str):
-            if loose is not None:
-                raise ValueError(f"{row.where}: a prompt with pictures must be chat messages, got text")
+            if column_images is not None:
+                raise ValueError(f"{row.where}: a prompt with images must be chat messages, got text")
             ids = cast(list[int], cast(Any, tokenizer)(content)["input_ids"])
             yield Prompt(row.id, tuple(ids), content, others)
             continue
         try:
-            written, images, ids = processor.prompt(row.id, content, loose, folder)
+            written, images, ids = processor.prompt(row.id, content, column_images, folder)
         except ImageError as error:
             raise ValueError(f"{row.where}: {error}") from None
         yield Prompt(row.id, tuple(ids), written, others, images or None)
 
 
-def _loose_pictures(row: Row, image_column: str | None) -> object | None:
-    """Those in a column of their own, None when there are none."""
+def _column_images(row: Row, image_column: str | None) -> object | None:
+    """The images in the image column of a row, None if there are none."""
     value: object = None if image_column is None else row.columns.get(image_column)
     return None if value == [] else value
 
@@ -187,6 +188,7 @@ def _encode(
     *,
     add_special_tokens: bool,
 ) -> None:
+    """Writes the token ids of `texts` to the given places of `ids`."""
     encoded = cast(Any, tokenizer)(texts, add_special_tokens=add_special_tokens)["input_ids"]
     for place, token_ids in zip(places, encoded, strict=True):
         ids[place] = token_ids
@@ -207,6 +209,7 @@ def _write_chat(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase
 
 
 def _checked_rows(path: Path, prompt_column: str) -> Iterator[Row]:
+    """The rows of a dataset; raises ValueError at the first one that is malformed."""
     first: Row | None = None
     for row in _read(path):
         if prompt_column not in row.columns:
@@ -221,18 +224,18 @@ def _checked_rows(path: Path, prompt_column: str) -> Iterator[Row]:
             raise ValueError(f"{row.where}: column {prompt_column!r} {problem}")
         first = first or row
         if row.columns.keys() != first.columns.keys():
-            odd = sorted(row.columns.keys() ^ first.columns.keys())
+            differing = sorted(row.columns.keys() ^ first.columns.keys())
             raise ValueError(
                 f"{row.where}: has the columns {quoted(row.columns)}, but {first.where} has "
-                f"{quoted(first.columns)}; every line needs the same ones, {quoted(odd)} differ"
+                f"{quoted(first.columns)}; every line needs the same ones, {quoted(differing)} differ"
             )
         yield row
     if first is None:
-        raise ValueError(f"{path} holds no prompts")
+        raise ValueError(f"{path} holds no prompts: it has no lines")
 
 
 def _problem_of(content: object) -> str | None:
-    """What is wrong with a prompt, None when nothing is."""
+    """What is wrong with a prompt, as the rest of a sentence about its column; None if nothing is."""
     if isinstance(content, str):
         return None if content.strip() else "is empty"
     if not isinstance(content, list):
@@ -249,17 +252,17 @@ def _problem_of(content: object) -> str | None:
             continue
         for key in ("role", "content"):
             if not isinstance(fields.get(key), str):
-                came = f"{fields.get(key)!r:.80}"
-                return f"needs text under {key!r} in each message, but message {number} has {came}"
-    if not messages or not any(_says_something(cast(Any, message)["content"]) for message in messages):
+                found = f"{fields.get(key)!r:.80}"
+                return f"needs text under {key!r} in each message, but message {number} has {found}"
+    if not messages or not any(_is_not_empty(cast(Any, message)["content"]) for message in messages):
         return "is empty"
     if cast(Any, messages[-1])["role"] == "assistant":
-        return "ends with a message of the assistant, which leaves the policy nothing to say"
+        return "ends with a message of the assistant, but the policy must write that message: remove it"
     return None
 
 
 def _problem_of_parts(parts: list[object]) -> str | None:
-    """Of a message's content that is a list: text and pictures."""
+    """What is wrong with the content of a message that is a list of texts and images; None if nothing is."""
     for part in parts:
         fields = cast(Mapping[str, object], part if isinstance(part, Mapping) else {})
         if fields.get("type") == "image":
@@ -273,7 +276,7 @@ def _problem_of_parts(parts: list[object]) -> str | None:
     return None
 
 
-def _says_something(content: object) -> bool:
+def _is_not_empty(content: object) -> bool:
     return bool(content.strip() if isinstance(content, str) else content)
 
 
@@ -286,11 +289,14 @@ def _read(path: Path) -> Iterator[Row]:
         near = difflib.get_close_matches(path.name, _entries(path.parent), n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         if not near and not path.suffix:
-            hint = "; of the hub: datasets.load_dataset(NAME, split=...).save_to_disk(FOLDER), then FOLDER"
+            hint = (
+                "; to use a dataset of the hub, save it by datasets.load_dataset(NAME, split=...)"
+                ".save_to_disk(FOLDER) and give FOLDER"
+            )
         raise ValueError(f"there is no dataset {path} (looked from {Path.cwd()}){hint}")
     if (path / "dataset_dict.json").is_file():
         splits = [name for name in _entries(path) if (path / name).is_dir()]
-        example = f", as in {path / splits[0]}" if splits else ", but none is there"
+        example = f", for example {path / splits[0]}" if splits else ", but none is there"
         raise ValueError(f"{path} holds several splits ({', '.join(splits)}): name one{example}")
     if (path / "state.json").is_file():
         return _read_saved_dataset(path)
@@ -307,7 +313,7 @@ def _read_file(path: Path) -> Iterator[Row]:
         return _read_jsonl(path)
     if path.suffix == ".parquet":
         return _read_parquet(path)
-    hint = "; one JSON object a line, and the name .jsonl" if path.suffix == ".json" else ""
+    hint = "; write one JSON object per line and name the file .jsonl" if path.suffix == ".json" else ""
     raise ValueError(
         f"{path}: expected a .jsonl or .parquet file or a `datasets` folder, got {path.suffix!r}{hint}"
     )

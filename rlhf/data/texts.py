@@ -1,4 +1,4 @@
-"""Texts for `ptx`: whole ones, or completions of prompts."""
+"""Reads the texts of `ptx` (pretraining loss beside RL): whole texts, or completions of prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.data.prompts import load_prompts
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """`given` is read, `learned` is learned; both have a token at least."""
+    """`given` tokens are context only, `learned` tokens are predicted; both have at least one token."""
 
     given: tuple[int, ...]
     learned: tuple[int, ...]
@@ -25,7 +25,11 @@ class Text:
 
 
 def load_texts(section: PtxConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Text]:
-    """Raises ValueError with file and line: a column is missing, a text is empty, or longer than allowed."""
+    """Reads and tokenises the texts.
+
+    Raises ValueError, with file and line, when a column is missing, or a text is empty or has more than
+    `max_tokens` tokens.
+    """
     assert section.path is not None
     plain = section.kind == "text"
     rows = load_prompts(
@@ -35,7 +39,9 @@ def load_texts(section: PtxConfig, tokenizer: PreTrainedTokenizerBase, max_token
         max_prompt_tokens=max_tokens,
     )
     if not plain and "completion" not in rows.columns:
-        raise ValueError(f"{section.path}: ptx.kind completions needs a column completion beside the prompt")
+        raise ValueError(
+            f"{section.path}: ptx.kind completions needs a column 'completion' beside the prompt"
+        )
     texts: list[Text] = []
     for row in rows.prompts:
         if plain:

@@ -32,7 +32,7 @@ class CodeReward:
         """
         self.limits = Limits(seconds=seconds, memory_mib=memory_mib)
         level = isolation()
-        logger.warning("generated programs run with: %s (%s)", level, PROTECTS[level])
+        logger.warning("generated programs run at isolation level %r: %s", level, PROTECTS[level])
         if require_namespaces and "namespaces" not in level.split(", "):
             raise RuntimeError(f"require_namespaces is set, but this system allows only: {PROTECTS[level]}")
 

@@ -61,7 +61,7 @@ def launch(settings: dict[str, Any]) -> None:
 
 
 def _wait(child: int, signals: set[signal.Signals]) -> int:
-    """Exit status of `child`, the first process of its PID namespace: with it all others there have ended.
+    """Exit status of `child`, the first process of its PID namespace: when it has ended, so have the others.
 
     On SIGTERM the child is killed, and so all processes of the namespace. Waiting for the launcher therefore
     means waiting for the end of everything that the program started.

@@ -83,7 +83,7 @@ def test_a_completion_may_be_a_column_of_another_name_or_chat_messages(load: Cal
     ("row", "message"),
     [
         ({"prompt": "x", "completon": "y", "reward": 1}, "no column 'completion' .*did you mean 'completon'"),
-        ({"prompt": "x", "completion": "y", "rewards": 1}, "Set data.reward_column, or to null"),
+        ({"prompt": "x", "completion": "y", "rewards": 1}, "Set data.reward_column to its name, or to null"),
         ({"prompt": "x", "completion": "", "reward": 1}, "text that is not empty"),
         ({"prompt": "x", "completion": 7, "reward": 1}, "text that is not empty"),
         ({"prompt": "x", "completion": "y", "reward": "high"}, "finite number or null, got 'high'"),

@@ -97,5 +97,5 @@ def test_samples_alike_fail_together(tmp_path: Path) -> None:
     ],
 )
 def test_a_function_that_may_say_something_else_has_no_cache(spec: RewardSpec, message: str) -> None:
-    with pytest.raises(ValueError, match=f"{message}.*cache must be 0"):
+    with pytest.raises(ValueError, match=f"{message}.*set its cache to 0"):
         Rewards([spec], ())

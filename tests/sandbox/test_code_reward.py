@@ -206,5 +206,5 @@ def comm(path: Path) -> str:
 
 def test_namespaces_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf.rewards.code.isolation", lambda: LIMITED)
-    with pytest.raises(RuntimeError, match=r"require_namespaces is set, but .* NOT from reading"):
+    with pytest.raises(RuntimeError, match=r"require_namespaces is set, but .* NOT kept from reading"):
         CodeReward(require_namespaces=True)
