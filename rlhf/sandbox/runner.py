@@ -33,9 +33,9 @@ OUTPUT_LIMIT = 1 << 16
 END_SECONDS = 5.0
 """Time limit for the end of a namespace; normally it takes milliseconds."""
 PROTECTS = {
-    "nobody, namespaces": "no network, other processes invisible, only their own folder writable, user nobody",
-    "namespaces": "no network, other processes invisible, only their own folder writable",
-    "limits only": "limits on time, memory, file size, processes and output. They are NOT kept from reading "
+    "nobody, namespaces": "no network, other processes invisible, only its own folder writable, user nobody",
+    "namespaces": "no network, other processes invisible, only its own folder writable",
+    "limits only": "limits on time, memory, file size, processes and output. It is NOT kept from reading "
     "and writing what you may read and write, nor from the network, because this system allows no namespaces",
 }
 """What each level means for a program, as the log says it."""

@@ -84,8 +84,8 @@ def test_a_completion_may_be_a_column_of_another_name_or_chat_messages(load: Cal
     [
         ({"prompt": "x", "completon": "y", "reward": 1}, "no column 'completion' .*did you mean 'completon'"),
         ({"prompt": "x", "completion": "y", "rewards": 1}, "Set data.reward_column to its name, or to null"),
-        ({"prompt": "x", "completion": "", "reward": 1}, "text that is not empty"),
-        ({"prompt": "x", "completion": 7, "reward": 1}, "text that is not empty"),
+        ({"prompt": "x", "completion": "", "reward": 1}, "must be non-empty text"),
+        ({"prompt": "x", "completion": 7, "reward": 1}, "must be non-empty text"),
         ({"prompt": "x", "completion": "y", "reward": "high"}, "finite number or null, got 'high'"),
         ({"prompt": "x", "completion": "y", "reward": True}, "finite number or null, got True"),
         ({"prompt": "x", "completion": "y", "reward": float("nan")}, "finite number or null, got nan"),
