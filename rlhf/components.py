@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from rlhf.checkpoints.stateful import Stateful
 from rlhf.collect.budgets import Budgets
 from rlhf.collect.collector import Collector
-from rlhf.collect.offline import Collects
+from rlhf.collect.offline import GroupSource
 from rlhf.collect.prefetch import Prefetch
 from rlhf.collect.sampler import Sampler
 from rlhf.collect.sources import Sources
@@ -51,7 +51,7 @@ class Components:
     sampler: Sampler
     budgets: Budgets
     constraints: Constraints
-    collector: Collects
+    collector: GroupSource
     prefetch: Prefetch
     experience: ExperienceBuilder
     learner: Learner

@@ -104,7 +104,7 @@ class Trainer(Loop[Config]):
         if components.prefetch.steps and hooks.step + 1 < self.config.steps:
             pending = components.collector.begin(collected.position, replace(hooks, step=hooks.step + 1))
         self.monitor.phase("learn")
-        groups, age = components.prefetch.fresh(collected.groups, version=hooks.step)
+        groups, age = components.prefetch.mask_stale_tokens(collected.groups, version=hooks.step)
         section, seed = self.config.learner, self.config.seed
         dealt, numbers = deal(groups, self.world, section, seed=seed, step=hooks.step)
         experience = components.experience.build(

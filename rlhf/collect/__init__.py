@@ -1,1 +1,1 @@
-"""What a step learns from: prompts -> completions -> scored groups, from rollouts, data or both."""
+"""Collects the scored groups that a step learns from: by rollouts, from data, or from both."""

@@ -1,7 +1,8 @@
-"""How many completions each prompt of a step gets: all the same, or where they teach (`rlhf.algos.budget`).
+"""Decides how many completions each prompt of a step gets: `group_size` for all, or by success rate.
 
-One budget for all ranks: whatever the rule, a step samples `group_size` completions a prompt in the mean (or,
-with `budget.cost` tokens, the tokens that these are expected to have).
+The rules that give more completions to prompts with more to learn from are in `rlhf/algos/budget.py`. The
+budget is shared by all ranks: with every rule a step samples `group_size` completions per prompt on average
+or, if `budget.cost` is tokens, as many tokens as these are expected to have.
 """
 
 from __future__ import annotations
@@ -22,40 +23,43 @@ from rlhf.types import Group, Prompt
 
 
 class Budgets(Stateful):
-    """Success rates of the prompts seen so far, and what they are worth sampling."""
+    """Tracks the success rate of each prompt seen so far and allocates completions by it."""
 
     def __init__(self, section: BudgetConfig, reward: RewardConfig, group_size: int, world: World) -> None:
         self.section, self.reward, self.group_size, self.world = section, reward, group_size, world
         prior = None if section.prior is None else (section.prior, section.prior)
         self.tracker = SuccessTracker(prior=prior)
         self.tokens: dict[str, float] = {}
-        """Mean length of each prompt's completions at its last visit; kept when `budget.cost` is tokens."""
+        """Mean tokens of each prompt's completions at its last visit, if `budget.cost` is tokens."""
 
     @property
     def probes(self) -> bool:
-        """Whether a step's first outcomes decide what else it samples."""
+        """Whether a step samples a few completions (probes) first, whose outcomes decide how many follow."""
         return self.section.rule != "uniform" and bool(self.section.probes)
 
     def sizes(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Completions of each of this rank's prompts: all of them, or the probes.
+        """Number of completions (with probes: of probes) for each of this rank's prompts.
 
-        Every rank calls it, with prompts or without.
+        Every rank must call it, even without prompts.
         """
         if self.section.rule == "uniform":
             return [self.group_size] * len(prompts)
         if self.section.probes:
             return [self.section.probes] * len(prompts)
-        return self._share_out([(p.id, []) for p in prompts])
+        return self._allocate([(p.id, []) for p in prompts])
 
     def rest(self, probed: Sequence[Group]) -> list[int]:
-        """How many more completions each prompt gets after its probes; every rank calls it."""
+        """How many more completions each prompt gets after its probes. Every rank must call it."""
         if not self.section.probes or self.section.rule == "uniform":
             return [0] * len(probed)
-        sizes = self._share_out([(g.prompt.id, self._outcomes(g)) for g in probed])
+        sizes = self._allocate([(g.prompt.id, self._outcomes(g)) for g in probed])
         return [size - self.section.probes for size in sizes]
 
-    def _share_out(self, mine: Sequence[tuple[str, list[float]]]) -> list[int]:
-        """One allocation for all ranks; of each prompt its id and outcomes of this step's probes."""
+    def _allocate(self, mine: Sequence[tuple[str, list[float]]]) -> list[int]:
+        """Completions of this rank's prompts, by one allocation over all ranks.
+
+        `mine`: for each prompt its id and the outcomes of this step's probes.
+        """
         parts = self.world.gather(mine)
         names = [name for part in parts for name, _ in part]
         if not names:
@@ -63,7 +67,7 @@ class Budgets(Stateful):
         rates = [self.tracker.rate(name, also=outcomes) for part in parts for name, outcomes in part]
         low, high = self.section.low, self.section.high
         if self.section.cost == "tokens":
-            # half is the mean of the prior, which is the same on both sides
+            # a prompt never seen has the mean of the prior, which is symmetric: 1/2
             known = [0.5 if p is None else p for p in rates]
             tokens = self._expected_tokens(names)
             sizes = allocate_tokens(known, tokens, self.group_size * sum(tokens), low, high)
@@ -73,18 +77,18 @@ class Budgets(Stateful):
         return sizes[first : first + len(mine)]
 
     def _expected_tokens(self, names: Sequence[str]) -> list[float]:
-        """Of a prompt never seen the mean of those that were."""
+        """Expected tokens of a completion of each prompt; for a prompt never seen the mean of the others."""
         seen = [self.tokens[name] for name in names if name in self.tokens]
-        usual = sum(seen) / len(seen) if seen else 1.0
-        return [self.tokens.get(name, usual) for name in names]
+        mean = sum(seen) / len(seen) if seen else 1.0
+        return [self.tokens.get(name, mean) for name in names]
 
     def _outcomes(self, group: Group) -> list[float]:
-        """Of the completions that were judged: one whose reward failed says nothing about its prompt."""
-        judged = [t for t in group.trajectories if success_value(t, self.reward) is not None]
-        return [float(is_correct(t, self.reward)) for t in judged]
+        """1 for each correct and 0 for each other completion; those without a reward are left out."""
+        scored = [t for t in group.trajectories if success_value(t, self.reward) is not None]
+        return [float(is_correct(t, self.reward)) for t in scored]
 
     def observe(self, groups: Sequence[Group]) -> Metrics:
-        """Learns from the outcomes of a step, on every rank from those of all of them."""
+        """Updates the success rates with the outcomes of a step; every rank uses those of all ranks."""
         check_objective(groups, self.reward)
         mine = [(g.prompt.id, self._outcomes(g), _mean_tokens(g)) for g in groups]
         for part in self.world.gather(mine):

@@ -1,4 +1,4 @@
-"""Prompts -> scored groups: the rollouts of one step."""
+"""Collects the rollouts of one step: draws prompts, samples completions, returns scored groups."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from rlhf.types import Group, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """The groups of one step on this rank, and where the cursor stands for the next one."""
+    """The groups of one step on this rank, and the position from which the next step draws prompts."""
 
     groups: list[Group]
+    """Groups that the algorithm accepts; the step learns from them."""
     sampled: list[Group]
-    """With those the algorithm did not keep."""
+    """All sampled groups, including those that the algorithm does not accept."""
     position: int
     metrics: Metrics
 
 
 class Pending:
-    """The groups of a step, sampled, whose rewards may still be on their way."""
+    """The groups of a step: completions are sampled, but rewards may still be computed."""
 
     def __init__(
         self, wait: Callable[[], Collected] | None = None, *, collected: Collected | None = None
     ) -> None:
-        """Either what waits for the rewards and gives the whole, or the whole."""
+        """Takes either `wait`, which waits for the rewards and returns the groups, or `collected` groups."""
         assert (wait is None) != (collected is None)
         self._wait, self._collected = wait, collected
 
     def settle(self) -> Collected:
-        """Waits for them. Raises RewardError, which names the function."""
+        """Waits for the rewards. Raises RewardError, which names the reward function."""
         if self._collected is None:
             assert self._wait is not None
             self._collected = self._wait()
@@ -46,7 +47,7 @@ class Pending:
 
 
 class Collector:
-    """Draws prompts in the cursor's order, a share for each rank, and refills what the algorithm drops."""
+    """Samples groups for a step, a share on each rank; replaces groups that the algorithm does not accept."""
 
     def __init__(
         self, sampler: Sampler, prompts: PromptDataset, algorithm: Algorithm, budgets: Budgets, world: World
@@ -55,7 +56,7 @@ class Collector:
         self.budgets = budgets
 
     def collect(self, position: int, hooks: Hooks) -> Collected:
-        """`position`: how many prompts the run has drawn so far, over all ranks and refills."""
+        """`position`: number of prompts that the run has drawn so far, over all ranks and refills."""
         wanted = self.world.share(self.sampler.section.prompts_per_step)
         accepted: list[Group] = []
         sampled: list[Group] = []
@@ -73,7 +74,7 @@ class Collector:
         return Collected(accepted, sampled, position, metrics)
 
     def begin(self, position: int, hooks: Hooks) -> Pending:
-        """As `collect`, but rewards are not waited for, unless they decide what is sampled next."""
+        """Like `collect`, but waits for rewards only if they decide what is sampled next."""
         if self.algorithm.refill or self.budgets.probes:
             return Pending(collected=self.collect(position, hooks))
         wanted = self.world.gather(self.world.share(self.sampler.section.prompts_per_step))
@@ -86,7 +87,7 @@ class Collector:
             hooks.phase("reward")
             groups, metrics = self.sampler.rewards.gather(scorings)
             metrics |= measured
-            groups = _drawn(groups, draws)
+            groups = _with_draws(groups, draws)
             accepted = [g for g in groups if self.algorithm.keep(g)]
             metrics = metrics | length_metrics(groups) | {"rollout/groups": Sum(float(len(accepted)))}
             return Collected(accepted, groups, position, metrics)
@@ -94,15 +95,17 @@ class Collector:
         return Pending(wait)
 
     def _draws(self, position: int, wanted: Sequence[int]) -> tuple[range, int]:
-        """Of this rank, when each draws as many as it wants; the position behind all of them."""
+        """The draws of this rank if each rank draws as many as it wants, and the position after all draws."""
         first = position + sum(wanted[: self.world.rank])
         return range(first, first + wanted[self.world.rank]), position + sum(wanted)
 
     def _prompts(self, draws: range) -> tuple[list[Prompt], list[str]]:
+        """The prompt of each draw, and the label of the draw (from which its seed is derived)."""
         indices = order(self.sampler.seed, len(self.prompts), draws.start, len(draws))
         return [self.prompts[i] for i in indices], [f"rollout/{draw}" for draw in draws]
 
     def _rollout(self, draws: range, hooks: Hooks) -> tuple[list[Group], Metrics]:
+        """One scored group per draw; with probes, samples the remaining completions after the first."""
         prompts, labels = self._prompts(draws)
         groups, metrics = self._sample(prompts, self.budgets.sizes(prompts), labels, hooks)
         rest = self.budgets.rest(groups)
@@ -112,18 +115,19 @@ class Collector:
             groups = [
                 Group(g.prompt, g.trajectories + h.trajectories) for g, h in zip(groups, others, strict=True)
             ]
-            # a spread is that of whole groups
+            # reward metrics again, because the spread within a group needs the whole group
             metrics = merge([metrics, more]) | reward_metrics(groups)
-        return _drawn(groups, draws), metrics | length_metrics(groups)
+        return _with_draws(groups, draws), metrics | length_metrics(groups)
 
     def _sample(
         self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: Hooks
     ) -> tuple[list[Group], Metrics]:
-        """A group of each prompt, scored."""
+        """One scored group for each prompt."""
         scorings = self.sampler.rollout(prompts, sizes, labels, hooks)
         hooks.phase("reward")
         return self.sampler.rewards.gather(scorings)
 
 
-def _drawn(groups: Sequence[Group], draws: Sequence[int]) -> list[Group]:
+def _with_draws(groups: Sequence[Group], draws: Sequence[int]) -> list[Group]:
+    """The groups, each with its draw: its place in the run's order of prompts."""
     return [replace(group, draw=draw) for group, draw in zip(groups, draws, strict=True)]

@@ -1,8 +1,9 @@
-"""Groups from data in place of rollouts, beside them, or before them. Each is collected like a rollout's.
+"""Groups from a dataset of completions (offline data): instead of rollouts, beside them, or before them.
 
-What a step draws is a pure function of seed and position, as it is for prompts. Differences from A-LoL's code
-(arXiv:2305.14718): 1. the number of steps stays as set, it is not multiplied by the share of completions that
-are kept; 2. completions of one prompt that are drawn in the same step share its forward pass.
+What a step draws is a function of seed and position, as for prompts. Differences from the code of A-LoL
+(arXiv:2305.14718): 1. the number of steps is the setting, not multiplied by the share of eligible
+completions; 2. completions of one prompt that are drawn in the same step share the forward pass of the
+prompt.
 """
 
 from __future__ import annotations
@@ -32,32 +33,35 @@ Sampling = Literal["groups", "completions", "positive", "priority"]
 
 
 @runtime_checkable
-class Collects(Protocol):
-    """Where the groups of a step come from."""
+class GroupSource(Protocol):
+    """A source of the groups of a step: rollouts, data, replay, or a combination."""
 
-    def begin(self, position: int, hooks: Hooks) -> Pending: ...
+    def begin(self, position: int, hooks: Hooks) -> Pending:
+        """Samples or draws the groups of the step from `position` on; rewards may follow later."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """How a run goes through its data."""
+    """How a step draws from the data."""
 
     sampling: Sampling
-    """`groups`: prompts in turn, each with all its completions. `completions`: these one by one, `positive`:
-    only those whose advantage is above 0, `priority`: those, drawn with replacement by their advantage."""
+    """`groups`: prompts in shuffled order, each with all its completions. `completions`: single completions
+    in shuffled order. `positive`: the same, but only completions whose advantage is above 0. `priority`: only
+    completions whose advantage is above 0, drawn with replacement in proportion to it."""
     per_step: int
-    """Of groups or of completions, over all ranks."""
+    """Number of groups (or of completions) drawn in a step, over all ranks."""
     seed: int
 
 
 class OfflineCollector:
-    """Draws from `data`; `experience` says what its completions weigh."""
+    """Draws the groups of a step from `data`; `experience` computes the advantages to draw by."""
 
     def __init__(self, data: OfflineData, draws: Draws, experience: ExperienceBuilder, world: World) -> None:
         self.data, self.draws, self.experience, self.world = data, draws, experience, world
 
     def begin(self, position: int, hooks: Hooks) -> Pending:
-        """`position`: how many groups or completions the run has drawn so far, over all ranks."""
+        """`position`: number of groups or completions that the run has drawn so far, over all ranks."""
         hooks.between()
         drawn = self._draw(position, self.draws.per_step)[self.world.rank :: self.world.size]
         metrics = reward_metrics(drawn) | length_metrics(drawn) | {"rollout/groups": Sum(float(len(drawn)))}
@@ -67,8 +71,8 @@ class OfflineCollector:
         return Pending(collected=Collected(drawn, drawn, position + self.draws.per_step, metrics))
 
     @cached_property
-    def _rows(self) -> list[tuple[int, Trajectory, float]]:
-        """Group, trajectory and weight of all that may be drawn one by one."""
+    def _eligible(self) -> list[tuple[int, Trajectory, float]]:
+        """Index of its group, trajectory and weight of each completion that may be drawn."""
         groups = self.data.groups
         rows = [(i, t) for i, g in enumerate(groups) for t in g.trajectories]
         if self.draws.sampling in ("groups", "completions"):
@@ -78,20 +82,21 @@ class OfflineCollector:
         if not eligible:
             raise ValueError(
                 f"{self.data.dataset.source}: no completion has an advantage above 0, so data.sampling: "
-                f"{self.draws.sampling} has nothing to draw; look at the rewards, or at the prompts' values"
+                f"{self.draws.sampling} has nothing to draw; check the rewards and the values of the prompts"
             )
         return eligible
 
     @cached_property
-    def _ends(self) -> list[float]:
-        return list(accumulate(weight for _, _, weight in self._rows))
+    def _cumulative_weights(self) -> list[float]:
+        return list(accumulate(weight for _, _, weight in self._eligible))
 
     @property
     def num_eligible(self) -> int:
-        """Completions that may be drawn."""
-        return len(self._rows)
+        """Number of completions that may be drawn."""
+        return len(self._eligible)
 
     def _draw(self, first: int, count: int) -> list[Group]:
+        """Draws `first .. first + count - 1`; completions of the same prompt are joined to one group."""
         sampling, seed = self.draws.sampling, self.draws.seed
         if sampling == "groups":
             chosen = order(seed, len(self.data.groups), first, count)
@@ -99,46 +104,46 @@ class OfflineCollector:
         if sampling == "priority":
             chosen = [self._by_weight(position) for position in range(first, first + count)]
         else:
-            chosen = order(seed, len(self._rows), first, count)
+            chosen = order(seed, len(self._eligible), first, count)
         by_prompt: dict[int, Group] = {}
         for draw, row in enumerate(chosen, first):
-            number, trajectory, _ = self._rows[row]
+            number, trajectory, _ = self._eligible[row]
             group = by_prompt.get(number) or Group(self.data.groups[number].prompt, (), draw)
             by_prompt[number] = replace(group, trajectories=(*group.trajectories, trajectory))
         return list(by_prompt.values())
 
     def _by_weight(self, position: int) -> int:
-        """Row `i` with probability weight_i / sum, by the uniform number of this draw."""
-        # the raw stream of a bit generator never changes, by numpy's promise
+        """Index of an eligible completion, `i` with probability weight_i / sum of weights."""
+        # NumPy guarantees that the raw stream of a bit generator never changes
         raw = np.random.Philox(np.random.SeedSequence([self.draws.seed, position])).random_raw()
-        place = int(raw) / 2**64 * self._ends[-1]
-        return min(bisect_right(self._ends, place), len(self._ends) - 1)
+        ends = self._cumulative_weights
+        return min(bisect_right(ends, int(raw) / 2**64 * ends[-1]), len(ends) - 1)
 
 
 @dataclass(frozen=True, slots=True)
-class InTurn:
-    """From data for the first steps, then from rollouts."""
+class DataThenRollouts:
+    """Groups of the first `data_steps` steps come from data, those of all later steps from rollouts."""
 
-    first: Collects
-    then: Collects
-    steps: int
+    data: GroupSource
+    rollouts: GroupSource
+    data_steps: int
 
     def begin(self, position: int, hooks: Hooks) -> Pending:
-        source = self.first if hooks.step < self.steps else self.then
+        source = self.data if hooks.step < self.data_steps else self.rollouts
         return source.begin(position, hooks)
 
 
-class Mixed:
-    """Rollouts, and beside those of each prompt the completions that the data has of it.
+class DataBesideRollouts:
+    """Adds to the rollouts of each prompt the completions that the data has for it.
 
-    What is measured of the step (rewards, lengths, budgets) is of the rollouts alone.
+    The metrics of a step (rewards, lengths) and its budgets concern the rollouts alone.
     """
 
-    def __init__(self, rollouts: Collects, data: OfflineData) -> None:
+    def __init__(self, rollouts: GroupSource, data: OfflineData) -> None:
         self.rollouts, self.data = rollouts, data
 
     @cached_property
-    def _known(self) -> dict[str, tuple[Trajectory, ...]]:
+    def _by_prompt(self) -> dict[str, tuple[Trajectory, ...]]:
         return {g.prompt.id: g.trajectories for g in self.data.groups}
 
     def begin(self, position: int, hooks: Hooks) -> Pending:
@@ -151,7 +156,7 @@ class Mixed:
         return Pending(wait)
 
     def _join(self, group: Group) -> Group:
-        return replace(group, trajectories=group.trajectories + self._known[group.prompt.id])
+        return replace(group, trajectories=group.trajectories + self._by_prompt[group.prompt.id])
 
 
 Score = tuple[float | None, Mapping[str, float]]
@@ -159,10 +164,10 @@ Score = tuple[float | None, Mapping[str, float]]
 
 
 class OfflineData(Stateful):
-    """The completions a run learns from: `groups`, scored once, before the first step.
+    """The completions of a dataset as scored `groups`; they are scored once, before the first step.
 
-    `rewards` None: the dataset has them. Otherwise the functions give them, and a checkpoint keeps what they
-    gave, because not every function says the same twice.
+    If `rewards` is None, the dataset has the rewards. Otherwise reward functions compute them, and a
+    checkpoint keeps the scores, because not every function returns the same score twice.
     """
 
     def __init__(self, dataset: OfflineDataset, rewards: Rewards | None, world: World) -> None:
@@ -171,7 +176,10 @@ class OfflineData(Stateful):
         self._scored = rewards is None
 
     def prepare(self) -> str:
-        """Scores them unless they are, a share a rank, and says what there is. Raises RewardError."""
+        """Scores the completions unless that is done, each rank a share; returns a summary for the log.
+
+        Raises RewardError as `Rewards.score` does.
+        """
         rewards = self.rewards
         if rewards is not None and not self._scored:
             mine = self.groups[self.world.rank :: self.world.size]
@@ -182,8 +190,8 @@ class OfflineData(Stateful):
                 trainer_state={"global_step": 0},
             )
             parts = self.world.gather([_scores(g) for g in scored])
-            turn = [parts[i % self.world.size][i // self.world.size] for i in range(len(self.groups))]
-            self._take(turn)
+            scores = [parts[i % self.world.size][i // self.world.size] for i in range(len(self.groups))]
+            self._set_scores(scores)
         given = [reward for g in self.groups for reward in g.rewards]
         mean = f"{math.fsum(given) / len(given):.3f}" if given else "unknown"
         return (
@@ -191,17 +199,17 @@ class OfflineData(Stateful):
             f"with a reward, mean {mean}"
         )
 
-    def _take(self, scores: Sequence[Sequence[Score]]) -> None:
+    def _set_scores(self, scores: Sequence[Sequence[Score]]) -> None:
         self._scored = True
         self.groups = tuple(
             replace(
                 g,
                 trajectories=tuple(
                     replace(t, reward=reward, objectives=dict(objectives))
-                    for t, (reward, objectives) in zip(g.trajectories, those, strict=True)
+                    for t, (reward, objectives) in zip(g.trajectories, of_group, strict=True)
                 ),
             )
-            for g, those in zip(self.groups, scores, strict=True)
+            for g, of_group in zip(self.groups, scores, strict=True)
         )
 
     def state(self) -> dict[str, Any]:
@@ -211,7 +219,7 @@ class OfflineData(Stateful):
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         if "scores" in state:
-            self._take([[tuple(score) for score in those] for those in state["scores"]])
+            self._set_scores([[tuple(score) for score in of_group] for of_group in state["scores"]])
 
 
 def _scores(group: Group) -> list[Score]:

@@ -1,4 +1,4 @@
-"""What the value and the temperature of a prompt are learned from: greedy rollouts, or the data's rewards."""
+"""Targets for learning prompt values and prompt temperatures: rewards of greedy rollouts or of the data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rlhf.types import Group, Prompt
 
 
 def greedy_targets(sampler: Sampler, world: World, *, max_tokens: int) -> Targets:
-    """The reward of one greedy completion of each prompt, by the policy as it is; a share a rank."""
+    """Targets for prompt values: the reward of one greedy completion; each rank samples its share."""
 
     def targets(prompts: Sequence[Prompt]) -> list[float | None]:
         mine = prompts[world.rank :: world.size]
@@ -32,7 +32,7 @@ def greedy_targets(sampler: Sampler, world: World, *, max_tokens: int) -> Target
 
 
 def data_targets(data: OfflineData) -> Targets:
-    """The mean reward that the data has for each prompt."""
+    """Targets for prompt values: the mean reward of the prompt's completions in the data."""
 
     def mean(group: Group) -> float | None:
         return sum(group.rewards) / len(group.rewards) if group.rewards else None
@@ -47,9 +47,9 @@ def data_targets(data: OfflineData) -> Targets:
 def data_exponents(
     temperature: PromptTemperature, data: OfflineData, experience: ExperienceBuilder
 ) -> dict[str, Tensor]:
-    """Advantage / temperature of the data's completions `[G]`, by the prompt's id.
+    """Targets for prompt temperatures: advantage / temperature of the data's completions `[G]`, by prompt id.
 
-    Only prompts with at least two rewards are in it: one reward has nothing to compare.
+    Prompts with fewer than two rewards are left out, because a single reward cannot be compared.
     """
     groups = [g for g in data.groups if len(g.rewards) > 1]
     if not groups:

@@ -1,4 +1,4 @@
-"""Requests to the engine, their completions scored: the one way to sample, for rollouts and evaluations."""
+"""Samples completions from the rollout engine and has them scored, for training and for evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from rlhf.types import Completion, FinishReason, Group, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """What the trainer gives for one step: its number, how to name a phase, what to call while waiting."""
+    """What the trainer passes for one step.
+
+    `step`: its number. `phase`: called with the name of each phase. `between`: called while waiting.
+    """
 
     step: int
     phase: Callable[[str], object]
@@ -27,7 +30,7 @@ class Hooks:
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
-    """Requests to an engine and completions to groups, for training and for evaluation alike."""
+    """Makes requests to an engine, and groups from the completions; training and evaluation both use it."""
 
     engine: RolloutEngine
     rewards: Rewards
@@ -35,12 +38,12 @@ class Sampler:
     section: RolloutConfig
     seed: int
     return_candidates: bool = False
-    """Rollouts that are learned from say what truncation left."""
+    """Whether rollouts for training return the candidates that truncated sampling left."""
 
     def request(
         self, prompt: Prompt, *, n: int, label: str, return_candidates: bool = False
     ) -> RolloutRequest:
-        """`label` names the draw: it makes the request's id unique and its seed its own."""
+        """A request for `n` completions; `label` names the draw, and its seed and request id depend on it."""
         limit, seed = self.section.max_completion_tokens, derive_seed(self.seed, label)
         params = sampling_of(
             self.section, n=n, max_tokens=limit, seed=seed, return_candidates=return_candidates
@@ -53,16 +56,16 @@ class Sampler:
         return generate(self.engine, requests, between=between)
 
     def measured(self) -> Metrics:
-        """What the engine says about itself since it was asked last."""
+        """The engine's own metrics since the last call; none if it has no metrics."""
         return self.engine.measured() if isinstance(self.engine, Measured) else {}
 
     def rollout(
         self, prompts: Sequence[Prompt], sizes: Sequence[int], labels: Sequence[str], hooks: Hooks
     ) -> list[Scoring]:
-        """Samples a group of each prompt, without completions where its size is 0.
+        """Samples a group of `sizes[i]` completions, perhaps 0, for each prompt and submits it for scoring.
 
-        Each is handed to the reward workers as soon as it is complete, while others decode; all of them at
-        once, where a function wants to see the whole step.
+        A group is submitted as soon as it is complete, while others are still decoded. If a reward function
+        needs the whole step in one call, all groups are submitted together at the end.
         """
         places = [place for place, size in enumerate(sizes) if size]
         requests = [
@@ -90,6 +93,7 @@ class Sampler:
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], step: int
     ) -> tuple[list[Group], Metrics]:
+        """Scores completions that are complete, and waits: the groups and metrics."""
         return self._submit(prompts, completions, step).result()
 
     def _submit(
@@ -106,12 +110,12 @@ class Sampler:
         )
 
     def text(self, completion: Completion) -> str:
-        """What a reward reads: special tokens left out."""
+        """The text of a completion as rewards read it, without special tokens."""
         return decoded(self.tokenizer, completion.token_ids)
 
 
 def length_metrics(groups: Sequence[Group]) -> Metrics:
-    """Lengths in tokens that the policy chose, and why completions ended."""
+    """Metrics of completions: tokens that the policy chose, share truncated, and totals."""
     lengths = [sum(t.loss_mask) for g in groups for t in g.trajectories]
     truncated = sum(t.finish_reason == FinishReason.LENGTH for g in groups for t in g.trajectories)
     count = float(len(lengths))

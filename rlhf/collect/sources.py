@@ -7,7 +7,14 @@ from functools import partial
 
 from rlhf.algos.prompt_temperature import PromptTemperature
 from rlhf.checkpoints.stateful import Stateful
-from rlhf.collect.offline import Collects, Draws, InTurn, Mixed, OfflineCollector, OfflineData
+from rlhf.collect.offline import (
+    DataBesideRollouts,
+    DataThenRollouts,
+    Draws,
+    GroupSource,
+    OfflineCollector,
+    OfflineData,
+)
 from rlhf.collect.prompt_targets import data_exponents, data_targets, greedy_targets
 from rlhf.collect.replay import Replay
 from rlhf.collect.sampler import Sampler
@@ -72,7 +79,7 @@ class Sources:
         """By the prompt's id; empty until they are prepared or loaded."""
         return None if self.values is None else self.values.values
 
-    def collector(self, rollouts: Collects, experience: ExperienceBuilder) -> Collects:
+    def collector(self, rollouts: GroupSource, experience: ExperienceBuilder) -> GroupSource:
         """What a step is collected from: `rollouts`, with all that the settings put beside or before them."""
         config = self.config
         if self.inputs.algorithm.prompt_temperature is not None:
@@ -83,10 +90,10 @@ class Sources:
         if self.data is None:
             return rollouts
         if config.data.mix:
-            rollouts = Mixed(rollouts, self.data)
+            rollouts = DataBesideRollouts(rollouts, self.data)
         size = 1 if config.data.sampling == "groups" else config.rollout.group_size
         draws = Draws(config.data.sampling, config.rollout.prompts_per_step * size, config.seed)
         from_data = OfflineCollector(self.data, draws, experience, self.world)
         if config.data.mode == "offline":
             return from_data
-        return InTurn(from_data, rollouts, config.data.offline_steps)
+        return DataThenRollouts(from_data, rollouts, config.data.offline_steps)

@@ -129,7 +129,7 @@ def _tokenize(
         if _column_images(row, image_column) is not None or has_pictures(content):
             raise ValueError(
                 f"{row.where}: the prompt has images, but the model has no image processor; use a "
-                "vision-language model, or set data.image_column to null if a column of its own holds the images"
+                "vision-language model, or set data.image_column to null if that column holds the images"
             )
     ids: list[list[int]] = [[]] * len(rows)
     chats = [i for i, content in enumerate(contents) if not isinstance(content, str)]

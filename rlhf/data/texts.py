@@ -39,9 +39,7 @@ def load_texts(section: PtxConfig, tokenizer: PreTrainedTokenizerBase, max_token
         max_prompt_tokens=max_tokens,
     )
     if not plain and "completion" not in rows.columns:
-        raise ValueError(
-            f"{section.path}: ptx.kind completions needs a column 'completion' beside the prompt"
-        )
+        raise ValueError(f"{section.path}: ptx.kind completions needs a column completion beside the prompt")
     texts: list[Text] = []
     for row in rows.prompts:
         if plain:

@@ -1,1 +1,1 @@
-"""Accuracy on held-out prompts, intervals around it, and calibration."""
+"""Evaluation: accuracy on held-out prompts, confidence intervals, pass@k, and calibration."""

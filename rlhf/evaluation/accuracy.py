@@ -1,10 +1,11 @@
-"""Accuracy on held-out prompts: always the same prompts, seeds and sampling, so that two evaluations
-differ by the weights alone."""
+"""Evaluates the policy on held-out prompts: accuracy with a 95% confidence interval.
+
+Prompts, seeds and sampling are the same every time, so two evaluations differ only by the weights.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ from rlhf.collect.sampler import Sampler
 from rlhf.config.run import Config
 from rlhf.data.prompts import PromptDataset
 from rlhf.distributed.world import World
-from rlhf.evaluation.intervals import Z, wilson
+from rlhf.evaluation.intervals import normal_interval
 from rlhf.rewards.success import check_objective, is_correct
 from rlhf.types import Group
 
 SHOWN = 8
+"""Samples that are recorded at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,7 @@ class Evaluation:
     accuracy: float
     num_samples: int
     ci_low: float
-    """95% interval over prompts: the samples of one prompt are not independent."""
+    """Lower end of the 95% confidence interval over prompts (samples of one prompt are not independent)."""
     ci_high: float
     samples: list[dict[str, Any]]
 
@@ -40,7 +42,10 @@ def evaluate(
     step: int,
     between: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Samples `eval.samples` completions of each held-out prompt, a share a rank. The same on every rank."""
+    """Samples `eval.samples` completions of each held-out prompt and returns the share that is correct.
+
+    Each rank samples a share of the prompts; all ranks return the same. `between` is called while waiting.
+    """
     total = len(prompts) if config.eval.max_prompts is None else min(len(prompts), config.eval.max_prompts)
     mine = [prompts[i] for i in range(world.rank, total, world.size)]
     requests = [sampler.request(p, n=config.eval.samples, label=f"eval/{p.id}") for p in mine]
@@ -48,8 +53,8 @@ def evaluate(
     check_objective(groups, config.reward)
     parts = world.gather([_record(g, config) for g in groups])
     records = [record for part in parts for record in part]
-    shares = [record["right"] / record["count"] for record in records]
-    low, high = interval(shares)
+    shares = [record["correct"] / record["count"] for record in records]
+    low, high = normal_interval(shares)
     return Evaluation(
         step=step,
         accuracy=sum(shares) / len(shares),
@@ -60,30 +65,18 @@ def evaluate(
     )
 
 
-def interval(shares: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean share right, from the shares of single prompts (normal, over prompts).
-
-    Where all prompts agree that has no width; Wilson's interval with a prompt as one trial stands in for it.
-    """
-    n, mean = len(shares), sum(shares) / len(shares)
-    variance = sum((s - mean) ** 2 for s in shares) / max(1, n - 1)
-    if variance > 0:
-        margin = Z * math.sqrt(variance / n)
-        return max(0.0, mean - margin), min(1.0, mean + margin)
-    return wilson(mean, n)
-
-
 def _record(group: Group, config: Config) -> dict[str, Any]:
-    right = [is_correct(t, config.reward) for t in group.trajectories]
+    """What one prompt contributes: counts of correct and of all completions, and its first completion."""
+    correct = [is_correct(t, config.reward) for t in group.trajectories]
     first = group.trajectories[0]
     return {
-        "right": sum(right),
-        "count": len(right),
+        "correct": sum(correct),
+        "count": len(correct),
         "sample": {
             "prompt": _question(group),
             "completion": first.text,
             "reward": first.reward,
-            "right": right[0],
+            "right": correct[0],
         },
     }
 

@@ -1,4 +1,4 @@
-"""How well predicted probabilities and scores agree with what came (calibration of reward models)."""
+"""Calibration of reward models: how well confidences and scores agree with the observed outcomes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """The predictions of one range: how many, what they say in the mean, and what came."""
+    """The predictions in one bin: their number, their mean, and the mean of the observed outcomes."""
 
     count: int
     predicted: float
@@ -18,19 +18,20 @@ class Bin:
 
 
 def pair_calibration(margins: Float[Tensor, " P"], bins: int = 10) -> list[Bin]:
-    """Confidence sigmoid(|chosen - rejected|), 0.5 .. 1, against the share of pairs in which it was right.
+    """Confidence sigmoid(|margin|), 0.5 .. 1, against the share of correctly ranked pairs.
 
-    A tie is right by half. Ranges without a pair are left out.
+    `margins`: score of the chosen minus score of the rejected completion `[P]`. A tie counts as half correct.
+    Bins have equal width; bins without a pair are left out.
     """
     confidence = margins.double().abs().sigmoid()
-    right = (margins > 0).double() + 0.5 * (margins == 0).double()
-    return _binned(confidence, right, ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1), bins)
+    correct = (margins > 0).double() + 0.5 * (margins == 0).double()
+    return _binned(confidence, correct, ((confidence - 0.5) * 2 * bins).long().clamp(0, bins - 1), bins)
 
 
 def rating_calibration(
     scores: Float[Tensor, " S"], ratings: Float[Tensor, " S"], bins: int = 10
 ) -> list[Bin]:
-    """Scores in ranges with equally many of them, against the mean rating there; the unrated left out."""
+    """Scores against mean ratings, in bins of equally many scores; unrated completions are left out."""
     known = ~ratings.isnan()
     scores, ratings = scores[known].double(), ratings[known].double()
     rank = scores.argsort(stable=True).argsort(stable=True)
@@ -38,15 +39,16 @@ def rating_calibration(
 
 
 def calibration_error(bins: list[Bin]) -> float:
-    """Mean of |predicted - observed| over everything that was predicted."""
+    """Expected calibration error: mean of |predicted - observed| over all predictions; NaN without any."""
     total = sum(b.count for b in bins)
     return sum(b.count * abs(b.predicted - b.observed) for b in bins) / total if total else float("nan")
 
 
 def _binned(predicted: Tensor, observed: Tensor, index: Tensor, bins: int) -> list[Bin]:
-    found: list[Bin] = []
+    """The non-empty bins; `index` `[N]` says in which bin each prediction is."""
+    filled: list[Bin] = []
     for number in range(bins):
-        here = index == number
-        if count := int(here.sum()):
-            found.append(Bin(count, predicted[here].mean().item(), observed[here].mean().item()))
-    return found
+        inside = index == number
+        if count := int(inside.sum()):
+            filled.append(Bin(count, predicted[inside].mean().item(), observed[inside].mean().item()))
+    return filled

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.data.pairs import Example
-from rlhf.evaluation.accuracy import SHOWN, interval
+from rlhf.evaluation.accuracy import SHOWN
 from rlhf.evaluation.calibration import Bin, calibration_error, pair_calibration, rating_calibration
+from rlhf.evaluation.intervals import normal_interval
 from rlhf.reward_model.learner import RewardModelLearner, ratings_of
 from rlhf.torch_typed import integers
 
@@ -33,7 +34,7 @@ def evaluate(
     pairs = config.score.kind == "pairs"
     found = _of_pairs(scores) if pairs else _of_ratings(scores, examples, config)
     right = [x for right_of_one, _ in found.values() for x in right_of_one]
-    low, high = interval(right)
+    low, high = normal_interval(right)
     accuracy = sum(right) / len(right)
     record = {
         "step": step,

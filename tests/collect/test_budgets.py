@@ -1,4 +1,4 @@
-"""Budgets in a run: the total stays, the share follows the success rates, nothing is lost on resume."""
+"""Budgets of completions per prompt: the total is constant, shares follow success rates, resume is exact."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_with_a_cost_in_tokens_short_completions_are_sampled_more():
     rule.observe([brief, wordy])
     sizes = rule.sizes([short, long])
     assert sizes[0] > sizes[1]
-    # no more than a uniform step would be expected to take, short of one completion at the most
+    # at most the tokens expected of a uniform step, and less than one completion below them
     assert 8 * 55 - 50 <= 5 * sizes[0] + 50 * sizes[1] <= 8 * 55
 
 

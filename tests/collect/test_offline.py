@@ -1,4 +1,4 @@
-"""Datasets with completions: what is read, what is refused, and what a step draws of them."""
+"""Datasets with completions: what is read, what is refused, and what a step draws from them."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def test_lines_with_the_same_prompt_are_a_group(load: Callable[..., OfflineDatas
     assert [t.reward for t in first.trajectories] == [0.9, 0.1, None]
     assert first.prompt.columns == {"topic": "a"}
     assert data.columns == ("topic",)
-    # nobody recorded log-probs, and no policy of this run made them
+    # log-probs were not recorded, and no policy of this run sampled the completions
     assert all(t.rollout_logprobs is None and t.versions == () for t in first.trajectories)
-    # a completion that was cut at its limit did not end
+    # a truncated completion has no end-of-sequence token
     assert first.trajectories[0].token_ids[-1] == EOS
     assert second.trajectories[0].finish_reason == FinishReason.LENGTH
     assert len(second.trajectories[0].token_ids) == len("fair")
@@ -121,7 +121,7 @@ def test_lines_that_are_too_long_are_left_out_if_asked(load: Callable[..., Offli
 def collector(
     data: OfflineDataset, sampling: Sampling, policy_dir: Path, world: World = ALONE
 ) -> OfflineCollector:
-    """Values of 0.5 for every prompt, six completions a step."""
+    """A collector with value 0.5 for every prompt that draws six completions a step."""
     policy = policy_of(policy_dir)
     experience = ExperienceBuilder(
         policy,
@@ -146,7 +146,7 @@ def test_priority_draws_by_the_advantage_and_never_what_has_none(
 ):
     source = collector(load(ROWS), "priority", tiny_model_dir)
     counts = drawn(source, range(0, 6000, 6))
-    # advantages 0.4 and 0.1: 4800 and 1200 expected of 6000, with a standard deviation of 31
+    # advantages 0.4 and 0.1: of 6000 draws 4800 and 1200 are expected, with a standard deviation of 31
     assert set(counts) == {"good", "fair"}
     assert abs(counts["good"] - 4800) < 160
     assert source.num_eligible == 2
@@ -194,7 +194,7 @@ def test_without_anything_above_its_value_there_is_nothing_to_draw(
 def test_completions_below_their_value_move_no_weight(
     load: Callable[..., OfflineDataset], tiny_model_dir: Path
 ):
-    """The gradient of a step with a completion below the value is that of the others, as if it had a mask."""
+    """A completion below the prompt's value changes the gradient no more than a masked completion would."""
     policy = policy_of(tiny_model_dir, dtype=torch.float64)
     algorithm = IMITATION["a_lol_ref_free"]()
     learner, _ = learner_of(policy, IMITATION["sft"]())
@@ -211,7 +211,7 @@ def test_completions_below_their_value_move_no_weight(
         return [p.grad.clone() for p in policy.model.parameters() if p.grad is not None]
 
     both = gradient()
-    # the tokens of "bad" are others now, and nothing changes
+    # other tokens in the completion "bad" change nothing
     experience.token_ids[experience.sequence == 1] = 7
     assert all((a == b).all() for a, b in zip(both, gradient(), strict=True))
     assert any((g != 0).any() for g in both)

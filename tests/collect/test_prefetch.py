@@ -1,4 +1,4 @@
-"""The batch after: how old its tokens are, what a checkpoint keeps of it; rewards overlap the rollout."""
+"""The prefetched batch of the next step: how stale it is, its checkpoint, and rewards beside the rollout."""
 
 from __future__ import annotations
 
@@ -13,39 +13,16 @@ import torch
 
 from rlhf.checkpoints.store import load
 from rlhf.collect.collector import Collected, Pending
-from rlhf.collect.prefetch import Prefetch, fresh
+from rlhf.collect.prefetch import Prefetch
 from rlhf.collect.sampler import Sampler
+from rlhf.collect.staleness import mask_stale_tokens
 from rlhf.data.prompts import PromptDataset
 from rlhf.distributed.world import World
 from rlhf.metrics import Mean, Metrics, merge
 from rlhf.rewards.scoring import Rewards
 from rlhf.rollout.hf import HFEngine
-from rlhf.types import Group, Prompt, VersionSpan
+from rlhf.types import Group, Prompt
 from tests.support import ALONE, bandit_settings, group, metrics_of, train, trajectory
-
-SPANS = (VersionSpan(3, 0, 2), VersionSpan(4, 2, 3), VersionSpan(5, 3, 5))
-
-
-def aged() -> Group:
-    return Group(Prompt("p", (1,), "p"), (trajectory([7, 7, 7, 7, 7], 1.0, versions=SPANS),))
-
-
-@pytest.mark.parametrize(
-    ("bound", "mask"), [(0, [0, 0, 0, 1, 1]), (1, [0, 0, 1, 1, 1]), (2, [1, 1, 1, 1, 1])]
-)
-def test_tokens_older_than_the_bound_are_taken_out_of_the_loss(bound: int, mask: list[int]) -> None:
-    (result,), metrics = fresh([aged()], version=5, bound=bound)
-    assert result.trajectories[0].loss_mask == tuple(map(bool, mask))
-    assert metrics["staleness/mean"].value == pytest.approx((2 + 2 + 1 + 0 + 0) / 5)
-    assert metrics["staleness/max"].value == 2
-    assert metrics["staleness/dropped"].value == pytest.approx(1 - sum(mask) / 5)
-
-
-def test_tokens_of_a_tool_have_no_age() -> None:
-    tool = trajectory([7, 8, 9], 1.0, loss_mask=(True, False, True), versions=(VersionSpan(0, 0, 3),))
-    (result,), metrics = fresh([Group(Prompt("p", (1,), "p"), (tool,))], version=1, bound=1)
-    assert result.trajectories[0].loss_mask == (True, False, True)
-    assert metrics["staleness/mean"] == Mean(2.0, 2)
 
 
 def batch(names: Sequence[str], kept: Sequence[str], position: int = 9) -> Collected:
@@ -103,8 +80,8 @@ def test_completions_of_the_data_beside_the_rollouts_survive_it_too(after: int) 
         found.append(other.current(lambda: pytest.fail("it was sampled again")))
     assert sorted((g for c in found for g in c.groups), key=lambda g: g.prompt.id) == joined
     assert sorted((g for c in found for g in c.sampled), key=lambda g: g.prompt.id) == plain.sampled
-    _, metrics = fresh(joined, version=1, bound=1)
-    assert metrics["staleness/mean"].value == 1.0, "the data has no age"
+    _, metrics = mask_stale_tokens(joined, version=1, bound=1)
+    assert metrics["staleness/mean"].value == 1.0, "completions of the data have no staleness"
 
 
 def test_every_step_but_the_first_learns_from_the_policy_of_the_step_before(
@@ -131,10 +108,10 @@ def test_a_group_is_given_to_the_rewards_while_others_decode(
 
         monkeypatch.setattr(owner, name, call)
 
-    # this engine hands over one group a poll
+    # this engine returns one group per poll
     noted(HFEngine, "poll", "decode")
     noted(Sampler, "_submit", "submit")
     noted(Rewards, "gather", "wait")
     train(bandit_settings(tmp_path, tiny_model_dir, steps=1, rollout={"engine": "hf"}))
-    # the first and the last are the probes that compare engine and learner
+    # the first and the last decode are the probes of the weight sync, which compare engine and learner
     assert events == ["decode", *["decode", "submit"] * 8, "wait", "decode"]

@@ -1,4 +1,4 @@
-"""Rollouts that are learned from again: how old they may be, which ones, and what a checkpoint keeps."""
+"""Replayed rollouts: how stale they may be, which ones are replayed, and what a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support import ALONE, group, trajectory
 
 
 class Rollouts:
-    """Two groups a step, sampled by the policy of that step but for their first token, `late` steps older."""
+    """Two groups a step, sampled by the policy of that step, but the first token `late` versions older."""
 
     def __init__(self, late: int = 0) -> None:
         self.late = late
@@ -55,13 +55,13 @@ def test_groups_of_earlier_steps_come_back_until_they_are_too_old():
         assert all(1 <= age <= 2 for age in ages)
         assert those.metrics["replay/age_max"].value == max(ages, default=0)
         assert len({g.trajectories[0].token_ids for g in again}) == len(again)
-        # what is measured and counted of the step is its own rollouts
+        # metrics and counts of the step concern its own rollouts only
         assert those.sampled == those.groups[:2]
         assert those.position == 2 * number + 2
 
 
 def test_the_age_is_that_of_the_oldest_token():
-    # sampled across a weight update: one update older than their step says
+    # sampled across a weight update: the oldest token is one update older than the step
     source = replay(max_age=2, late=1)
     assert [len(step(source, i).groups) for i in range(6)] == [2, 4, 4, 4, 4, 4]
 
@@ -72,7 +72,7 @@ def test_a_step_that_is_repeated_replays_the_same():
         step(source, i)
     first, second = step(source, 3), step(source, 3)
     assert first.groups == second.groups
-    # and keeps its own once
+    # and stores its own groups once
     assert len([s for s, _ in source.stored if s == 3]) == 2
 
 

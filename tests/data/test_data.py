@@ -1,4 +1,4 @@
-"""Datasets: what a prompt becomes, what is refused and how, and the order of prompts as a law."""
+"""Datasets of prompts: how prompts are tokenised, what is refused and how, and the order of prompts."""
 
 from __future__ import annotations
 
@@ -260,5 +260,5 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 
 
 def test_the_order_of_a_seed_never_changes() -> None:
-    # a resumed run relies on it across versions of Python and numpy
+    # a run that is resumed under another version of Python or NumPy relies on this
     assert order(0, 8, 6, 4) == [6, 4, 3, 7]

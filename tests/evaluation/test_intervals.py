@@ -1,4 +1,4 @@
-"""Shares with their intervals: pass@k by its definition, intervals by published numbers and by law."""
+"""pass@k by its definition; confidence intervals by published numbers and by properties they must have."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.evaluation.intervals import bootstrap, pass_at_k, wilson
+from rlhf.evaluation.intervals import bootstrap, normal_interval, pass_at_k, wilson
 
 
 @given(st.integers(1, 7), st.data())
-def test_pass_at_k_is_the_share_of_draws_with_a_right_one(n: int, data: st.DataObject) -> None:
+def test_pass_at_k_is_the_share_of_draws_with_a_correct_one(n: int, data: st.DataObject) -> None:
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
-    right = [True] * c + [False] * (n - c)
-    draws = list(combinations(right, k))
+    correct = [True] * c + [False] * (n - c)
+    draws = list(combinations(correct, k))
     assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
 
 
@@ -39,6 +39,20 @@ def test_wilson_by_published_numbers() -> None:
         (0, 20, 0, 0.1611),
     ):
         assert wilson(share, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_normal_interval_is_that_of_the_mean_over_prompts() -> None:
+    # four prompts with mean 0.5 and sample variance 1/3: 0.5 +- 1.96 * sqrt(1/12), clipped to 0..1
+    assert normal_interval([0.0, 0.0, 1.0, 1.0]) == (0.0, 1.0)
+    low, high = normal_interval([0.4, 0.6] * 8)
+    assert (low, high) == pytest.approx((0.5 - 0.0506, 0.5 + 0.0506), abs=1e-3)
+
+
+def test_the_normal_interval_has_a_width_where_all_prompts_agree() -> None:
+    low, high = normal_interval([1.0] * 10)
+    # Wilson's interval of 10 out of 10
+    assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-3)
+    assert normal_interval([0.0] * 10)[1] == pytest.approx(1 - 0.7225, abs=1e-3)
 
 
 def test_the_bootstrap_is_near_the_normal_interval_and_the_same_each_time() -> None:

@@ -1,4 +1,4 @@
-"""Reward functions that misbehave where the completion says so, and score 1 everywhere else."""
+"""Reward functions that misbehave when the completion names a misbehaviour, and return 1 otherwise."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def loop() -> None:
 
 
 def loop_in_c() -> None:
-    """Holds the interpreter's lock all the time."""
+    """An endless loop in C code, which never releases the interpreter lock."""
     re.match(r"(a+)+$", "a" * 60 + "b")
 
 
@@ -65,7 +65,7 @@ def memory_hog() -> None:
 
 
 def memory_hog_of_children() -> None:
-    """Each is within the limit; together they are not."""
+    """Starts processes that each keep the memory limit, but not together."""
     grow = "import time; held = bytearray(100 << 20); time.sleep(600)"
     children = [subprocess.Popen([sys.executable, "-c", grow]) for _ in range(6)]
     for child in children:
@@ -84,7 +84,7 @@ def stack_overflow_in_c() -> None:
 
 
 def fork_bomb() -> None:
-    """Bounded here, so that a failure of the test is not one of the machine."""
+    """A fork bomb with a bound, so that a failing test does not take down the machine."""
     for _ in range(9):
         os.fork()
     time.sleep(600)
@@ -98,7 +98,7 @@ def fork_bomb_in_sessions() -> None:
 
 
 def orphan() -> None:
-    """A grandchild in a session of its own, whose parent is gone; it has the worker's output open."""
+    """Leaves a grandchild without parent in a session of its own, which holds the worker's output open."""
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
@@ -149,7 +149,7 @@ def close_every_file() -> None:
 
 
 def garble_the_connection() -> None:
-    """Writes to every socket it finds, as a library with a bug might."""
+    """Writes to every open socket, as a library with a bug might."""
     for number in range(3, 64):
         try:
             socket.socket(fileno=os.dup(number)).send(b"\xff\xfe no answer\n")
@@ -222,7 +222,7 @@ BEHAVIOURS: dict[str, Callable[[], None]] = {
 
 
 def misbehave(completions: Sequence[str]) -> list[float]:
-    """A completion that names a behaviour gets it."""
+    """Does what the completion names."""
     for text in completions:
         if text in BEHAVIOURS:
             BEHAVIOURS[text]()
@@ -240,7 +240,7 @@ async def misbehave_async(completions: Sequence[str]) -> list[float]:
 
 
 def surroundings(completions: Sequence[str], file: str) -> list[float]:
-    """Writes what a worker finds around it."""
+    """Writes the environment of the worker to a file."""
     seen = {
         "cwd": str(Path.cwd()),
         "environment": dict(os.environ),

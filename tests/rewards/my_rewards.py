@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Dictionary:
-    """Reads a file when it is made."""
+    """A class that reads a file when it is constructed."""
 
     def __init__(self, words: str) -> None:
         self.words = Path(words).read_text().split()
@@ -28,14 +28,14 @@ def brevity(completions: list[str], limit: int = 5) -> list[float]:
 def trl_accuracy(
     completions: list[list[dict[str, str]]], solution: list[str], **kwargs: Any
 ) -> list[float | None]:
-    """The shape of TRL's own example rewards: chat completions, a column, and the rest in kwargs."""
+    """A reward like the examples of TRL: chat completions, one column, and everything else in kwargs."""
     assert {"prompts", "completion_ids", "trainer_state", "level"} <= kwargs.keys()
     contents = [completion[0]["content"] for completion in completions]
     return [float(a == b) if b else None for a, b in zip(contents, solution, strict=True)]
 
 
 def everything(seen: str, **kwargs: Any) -> list[float]:
-    """Writes what it got to the file `seen`."""
+    """Writes its arguments to the file `seen`."""
     kwargs["trainer_state"] = vars(kwargs["trainer_state"])
     Path(seen).write_text(json.dumps(kwargs))
     return [0.0] * len(kwargs["completions"])
@@ -87,7 +87,7 @@ def step(completions: list[str], trainer_state: Any) -> list[float]:
 
 
 def noted(completions: list[str], answer: list[Any], file: str) -> list[float]:
-    """Appends what it is called with to `file`; fails on an empty completion."""
+    """Appends the completions that it is called with to `file`; fails on an empty completion."""
     with Path(file).open("a") as calls:
         for text, value in zip(completions, answer, strict=True):
             calls.write(f"{text}/{value}\n" if text else "\n")

@@ -1,4 +1,4 @@
-"""What users bring, each as they bring it: a config of under 15 lines, and a run."""
+"""What users bring from elsewhere (functions of TRL, verl and others): a config under 15 lines runs it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     return {"score": float(ground_truth in solution_str), "acc": 1.0}
 """
 
-# the same for all: a tiny model and two small steps
+# settings of every run: a tiny model and two small steps
 SMALL = [
     "rollout.prompts_per_step=4",
     "rollout.group_size=4",
@@ -130,7 +130,8 @@ def test_a_file_imports_its_neighbours_and_what_it_prints_can_be_read(
     Path("mine.yaml").write_text(CONFIGS["trl"].replace("MODEL", str(tiny_model_dir)))
     Trainer(load_config("mine.yaml", SMALL)).run()
     lines = Counter(Path("run/rewards.log").read_text().splitlines())
-    # two steps of 16 samples; lines are whole, whoever else prints at the same time, and the last are there
+    # two steps of 16 samples; lines are whole though several workers print at once, and the last lines are
+    # there
     scored = re.compile(r"accuracy_reward: scored \d+")
     assert sum(count for line, count in lines.items() if scored.fullmatch(line)) == 32
     assert lines["format_reward: nothing said"] == lines["format_reward: of 1"] == 32

@@ -1,4 +1,4 @@
-"""The built-in rewards by hand, and what a number is by law."""
+"""The built-in rewards: scores worked out by hand, and properties of how numbers are found."""
 
 from __future__ import annotations
 

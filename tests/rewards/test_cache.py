@@ -34,7 +34,7 @@ def test_keys_are_equal_where_arguments_are_and_differ_where_they_do(a: Any, b: 
     import copy
 
     assert key(a) == key(copy.deepcopy(a), state=1)
-    # 1 and True are equal, and a function may tell them apart
+    # 1 == True in Python, but a function may distinguish them
     assert (key(a) == key(b)) == (repr(a) == repr(b))
 
 
@@ -70,12 +70,12 @@ def test_what_repeats_is_scored_once(counted: tuple[Rewards, Path]) -> None:
     texts = [["a", "bb", "a"], ["a"], ["a", ""]]
     first, recalled = score(texts)
     assert first == [[1.0, 2.0, 1.0], [1.0], [1.0, None]]
-    # prompts of equal text and columns are equal; another column makes another sample
+    # equal text and columns make equal samples; a different column makes a different sample
     assert sorted(calls.read_text().split("\n")[:-1]) == ["", "a/1", "a/2", "bb/1"]
     assert recalled == Mean(2, 6)
     again, recalled = score(texts)
     assert again == first
-    # what failed is asked again
+    # failures are not cached: the sample is scored again
     assert calls.read_text().count("\n") == 5
     assert recalled == Mean(5, 6)
 

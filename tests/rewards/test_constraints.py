@@ -1,4 +1,4 @@
-"""Lagrange multipliers: by hand, over ranks, and in a run that must keep to a bound."""
+"""Lagrange multipliers of constraints: by hand, over several ranks, and in a run with a bound."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_an_upper_bound_takes_off(rewards: Rewards) -> None:
 
 
 def test_the_mean_is_that_of_all_ranks(rewards: Rewards) -> None:
-    """Another rank has two completions at 0, so that the mean is 1/3."""
+    """The other rank has two completions with value 0, so that the mean is 1/3."""
 
     class Two(World):
         def all_sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def test_a_constraint_that_cannot_be_is_refused(reward: dict[str, Any], message:
 
 
 def two_objectives(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
-    """The reward asks for the letter a alone; the constraint wants a quarter of b."""
+    """The reward wants only the letter a; the constraint demands that a quarter is b."""
     (folder / "two.py").write_text(TWO)
     reward = {
         "functions": [

@@ -1,4 +1,4 @@
-"""What docs/rewards.md shows can be read, and what it lists is there."""
+"""The examples in docs/rewards.md are valid configs, and its lists are complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""reasoning-gym: a line of config is data and reward."""
+"""reasoning-gym: one line of a config gives both the dataset and the reward."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a reward function does, its sample alone is masked, the culprit is named, and nothing is left."""
+"""Misbehaving reward functions: only their sample is masked, the function is named, no process is left."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def made(name: str, max_failed_share: float = 0.1, **changes: Any) -> AbstractCo
 def made_of(
     path: str, columns: Sequence[str] = (), max_failed_share: float = 0.5, **settings: Any
 ) -> AbstractContextManager[Rewards]:
-    """One of the built-in functions."""
+    """Rewards with a single function, given by its path or built-in name."""
     return _closing(Rewards([RewardSpec(path, **settings)], columns, max_failed_share=max_failed_share))
 
 
@@ -82,18 +82,18 @@ def given(scoring: Scoring) -> list[float | None]:
 
 
 def causes(scoring: Scoring) -> list[tuple[int, str, str]]:
-    """Place, kind and message of each failure."""
+    """Sample, kind and message of each failure."""
     return [(place, failure.kind, failure.message) for place, failure in scoring.by_function[0].failures]
 
 
 @pytest.fixture(scope="module")
 def others() -> set[int]:
-    """The processes that earlier tests left below this one: not a reward function's."""
+    """Processes below this one that earlier tests left; no reward function started them."""
     return set(descendants(os.getpid()))
 
 
 def settle(count: int, others: set[int]) -> set[int]:
-    """The processes begun below this one, once there are no more than `count`, or after a while."""
+    """The new processes below this one, once there are at most `count`, or after some time."""
     deadline = time.monotonic() + PATIENCE
     while len(left := set(descendants(os.getpid())) - others) > count and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -102,14 +102,14 @@ def settle(count: int, others: set[int]) -> set[int]:
 
 @pytest.fixture(scope="module")
 def impatient(others: set[int]) -> Iterator[Rewards]:
-    """One for all tests of a kind: each finds the workers as the one before left them."""
+    """Shared by all tests with short deadlines: each finds the workers as the one before left them."""
     with made("misbehave", max_failed_share=0.2, timeout=TIMEOUT) as rewards:
         yield rewards
 
 
 @pytest.fixture(scope="module")
 def patient(others: set[int]) -> Iterator[Rewards]:
-    """For what is not about time."""
+    """For tests that are not about deadlines."""
     with made("misbehave", max_failed_share=0.2) as rewards:
         yield rewards
 
@@ -164,7 +164,7 @@ def test_what_a_function_does_costs_its_own_sample_and_no_other(
     assert place == 3
     assert re.match(CASES[behaviour], message), message
     assert (kind == "timeout") == (CASES[behaviour] == SLOW)
-    # a keeper and a worker of either
+    # a keeper and a worker for each of the two functions
     assert len(settle(4, others)) == 4
 
 
@@ -284,7 +284,7 @@ def test_parts_of_a_step_are_scored_while_others_are_made() -> None:
 
 @pytest.mark.parametrize("how", ["close", "forget", "kill -9"])
 def test_workers_end_with_the_trainer_however_it_ends(how: str) -> None:
-    """In a process of its own, with a worker that is busy and has children of its own."""
+    """The trainer is a separate process here; its worker is busy and has children of its own."""
     script = f"""
 import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
@@ -356,8 +356,8 @@ def test_each_ranks_workers_see_its_own_gpu_first(
 
 
 def test_a_sample_costs_the_trainer_a_small_part_of_a_millisecond() -> None:
-    """Of processor time, which does not depend on what else runs: so that two workers are kept busy by a
-    reward of a millisecond. By itself, because types are not checked there."""
+    """Measures CPU time, which does not depend on what else runs; two workers can then be kept busy by a
+    reward that takes a millisecond. Runs as a script, because types are not checked there."""
     command = [sys.executable, "-m", "benchmarks.rewards", "--workers", "2", "--repeats", "3"]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
@@ -367,8 +367,8 @@ def test_a_sample_costs_the_trainer_a_small_part_of_a_millisecond() -> None:
 
 
 def test_a_step_is_dealt_out_in_few_jobs_that_end_small() -> None:
-    """Many samples at once while there are many, so that messages are few; single ones at the end, so that
-    no worker waits long for another."""
+    """Jobs have many samples at first, so that messages are few, and single samples at the end, so that no
+    worker waits long for another."""
     pool = WorkerPool("nothing", spec("misbehave", workers=2))
     pool.signature = Signature(None, (), is_async=False, is_class=False)
     pool._queue.extend(

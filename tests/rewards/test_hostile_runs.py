@@ -1,4 +1,4 @@
-"""Whole runs with rewards that misbehave: they go on, or stop and say who it was."""
+"""Whole runs with misbehaving rewards: they continue, or stop and name the function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mathematical equality, in a worker and by hand."""
+"""The reward `math_match`, called directly and in a worker."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_expressions_are_equal_by_value(completion: str, answer: object, equal: 
 
 
 def test_a_tower_of_powers_ends_with_its_worker_or_counts_as_wrong() -> None:
-    """It needs more time than there is; the samples beside it are scored."""
+    """The tower takes longer than the time limit; the other samples are scored."""
     with made_of("math_match", ("answer",), params={"seconds": 1}, timeout=20.0, memory_gib=2.0) as rewards:
         scoring = submit(rewards, ["$9^{9^{9^9}}$", "$7$"], answer=7)
         assert given(scoring)[1] == 1.0

@@ -1,4 +1,4 @@
-"""What a reward function prints before it answers is in the log, line by line, however slow the keeper is."""
+"""Output that a reward function prints before it returns is logged line by line, however slow the keeper."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stuck(completions, **_):
 
 
 class Kept:
-    """A keeper in this process, whose worker is the test."""
+    """A keeper in this process; the test plays its worker."""
 
     def __init__(self) -> None:
         output, self.printed = os.pipe()
@@ -108,7 +108,7 @@ def test_a_trainer_that_is_gone_is_not_waited_for(kept: Kept) -> None:
 
 @pytest.mark.parametrize("function", ["chatty", "stuck"])
 def test_the_last_words_are_heard_through_a_keeper_that_lags_behind(tmp_path: Path, function: str) -> None:
-    """As on a busy machine, where the worker has answered, or is to be killed, before its keeper has read."""
+    """On a busy machine a worker may have answered, or must be killed, before its keeper has read."""
     (tmp_path / "mine.py").write_text(FUNCTION)
     heard: list[str] = []
     spec = RewardSpec(f"{tmp_path / 'mine.py'}:{function}", timeout=1 if function == "stuck" else 60)
@@ -116,7 +116,7 @@ def test_the_last_words_are_heard_through_a_keeper_that_lags_behind(tmp_path: Pa
     worker.ready()
     keeper = worker._keeper.pid
     os.kill(keeper, signal.SIGSTOP)
-    # whoever ends the worker waits for its keeper by then
+    # by then the code that ends the worker is waiting for its keeper
     goes_on = threading.Timer(3.0, os.kill, (keeper, signal.SIGCONT))
     goes_on.start()
     try:

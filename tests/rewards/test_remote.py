@@ -1,4 +1,4 @@
-"""A real server on loopback: one that works, one that is slow, one that drops connections."""
+"""Rewards over HTTP against a real server on loopback that works, is slow, or drops connections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.rewards.test_hostile import PATIENCE, TIMEOUT, causes, given, made_of
 
 
 class Service(ThreadingHTTPServer):
-    """Does what its path says; keeps what it was sent."""
+    """A server that behaves as the path of the request says, and keeps the requests."""
 
     daemon_threads = True
 
@@ -31,7 +31,7 @@ class Service(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/{path}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that did not wait. Nothing is printed: two threads that format a traceback at once can
+        """Called when a client did not wait. Prints nothing: two threads that format a traceback at once can
         fail in Python 3.11, which parses the source to mark the place."""
 
 
@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
         self.server.connections += 1
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Not on the terminal."""
+        """Prints nothing."""
 
     def do_POST(self) -> None:
         sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

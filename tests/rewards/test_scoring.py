@@ -1,4 +1,4 @@
-"""Plug-ins are found, checked and called as TRL calls them; what fails is masked, counted and named."""
+"""Reward functions are found, checked and called as TRL calls them; failures are masked, counted, named."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def score(
 
 
 def completions_of(prompts: Sequence[Prompt], texts: Sequence[Sequence[str]]) -> list[list[Completion]]:
-    """Token ids stand for the characters of the texts."""
+    """Completions with one token id per character of the texts."""
     return [
         [
             Completion(
@@ -245,7 +245,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(spec: RewardSpec, mess
 def test_an_installed_package_offers_functions_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A package as an installer leaves it, on the path of the trainer and so of its workers."""
+    """Puts a package as an installer would leave it on the path of the trainer and thereby of its workers."""
     (tmp_path / "their_rewards.py").write_text(
         "def polite(completions, **_): return [7.0] * len(completions)"
     )
@@ -302,5 +302,5 @@ def test_mean_and_spread_by_hand() -> None:
         [mine("two_objectives")], [prompt(1), prompt(2)], [["a", "abc"], ["ab", "ab", "abcde"]]
     )
     assert metrics["reward/mean"] == metrics["reward/length"] == Mean(13.0, 5)
-    # population spreads: 1 of (1, 3), sqrt(2) of (2, 2, 5)
+    # population standard deviations: 1 for (1, 3), sqrt(2) for (2, 2, 5)
     assert metrics["reward/std"].value == pytest.approx((1.0 + math.sqrt(2.0)) / 2)

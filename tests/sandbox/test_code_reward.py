@@ -1,4 +1,4 @@
-"""Generated programs: judged by what they do, kept in by what the system has."""
+"""Generated programs: scored by their tests, isolated as far as the system allows."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_what_is_printed_decides_by_the_share_of_tests() -> None:
         ("open('big', 'wb').write(b'x' * (64 << 20))", "", 1),
         ("import ctypes; ctypes.string_at(0)", "", -11),
         ("import os; os._exit(3)", "", 3),
-        # of a namespace the first process, which nothing inside can kill
+        # the program is the first process of its namespace, which no process inside can kill
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "", None),
         ("import os; os.closerange(0, 9)\nwhile True: pass", "time", -9),
         (
@@ -91,7 +91,7 @@ def test_what_is_printed_decides_by_the_share_of_tests() -> None:
     ],
 )
 def test_a_program_stays_within_its_limits(code: str, ended: str, status: int | None, level: str) -> None:
-    """A status of None: it may end in several ways, and must end."""
+    """`status` None: the program may end in several ways, but it must end."""
     level = isolation() if level == "best" else level
     limits = Limits(seconds=2.0) if ended == "time" else QUICK
     result = run(code, level, limits)
