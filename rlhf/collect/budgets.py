@@ -38,7 +38,7 @@ class Budgets(Stateful):
         return self.section.rule != "uniform" and bool(self.section.probes)
 
     def sizes(self, prompts: Sequence[Prompt]) -> list[int]:
-        """Number of completions (with probes: of probes) for each of this rank's prompts.
+        """How many completions each of this rank's prompts gets first; with probes, how many probes.
 
         Every rank must call it, even without prompts.
         """

@@ -93,7 +93,7 @@ class Sampler:
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], step: int
     ) -> tuple[list[Group], Metrics]:
-        """Scores completions that are complete, and waits: the groups and metrics."""
+        """Scores the completions and waits for the rewards; returns groups and metrics."""
         return self._submit(prompts, completions, step).result()
 
     def _submit(

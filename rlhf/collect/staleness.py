@@ -14,8 +14,7 @@ def mask_stale_tokens(groups: Sequence[Group], *, version: int, bound: int) -> t
 
     The staleness of a token is `version`, the current policy_version (number of updates made so far), minus
     the policy_version that sampled the token. Completions of data have no policy_version and are never
-    masked. The metrics `staleness/*` cover the tokens that the policy chose: mean, maximum, and share masked
-    here.
+    masked. The metrics `staleness/*` cover the tokens that the policy chose: mean, maximum, share masked.
     """
     chosen: list[int] = []
     masked_groups: list[Group] = []

@@ -18,7 +18,7 @@ from rlhf.rewards.success import check_objective, is_correct
 from rlhf.types import Group
 
 SHOWN = 8
-"""Samples that are recorded at most."""
+"""Most samples that are written into an evaluation record."""
 
 
 @dataclass(frozen=True, slots=True)

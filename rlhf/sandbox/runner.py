@@ -98,8 +98,7 @@ _found: str | None = None
 
 
 def _run(program: str, folder: str, limits: Limits, standard_input: str, level: str) -> Result:
-    # the base interpreter, not its link in a virtual environment: user nobody may not be allowed to read that
-    # folder
+    # the base interpreter, because the user nobody may not have access to the virtual environment
     python = os.path.realpath(sys.executable)
     settings = {
         "program": program,

@@ -189,8 +189,7 @@ class Keeper:
         pids = list(descendants(os.getpid()))
         if len(pids) > self.processes:
             return f"it had {len(pids)} processes, more than the {self.processes} allowed"
-        # resident sizes count shared pages several times; the exact size takes longer, so it is read only if
-        # needed
+        # resident sizes count shared pages once per process; the exact size takes longer to read
         if sum(map(_resident, pids)) > self.memory and (used := sum(map(_proportional, pids))) > self.memory:
             return (
                 f"it and its processes held {used / 2**30:.1f} GiB, more than the "
