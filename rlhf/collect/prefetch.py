@@ -1,4 +1,4 @@
-"""Prefetches the next step's batch: samples it before an update, while its rewards run beside the update.
+"""Prefetches the next step's batch: samples it before an update, and scores it during the update.
 
 With `rollout.ahead` = 1, a step learns from a batch that the policy sampled one version earlier:
 
