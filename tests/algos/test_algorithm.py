@@ -31,7 +31,7 @@ TENSORS = (
     "advantages",
     "loss_mask",
     "turn",
-    "right",
+    "correct",
 )
 every_algorithm = pytest.mark.parametrize("name", list(ALGORITHMS))
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=5)
@@ -68,7 +68,7 @@ def random_rows(lengths: list[int], seed: int) -> tuple[list[dict[str, Tensor]],
                 "advantages": torch.full_like(old, noise[0, 0].item()),
                 "loss_mask": torch.rand(length, generator=generator) < 0.75,
                 "turn": torch.zeros(length, dtype=torch.long),
-                "right": torch.zeros(length, dtype=torch.bool),
+                "correct": torch.zeros(length, dtype=torch.bool),
             }
         )
     masks = [row["loss_mask"] for row in rows]
@@ -94,9 +94,9 @@ def test_neither_the_cut_into_microbatches_nor_the_order_of_sequences_changes_an
 ):
     algorithm = with_all_terms(name, data.draw(st.sampled_from(["k2", "k3", "exact"])))
     rows, counts = random_rows(lengths, seed)
-    rows = [row | {"right": torch.full_like(row["right"], i % 2 == 0)} for i, row in enumerate(rows)]
-    right = sum(int((row["right"] & row["loss_mask"]).sum()) for row in rows)
-    counts = replace(counts, correct_tokens=right)
+    rows = [row | {"correct": torch.full_like(row["correct"], i % 2 == 0)} for i, row in enumerate(rows)]
+    correct = sum(int((row["correct"] & row["loss_mask"]).sum()) for row in rows)
+    counts = replace(counts, correct_tokens=correct)
     whole = algorithm.loss(pack(rows, counts, 0.1))
     shuffled = data.draw(st.permutations(rows))
     parts = [part for part in (shuffled[:cut], shuffled[cut:]) if part]
