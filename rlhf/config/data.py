@@ -1,4 +1,4 @@
-"""The sections `data`, `prompt_value` and `replay`: where prompts and completions come from."""
+"""The sections `data`, `prompt_value` and `replay`: prompts and completions that a run learns from."""
 
 from __future__ import annotations
 
@@ -10,51 +10,69 @@ from rlhf.config.section import Count, Positive, Section
 
 
 class DataConfig(Section):
+    """Datasets to train and evaluate on, and whether completions are sampled or come from the dataset."""
+
     train: str
-    """jsonl or parquet file, a `datasets` folder, or `gym:TASK?setting=value` of reasoning-gym."""
+    """Prompts to train on: a jsonl or parquet file, a `datasets` folder, or `gym:TASK?setting=value` for a
+    task of reasoning-gym."""
     eval: str | None = None
-    """Held-out prompts, in any of these forms; without them nothing is evaluated."""
+    """Held-out prompts, in one of the same forms; not given: there are no evaluations."""
     mode: Literal["online", "offline", "offline_to_online"] = "online"
-    """Learn from rollouts, from completions that the dataset has, or from these and then from rollouts."""
+    """Where completions come from. `online`: the policy samples them. `offline`: the dataset has them.
+    `offline_to_online`: both, as `offline_steps` and `mix` say."""
     completion_column: str | None = None
-    """With completions in the data; not given: `response` where there is one, else `completion`."""
+    """Column of the dataset's completions (not for `online`); not given: `response` where there is one, else
+    `completion`."""
     reward_column: str | None = "reward"
-    """With completions in the data; null: `reward.functions` score them, once, before the first step."""
+    """Column of the rewards of the dataset's completions (not for `online`); null: `reward.functions` score
+    them once, before the first step."""
     sampling: Literal["groups", "completions", "positive", "priority"] = "groups"
-    """How a step draws from data: `rollout.prompts_per_step` prompts with all their completions; or that many
-    times `rollout.group_size` completions one by one: all, those with an advantage above 0 only, or these
-    with a probability in proportion to it."""
+    """What a step draws from the dataset's completions. `groups`: `rollout.prompts_per_step` prompts, each
+    with all its completions. The others draw that many times `rollout.group_size` completions one by one:
+    `completions` from all, `positive` from those with an advantage above 0, `priority` from the same, with a
+    probability in proportion to the advantage."""
     offline_steps: Count = 0
-    """With `offline_to_online`: how many steps learn from the data before the first rollouts."""
+    """For `offline_to_online`: the first so many steps learn from the dataset alone, the others from
+    rollouts."""
     mix: bool = False
-    """With `offline_to_online`: the data's completions of a prompt join its rollouts."""
+    """For `offline_to_online`: to each group of rollouts the dataset's completions of its prompt are
+    added."""
     prompt_column: str = "prompt"
-    """Holds plain text, or a list of chat messages; the other columns are given to rewards."""
+    """Column of the prompts: plain text, or a list of chat messages. All further columns are passed to the
+    reward functions."""
     image_column: str | None = "images"
-    """Where pictures stand that are not in the messages themselves (docs/papo.md); it may be missing."""
+    """Column of images that the messages themselves do not hold (docs/papo.md); a dataset may lack it."""
     max_prompt_tokens: Positive = 1024
-    """Longest prompt that is taken, chat template included."""
+    """Most tokens of a prompt, chat template included."""
     long_prompts: Literal["refuse", "skip"] = "refuse"
-    """What to do with longer ones: refuse the run, or leave them out and count them."""
+    """What happens to longer prompts. `refuse`: the run does not start. `skip`: they are left out and
+    counted."""
 
 
 class PromptValueConfig(Section):
-    """For algorithms that compare a reward with the frozen value of its prompt (rlhf/prompt_value.py)."""
+    """The frozen value of a prompt: the reward to expect of its completions, from a small head that is fitted
+    before the first step. For algorithms that compare rewards with it: `a_lol` and its variants, and a
+    `baseline` of prompt_value (rlhf/learn/prompt_value.py). `epochs`, `lr` and `max_prompts` also hold for
+    the head that picks the temperatures of `awr` with a `divergence`."""
 
     targets: Literal["greedy", "data"] = "greedy"
-    """What it is learned from: the reward of one greedy completion a prompt, or the data's mean reward."""
+    """What the head is fitted to. `greedy`: the reward of one greedy completion of each prompt. `data`: the
+    mean reward of the dataset's completions of the prompt."""
     epochs: Positive = 10
-    """Passes over these rewards; the one with the lowest error counts."""
+    """Passes over the prompts; the head of the pass with the lowest error is kept."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-5
-    """Learning rate of the head: that of the paper's largest run; a small set of data needs more."""
+    """Learning rate of the head's Adam. The default is that of the paper's largest run; with few prompts a
+    higher one is needed."""
     max_value: Annotated[float, Field(gt=0.0)] = 1.0
-    """Rewards are between 0 and this."""
+    """Upper bound of a value, the lower one is 0: set it to the largest reward there can be."""
     max_prompts: Positive = 1024
-    """How many prompts it is learned from, at most."""
+    """Most prompts that the head is fitted to; of a larger dataset a random part is taken."""
 
 
 class ReplayConfig(Section):
+    """Rollouts of earlier steps that are learned from again (rlhf/collect/replay.py)."""
+
     groups_per_step: Count = 0
-    """Groups of earlier steps that each step learns from again; 0: none are kept."""
+    """Groups of earlier steps that are added to each step, over all ranks; 0: none."""
     max_age: Positive = 4
-    """Of a group's oldest token, in updates of the policy."""
+    """Largest age of a group that is replayed: how many steps ago its oldest token was sampled."""

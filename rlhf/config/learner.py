@@ -1,4 +1,4 @@
-"""The sections `learner`, `critic`, `distributed` and `ptx`: how weights are updated."""
+"""The sections `learner`, `critic`, `distributed` and `ptx`: optimizers, ranks, and a loss on other text."""
 
 from __future__ import annotations
 
@@ -10,63 +10,74 @@ from rlhf.config.section import Count, Decay, Positive, Section
 
 
 class LearnerConfig(Section):
+    """The optimizer (AdamW), and how the experience of a step is divided into updates and forward passes."""
+
     lr: Annotated[float, Field(gt=0.0)] = 1e-6
-    """Of AdamW."""
+    """Learning rate of the policy's AdamW, after the warm-up."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Of AdamW."""
+    """Decay rates of AdamW's running means: of the gradient, and of its square."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    """Of AdamW."""
+    """Term that AdamW adds to the denominator of an update."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    """Of AdamW, decoupled."""
+    """Weight decay of AdamW: each update also takes the share `lr * weight_decay` off every weight."""
     warmup_steps: Count = 0
-    """Steps in which the learning rate rises from 0."""
+    """Steps at the start over which the learning rate rises linearly to `lr`."""
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
-    """Of the learning rate after the warm-up, down to 0 at the last step where it falls."""
+    """Learning rate after the warm-up. `constant`: stays at `lr`. `linear` and `cosine`: falls to 0 at the
+    last step. `inverse_sqrt`: falls with the square root of warmup_steps / step, as in PPO-max."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    """Longer gradients are scaled down to it."""
+    """Bound of the gradient's norm (with a critic: over both models); a longer gradient is scaled down to it."""
     epochs: Positive = 1
-    """Passes over the experience of one step."""
+    """Passes over the completions of a step; each pass makes one update for each of the `minibatches`."""
     minibatches: Positive = 1
-    """Updates a pass; prompts are dealt to them at random."""
+    """Updates in one pass: the groups of a step are divided among them at random."""
     microbatch_tokens: Positive = 16384
-    """Tokens of one forward and backward pass: memory, not results, depends on it."""
+    """Most tokens, prompts included, of one forward and backward pass. The gradients of an update's passes
+    are added up, so memory depends on this number and the result does not: lower it when memory runs out."""
 
 
 class CriticConfig(Section):
-    """For algorithms with a critic. What it learns is in `algorithm.critic`, the rest in `learner`."""
+    """The model of the critic, for algorithms that have one (`ppo`, `ppo_max`, `vapo`, `awr_token`). What it
+    learns is set in `algorithm.critic`; its other optimizer settings are those of `learner`."""
 
     trunk: Literal["own", "policy"] = "own"
-    """A model of its own under the value head, or the policy's, which the value loss then trains too."""
+    """Network below the value head. `own`: a second model, loaded for the critic. `policy`: the policy's,
+    which the value loss then trains too; no second model is loaded."""
     path: str | None = None
-    """Where an own trunk starts: a causal language model, or a reward model of one score, whose head is taken
-    with it. Not given: the policy's model. A head that comes from nowhere starts at 0."""
+    """Model that `trunk: own` starts from: a causal language model, whose new value head starts at 0, or a
+    reward model with one score, whose head becomes the value head. Not given: `model.path`."""
     lr: Annotated[float, Field(gt=0.0)] = 1.65e-6
-    """Of its own AdamW."""
+    """Learning rate of the critic's AdamW."""
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
-    """Of its own AdamW."""
+    """Term that the critic's AdamW adds to the denominator of an update."""
 
 
 class DistributedConfig(Section):
+    """How several ranks (processes of one run, one for each GPU) share the model and wait for each other."""
+
     mode: Literal["replicated", "sharded"] = "replicated"
-    """Whether each rank holds the whole model and its optimizer, or rows of every weight (FSDP2)."""
+    """`replicated`: each rank holds the whole model and its optimizer. `sharded`: each rank holds a part of
+    the rows of every weight (FSDP2), for models that do not fit on one device."""
     shard_ranks: Positive | None = None
-    """Over how many ranks a sharded model is cut, each group of them holding it whole; not given: over those
-    of one machine."""
+    """For `sharded`: number of ranks that hold one copy of the model between them. The number of all ranks
+    must be a multiple of it. Not given: the ranks of one machine."""
     timeout: Annotated[float, Field(gt=0.0)] = 1800.0
-    """Seconds that one rank waits for another before the run ends with the name of the late one."""
+    """Seconds that one rank waits for another before the run ends with an error that names the late rank."""
 
 
 class PtxConfig(Section):
-    """Text whose likelihood is added to every update (rlhf/pretraining.py)."""
+    """Text that the policy is not to forget: its language-model loss is added to every update (PPO-ptx,
+    rlhf/learn/pretraining.py). Off unless `path`, `coef` and `samples` are given."""
 
     path: str | None = None
-    """jsonl or parquet file, or a `datasets` folder; not given: none."""
+    """The text: a jsonl or parquet file, or a `datasets` folder; not given: no such loss."""
     kind: Literal["text", "completions"] = "text"
-    """Whole texts, or the completions of prompts."""
+    """What is learned. `text`: all of the column `text`. `completions`: the column `completion`, given the
+    column `prompt`."""
     coef: Annotated[float, Field(gt=0.0)] | None = None
-    """Weight of its loss: no paper states one, so it must be given."""
+    """Weight of this loss beside the policy's. No paper states one, so there is no default."""
     samples: Positive | None = None
-    """Texts of an update, over all ranks; must be given too."""
+    """Texts in each update, over all ranks."""
 
     @model_validator(mode="after")
     def check_together(self) -> PtxConfig:

@@ -1,4 +1,4 @@
-"""The sections `model` and `model.lora`: what is trained."""
+"""The sections `model` and `model.lora`: the model that is trained, its reference, its adapter."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from rlhf.config.section import Positive, Section
 
 
 class LoraConfig(Section):
-    """Trains a low-rank adapter instead of the weights (rlhf/lora.py)."""
+    """A low-rank adapter, which is trained in place of the model's weights as soon as `model.lora` is given
+    (`model.lora: {}` takes these defaults). The reference is then the model with its adapter switched off."""
 
     rank: Positive = 16
-    """Of both factors of the adapter."""
+    """Rank of the adapter: the inner dimension of its two factors B and A. A higher one can learn more."""
     alpha: Annotated[float, Field(gt=0.0)] = 32.0
-    """The adapter's product is multiplied by alpha / rank."""
+    """Scale of the adapter: its product B A is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ()
-    """Linear layers by the last part of their names (`q_proj`); empty: all but the language-model head."""
+    """Linear layers that get an adapter, by the last part of their names (`q_proj`); empty: all of them
+    except the language-model head."""
     dropout: float = 0.0
-    """0 is the only one."""
+    """Must be 0: with dropout, log-probs before and after an update would be those of two functions."""
 
     @model_validator(mode="before")
     @classmethod
@@ -43,15 +45,22 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
+    """The model that is trained, the reference it is compared with, and how groups go through them."""
+
     path: str
-    """Hugging Face causal language model: a local folder, or a hub name where there is a network."""
+    """Model to train: a causal language model of Hugging Face (vision-language: docs/papo.md), as a local
+    folder or, with a network, a name on the hub."""
     reference: str | None = None
-    """Frozen reference of the KL terms; the model itself at the start of the run when not given."""
+    """Frozen model that the KL terms compare the policy with; not given: the policy as it is at the start."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the compute copy. The optimizer's master copy is always float32."""
+    """Number type that the model computes in. The optimizer's master copy of the weights is always
+    float32."""
     packing: Literal["auto", "shared_prefix", "packed", "padded"] = "auto"
-    """How a group goes through the model: its prompt once, every sequence by itself, or that padded."""
+    """How a group goes through the model. `shared_prefix`: its prompt once, all completions behind it.
+    `packed`: sequences end to end, each with its prompt. `padded`: each sequence in a padded row. `auto`: the
+    first of these that the model can do."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, about a third more time."""
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more
+    time."""
     lora: LoraConfig | None = None
-    """Train a LoRA adapter only; the reference is then the model with its adapter switched off."""
+    """Given: only an adapter is trained."""

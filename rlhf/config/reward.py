@@ -1,4 +1,4 @@
-"""The settings of `reward`: functions, failures, success, constraints."""
+"""The section `reward`: reward functions, constraints on objectives, and when a completion is correct."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rlhf.config.section import Count, Positive, Section, Share
 
 
 class RewardFunction(Section):
-    """One of several: `rlhf.rewards.RewardSpec` says what each setting means."""
+    """One reward function."""
 
+    # RewardSpec in rlhf/rewards/plugin.py has the same fields and says what they mean
     path: str
     weight: float = 1.0
     params: dict[str, Any] = Field(default_factory=dict)
@@ -28,16 +29,18 @@ class RewardFunction(Section):
 
 
 class ConstraintConfig(Section):
-    """A bound on the mean of one objective, held by a multiplier on its weight (rlhf/constraints.py)."""
+    """A bound on the mean of one objective over a step. A multiplier is added to the objective's weight; it
+    grows while the bound is missed and shrinks while it holds (rlhf/rewards/constraints.py)."""
 
     objective: str
-    """Whose mean over a step is bounded."""
+    """Name of the objective whose mean is bounded."""
     at_least: float | None = None
-    """Its lower bound; this or `at_most`."""
+    """Lower bound of the mean. Give either this or `at_most`."""
     at_most: float | None = None
-    """Its upper bound."""
+    """Upper bound of the mean."""
     rate: Annotated[float, Field(gt=0.0)]
-    """How far the multiplier moves after a step, for each unit that the mean is off its bound."""
+    """How far the multiplier moves after a step, for each unit between the mean and the bound. It depends on
+    the scale of the objective, so there is no default."""
     start: Annotated[float, Field(ge=0.0)] = 0.0
     """The multiplier of the first step."""
 
@@ -49,26 +52,32 @@ class ConstraintConfig(Section):
 
     @property
     def sign(self) -> float:
+        """1 for a lower bound, -1 for an upper one."""
         return 1.0 if self.at_most is None else -1.0
 
     @property
     def bound(self) -> float:
+        """The one bound that is given."""
         bound = self.at_least if self.at_most is None else self.at_most
         assert bound is not None
         return bound
 
 
 class RewardConfig(Section):
+    """The reward functions, the share of samples they may fail on, and when a completion is correct."""
+
     functions: tuple[RewardFunction, ...] = ()
-    """Their numbers, each times its `weight`, add up to the reward. Data that has its rewards needs none."""
+    """The reward functions: their scores, each times its `weight`, add up to the reward. With `data.mode:
+    offline` and rewards in the dataset it may be empty."""
     constraints: tuple[ConstraintConfig, ...] = ()
-    """Objectives whose mean must keep to a bound."""
+    """Bounds on the means of single objectives; they move the objectives' weights."""
     max_failed_share: Share = 0.1
-    """The run stops when a larger share of a step's samples got no number from any function."""
+    """Largest share of a step's samples that may be without a reward because a function failed on them;
+    beyond it the run stops with an error that names the function."""
     success_objective: str | None = None
-    """The objective that says whether a completion is right; the weighted sum when not given."""
+    """Objective that says whether a completion is correct, by its name; not given: the weighted sum."""
     success_threshold: float = 0.5
-    """A completion is right when that objective is at least this."""
+    """A completion is correct when that objective is at least this."""
 
     @model_validator(mode="after")
     def check_constraints(self) -> RewardConfig:
@@ -78,6 +87,6 @@ class RewardConfig(Section):
         if names and self.success_objective is None:
             raise ValueError(
                 "reward.constraints moves the weights, so the weighted sum does not say whether a completion "
-                "is right: set reward.success_objective"
+                "is correct: set reward.success_objective"
             )
         return self

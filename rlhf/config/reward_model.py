@@ -1,4 +1,4 @@
-"""The settings of `task: reward_model`, from the same kind of YAML and overrides as those of a run."""
+"""`RewardModelConfig`, the settings of `task: reward_model`, and those of its sections that only it has."""
 
 from __future__ import annotations
 
@@ -15,32 +15,42 @@ from rlhf.config.section import Count, Positive, Section
 
 
 class PreferenceData(Section):
+    """Pairs or ratings to train and evaluate on (docs/ppo_max.md)."""
+
     train: str
-    """jsonl or parquet file, or a `datasets` folder, of pairs or ratings."""
+    """Examples to train on, pairs or ratings as `score.kind` says: a jsonl or parquet file, or a `datasets`
+    folder."""
     eval: str
-    """Held out: accuracy and calibration are measured here."""
+    """Held-out examples in the same form, on which accuracy and calibration are measured."""
     prompt_column: str = "prompt"
-    """Holds plain text, or a list of chat messages."""
+    """Column of the prompts: plain text, or a list of chat messages."""
     max_prompt_tokens: Positive = 1024
-    """Longest prompt that is taken, chat template included."""
+    """Most tokens of a prompt, chat template included."""
     max_completion_tokens: Positive = 512
-    """Longest completion that is taken."""
+    """Most tokens of a completion."""
     long_prompts: Literal["refuse", "skip"] = "refuse"
-    """What to do with longer examples: refuse the run, or leave them out and count them."""
+    """What happens to examples with a longer prompt or completion. `refuse`: the run does not start. `skip`:
+    they are left out and counted."""
 
 
 class ScoreConfig(Section):
+    """What the scores of the reward model learn."""
+
     kind: Literal["pairs", "ratings"] = "pairs"
-    """Which of two completions is better (Bradley-Terry), or how good each is (regression)."""
+    """`pairs`: which of two completions is better (Bradley-Terry loss). `ratings`: how good each completion
+    is (squared error)."""
     objectives: tuple[str, ...] = ("score",)
-    """Names of the scores, one head each. Pairs have one."""
+    """Names of the scores; the model has a head for each. `pairs` has exactly one."""
     lm_coef: float | None = Field(default=None, ge=0.0)
-    """Of the language-model loss on chosen completions. Not given: 1 for pairs, 0 for ratings."""
+    """Weight of a language-model loss on the better completion of each pair. Not given: 1 for `pairs`; for
+    `ratings` it must be 0."""
 
 
 class BatchConfig(Section):
+    """How many examples one update learns from."""
+
     tokens: Positive
-    """An update takes examples until they have this many tokens."""
+    """Tokens of an update: it takes examples until they have this many."""
     low: Positive = 4
     """Fewest examples of an update, whatever their tokens."""
     high: Positive = 128
@@ -48,35 +58,47 @@ class BatchConfig(Section):
 
 
 class ScoreLearnerConfig(LearnerConfig):
+    """The optimizer (AdamW). A `warmup_steps` that is not given is a tenth of `steps`."""
+
     lr: Annotated[float, Field(gt=0.0)] = 5e-6
+    """Learning rate of AdamW, after the warm-up."""
+    epochs: Positive = 1
+    """1 is the only value: a reward model makes one update of each batch."""
+    minibatches: Positive = 1
+    """1 is the only value, as for `epochs`."""
 
 
 class HeldOutConfig(Section):
+    """Evaluations on the held-out examples of `data.eval`."""
+
     every: Count = 0
-    """Steps between evaluations; 0: before the first step and after the last one only."""
+    """Steps between evaluations; 0: only before the first step and after the last one."""
 
 
 class RewardModelConfig(Section):
+    """The settings of a run that trains a reward model."""
+
     task: Literal["reward_model"]
-    """`rl` trains a policy, `reward_model` this."""
+    """What is trained: a reward model. `rl`, the default, trains a policy with the settings above."""
     run_dir: str
-    """Folder of the run."""
+    """Folder that the run writes to; with `checkpoint.resume: auto` that of an earlier run, which
+    continues."""
     steps: Positive = 1000
-    """Updates."""
+    """Number of updates."""
     seed: Count = 0
-    """Of everything drawn at random."""
+    """Seed of all random numbers."""
     model: ModelConfig
     data: PreferenceData
     score: ScoreConfig = ScoreConfig()
     batch: BatchConfig
     learner: ScoreLearnerConfig = ScoreLearnerConfig()
-    """A warm-up that is not given is a tenth of the steps."""
     eval: HeldOutConfig = HeldOutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
 
     @property
     def lm_coef(self) -> float:
+        """`score.lm_coef`, or its default for the kind of examples."""
         if self.score.lm_coef is not None:
             return self.score.lm_coef
         return 1.0 if self.score.kind == "pairs" else 0.0
@@ -98,29 +120,32 @@ class RewardModelConfig(Section):
     def check_together(self) -> RewardModelConfig:
         score, learner, batch = self.score, self.learner, self.batch
         if score.kind == "pairs" and len(score.objectives) != 1:
-            raise ValueError(f"score.kind pairs has one score, got objectives {', '.join(score.objectives)}")
+            raise ValueError(
+                f"score.kind is pairs, which has one score, but score.objectives has "
+                f"{len(score.objectives)}: {', '.join(score.objectives)}"
+            )
         if not score.objectives or len(set(score.objectives)) != len(score.objectives):
             raise ValueError(f"score.objectives must be different names, got {list(score.objectives)}")
         if score.kind == "ratings" and self.lm_coef:
             raise ValueError(
-                "score.lm_coef is the weight of the likelihood of chosen completions; ratings choose none, "
-                f"so it must be 0, got {self.lm_coef:g}"
+                "score.lm_coef weighs a loss on the better completion of a pair, but score.kind = "
+                f"ratings has no pairs: it must be 0, got {self.lm_coef:g}"
             )
         if batch.low > batch.high:
-            raise ValueError(f"batch.low is {batch.low}, more than batch.high = {batch.high}")
+            raise ValueError(f"batch.low must be at most batch.high = {batch.high}, got {batch.low}")
         if learner.epochs * learner.minibatches != 1:
             raise ValueError(
-                "learner.epochs and learner.minibatches are those of rollouts; a reward model makes one "
-                f"update of each batch, got {learner.epochs} and {learner.minibatches}"
+                "learner.epochs and learner.minibatches must be 1, because a reward model makes one update "
+                f"of each batch; got {learner.epochs} and {learner.minibatches}"
             )
         if learner.warmup_steps > self.steps:
             raise ValueError(
                 f"learner.warmup_steps is {learner.warmup_steps}, but the run has {self.steps} steps"
             )
         if self.model.lora is not None:
-            raise ValueError("model.lora: a reward model is trained whole")
+            raise ValueError("model.lora must not be given: a reward model is trained without an adapter")
         return self
 
     def to_yaml(self) -> str:
-        """Every setting with the value in force, as RUN/config.yaml holds it."""
+        """The text of RUN/config.yaml: every setting with the value that holds, defaults included."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)

@@ -1,4 +1,4 @@
-"""The sections `rollout`, `rollout.vllm` and `budget`: what samples, and how many completions a prompt."""
+"""The sections `rollout`, `rollout.vllm` and `budget`: engines, sampling, completions for each prompt."""
 
 from __future__ import annotations
 
@@ -14,54 +14,66 @@ ENGINES = ("native", "hf", "vllm", "vllm-server")
 
 
 class VLLMConfig(Section):
-    """For `rollout.engine: vllm` and `vllm-server` (docs/engines.md); the first takes `args` and `lora`."""
+    """Settings of `rollout.engine: vllm`, which uses `lora` and `args` only, and of `vllm-server`
+    (docs/engines.md)."""
 
     replicas: Positive = 1
-    """Servers to start on this host."""
+    """Number of vLLM servers to start on this machine."""
     urls: tuple[str, ...] = ()
-    """Servers that run already, on this host, in place of those."""
+    """Addresses of servers that already run on this machine; with them none is started."""
     deadline: Annotated[float, Field(gt=0.0)] = 600.0
-    """Seconds that a server may take to start, and to give the next sample; then it is started again."""
+    """Seconds that a server may take to start, or to finish its next sample; a slower one is started
+    again."""
     transport: Literal["auto", "file", "nccl", "ipc"] = "auto"
-    """How servers get weights: a file in shared memory, or from GPU to GPU; `auto`: what fits."""
+    """How servers get the weights. `file`: from a file in shared memory. `nccl`: over NCCL, for servers with
+    GPUs of their own. `ipc`: from the memory of the learner's GPU, for servers on the same one. `auto`: the
+    last two where there are GPUs for them, else `file`."""
     lora: Literal["merged", "adapter"] = "merged"
-    """How `model.lora` is sent: in the weights that it adapts, or by itself, which is much less to send."""
+    """How an adapter (`model.lora`) is sent. `merged`: added to the weights. `adapter`: by itself, which is
+    much less to send."""
     args: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of vLLM's engine, as its `EngineArgs` names them: gpu_memory_utilization, ..."""
+    """Further arguments of vLLM's engine, by their names in its `EngineArgs` (`gpu_memory_utilization`,
+    ...)."""
 
 
 class RolloutConfig(Section):
-    engine: str = "native"
-    """What samples completions: `native`, `hf`, `vllm`, or one's own, `path/file.py:name` (engines.md)."""
-    prompts_per_step: Positive = 32
-    """Over all ranks."""
-    group_size: Positive = 8
-    """Completions of each prompt; with a knapsack budget the mean over prompts."""
-    max_completion_tokens: Positive = 512
-    """A completion is cut here."""
-    ahead: Literal[0, 1] = 0
-    """1: a step's batch is sampled before the update of the step before, one version older."""
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
-    """Of sampling; the learner scores at the same temperature."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """1 keeps the whole vocabulary. What truncates and is learned from needs `top_k` (docs/engines.md)."""
-    top_k: Count = 0
-    """0 keeps the whole vocabulary."""
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Tokens below this share of the most probable one are left out, before `top_k` and `top_p`."""
-    stop_token_ids: tuple[int, ...] = ()
-    """Beside the end-of-sequence tokens of the model."""
-    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 4.0
-    """Memory for keys and values; groups beyond it wait for room."""
-    sync_tolerance: Annotated[float, Field(gt=0.0)] | None = None
-    """Largest mean difference of engine and learner log-probs after a weight sync, in nats.
+    """The engine that samples completions, how many it samples in a step, and how it draws their tokens."""
 
-    Not given: 0.1 in bfloat16, 0.001 in float32.
-    """
+    engine: str = "native"
+    """Engine that samples completions. `native`: ours, which computes a prompt once for its group. `hf`:
+    `generate` of transformers. `vllm`: vLLM in this process. `vllm-server`: one or more vLLM servers. Or one
+    of your own, as `path/file.py:name` (docs/engines.md)."""
+    prompts_per_step: Positive = 32
+    """Prompts of one step, over all ranks."""
+    group_size: Positive = 8
+    """Completions of each prompt, which form a group; with `budget.rule: knapsack` the mean over prompts."""
+    max_completion_tokens: Positive = 512
+    """Most tokens of a completion; a longer one is cut."""
+    ahead: Literal[0, 1] = 0
+    """0: a step samples its batch from the newest policy. 1: from the policy before the last update, so that
+    rewards of the next batch are computed during an update."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Sampling temperature. The learner computes log-probs at the same temperature."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Tokens are drawn from the most probable ones that together reach this probability; 1: from all. Below 1
+    a policy that learns from its rollouts also needs `top_k` (docs/engines.md)."""
+    top_k: Count = 0
+    """Tokens are drawn from this many of the most probable ones; 0: from all."""
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Tokens with less than this share of the highest probability are not drawn, which is decided before
+    `top_k` and `top_p`; 0: all may be drawn. It needs `top_k` as `top_p` does."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Ids of tokens that end a completion, in addition to the end-of-sequence tokens of the model."""
+    kv_cache_gib: Annotated[float, Field(gt=0.0)] = 4.0
+    """Memory for the engine's keys and values, in GiB; groups that do not fit wait until others are done."""
+    sync_tolerance: Annotated[float, Field(gt=0.0)] | None = None
+    """Largest mean difference between the engine's and the learner's log-probs after a weight sync, in nats;
+    beyond it the run stops. Not given: 0.1 in bfloat16, 0.001 in float32."""
     vllm: VLLMConfig = VLLMConfig()
 
     @property
     def truncates(self) -> bool:
+        """Whether `top_p`, `top_k` or `min_p` keep some tokens from being drawn."""
         return leaves_out(self.top_p, self.top_k, self.min_p)
 
     @property
@@ -83,32 +95,46 @@ class RolloutConfig(Section):
 
 
 class BudgetConfig(Section):
+    """How the completions of a step are divided among its prompts (`rollout.group_size` times the
+    prompts)."""
+
     rule: Literal["uniform", "knapsack"] = "uniform"
-    """`knapsack` shares the completions of a step out by what each prompt's success rate makes them worth."""
+    """`uniform`: every prompt gets `rollout.group_size`. `knapsack`: a prompt gets the more completions, the
+    more its success rate makes them worth (most at one in three), and the total stays the same."""
     low: Positive = 2
-    """Fewest completions of a prompt under `knapsack`."""
+    """Fewest completions of a prompt with `knapsack`."""
     high: Positive = 128
-    """Most completions of a prompt under `knapsack`."""
+    """Most completions of a prompt with `knapsack`."""
     prior: Annotated[float, Field(gt=0.0)] | None = None
-    """Success rates as means of a Beta posterior with this prior on both sides, known from the first sample
-    on; not given: the plain rate of the last 16 samples, from 8 on, as in the paper."""
+    """How `knapsack` estimates a success rate. Given: as the mean of a Beta posterior, with this prior count
+    of both successes and failures, from a prompt's first sample on. Not given: as the plain rate of its last
+    16 samples, from the 8th on, as in the paper."""
     probes: Count = 0
-    """Above 0: this many completions a prompt first, then the rest of the step where the posterior says."""
+    """Completions of each prompt that are sampled first; their outcomes then decide how the rest of the step
+    is divided. 0: only earlier steps decide. Above 0 it needs `prior`."""
     cost: Literal["completions", "tokens"] = "completions"
-    """What a step may spend. `tokens`: a completion costs its prompt's mean length so far, and the best value
-    per token is taken first, which is approximate; the number of completions a step then varies."""
+    """What `knapsack` keeps the same in every step. `completions`: their number. `tokens`: the tokens to
+    expect of them, by each prompt's mean length when it last came; the best value for a token is taken first,
+    which is an approximation, and the number of completions varies. It needs `prior`."""
     advantage_clip: Annotated[float, Field(gt=0.0)] = 5.0
-    """Bound of advantages under `knapsack`: rare successes of a large group have a huge one."""
+    """Bound of advantages, up and down, with `knapsack`: a rare success in a large group has a very large
+    one."""
 
     @model_validator(mode="after")
     def check_knapsack(self) -> BudgetConfig:
         if self.prior is None and (self.probes or self.cost == "tokens"):
             setting = "budget.probes" if self.probes else "budget.cost = tokens"
-            raise ValueError(f"{setting} needs the posterior of every prompt: set budget.prior, perhaps to 1")
+            raise ValueError(
+                f"{setting} needs a success rate of every prompt, new ones too: set budget.prior, for "
+                "example to 1"
+            )
         if self.probes > self.low:
             raise ValueError(
-                f"budget.probes is {self.probes}, more than the budget.low = {self.low} of a prompt"
+                f"budget.probes is {self.probes}, but must be at most budget.low = {self.low}, the fewest "
+                "completions of a prompt"
             )
         if self.probes and self.cost == "tokens":
-            raise ValueError("budget.probes shares out completions: budget.cost must be completions")
+            raise ValueError(
+                "budget.probes divides a number of completions: budget.cost must be completions, got tokens"
+            )
         return self

@@ -1,8 +1,8 @@
-"""The settings of a run: one frozen tree of sections.
+"""`Config`, the settings of a run that trains a policy, and the sections `eval`, `checkpoint` and `monitor`.
 
-Checks within one section stand in its class, checks between sections in `checks.py`; `load.py` reads a file,
-resolves the algorithm and calls them. The keys of `algorithm` are the keyword arguments of its function in
-`algos/table.py`.
+Checks within one section are methods of its class, checks between sections are in `checks.py`; `load.py`
+reads a file, fills in the defaults of the algorithm and calls them. The keys of `algorithm` are the keyword
+arguments of its function in `algos/table.py`.
 """
 
 from __future__ import annotations
@@ -28,51 +28,63 @@ from rlhf.config.section import Count, Positive, Section
 
 
 class EvalConfig(Section):
+    """Evaluations on the held-out prompts of `data.eval`."""
+
     every: Count = 0
-    """Steps between evaluations; 0: before the first step and after the last one only."""
+    """Steps between evaluations; 0: only before the first step and after the last one."""
     samples: Positive = 8
-    """Completions of each held-out prompt."""
+    """Completions that are sampled for each held-out prompt."""
     max_prompts: Positive | None = None
-    """Only the first so many held-out prompts; not given: all."""
+    """Number of held-out prompts that are used, from the first one on; not given: all."""
 
 
 class CheckpointConfig(Section):
+    """When a run is saved, which checkpoints stay, and whether it continues from one."""
+
     every: Count = 50
-    """Steps between checkpoints; 0: only at the end and when interrupted."""
+    """Steps between checkpoints; 0: only at the end of the run and when it is interrupted."""
     keep_last: Positive = 2
-    """How many of the newest checkpoints stay."""
+    """Number of the newest checkpoints that are kept."""
     keep_best: Count = 0
-    """Beside the last ones, those of the steps whose evaluation was the most accurate."""
+    """Number of checkpoints that are kept in addition: those with the highest accuracy in an evaluation."""
     background: bool | None = None
-    """Write while the next step is computed, from a copy on the host; not given: on a GPU."""
+    """Whether a checkpoint is written while the next step is computed, from a copy in the host's memory; not
+    given: with a GPU it is, on a CPU it is not."""
     resume: Literal["never", "auto"] = "never"
-    """`auto` goes on from the newest whole checkpoint in `run_dir`, or begins where there is none."""
+    """`never`: a run that is already in `run_dir` is an error. `auto`: it continues from its newest complete
+    checkpoint, and where there is none the run starts at its first step."""
     export: bool = True
-    """Write the final model in the Hugging Face layout."""
+    """Whether the final model is written to RUN/model, in the Hugging Face layout."""
 
 
 class MonitorConfig(Section):
+    """Where metrics are shown, and how many completions are recorded."""
+
     sinks: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
-    """Beside RUN/metrics.jsonl, which is always written."""
+    """Where metrics are written in addition to RUN/metrics.jsonl."""
     samples_per_step: Count = 2
-    """Groups whose completions go to RUN/samples.jsonl."""
+    """Groups of each step whose completions are written to RUN/samples.jsonl."""
 
 
 class Config(Section):
+    """The settings of a run that trains a policy."""
+
     task: Literal["rl"] = "rl"
-    """What is trained: a policy, or with `reward_model` that (rlhf/reward_model_config.py)."""
+    """What is trained. `rl`: a policy. `reward_model`: a reward model, with the settings at the end of
+    docs/settings.md."""
     run_dir: str
-    """Folder of the run, new or with `checkpoint.resume: auto` an earlier one."""
+    """Folder that the run writes to; with `checkpoint.resume: auto` that of an earlier run, which
+    continues."""
     steps: Positive
-    """Rounds of rollouts and updates."""
+    """Number of steps: each collects completions and makes one or more updates."""
     seed: Count = 0
-    """Of everything drawn at random."""
+    """Seed of all random numbers."""
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig = RewardConfig()
     algorithm: dict[str, Any]
-    """`name` (a key of `ALGORITHMS`, or `path/file.py:function`) and that function's keyword
-    arguments; or the name alone."""
+    """`name` (a key of `ALGORITHMS`, or `path/file.py:function`) and keyword arguments of that function; or
+    the name alone."""
     rollout: RolloutConfig = RolloutConfig()
     budget: BudgetConfig = BudgetConfig()
     prompt_value: PromptValueConfig = PromptValueConfig()
@@ -89,6 +101,7 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def gym_brings_its_reward(cls, given: Any) -> Any:
+        """A `gym:` dataset without a section `reward` is scored by the built-in reward `gym`."""
         if not isinstance(given, Mapping):
             return given
         settings: dict[str, Any] = {**typing.cast(Mapping[str, Any], given)}
@@ -110,17 +123,19 @@ class Config(Section):
         return settings
 
     def build_algorithm(self) -> Algorithm:
+        """The algorithm of the section `algorithm`, with the loss of the section `perception`."""
         settings = dict(self.algorithm)
         algorithm = algorithm_factory(settings.pop("name"))(**settings)
         return dataclasses.replace(algorithm, perception=self.perception.term)
 
     def to_yaml(self) -> str:
-        """Every setting with the value in force, as RUN/config.yaml holds it."""
+        """The text of RUN/config.yaml: every setting with the value that holds, defaults included."""
         plain = {key: _plain(value) for key, value in self.model_dump(mode="json").items()}
         return yaml.safe_dump(plain, sort_keys=False, width=110)
 
 
 def _plain(value: Any) -> Any:
+    """Dataclasses, at any depth of dicts, as dicts."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""What every section of the settings is: frozen, with bounds, refusing unknown keys."""
+"""`Section`, the base class of all sections of the settings, their bounded numbers, and `ConfigError`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
+    """A part of the settings: it cannot be changed, and an unknown key or a value out of range is an
+    error."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
 
 
 class ConfigError(ValueError):
-    """A setting is wrong. The message has one line a problem: the key, what was expected, what came."""
+    """A setting is wrong. The message has a line for each problem: the key, what was expected, what came."""

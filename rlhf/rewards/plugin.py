@@ -1,15 +1,16 @@
-"""A reward function by name, and what its signature asks for.
+"""`RewardSpec`, the settings of a reward function; finds and imports the function, reads its signature.
 
     def reward(prompts, completions, **columns) -> list[float | dict[str, float] | None]
 
-This is the signature of TRL: a function written for it works unchanged. It is called by keyword, each
-argument a list with one entry a completion: `prompts` and `completions` (text, or lists of messages for chat
-prompts), `completion_ids`, and the columns of the dataset; `trainer_state` alone is one object. A function
-gets what it declares, and everything when it takes `**kwargs`. It may be `async`. It may be a class, made
-once with `params` in each worker, whose objects are called like this. And it may be the `compute_score` of
-verl (`verl.py`).
+This is the signature of TRL: a function written for it works unchanged. It is called by keyword. Each
+argument is a list with one entry for each completion: `prompts` and `completions` (text, or lists of messages
+for chat prompts), `completion_ids`, and the columns of the dataset; only `trainer_state` is a single object.
+A function gets the arguments that it declares, or all of them when it takes `**kwargs`. It may be `async`. It
+may also be a class, of which each worker makes one object with `params` and calls it like a function; or the
+`compute_score` of verl (`verl.py`).
 
-A call has one sample, unless `batch` asks for more: a deadline, an exception and a crash belong to a sample.
+A call has one sample unless `batch` asks for more, so that a deadline, an exception or a crash concerns one
+sample.
 """
 
 from __future__ import annotations
@@ -41,56 +42,63 @@ BUILT_IN = {
     "judge": "rlhf.rewards.remote:LLMJudge",
 }
 NEEDS = {"math_match": ("math_verify", "rewards"), "gym": ("reasoning_gym", "gym")}
-"""Package that a built-in works with, and the extra it comes with. Imported before a worker says that it is
-ready: that takes seconds, which are not those of its first sample."""
+"""Package that a built-in needs, and the extra that installs it. A worker imports it before it says that it
+is ready, so that the seconds which this takes do not count against the deadline of its first sample."""
 
 
 @dataclass(frozen=True, slots=True)
 class RewardSpec:
-    """How a config names a reward function.
+    """The settings of one reward function, an entry of `reward.functions`.
 
     Example: `RewardSpec("my_rewards.py:brevity", weight=0.1, params={"limit": 50})`.
     """
 
     path: str
-    """`package.module:function`, `path/file.py:function`, a built-in's name, or one of the entry points."""
+    """The function: `package.module:function`, `path/file.py:function`, the name of a built-in
+    (docs/rewards.md), or a name that an installed package offers in the entry-point group `rlhf.rewards`."""
     weight: float = 1.0
-    """Of its number in the sum."""
+    """Factor of the function's score in the sum that is the reward."""
     params: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Keyword arguments of every call; of a class, of its construction."""
+    """Keyword arguments of every call of the function; for a class, of its constructor."""
     name: str | None = None
-    """Of the objective, instead of the function's own."""
+    """Name of the objective, which metrics and other settings use; not given: the name of the function."""
     weights: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Of single objectives of a function that returns dicts, instead of `weight`."""
+    """For a function that returns dicts: weights of single objectives, by their keys; all others have
+    `weight`."""
     timeout: float = 10.0
-    """Seconds a sample may take."""
+    """Seconds that a sample may take; a sample that takes longer gets no reward. A call of several samples
+    has so many for each of them."""
     workers: int | None = None
-    """Processes; not given: as many as there are cores for this rank, at most 8, and one of a class."""
+    """Worker processes of the function on each rank; not given: the number of cores for the rank, but at most
+    8, and 1 for a class."""
     batch: int | Literal["group", "step"] = 1
-    """Samples of one call: a number, whole groups, or all that are scored at once."""
+    """Samples in one call: a number, or `group` (all completions of a prompt), or `step` (all samples that
+    are scored at once). Larger for a function that is faster on many, `group` or `step` for one that
+    compares."""
     concurrency: int = 16
-    """Calls of an async function that a worker has under way at once."""
+    """For an async function: most calls that a worker runs at the same time."""
     cache: int = 0
-    """Samples whose scores are remembered, of a function that always says the same of the same sample."""
+    """Number of samples whose scores are remembered, so that the same sample is not scored again; 0: none.
+    Only for a function that always gives the same sample the same score."""
     memory_gib: float = 4.0
-    """Of a worker with all it starts."""
+    """Most memory of a worker and the processes that it starts, in GiB; a worker beyond it is killed."""
     processes: int = 128
-    """Of a worker with all it starts."""
+    """Most processes of a worker, itself and those that it starts; a worker beyond it is killed."""
     gpu: bool = False
-    """Whether it may see the GPUs."""
+    """Whether the workers may use the GPUs of the run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What the trainer has to know of a reward function that it does not import itself.
+    """What a worker tells the trainer about its reward function, which the trainer does not import itself.
 
     Example: `Signature(("completions", "answer"), (("answer",),), is_async=False, is_class=False)`.
     """
 
     accepts: tuple[str, ...] | None
-    """None: any keyword."""
+    """Names of the arguments that it takes; None: any keyword."""
     requires: tuple[tuple[str, ...], ...]
-    """What must come from the batch, each with what may stand for it."""
+    """Arguments that it needs, each with the names (one is enough) under which the trainer may have it."""
     is_async: bool
     is_class: bool
 
@@ -105,31 +113,32 @@ class Signature:
             )
             has = ", ".join(repr(column) for column in columns) or "none beside the prompt"
             raise ValueError(
-                f"reward function {name} needs what the dataset does not have: {needs}. "
+                f"reward function {name} needs columns that the dataset does not have: {needs}. "
                 f"Its columns: {has}. Add the column, or set the argument in params"
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A reward function, found and understood; call it with a batch's arguments."""
+    """A reward function that is imported, with its signature; call it with the arguments of a batch."""
 
     function: Callable[..., Any]
     params: Mapping[str, Any]
-    """Of each call."""
+    """Keyword arguments that every call gets in addition."""
     signature: Signature
 
     def __call__(self, arguments: Mapping[str, Any]) -> Any:
-        """What the function returns: a coroutine if it is async."""
+        """The function's return value, which is a coroutine if it is async. It gets the arguments it
+        accepts."""
         accepts = self.signature.accepts
         wanted = {k: v for k, v in arguments.items() if accepts is None or k in accepts}
         return self.function(**{**wanted, **self.params})
 
 
 def load_reward(spec: RewardSpec) -> Reward:
-    """Imports the function behind a spec, reads its signature, and makes the object if it is a class.
+    """Imports the function that a spec names, reads its signature, and makes the object if it is a class.
 
-    Raises ValueError when there is no such function (its nearest neighbour is named), it cannot be called, or
+    Raises ValueError when there is no such function (the nearest name is suggested), it cannot be called, or
     it does not take one of `params`. An exception of the imported module or of the class is passed on.
     """
     found = load_object(spec.path) if ":" in spec.path else _load_by_name(spec.path)
@@ -144,7 +153,9 @@ def load_reward(spec: RewardSpec) -> Reward:
         _check_params(spec.path, found, params)
         found, params = found(**params), {}
         if not callable(found):
-            raise ValueError(f"{spec.path} is a class without __call__: its objects score nothing")
+            raise ValueError(
+                f"{spec.path} is a class without __call__, so its objects cannot be called to score"
+            )
     called = found if inspect.isroutine(found) else cast(Any, found).__call__
     named, takes_any = _check_params(spec.path, called, params)
     if is_compute_score(named):
@@ -160,7 +171,7 @@ def load_reward(spec: RewardSpec) -> Reward:
 def _check_params(
     path: str, called: Callable[..., Any], params: Mapping[str, Any]
 ) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The parameters by name, and whether any other keyword is taken too."""
+    """The function's parameters by name, and whether it takes any other keyword too."""
     parameters = inspect.signature(called).parameters.values()
     if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
         raise ValueError(f"reward function {path} is called by keyword, but has positional-only parameters")
@@ -179,7 +190,7 @@ def _load_by_name(name: str) -> Any:
         if name in NEEDS:
             _import_package(name, *NEEDS[name])
         return load_object(BUILT_IN[name])
-    # as slow to import as all the rest of a worker
+    # imported here, because it takes as long to import as everything else in a worker
     from importlib.metadata import entry_points
 
     offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
@@ -209,7 +220,8 @@ def _did_you_mean(name: str, candidates: Iterable[str]) -> str:
 
 
 def name_apart(names: Sequence[str]) -> list[str]:
-    """The same function twice, with other parameters, is two objectives: `match` and `match_2`."""
+    """Unique names of objectives: of a name that comes again, the second is `match_2`, the third
+    `match_3`."""
     apart: list[str] = []
     for name in names:
         number, unique = 1, name

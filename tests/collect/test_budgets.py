@@ -102,9 +102,9 @@ def test_with_a_cost_in_tokens_short_completions_are_sampled_more():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"probes": 2}, "budget.probes needs the posterior"),
-        ({"cost": "tokens"}, "budget.cost = tokens needs the posterior"),
-        ({"probes": 4, "low": 2, "prior": 1.0}, "more than the budget.low = 2"),
+        ({"probes": 2}, "budget.probes needs a success rate of every prompt"),
+        ({"cost": "tokens"}, "budget.cost = tokens needs a success rate of every prompt"),
+        ({"probes": 4, "low": 2, "prior": 1.0}, "but must be at most budget.low = 2"),
         ({"probes": 2, "cost": "tokens", "prior": 1.0}, "budget.cost must be completions"),
     ],
 )

@@ -1,4 +1,4 @@
-"""docs/settings.md from the config tree: every key, its kind, its default and its docstring."""
+"""Writes docs/settings.md from the config tree: each key with its type, its default and its docstring."""
 
 from __future__ import annotations
 
@@ -28,20 +28,30 @@ HEAD = """# Settings
 
 <!-- written by `make docs` from rlhf/config/; edit the docstrings there -->
 
-Every key of a config file, with its default. On the command line a key is written with dots:
-`rlhf train mine.yaml learner.lr=2e-6 rollout.group_size=16`. The value is YAML: `data.eval=null`,
-`rollout.stop_token_ids=[2, 7]`. An unknown key is refused, and its nearest neighbour named. `RUN/config.yaml`
-holds every setting in force.
+Every key of a config file, with its default. A heading is a section of the file, the keys below it stand in
+that section. On the command line a key is written with dots, and its value is YAML:
+
+    rlhf train mine.yaml learner.lr=2e-6 rollout.group_size=16 'rollout.stop_token_ids=[2, 7]' data.eval=null
+
+"None" and "not given" below mean `null`. An unknown key is an error, which suggests the nearest one that
+there is. `RUN/config.yaml`, in the folder `run_dir`, lists every setting of a run with its value, defaults
+included.
 """
 INTRO = {
     "algorithm": (
-        "`name` is one of the table below or `path/file.py:function` (`algorithm: NAME` alone takes its "
-        "defaults, and `algorithm=NAME` on the command line drops what the file has); the other keys are the "
-        "keyword arguments of that function, so they differ by algorithm. "
-        "What each means: [algorithms.md](algorithms.md)."
+        "How the policy learns from completions and their rewards. `name` is an algorithm of the table "
+        "below, or a function of your own as `path/file.py:function`. The other keys are the keyword "
+        "arguments of the function, so they differ by algorithm. `algorithm: NAME` takes its defaults; "
+        "`algorithm=NAME` on the command line also drops all other keys of this section that the file has. "
+        "Formulas: [algorithms.md](algorithms.md)."
     ),
     "reward.functions": (
-        "A list; each entry has these keys. See [Add a reward](../CONTRIBUTING.md#add-a-reward)."
+        "`reward.functions` is a list, and each entry has these keys. See [rewards.md](rewards.md) and "
+        "[Add a reward](../CONTRIBUTING.md#add-a-reward)."
+    ),
+    "reward.constraints": (
+        "`reward.constraints` is a list, and each entry has these keys. See "
+        "[Several objectives](rewards.md#several-objectives)."
     ),
     "model.lora": "See [lora.md](lora.md).",
     "monitor": "See [monitoring.md](monitoring.md).",
@@ -51,12 +61,87 @@ INTRO = {
     ),
 }
 
+ARGUMENTS = {
+    "advantage_clip": "Bound of advantages, up and down, after `whiten`; none: no bound.",
+    "baseline": (
+        "What is taken off a reward to get the advantage. `none`: nothing. `group_mean`: the mean reward of "
+        "the group. `leave_one_out`: the mean of the other rewards of the group. `prompt_value`: the frozen "
+        "value of the prompt (section [prompt_value](#prompt_value))."
+    ),
+    "clip": "Bound of the ratio to the reference, which is kept in [1 - clip, 1 + clip].",
+    "clip_dual": (
+        "For tokens with a negative advantage: the ratio to the old policy counts as at most this (dual "
+        "clip, above 1); none: no such bound."
+    ),
+    "clip_high": (
+        "How far above 1 the ratio to the old policy may go: beyond 1 + clip_high, a token with a positive "
+        "advantage has no gradient. In `cispo` the weight of a token's gradient is at most 1 + clip_high."
+    ),
+    "clip_low": (
+        "How far below 1 the ratio to the old policy may go: beyond 1 - clip_low, a token with a negative "
+        "advantage has no gradient. In `cispo` the weight of a token's gradient is at least 1 - clip_low; "
+        "none: no lower bound."
+    ),
+    "critic": "How values are learned, and how advantages come from them.",
+    "divergence": (
+        "Given: each prompt has a temperature of its own, chosen so that the weights of its completions "
+        "differ from equal ones by this KL, in nats. None: all have `temperature`."
+    ),
+    "drop_truncated": (
+        "Whether completions that were cut at the length limit are left out of the loss (overlong "
+        "filtering); their rewards are still compared with those of the group."
+    ),
+    "entropy_coef": "Weight of the policy's entropy, which is maximised; 0: it is not in the loss.",
+    "floor": "Lower bound of a token's weight, which is its probability.",
+    "imitation_coef": (
+        "Weight of the negative log-likelihood of correct completions, which is added to the loss."
+    ),
+    "kl": "How the distance to the reference is measured, and how much it costs.",
+    "max_tokens": (
+        "Length of a completion, in tokens, that `dr_grpo` divides losses by, and from which on `dapo` and "
+        "`cispo` take 1 off the reward. Not given: `rollout.max_completion_tokens`."
+    ),
+    "max_weight": "Upper bound of a weight exp(advantage / temperature).",
+    "mismatch": "Correction for the difference between the probabilities of engine and learner.",
+    "normalize": (
+        "Whether weights are divided by their mean, so that a learning rate means the same at every "
+        "temperature."
+    ),
+    "overlong_cache": (
+        "Length over which long completions are punished softly: in the last so many tokens before "
+        "`max_tokens` the reward falls linearly by up to 1. 0: no punishment; none: a fifth of `max_tokens`."
+    ),
+    "ratio_penalty": (
+        "Weight of log(policy / reference), which is added to the loss of each token. It makes all "
+        "completions of the data less likely, so it must be small beside the advantages."
+    ),
+    "refill": (
+        "Most further rounds of sampling in a step, to replace groups whose rewards are all equal; 0: they "
+        "are left out and not replaced."
+    ),
+    "reward_scaling": "How rewards are scaled by those of all steps so far.",
+    "standardize": (
+        "Whether advantages first get mean 0 and standard deviation 1 over the experience of a step."
+    ),
+    "tau_negative": (
+        "Steepness of the gate for tokens with a negative advantage: the higher, the faster the gradient "
+        "fades as the ratio to the old policy moves away from 1."
+    ),
+    "tau_positive": "The same for tokens with a positive advantage.",
+    "temperature": (
+        "Temperature of the weights exp(advantage / temperature): the lower, the more the best completions "
+        "outweigh the others."
+    ),
+    "whiten": "Whether advantages get mean 0 and standard deviation 1 over all tokens of a step.",
+}
+"""What the keyword arguments of algorithms mean: a function's arguments have no docstrings."""
 
 OTHER_HEAD = """## Coming from TRL or verl
 
-What they and others call a setting, by the last part of its name; the command says it too. A batch is
-counted in prompts here, a microbatch in tokens, and `steps` are rounds of rollouts: `rlhf check` says how
-many passes over the data they are.
+The settings here, and what TRL, verl and other frameworks call them (the last part of their names). A config
+with such a name is refused with a hint at the setting. Here batches are counted in prompts, microbatches in
+tokens, and `steps` in rounds of rollouts and updates; `rlhf check` says how many passes over the data they
+are.
 
 | here | there |
 |---|---|
@@ -71,26 +156,28 @@ def _other_names() -> str:
 
 
 def render() -> str:
+    """The text of docs/settings.md."""
     parts = [HEAD, *_sections(Config, "")]
     parts.append("## algorithm\n\n" + INTRO["algorithm"] + "\n\n" + _algorithms())
     parts.append(OTHER_HEAD + _other_names())
     parts.append(
-        "# Settings of a reward model\n\nWith `task: reward_model` ([algorithms.md](algorithms.md)); "
-        "`model`, `learner`, `checkpoint` and `monitor` are as above unless they stand here.\n"
+        "# Settings of a reward model\n\nThe settings of `task: reward_model` ([ppo_max.md](ppo_max.md)). "
+        "The sections `model`, `checkpoint` and `monitor` are those above.\n"
     )
     parts += _sections(RewardModelConfig, "", known=set(_tables(Config)))
     return "\n".join(parts).rstrip() + "\n"
 
 
 def undocumented() -> list[str]:
-    """Keys without a docstring."""
-    return [
+    """Keys without a text: sections' settings, and keyword arguments of algorithms."""
+    missing = [
         f"{prefix}{key}"
         for schema in (Config, RewardModelConfig)
         for prefix, section in _walk(schema, "")
         for key, info in section.model_fields.items()
         if _inner(info) is None and not _meaning(section, key)
     ]
+    return missing + [f"algorithm.{key}" for key in _arguments() if key not in ARGUMENTS]
 
 
 def _sections(schema: type[BaseModel], prefix: str, known: set[str] = frozenset()) -> Iterator[str]:  # pyright: ignore[reportArgumentType]
@@ -131,6 +218,7 @@ def _inner(info: FieldInfo) -> type[BaseModel] | None:
 
 
 def _kind(info: FieldInfo) -> str:
+    """The type of a setting and its bounds, in words."""
     bounds = [bound for m in info.metadata for bound in _bounds(m)]
     return ", ".join([_words(info.annotation), *dict.fromkeys(bounds)])
 
@@ -176,6 +264,7 @@ def _words(kind: Any) -> str:
 
 
 def _default(info: FieldInfo) -> str:
+    """The default of a setting for people, or "required"."""
     if info.is_required():
         return "required"
     value = info.get_default(call_default_factory=True)
@@ -193,12 +282,17 @@ def _meaning(section: type[BaseModel], key: str) -> str:
     text = _docstrings(section).get(key, "")
     if not text and section is RewardFunction:
         text = _docstrings(RewardSpec).get(key, "")
-    return text.replace("|", r"\|")
+    return _escaped(text)
+
+
+def _escaped(text: str) -> str:
+    """Text for a cell of a table, in one line."""
+    return " ".join(text.split()).replace("|", r"\|")
 
 
 @cache
 def _docstrings(kind: type) -> dict[str, str]:
-    """The string under each attribute, those of base classes included."""
+    """The string under each attribute of a class, those of its base classes included."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         if not base.__module__.startswith("rlhf"):
@@ -217,35 +311,53 @@ def _docstrings(kind: type) -> dict[str, str]:
 
 
 def _own_docstring(section: type[BaseModel]) -> str:
-    """Only one written for this class: pydantic's own is inherited."""
+    """The docstring that is written in this class; an inherited one is pydantic's."""
     text = section.__dict__.get("__doc__") or ""
     return " ".join(text.split())
 
 
 def _algorithms() -> str:
-    rows = ["| name | keys and defaults |\n|---|---|\n"]
+    """Tables of the algorithms, of their keyword arguments, and of the sections among these."""
+    rows = ["| name | what it is | keys and defaults |\n|---|---|---|\n"]
+    arguments = "| key | value | meaning |\n|---|---|---|\n"
     nested = "| key | value | default | meaning |\n|---|---|---|---|\n"
     for name, factory in ALGORITHMS.items():
         keys = [
             f"`{key}`" if p.default is p.empty else f"`{key} = {_said(p.default)}`"
             for key, p in inspect.signature(factory).parameters.items()
         ]
-        rows.append(f"| `{name}` | {', '.join(keys)} |\n")
+        rows.append(f"| `{name}` | {_escaped(inspect.getdoc(factory) or '')} | {', '.join(keys)} |\n")
+    for key, kinds in sorted(_arguments().items()):
+        arguments += f"| `{key}` | {max(kinds, key=len)} | {_escaped(ARGUMENTS[key])} |\n"
     for prefix, kind in sorted(_nested().items()):
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             default = "none" if field.default is None else f"`{_plain(field.default)}`"
-            meaning = _docstrings(kind).get(field.name, "")
+            meaning = _escaped(_docstrings(kind).get(field.name, ""))
             nested += f"| `{prefix}.{field.name}` | {_words(hints[field.name])} | {default} | {meaning} |\n"
     return (
         "".join(rows)
-        + "\nA key written with braces is a section; in the braces stands what the algorithm has "
-        "otherwise than the defaults here:\n\n" + nested
+        + "\nA key without a default must be given, except `max_tokens`. What the keys mean:\n\n"
+        + arguments
+        + "\nA key whose default is written in braces is a section. The braces have the defaults of the "
+        "algorithm that differ from those here:\n\n" + nested
     )
 
 
+def _arguments() -> dict[str, list[str]]:
+    """The keyword arguments of all algorithms, with the types that they have."""
+    found: dict[str, list[str]] = {}
+    for factory in ALGORITHMS.values():
+        hints = typing.get_type_hints(factory)
+        for key in inspect.signature(factory).parameters:
+            kind = hints[key]
+            words = "the keys below" if dataclasses.is_dataclass(kind) else _words(kind)
+            found.setdefault(key, []).append(words)
+    return found
+
+
 def _nested() -> dict[str, type]:
-    """The sections among the arguments of any algorithm."""
+    """The dataclasses among the arguments of algorithms, by the names of the arguments."""
     return {
         key: type(p.default)
         for factory in ALGORITHMS.values()
@@ -255,7 +367,7 @@ def _nested() -> dict[str, type]:
 
 
 def _said(default: Any) -> str:
-    """A nested section as what differs from its class's own defaults."""
+    """A default for people; of a dataclass only the fields that differ from the class's own defaults."""
     if not dataclasses.is_dataclass(default) or isinstance(default, type):
         return "none" if default is None else _plain(default)
     changed = [

@@ -266,9 +266,9 @@ def test_it_is_one_task_of_the_same_command(
     [
         ({"task": "reward_modle"}, "did you mean reward_model?"),
         ({"batch": {"tokes": 5}}, "unknown setting batch.tokes; did you mean batch.tokens?"),
-        ({"batch": {"low": 9, "high": 8}}, "batch.low is 9"),
-        ({"score": {"kind": "ratings", "lm_coef": 1.0}}, "ratings choose none"),
-        ({"score": {"objectives": ["a", "b"]}}, "score.kind pairs has one score"),
+        ({"batch": {"low": 9, "high": 8}}, "batch.low must be at most batch.high = 8, got 9"),
+        ({"score": {"kind": "ratings", "lm_coef": 1.0}}, "ratings has no pairs"),
+        ({"score": {"objectives": ["a", "b"]}}, "score.kind is pairs, which has one score"),
         ({"learner": {"epochs": 2}}, "makes one update of each batch"),
         ({"steps": 5, "learner": {"warmup_steps": 6}}, "the run has 5 steps"),
     ],
