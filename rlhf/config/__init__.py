@@ -1,4 +1,5 @@
-"""The settings of a run, one file a YAML section; `run.py` is the tree, `load.py` reads and checks it."""
+"""The settings of a run: a class for each section of the YAML file. `run.py` has the tree, `load.py` reads
+it."""
 
 from rlhf.config.load import load_config
 from rlhf.config.rollout import VLLMConfig

@@ -1,4 +1,4 @@
-"""The section `algorithm`: the keyword arguments of a function of `algos/table.py`, as settings."""
+"""The section `algorithm`: finds the function that `algorithm.name` names, checks its keyword arguments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from rlhf.plugins import load_plugin
 
 
 def algorithm_factory(name: str) -> Callable[..., Algorithm]:
-    """The function behind `algorithm.name`: of the table, or of a user's file."""
+    """The function that `algorithm.name` names: one of `ALGORITHMS`, or one of the user's.
+
+    Raises ValueError: there is no such name (the nearest one is suggested), or it is no function.
+    """
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     if ":" in name:
@@ -36,7 +39,11 @@ def algorithm_factory(name: str) -> Callable[..., Algorithm]:
 
 
 def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[str, Any]:
-    """`algorithm` with every default filled in; `max_tokens` is the completion limit unless given."""
+    """The section `algorithm` with every default filled in.
+
+    `max_tokens` is for an algorithm that has such an argument and is not given it: the completion limit.
+    Raises ValueError, one line for each problem.
+    """
     name = settings["name"]
     schema = _schema(algorithm_factory(name))
     given = {key: value for key, value in settings.items() if key != "name"}
@@ -45,8 +52,8 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     try:
         resolved = schema.model_validate(given)
     except ValidationError as error:
-        told = explain(error, prefix="algorithm", schema=schema, owners=_owners())
-        raise ValueError("\n".join(told)) from None
+        lines = explain(error, prefix="algorithm", schema=schema, owners=_owners())
+        raise ValueError("\n".join(lines)) from None
     values = {key: getattr(resolved, key) for key in schema.model_fields}
     factory = algorithm_factory(name)
     hints = typing.get_type_hints(factory)
@@ -60,7 +67,7 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
 
 
 def _owners() -> dict[str, str]:
-    """Keys of algorithms, and the algorithms that have each."""
+    """Each key that some algorithm has, and the names of the algorithms that have it."""
     owners: dict[str, list[str]] = {}
     for name, factory in ALGORITHMS.items():
         for key in inspect.signature(factory).parameters:
@@ -69,10 +76,10 @@ def _owners() -> dict[str, str]:
 
 
 def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> type[BaseModel]:
-    """A pydantic model of a function's or dataclass's keyword arguments, with other defaults where given.
+    """A pydantic model of the keyword arguments of a function or dataclass; `defaults` replace its own.
 
-    A nested dataclass becomes a model whose defaults are the fields of the argument's default:
-    `kl: {coef: 0.01}` changes one of the algorithm's own KL settings and keeps the others.
+    An argument that is a dataclass becomes a nested model, whose defaults are the fields of the argument's
+    default: `kl: {coef: 0.01}` changes one KL setting of the algorithm and keeps its others.
     """
     fields: dict[str, Any] = {}
     name = typing.cast(str, getattr(function, "__name__", "settings"))
@@ -80,7 +87,7 @@ def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = N
     for key, parameter in inspect.signature(function).parameters.items():
         if key not in hints:
             raise ValueError(
-                f"argument {key!r} of {name} has no annotation; its type is what the config checks"
+                f"argument {key!r} of {name} has no annotation: the config needs its type to check the value"
             )
         kind, default = hints[key], (defaults or {}).get(key, parameter.default)
         if dataclasses.is_dataclass(kind) and dataclasses.is_dataclass(default):

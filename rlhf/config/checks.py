@@ -1,6 +1,6 @@
-"""Settings that are right one by one and cannot work together.
+"""Checks between sections: settings that are valid one by one but do not work together.
 
-`make_config` calls `check_config` on every Config, so no other code sees one that fails here.
+`make_config` calls `check_config` for every Config, so no other code gets one that fails here.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ from rlhf.config.run import Config
 
 
 def return_candidates(config: Config, algorithm: Algorithm) -> bool:
-    """Whether engine and learner renormalise over what truncation left, and so have to know it."""
-    learned = config.data.mode != "offline"
-    return learned and config.rollout.truncates and algorithm.mismatch.kind != "none"
+    """Whether the engine returns the candidates: the tokens that truncated sampling left, over which engine
+    and learner both normalise their log-probs."""
+    has_rollouts = config.data.mode != "offline"
+    return has_rollouts and config.rollout.truncates and algorithm.mismatch.kind != "none"
 
 
 def check_config(config: Config, algorithm: Algorithm) -> None:
-    """Raises ValueError, one line for each problem. `algorithm`: the one that `config` builds."""
+    """Raises ValueError with a line for each problem. `algorithm` is the one that `config` builds."""
     problems = [
         *_rewards(config, algorithm),
-        *(_without_data(config, algorithm) if config.data.mode == "online" else _data(config, algorithm)),
+        *(_online(config, algorithm) if config.data.mode == "online" else _from_data(config, algorithm)),
         *_replay(config, algorithm),
         *_sizes(config),
         *_combinations(config),
@@ -31,6 +32,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
 
 
 def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """Something has to give completions a reward, wherever one is needed."""
     if config.reward.functions:
         return
     data = config.data
@@ -39,7 +41,7 @@ def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
     elif data.reward_column is None:
         yield "reward.functions is empty and data.reward_column is null: nothing gives completions a reward"
     if data.eval is not None:
-        yield f"reward.functions is empty, but data.eval = {data.eval} is evaluated by them"
+        yield f"reward.functions is empty, but data.eval = {data.eval} is evaluated by them: give some"
     if algorithm.needs_prompt_value and config.prompt_value.targets == "greedy":
         yield (
             "reward.functions is empty, but prompt_value.targets = greedy scores completions with them; "
@@ -47,29 +49,34 @@ def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
         )
 
 
-def _without_data(config: Config, algorithm: Algorithm) -> Iterator[str]:
+def _online(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """With `data.mode: online` the dataset has no completions and no rewards to learn from."""
     for key, default in (("sampling", "groups"), ("offline_steps", 0), ("mix", False)):
         value = config.data.model_dump()[key]
         if value != default:
-            yield f"data.{key} is {value}, but data.mode is online: there is no data to draw from"
+            yield f"data.{key} is {value}, but with data.mode = online no completions come from the dataset"
     if config.prompt_value.targets == "data":
-        yield "prompt_value.targets is data, but data.mode is online: the data has no rewards"
+        yield "prompt_value.targets is data, but with data.mode = online the dataset has no rewards"
     if algorithm.prompt_temperature is not None:
-        yield "algorithm.divergence is picked by the data's rewards, but data.mode is online"
+        yield (
+            "algorithm.divergence picks the temperature of a prompt by the dataset's rewards, but with "
+            "data.mode = online the dataset has none"
+        )
 
 
-def _data(config: Config, algorithm: Algorithm) -> Iterator[str]:
+def _from_data(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """What learning from the dataset's completions needs of the algorithm and of other settings."""
     data, name = config.data, config.algorithm["name"]
     offline = data.mode == "offline"
     if offline and algorithm.mismatch.kind != "none":
         yield (
-            f"algorithm.mismatch.kind is {algorithm.mismatch.kind}, but nobody recorded the log-probs of the "
-            "data's completions, so no mismatch can be corrected: set it to none"
+            f"algorithm.mismatch.kind is {algorithm.mismatch.kind}, but the dataset's completions have no "
+            "log-probs, so no mismatch can be corrected: set it to none"
         )
     if (offline or data.offline_steps or data.mix) and not algorithm.imitates:
         yield (
-            f"algorithm {name} compares the policy with the one that sampled, and nobody recorded the data's "
-            "log-probs; learn from data with sft, best_of, awr, a_lol or one of their relatives"
+            f"algorithm {name} compares the policy with the one that sampled, but the dataset's completions "
+            "have no log-probs; learn from them with sft, best_of, awr, a_lol or one of their variants"
         )
     if data.sampling != "groups" and not algorithm.pointwise:
         yield (
@@ -77,7 +84,7 @@ def _data(config: Config, algorithm: Algorithm) -> Iterator[str]:
             "those of a group; set it to groups, or take a baseline that is none or prompt_value"
         )
     if offline and (data.offline_steps or data.mix):
-        yield "data.offline_steps and data.mix are for data.mode = offline_to_online"
+        yield "data.offline_steps and data.mix are for data.mode = offline_to_online, but it is offline"
     if not offline and not data.offline_steps and not data.mix:
         yield "data.mode is offline_to_online: set data.offline_steps, data.mix or both"
     if data.offline_steps > config.steps:
@@ -89,20 +96,25 @@ def _data(config: Config, algorithm: Algorithm) -> Iterator[str]:
 
 
 def _replay(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """Replay is for rollouts, and needs a correction for tokens of older policies."""
     if not config.replay.groups_per_step:
         return
     if config.data.mode == "offline":
-        yield "replay.groups_per_step is for rollouts, but data.mode is offline"
+        yield "replay.groups_per_step is for rollouts, but data.mode = offline has none"
     if config.rollout.ahead:
-        yield "replay.groups_per_step learns from old tokens, which rollout.ahead takes out of the loss"
+        yield (
+            "replay.groups_per_step learns from tokens of older policies, but rollout.ahead = 1 takes these "
+            "out of the loss: set one of the two to 0"
+        )
     if algorithm.mismatch.kind == "none" and not algorithm.imitates:
         yield (
-            "replay.groups_per_step needs algorithm.mismatch.kind: without it, tokens of older policies "
-            "count as the policy's own; token_tis is the usual one"
+            "replay.groups_per_step needs a correction, but algorithm.mismatch.kind is none: tokens of older "
+            "policies would count as the policy's own; token_tis is the usual kind"
         )
 
 
 def _sizes(config: Config) -> Iterator[str]:
+    """Numbers of tokens, prompts, steps and completions that must fit into others."""
     rollout, learner, budget = config.rollout, config.learner, config.budget
     longest = config.data.max_prompt_tokens + rollout.max_completion_tokens
     if learner.microbatch_tokens < longest:
@@ -113,26 +125,30 @@ def _sizes(config: Config) -> Iterator[str]:
     if learner.minibatches > rollout.prompts_per_step:
         yield (
             f"learner.minibatches is {learner.minibatches}, but a step has only "
-            f"rollout.prompts_per_step = {rollout.prompts_per_step} prompts to deal out"
+            f"rollout.prompts_per_step = {rollout.prompts_per_step} prompts to divide among them"
         )
     if learner.warmup_steps > config.steps:
         yield (f"learner.warmup_steps is {learner.warmup_steps}, but the run has {config.steps} steps")
     if budget.rule == "knapsack" and not budget.low <= rollout.group_size <= budget.high:
         yield (
-            f"the knapsack budget shares out rollout.group_size = {rollout.group_size} rollouts a prompt "
-            f"between budget.low = {budget.low} and budget.high = {budget.high}"
+            f"budget.rule is knapsack, so rollout.group_size, the mean over prompts, must lie between "
+            f"budget.low = {budget.low} and budget.high = {budget.high}; got {rollout.group_size}"
         )
 
 
 def _combinations(config: Config) -> Iterator[str]:
+    """Settings that have no effect or are not supported together."""
     if config.critic.trunk == "policy" and config.critic.path is not None:
-        yield (f"critic.path is {config.critic.path}, but critic.trunk is policy: no other model is loaded")
+        yield (
+            f"critic.path is {config.critic.path}, but with critic.trunk = policy no second model is loaded; "
+            "set critic.trunk to own, or leave out critic.path"
+        )
     if config.model.lora is not None and config.distributed.mode == "sharded":
-        yield ("model.lora trains so few weights that they are not sharded: take distributed.mode=replicated")
+        yield "model.lora does not work with distributed.mode = sharded: set distributed.mode to replicated"
     if config.checkpoint.keep_best and config.data.eval is None:
         yield (
-            f"checkpoint.keep_best is {config.checkpoint.keep_best}, but there is no data.eval to "
-            "compare checkpoints by"
+            f"checkpoint.keep_best is {config.checkpoint.keep_best}, but there is no data.eval, by whose "
+            "accuracy checkpoints are compared"
         )
     if config.eval.every and config.data.eval is None:
         yield (f"eval.every is {config.eval.every}, but there is no data.eval to evaluate on")

@@ -1,4 +1,4 @@
-"""What a person is told of a wrong setting: the key, what was expected, what came, the key that was meant."""
+"""Error messages for wrong settings: the key, what was expected, what came, and which key was meant."""
 
 from __future__ import annotations
 
@@ -73,16 +73,20 @@ OTHER_NAMES: Mapping[str, Sequence[str]] = {
     "monitor.sinks": ("report_to", "logger"),
     "rollout.vllm.args": ("gpu_memory_utilization", "vllm_gpu_memory_utilization"),
 }
-"""Settings, and the last part of what TRL, verl and others call them; docs/settings.md shows it."""
+"""Each setting, and the names (their last parts) that TRL, verl and others have for it; shown in
+docs/settings.md."""
 MEANT = {other: ours for ours, others in OTHER_NAMES.items() for other in others}
+"""The setting that another framework's name stands for."""
 
 
 def explain(
     error: ValidationError, *, prefix: str, schema: type[BaseModel], owners: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """A line a problem: the key, what was expected, what came; the key that was meant by an unknown one.
+    """A line for each problem of `error`: the key, what was expected, what came, and for an unknown key the
+    one that was probably meant.
 
-    `owners`: whose a key is that `schema` does not know.
+    `prefix`: dotted key of the section that `schema` describes. `owners`: for a key that `schema` does not
+    have, the names of the algorithms that have it.
     """
     problems, before = error.errors(), None
     for problem in problems:
@@ -91,10 +95,10 @@ def explain(
         if problem["type"] == "extra_forbidden":
             owner = (owners or {}).get(where.rpartition(".")[2])
             hint = nearest_setting(where, prefix, schema, cutoff=0.6 if owner is None else 0.85)
-            told = f"; did you mean {hint}?" if hint else f", which is one of {owner}" if owner else ""
-            yield f"unknown setting {where}{told}"
+            help_text = f"; did you mean {hint}?" if hint else f", which is one of {owner}" if owner else ""
+            yield f"unknown setting {where}{help_text}"
         elif problem["type"] == "too_short":
-            # a list is also too short when none of its entries is right
+            # pydantic also calls a list too short when its entries have problems, which have own lines
             if not any(len(p["loc"]) > len(problem["loc"]) for p in problems):
                 yield f"{where}: needs at least {problem.get('ctx', {}).get('min_length', 1)}, got none"
         elif problem["type"] == "missing":
@@ -111,13 +115,14 @@ def explain(
 
 
 def _branch(problem: ErrorDetails | None) -> tuple[int | str, ...] | None:
-    """The setting of which this is one of several kinds: pydantic has a problem for each of them."""
+    """The place of a setting that may be of several types, for which pydantic reports a problem for each
+    type; None for a problem of another kind."""
     *place, last = problem["loc"] if problem else ("",)
     return tuple(place) if re.match(r"constrained-|literal\[", str(last)) else None
 
 
 def _expected(problem: ErrorDetails, schema: type[BaseModel]) -> str:
-    """What should have come, in words."""
+    """What was expected, as words that follow "must"."""
     limits: Mapping[str, Any] = problem.get("ctx", {})
     kind = problem["type"]
     if kind in BOUNDS:
@@ -152,6 +157,7 @@ KINDS = {
 
 
 def _section_at(place: Sequence[int | str], schema: type[BaseModel]) -> type[BaseModel] | None:
+    """The section whose keys lead from `schema` along `place`; None where there is none."""
     found: type[BaseModel] | None = schema
     for key in place:
         field = None if found is None else found.model_fields.get(str(key))
@@ -160,9 +166,9 @@ def _section_at(place: Sequence[int | str], schema: type[BaseModel]) -> type[Bas
 
 
 def nearest_setting(where: str, prefix: str, schema: type[BaseModel], *, cutoff: float) -> str | None:
-    """The setting that was meant by an unknown one: by its spelling, or by another framework's name.
+    """The setting that was probably meant by an unknown one, by its spelling or as another framework's name.
 
-    `cutoff`: how like it a guess must be, 0 to 1.
+    `cutoff`: how similar in spelling a setting must be, 0 to 1.
     """
     names = list(setting_names(schema, f"{prefix}." if prefix else ""))
     parent, _, last = where.rpartition(".")
@@ -179,13 +185,14 @@ def nearest_setting(where: str, prefix: str, schema: type[BaseModel], *, cutoff:
     )
 
 
-def _close(word: str, candidates: Mapping[str, Sequence[str]], cutoff: float) -> str | None:
-    near = difflib.get_close_matches(word, candidates, n=1, cutoff=cutoff)
-    return " or ".join(candidates[near[0]]) if near else None
+def _close(word: str, settings: Mapping[str, Sequence[str]], cutoff: float) -> str | None:
+    """The settings of the word most similar to `word`, if one is similar enough."""
+    near = difflib.get_close_matches(word, settings, n=1, cutoff=cutoff)
+    return " or ".join(settings[near[0]]) if near else None
 
 
 def setting_names(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key there is, algorithms' own excepted."""
+    """Every dotted key of the settings, except those of single algorithms."""
     for key, info in schema.model_fields.items():
         section = section_of(info.annotation)
         if section is None:
@@ -195,7 +202,7 @@ def setting_names(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def section_of(kind: Any) -> type[BaseModel] | None:
-    """The section behind `Section`, or behind `Section | None`: one that may be left out."""
+    """The class of a section, where `kind` is `Section` or `Section | None`; else None."""
     parts = typing.get_args(kind)
     if len(parts) == 2 and parts[1] is type(None):
         kind = parts[0]

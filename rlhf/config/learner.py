@@ -26,7 +26,8 @@ class LearnerConfig(Section):
     """Learning rate after the warm-up. `constant`: stays at `lr`. `linear` and `cosine`: falls to 0 at the
     last step. `inverse_sqrt`: falls with the square root of warmup_steps / step, as in PPO-max."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
-    """Bound of the gradient's norm (with a critic: over both models); a longer gradient is scaled down to it."""
+    """Bound of the gradient's norm (with a critic, of both models together): a longer one is scaled down to
+    it."""
     epochs: Positive = 1
     """Passes over the completions of a step; each pass makes one update for each of the `minibatches`."""
     minibatches: Positive = 1

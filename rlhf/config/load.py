@@ -1,4 +1,4 @@
-"""Reads the settings of a run or of another task from YAML and overrides, and checks them.
+"""Loads and checks the settings of a run: YAML and overrides -> `Config` or `RewardModelConfig`.
 
 config = load_config("configs/quickstart.yaml", ["steps=40", "rollout.group_size=16"])
 """
@@ -24,9 +24,9 @@ TASKS = ("rl", "reward_model")
 
 
 def load_task(path: str | Path, overrides: Sequence[str] = ()) -> Config | RewardModelConfig:
-    """The settings of whatever `task` names: a policy (`rl`) or a reward model.
+    """The settings of a run of either task: one that trains a policy (`rl`) or a reward model.
 
-    Raises ConfigError as `load_config` does, and for a task that is none.
+    Raises ConfigError as `load_config` does, and for an unknown task.
     """
     settings = read_settings(path, overrides)
     task = settings.get("task", "rl")
@@ -43,10 +43,10 @@ def load_task(path: str | Path, overrides: Sequence[str] = ()) -> Config | Rewar
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and applies `dotted.key=value` overrides.
+    """The settings of a run that trains a policy, from a YAML file and `dotted.key=value` overrides.
 
     Raises ConfigError: the file is missing or is no YAML mapping, an override is malformed, a key is unknown
-    (its nearest neighbour is named), a value is out of its range, or two settings do not go together.
+    (the nearest one is suggested), a value is out of its range, or two settings do not work together.
     """
     return make_config(read_settings(path, overrides))
 
@@ -55,8 +55,8 @@ def make_config(settings: Mapping[str, Any]) -> Config:
     """A checked Config from a nested mapping, with every default of its algorithm. Raises ConfigError."""
     if settings.get("task") == "reward_model":
         raise ConfigError(
-            "task is reward_model: this is no run of a policy; rlhf train CONFIG trains it, from Python "
-            "rlhf.RewardModelTrainer(rlhf.load_task(CONFIG)).run()"
+            "task must be rl here, which trains a policy, got reward_model: rlhf train CONFIG trains it, or "
+            "from Python rlhf.RewardModelTrainer(rlhf.load_task(CONFIG)).run()"
         )
     try:
         config = Config.model_validate(settings)

@@ -30,7 +30,7 @@ class LoraConfig(Section):
         named = [key for key in settings or () if re.search("quant|bit|qlora", str(key).lower())]
         if named:
             raise ValueError(
-                f"{named[0]}: QLoRA is not supported, an adapter stands on weights of model.dtype"
+                f"{named[0]}: QLoRA is not supported, the weights below an adapter must be in model.dtype"
             )
         return settings
 
@@ -39,7 +39,8 @@ class LoraConfig(Section):
     def is_one_function(cls, dropout: float) -> float:
         if dropout:
             raise ValueError(
-                f"must be 0, got {dropout:g}: log-probs before and after an update must be of one function"
+                f"must be 0, got {dropout:g}: with dropout, log-probs before and after an update would be "
+                "those of two functions"
             )
         return dropout
 

@@ -1,4 +1,5 @@
-"""A YAML file with `key=value` overrides in it, as a plain tree: nothing is checked yet."""
+"""Reads a YAML file and puts `key=value` overrides into it: a plain tree, whose values are not checked
+yet."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ from rlhf.config.section import ConfigError
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The tree of a YAML file with the overrides in it, not checked yet. Raises ConfigError."""
+    """The tree of a YAML file with the overrides put into it; keys and values are not checked yet.
+
+    Raises ConfigError: there is no such file, it is not UTF-8, not YAML or no mapping, or an override is
+    malformed.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no config file {path}")
@@ -36,7 +41,7 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     """Puts `dotted.key=value` into a tree of settings. Raises ConfigError when it is malformed."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"an override is key=value, got {override!r}")
+        raise ConfigError(f"an override must be key=value, got {override!r}")
     *parents, last = key.split(".")
     node = settings
     for parent in parents:
@@ -62,24 +67,25 @@ class _Loader(yaml.SafeLoader):
                 continue
             if key.value in first:
                 line = first[key.value].line + 1
-                said = f"{key.value} is given a second time (it was in line {line})"
-                raise yaml.constructor.ConstructorError(None, None, said, key.start_mark)
+                problem = f"{key.value} is given a second time (it was in line {line})"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             first[key.value] = key.start_mark
         return super().construct_mapping(node, deep)
 
 
-# its stub has no types
+# PyYAML's stub has no types for add_implicit_resolver
 typing.cast(Any, _Loader).add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
 
 def load_yaml(text: str) -> Any:
-    """Plain values alone. Raises yaml.YAMLError."""
+    """Parses YAML into plain values. Raises yaml.YAMLError."""
     return yaml.load(text, _Loader)
 
 
 def _problem_of(error: yaml.YAMLError) -> str:
+    """What is wrong and where, in one line."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return str(error)
     where = f"in line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"

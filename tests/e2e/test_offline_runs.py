@@ -232,7 +232,7 @@ def test_imitation_raises_the_reward_of_the_policys_own_rollouts_too(
         ({"data": {"eval": "x.jsonl"}}, "is evaluated by them"),
         (
             {"algorithm": {"name": "awr", "divergence": 0.5}, "data": {"mode": "online"}},
-            "divergence is picked by the data's rewards",
+            "divergence picks the temperature of a prompt",
         ),
     ],
 )
