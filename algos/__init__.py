@@ -1,1 +1,1 @@
-"""Pure functions on tensors: advantages, ratios, surrogates, reductions, KL; algorithms as values of them."""
+"""Pure functions on tensors: advantages, ratios, surrogates, reductions, KL; algorithms combine them."""

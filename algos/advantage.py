@@ -1,8 +1,8 @@
-"""How much better a completion, or a token, was than expected. Never with gradient.
+"""Advantages: how much better a completion or a token was than expected (GRPO, RLOO, GDPO, REINFORCE++).
 
-`group` holds, for each sequence, the number of its prompt, `0 .. P-1`; groups may differ in size. Without
-`group`, `rewards` is `[P, G]`, a group a row. A reward that is NaN is missing: it enters no statistic and its
-advantage is 0.
+None of them has a gradient. `group` holds, for each sequence, the number of its prompt, `0 .. P-1`; groups
+may differ in size. Without `group`, `rewards` is `[P, G]`, one row for each group. A reward that is NaN is
+missing: it enters no statistic and its advantage is 0.
 
 Differences from the papers and codes: 1. standard deviations are unbiased (divided by n - 1) everywhere, as
 in the codes; the papers say "std" and no more; 2. a group whose rewards are all equal has advantage exactly
@@ -24,7 +24,7 @@ from rlhf.kernels.gae import gae as gae
 from rlhf.types import AdvantageInputs
 
 Advantage = Callable[[AdvantageInputs], Tensor]
-"""Advantages of tokens `[N]`, 0 where the loss mask is False."""
+"""Function that returns the advantage of each token `[N]`, 0 where the loss mask is False."""
 
 
 def group_center(
@@ -65,14 +65,14 @@ def gdpo(
 ) -> Float[Tensor, " S"]:
     """Each objective normalised in its group, weighted, added, normalised over the batch (arXiv:2601.05242).
 
-    As TRL: the batch is all sequences, of all ranks by way of `all_sum`, and eps is 1e-4 in both places.
+    As in TRL, the batch is all sequences of all ranks (through `all_sum`), and eps is 1e-4 in both places.
     """
-    # a step in which every reward failed has no objectives
+    # K is 0 in a step in which every reward failed
     columns = [group_normalize(column, group, eps=eps) for column in objectives.unbind(1)]
     normalized = torch.stack(columns, dim=1) if columns else objectives
     summed = normalized @ weights.to(objectives.dtype)
     centered, std = _moments(summed, ~objectives.isnan().all(dim=1), all_sum)
-    # the batch's mean is 0 as each group's is, but for rounding: a group without signal is to have none
+    # the batch's mean is 0 up to rounding, which must not give an advantage to a group without a signal
     return (centered / (std + eps)).masked_fill(summed == 0, 0.0).to(objectives.dtype)
 
 
@@ -86,11 +86,11 @@ def reinforce_pp(
 ) -> Float[Tensor, " N"]:
     """The reward minus the penalties from this token on, whitened over all tokens (arXiv:2501.03262).
 
-    Tokens outside the mask are skipped: they get 0, and what comes after them carries across.
+    Tokens outside the mask get 0, and their penalties do not count.
     """
     penalty = token_penalty.double().masked_fill(~loss_mask, 0.0)
     total = penalty.new_zeros(len(rewards)).index_add(0, sequence, penalty)
-    # penalties up to the end of the own sequence, less those before this token
+    # penalties from the batch's start to the end of the token's sequence, minus those before the token
     still_to_come = total.cumsum(0)[sequence] - (penalty.cumsum(0) - penalty)
     to_go = rewards.double()[sequence] - still_to_come
     return whiten(to_go, loss_mask & ~to_go.isnan(), all_sum=all_sum).to(rewards.dtype)
@@ -104,7 +104,7 @@ def reinforce_pp_baseline(
     *,
     all_sum: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> Float[Tensor, " N"]:
-    """Reward minus the mean of its group, whitened over all tokens (arXiv:2501.03262, its baseline)."""
+    """Reward minus the mean of its group, whitened over all tokens (arXiv:2501.03262, with a baseline)."""
     known = ~rewards.isnan()[sequence]
     centered = group_center(rewards, group)[sequence]
     return whiten(centered, loss_mask & known, all_sum=all_sum).to(rewards.dtype)
@@ -117,7 +117,7 @@ def whiten(
     all_sum: Callable[[Tensor], Tensor] = lambda t: t,
     eps: float = 1e-8,
 ) -> Float[Tensor, " N"]:
-    """(x - mean) / sqrt(unbiased variance + eps) over the masked cells of all ranks; 0 elsewhere.
+    """(x - mean) / sqrt(unbiased variance + eps) over the unmasked tokens of all ranks; 0 elsewhere.
 
     Computed and returned in float64, in which the mean of equal fp32 numbers is exactly that number.
     """
@@ -126,7 +126,10 @@ def whiten(
 
 
 def per_sequence(normalize: Callable[[Tensor, Tensor], Tensor]) -> Advantage:
-    """R_i less the penalties of its tokens, by `normalize(rewards[S], group[S])`, given to all its tokens."""
+    """The advantage `normalize(rewards[S], group[S])` of a sequence, given to all its tokens.
+
+    The reward of a sequence is R_i minus the penalties of its tokens (`without_penalty`).
+    """
 
     def advantage(inputs: AdvantageInputs) -> Tensor:
         return to_tokens(normalize(without_penalty(inputs), inputs.group), inputs)
@@ -135,36 +138,36 @@ def per_sequence(normalize: Callable[[Tensor, Tensor], Tensor]) -> Advantage:
 
 
 def gdpo_advantage(inputs: AdvantageInputs) -> Tensor:
-    """`gdpo`, given to all tokens of a sequence."""
+    """`gdpo` as an `Advantage`: the value of each sequence, given to all its tokens."""
     x = inputs
     return to_tokens(gdpo(x.objectives, x.group, x.objective_weights, all_sum=x.all_sum), x)
 
 
 def reinforce_pp_advantage(inputs: AdvantageInputs) -> Tensor:
-    """`reinforce_pp`."""
+    """`reinforce_pp` as an `Advantage`."""
     x = inputs
     return reinforce_pp(x.rewards, x.token_penalty, x.sequence, x.loss_mask, all_sum=x.all_sum)
 
 
 def reinforce_pp_baseline_advantage(inputs: AdvantageInputs) -> Tensor:
-    """`reinforce_pp_baseline`."""
+    """`reinforce_pp_baseline` as an `Advantage`."""
     x = inputs
     return reinforce_pp_baseline(without_penalty(x), x.group, x.sequence, x.loss_mask, all_sum=x.all_sum)
 
 
 def without_penalty(inputs: AdvantageInputs) -> Tensor:
-    """Rewards `[S]` less what a KL in the reward takes off their tokens."""
+    """Rewards `[S]` minus the penalties of their tokens, which come from a KL in the reward."""
     penalty = inputs.token_penalty.masked_fill(~inputs.loss_mask, 0.0)
     return inputs.rewards.index_add(0, inputs.sequence, penalty.to(inputs.rewards.dtype), alpha=-1)
 
 
 def to_tokens(x: Tensor, inputs: AdvantageInputs) -> Tensor:
-    """What each sequence has `[S]`, given to all its learned tokens `[N]`; 0 elsewhere."""
+    """A value of each sequence `[S]`, given to all its tokens in the loss mask `[N]`; 0 elsewhere."""
     return x[inputs.sequence].masked_fill(~inputs.loss_mask, 0.0)
 
 
 def _flatten(rewards: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rewards as `[S]` and the group of each."""
+    """Rewards as `[S]`, and the number of the group of each."""
     if group is not None:
         if rewards.shape != group.shape or rewards.ndim != 1:
             raise ValueError(
@@ -173,16 +176,16 @@ def _flatten(rewards: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
         return rewards, group
     if rewards.ndim != 2:
         raise ValueError(
-            f"without group, rewards must be [P, G], a group a row; got shape {[*rewards.shape]}"
+            f"without group, rewards must be [P, G], one row for each group; got shape {[*rewards.shape]}"
         )
     rows = torch.arange(rewards.shape[0], device=rewards.device)
     return rewards.reshape(-1), rows.repeat_interleave(rewards.shape[1])
 
 
 def _centered(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Rewards minus their group's mean, the size of each one's group, and the sum over each one's group.
+    """Of each sequence: its reward minus the group's mean, the group's size, and a sum over the group.
 
-    Missing rewards count nowhere and come out as 0.
+    Missing rewards are not counted, and are 0 in the first result.
     """
     known = ~rewards.isnan()
     filled = rewards.masked_fill(~known, 0.0)

@@ -58,9 +58,9 @@ def allocate(
 ) -> list[int]:
     """Rollouts of each prompt, between `low` and `high`, adding up to `total`.
 
-    A rate of None is a prompt not seen enough: it gets `unknown`, by default the uniform share. Equal prompts
-    may differ by one; the earlier gets it. Raises ValueError when no such allocation exists or a rate is
-    none.
+    A rate of None means that the prompt has not been seen enough: it gets `unknown` rollouts, by default the
+    uniform share. Prompts with equal rates may differ by one rollout, which the earlier one gets. Raises
+    ValueError when no such allocation exists or a rate is not in 0..1.
     """
     count = len(success_rates)
     _check(success_rates, total, low, high)
@@ -70,28 +70,28 @@ def allocate(
     mixed = ~(unseen | failed | solved)
     budget: Ints = np.full(count, low, dtype=np.int64)
     budget[unseen] = share
-    left = total - int(budget.sum())
-    if not low <= share <= high or left < 0:
+    remaining = total - int(budget.sum())
+    if not low <= share <= high or remaining < 0:
         raise ValueError(
             f"unknown must lie in {low}..{high} and leave {low} rollouts for each of the other prompts, got "
             f"{share} for {int(unseen.sum())} of {count} prompts with a total of {total}"
         )
-    # first what the mixed prompts need, then those that always failed, then the mixed ones as far as they can
-    gains = _gains(rates[mixed], low, min(high, low + left))
+    # first what mixed prompts (0 < p < 1) need, then those that always failed, then the mixed ones again
+    gains = _gains(rates[mixed], low, min(high, low + remaining))
     need = np.array(
         [max(math.ceil(min(confident_rollouts(p), high)), low) - low for p in rates[mixed].tolist()]
     )
-    extra = min(left, int(need.sum())) if failed.any() else left
-    explore = _spread(left - extra, int(failed.sum()), high - low)
+    needed = min(remaining, int(need.sum())) if failed.any() else remaining
+    explore = _spread(remaining - needed, int(failed.sum()), high - low)
     budget[failed] += explore
-    best = _best(gains, min(left - int(explore.sum()), gains.size))
+    best = _best(gains, min(remaining - int(explore.sum()), gains.size))
     budget[mixed] += best
-    left -= int(explore.sum()) + int(best.sum())
-    for others, room in ((unseen, high - share), (solved, high - low)):
-        more = _spread(left, int(others.sum()), room)
+    remaining -= int(explore.sum()) + int(best.sum())
+    for others, most in ((unseen, high - share), (solved, high - low)):
+        more = _spread(remaining, int(others.sum()), most)
         budget[others] += more
-        left -= int(more.sum())
-    assert left == 0, left
+        remaining -= int(more.sum())
+    assert remaining == 0, remaining
     return [int(n) for n in budget]
 
 
@@ -104,8 +104,9 @@ def allocate_tokens(
 ) -> list[int]:
     """Rollouts of each prompt when one costs `tokens[i]` tokens and `total` tokens may be spent: approximate.
 
-    The best value per token first, until the next would not fit; at most one rollout's tokens stay unspent
-    unless all prompts are full. Raises ValueError when `low` rollouts of each do not fit.
+    The rollout with the best value per token is taken first, until the next one does not fit. What is not
+    spent is less than the tokens of one rollout, unless all prompts have `high`. Raises ValueError when `low`
+    rollouts of each prompt do not fit.
     """
     cost, rates = np.asarray(tokens, dtype=np.float64), np.asarray(success_rates, dtype=np.float64)
     least = low * float(cost.sum())
@@ -122,11 +123,11 @@ def allocate_tokens(
 
 
 class SuccessTracker:
-    """The success rate of every prompt, from its last rewards; prompts are known by their id.
+    """The success rate of every prompt, from its last rewards; prompts are identified by their id.
 
-    As in the paper: the mean of the last visit or of the last `window` rewards, whichever are more; None with
+    As in the paper: the mean of the last group or of the last `window` rewards, whichever are more; None with
     fewer than `minimum`. With `prior` = (a, b) the mean of the Beta posterior instead, from the first reward
-    on: it is never 0 or 1, so that a prompt seen once is not written off.
+    on: it is never 0 or 1, so that a few failures are not taken for a prompt that always fails.
     """
 
     def __init__(
@@ -143,17 +144,17 @@ class SuccessTracker:
         self._minimum = minimum
         self._threshold = threshold
         self._prior = prior
-        # "1" a success, "0" a failure, the newest last: small in memory and as it is in JSON
+        # a character for each outcome, "1" for a success, the newest last: small in memory, and fit for JSON
         self._recent: dict[str, str] = {}
 
     def update(self, prompt_id: str, rewards: Sequence[float]) -> None:
-        """Adds the rewards of one visit; at `threshold` and above they are successes."""
-        visit = self._outcomes(rewards)
-        keep = max(self._window, len(visit))
-        self._recent[prompt_id] = (self._recent.get(prompt_id, "") + visit)[-keep:]
+        """Adds the rewards of one group of a prompt; a reward of `threshold` or more is a success."""
+        latest = self._outcomes(rewards)
+        keep = max(self._window, len(latest))
+        self._recent[prompt_id] = (self._recent.get(prompt_id, "") + latest)[-keep:]
 
     def rate(self, prompt_id: str, also: Sequence[float] = ()) -> float | None:
-        """The success rate in 0..1, None if too little is known; `also`: outcomes to count in."""
+        """The success rate in 0..1, None if too little is known; `also`: further rewards to count."""
         recent = self._recent.get(prompt_id, "") + self._outcomes(also)
         successes = recent.count("1")
         if self._prior is not None and recent:
@@ -162,14 +163,15 @@ class SuccessTracker:
         return successes / len(recent) if len(recent) >= self._minimum else None
 
     def _outcomes(self, rewards: Sequence[float]) -> str:
+        """One character for each reward: "1" for a success, else "0"."""
         return "".join("1" if reward >= self._threshold else "0" for reward in rewards)
 
     def state_dict(self) -> dict[str, str]:
-        """Plain data, for JSON."""
+        """The history of every prompt, as plain data for JSON."""
         return dict(self._recent)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over what `state_dict` gave. Raises ValueError for anything else."""
+        """Restores what `state_dict` returned. Raises ValueError for anything else."""
         for prompt_id, recent in state.items():
             if not isinstance(recent, str) or set(recent) - {"0", "1"}:
                 raise ValueError(
@@ -179,12 +181,13 @@ class SuccessTracker:
 
 
 def budget_metrics(rewards: Tensor, group: Tensor, *, threshold: float = 0.5) -> Metrics:
-    """What the rollouts of a step were good for; `rewards` and `group` `[S]`, missing rewards NaN.
+    """How useful the rollouts of a step were; `rewards` and `group` are `[S]`, a missing reward is NaN.
 
     `budget/effective_ratio` is the share of rollouts in groups whose rewards differ (std > 0) and
-    `budget/effective_prompts` that of such prompts; `budget/solved_A_B` the share of prompts with a success
-    rate above A and up to B percent, 0 and 100 apart (and 80 belongs to what is above it, as in the paper);
-    `budget/size_A_B` is the mean number of rollouts of those.
+    `budget/effective_prompts` that of the prompts with such groups. `budget/solved_A_B` is the share of
+    prompts with a success rate above A and up to B percent; rates of 0 and of 100 have metrics of their own,
+    and 80 belongs to the bucket above, as in the paper. `budget/size_A_B` is the mean number of rollouts of
+    these prompts.
     """
     known = ~rewards.isnan()
     rewards, group = rewards[known].double(), group[known]
@@ -208,23 +211,25 @@ def budget_metrics(rewards: Tensor, group: Tensor, *, threshold: float = 0.5) ->
         "budget/effective_prompts": Mean(int(mixed.sum()), prompts),
         "budget/largest": Max(int(size.max()) if prompts else 0),
         **{
-            f"budget/solved_{name}": Mean(int((in_it & seen).sum()), prompts)
-            for name, in_it in buckets.items()
+            f"budget/solved_{name}": Mean(int((in_bucket & seen).sum()), prompts)
+            for name, in_bucket in buckets.items()
         },
         **{
-            f"budget/size_{name}": Mean(int(size[in_it & seen].sum()), int((in_it & seen).sum()))
-            for name, in_it in buckets.items()
+            f"budget/size_{name}": Mean(int(size[in_bucket & seen].sum()), int((in_bucket & seen).sum()))
+            for name, in_bucket in buckets.items()
         },
     }
 
 
 def _check(success_rates: Sequence[float | None], total: int, low: int, high: int) -> None:
+    """Raises ValueError when there is no allocation, or a rate is not in 0..1."""
     count = len(success_rates)
     if not 1 <= low <= high:
         raise ValueError(f"a budget needs 1 <= low <= high, got low {low}, high {high}")
     if not low * count <= total <= high * count or count == 0:
         raise ValueError(
-            f"{count} prompts of {low}..{high} rollouts take {low * count}..{high * count}, got {total}"
+            f"{count} prompts with {low}..{high} rollouts each take a total of "
+            f"{low * count}..{high * count}, got {total}"
         )
     for i, p in enumerate(success_rates):
         if p is not None and not 0.0 <= p <= 1.0:
@@ -232,11 +237,11 @@ def _check(success_rates: Sequence[float | None], total: int, low: int, high: in
 
 
 def _gains(p: Floats, low: int, high: int) -> Floats:
-    """What one rollout more is worth, `[prompts, high - low]`: in column k the step from low + k on.
+    """The value of one rollout more, `[prompts, high - low]`: column k is for rollout number low + k + 1.
 
         value(n + 1, p) - value(n, p) = (p^n (1 - p) + (1 - p)^n p) * p (1 - p)^2
 
-    By products alone, so that equal rates have bitwise equal gains wherever they stand.
+    Computed by products alone, so that equal rates have bitwise equal gains at any place in the array.
     """
     gains = np.empty((len(p), high - low))
     q = 1.0 - p
@@ -249,22 +254,24 @@ def _gains(p: Floats, low: int, high: int) -> Floats:
 
 
 def _best(gains: Floats, take: int) -> Ints:
-    """How many of the `take` largest gains lie in each row; rows fall, equal ones go to the earlier row."""
+    """How many of the `take` largest gains are in each row. Rows decrease; of equal gains those of earlier
+    rows are taken first."""
     if take == 0:
         return np.zeros(len(gains), dtype=np.int64)
     threshold = np.partition(gains, gains.size - take, axis=None)[gains.size - take]
     above = np.count_nonzero(gains > threshold, axis=1)
     equal = np.count_nonzero(gains == threshold, axis=1)
-    # those at the threshold, earlier rows first, until `take` are together
+    # gains that equal the threshold, those of earlier rows first, until there are `take`
     before = np.cumsum(equal) - equal
     return above + np.clip(take - int(above.sum()) - before, 0, equal)
 
 
-def _spread(amount: int, among: int, room: int) -> Ints:
-    """`amount` in equal parts, at most `room` each, the remainder to the first; what does not fit is left."""
-    if among == 0:
+def _spread(amount: int, count: int, most: int) -> Ints:
+    """`amount` in `count` equal shares of at most `most`. A remainder goes to the first shares; what exceeds
+    `count * most` is in none."""
+    if count == 0:
         return np.zeros(0, dtype=np.int64)
-    amount = min(amount, among * room)
-    parts = np.full(among, amount // among, dtype=np.int64)
-    parts[: amount % among] += 1
-    return parts
+    amount = min(amount, count * most)
+    shares = np.full(count, amount // count, dtype=np.int64)
+    shares[: amount % count] += 1
+    return shares

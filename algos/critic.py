@@ -1,4 +1,4 @@
-"""What a value function is for: advantages of tokens for the policy, and the returns it learns itself.
+"""Settings and formulas of a critic: advantages from its values (GAE), the returns it learns, reward scaling.
 
 Differences from the papers: 1. a completion cut at its limit ends like any other, with a value of 0 after
 it, as in the code of PPO-max; 2. tokens the policy did not choose are skipped; 3. the length-adaptive lambda
@@ -24,24 +24,30 @@ from rlhf.types import AdvantageInputs, CriticTargets
 class CriticLoss:
     """How advantages come from values (GAE, arXiv:1506.02438) and how the values are learned.
 
-    The model that gives the values, and its learning rate, are settings of the run (`critic`).
+    The model that computes the values, and its learning rate, are set in the section `critic` of a run.
     """
 
     gamma: float = 1.0
+    """Discount of rewards and values for each token; 1: none."""
     lam: float = 0.95
-    """Of the advantages of the policy: 1 trusts the rewards alone, 0 the next value alone."""
+    """Lambda of the policy's advantages: 1 relies on the rewards alone, 0 on the value of the next token
+    alone."""
     lam_alpha: float | None = None
     """When given, lambda is 1 - 1 / (lam_alpha * length) for each completion in place of `lam` (VAPO)."""
     lam_returns: float | None = None
-    """Of the returns that the critic learns; None: the policy's (VAPO and VC-PPO: 1)."""
+    """Lambda of the returns that the critic learns; None: that of the advantages (VAPO and VC-PPO: 1)."""
     value_clip: float | None = 0.2
-    """How far an update may move a value before the loss stops pulling at it; None: any distance."""
+    """How far an update may move a value: further away, the value loss has no gradient; None: any
+    distance."""
     coef: float = 1.0
-    """Of the value loss beside the policy's, which matters where both share a trunk or a gradient norm."""
+    """Weight of the value loss beside the policy's. It matters because both share the bound of the gradient's
+    norm, and with `critic.trunk: policy` a trunk."""
     warmup_steps: int = 0
-    """Steps at the start in which the critic learns and the policy is frozen; at most, see below."""
+    """Steps at the start in which the critic learns and the policy is frozen; with
+    `warmup_explained_variance` an upper limit."""
     warmup_explained_variance: float | None = None
-    """When given, the policy starts as soon as the critic explains this share of the returns' variance."""
+    """When given, the policy starts to learn as soon as the critic explains this share of the returns'
+    variance."""
 
     def __post_init__(self) -> None:
         for name, value in (("gamma", self.gamma), ("lam", self.lam), ("lam_returns", self.lam_returns)):
@@ -49,7 +55,7 @@ class CriticLoss:
                 raise ValueError(f"critic.{name} must lie in 0..1, got {value}")
         for name, value in (("lam_alpha", self.lam_alpha), ("value_clip", self.value_clip)):
             if value is not None and value <= 0:
-                raise ValueError(f"critic.{name} must be above 0, or none at all, got {value}")
+                raise ValueError(f"critic.{name} must be above 0, or null for none, got {value}")
         if self.coef <= 0:
             raise ValueError(f"critic.coef must be above 0, or the critic learns nothing, got {self.coef}")
         if self.warmup_steps < 0:
@@ -62,17 +68,17 @@ class CriticLoss:
             )
 
     def advantages(self, inputs: AdvantageInputs) -> Tensor:
-        """Of the policy, `[N]`."""
+        """Advantages of all tokens for the policy, `[N]`."""
         return self._scan(inputs, self._lam(inputs)).advantages
 
     def targets(self, inputs: AdvantageInputs) -> CriticTargets:
-        """The values at the start of the update, and the returns they are to become."""
+        """The values before the update and the returns that the critic learns, each `[N]`."""
         assert inputs.values is not None
         lam = self._lam(inputs) if self.lam_returns is None else self.lam_returns
         return CriticTargets(values=inputs.values, returns=self._scan(inputs, lam).returns)
 
     def loss(self, values: Tensor, targets: CriticTargets) -> Tensor:
-        """Of each token, `[N]`."""
+        """The value loss of each token, `[N]`."""
         return value_loss(values, targets.values, targets.returns, clip=self.value_clip)
 
     def _lam(self, inputs: AdvantageInputs) -> float | Tensor:
@@ -88,7 +94,8 @@ class CriticLoss:
 
 
 def token_rewards(inputs: AdvantageInputs) -> Float[Tensor, " N"]:
-    """-penalty of each token, plus the reward of the sequence at the last token the policy chose."""
+    """Rewards of tokens: minus the penalty of each, and at the last token the policy chose the sequence's
+    reward."""
     mask, sequence = inputs.loss_mask, inputs.sequence
     index = torch.arange(len(sequence), device=sequence.device)
     last = torch.full_like(inputs.rewards, -1, dtype=torch.long).scatter_reduce(
@@ -102,7 +109,7 @@ def token_rewards(inputs: AdvantageInputs) -> Float[Tensor, " N"]:
 def constrained(advantage: Advantage, *, whitened: bool, clip: float | None) -> Advantage:
     """`advantage`, whitened over all tokens of the step if `whitened`, then kept in [-clip, clip]."""
     if clip is not None and clip <= 0:
-        raise ValueError(f"advantage_clip must be above 0, or none at all, got {clip}")
+        raise ValueError(f"advantage_clip must be above 0, or null for none, got {clip}")
 
     def function(inputs: AdvantageInputs) -> Tensor:
         result = advantage(inputs)
@@ -115,25 +122,26 @@ def constrained(advantage: Advantage, *, whitened: bool, clip: float | None) -> 
 
 @dataclass(frozen=True, slots=True)
 class RewardScaling:
-    """What the rewards of all steps so far say about those of this one (PPO-max, arXiv:2307.04964)."""
+    """How the rewards of a step are scaled by those of all steps so far (PPO-max, arXiv:2307.04964)."""
 
     center: bool = False
-    """Take off the running mean."""
+    """Whether the running mean is taken off."""
     scale: bool = False
-    """Divide by the running standard deviation."""
+    """Whether rewards are divided by the running standard deviation."""
     clip: float | None = None
-    """Keep the result in [-clip, clip]."""
+    """Bound of the result, which is kept in [-clip, clip]; None: no bound."""
 
     def __post_init__(self) -> None:
         if self.clip is not None and self.clip <= 0:
-            raise ValueError(f"reward_clip must be above 0, or none at all, got {self.clip}")
+            raise ValueError(f"reward_scaling.clip must be above 0, or null for none, got {self.clip}")
 
     @property
     def has_memory(self) -> bool:
+        """Whether earlier steps have an effect."""
         return self.center or self.scale
 
     def apply(self, rewards: Tensor, moments: RunningMoments) -> Tensor:
-        """`moments` have seen `rewards` already."""
+        """The scaled rewards; `moments` already include `rewards`."""
         if self.center:
             rewards = rewards - moments.mean
         if self.scale:

@@ -46,7 +46,7 @@ def k3_plus(logprobs: Float[Tensor, " N"], ref_logprobs: Float[Tensor, " N"]) ->
 
 @dataclass(frozen=True, slots=True)
 class AdaptiveKL:
-    """A coefficient that keeps the KL near `target` (arXiv:1909.08593 section 2.2). Plain numbers.
+    """A coefficient that keeps the KL near `target` (arXiv:1909.08593 section 2.2); without tensors.
 
     coef <- coef * (1 + clip(observed / target - 1, -0.2, 0.2) * samples / horizon)
     """

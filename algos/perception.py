@@ -1,18 +1,19 @@
-"""The perception terms of PAPO (arXiv:2507.06448): a policy that looks differs from one that cannot.
+"""The perception loss of PAPO (arXiv:2507.06448): rewards a policy whose answers depend on the images.
 
     loss = ... - coef * reduce(kl)
            + entropy_coef * reduce(entropy) + masked_entropy_coef * reduce(masked_entropy)
 
-kl is KL(policy given the picture || policy given the picture with patches made black), on completions that
-were sampled with the picture. It is maximised and both entropies are kept low: without them the KL is hacked
-by irrelevant tokens. `reduce` is the algorithm's own, over every token of the update: text-only samples are
-zeros in it.
+kl is KL(policy given the image || policy given the image with patches made black), on completions that were
+sampled with the whole image. It is maximised and both entropies are minimised: without these, the policy can
+raise the KL by irrelevant tokens. `reduce` is the algorithm's own, over every token of the update; tokens of
+prompts without images count as zeros.
+
 Differences from the paper: 1. the KL is k3 of the policy's own samples, exp(u) - u - 1 with u = masked -
 plain log-probability, as in its code; its figure prints the inverted ratio. 2. `gradient: policy`, the
 default of the code: masked log-probabilities are from before the update, so the masked entropy has no
 gradient; with `both` they are of now, with gradient. 3. `estimator: exact`, ours, is the KL of the whole
 vocabulary against the masked policy of now, which has no gradient. 4. The code's top fifth of tokens by KL
-and its loss on right completions are left out (for the latter there is VAPO's `imitation_coef`).
+and its loss on correct completions are left out (for the latter there is VAPO's `imitation_coef`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rlhf.types import LossInputs
 
 
 class PerceptionTerms(NamedTuple):
-    """Each `[N]`, 0 outside the loss mask."""
+    """The terms of each token, `[N]`, 0 outside the loss mask."""
 
     kl: Tensor
     entropy: Tensor
@@ -45,10 +46,10 @@ def perception_terms(
     *,
     max_kl: float | None = None,
 ) -> PerceptionTerms:
-    """KL(policy || policy with the image masked) and the entropies of both, from the sampled tokens.
+    """KL(policy || policy given the masked image) and the entropies of both, from the sampled tokens.
 
-    `max_kl` caps the KL of a token (PAPO's code offers 0.2, off). Samples without an image: leave them out of
-    the mask.
+    `max_kl` bounds the KL of a token (PAPO's code has 0.2 as an option, which is off). `loss_mask` must be
+    False for samples without an image.
     """
     plain = logprobs.masked_fill(~loss_mask, 0.0)
     masked = masked_logprobs.masked_fill(~loss_mask, 0.0)
@@ -58,7 +59,7 @@ def perception_terms(
 
 @dataclass(frozen=True, slots=True)
 class Perception:
-    """What looking is worth, as the algorithm sees it."""
+    """The perception part of an algorithm's loss; the fields are settings of the section `perception`."""
 
     coef: float
     entropy_coef: float = 0.0
@@ -68,7 +69,8 @@ class Perception:
     max_kl: float | None = None
 
     def loss(self, batch: LossInputs, reduce: Callable[[Tensor], Tensor]) -> tuple[Tensor, Metrics]:
-        """This microbatch's share of the terms; `batch.perception` is there."""
+        """This microbatch's share of the perception loss, and its metrics; `batch.perception` must be
+        given."""
         given = batch.perception
         assert given is not None
         mask = batch.loss_mask & given.has_image

@@ -1,5 +1,7 @@
 """Importance ratios: policy to old policy (with gradient), and old policy to the engine (a weight, without).
 
+rho_t = exp(log_ratio_t) is the second one, the ratio of a token's probabilities under old policy and engine.
+
 Differences from the papers and codes: 1. the sequence ratio (GSPO) is always in its token form, the same
 value and gradient when the advantage is constant over a sequence; 2. `sequence_mask` and `geometric` give
 weights 0 or 1 (TRL keeps the ratio as the weight of the sequences it does not mask); 3. bounds always apply
@@ -20,7 +22,8 @@ Ratio = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """`(logprobs[N], old_logprobs[N], loss_mask[N], sequence[N]) -> ratio[N]`, differentiable in `logprobs`."""
 
 Correction = Callable[[Tensor, Tensor, Tensor, float, float], Tensor]
-"""`(log_ratio[N], loss_mask[N], sequence[N], low, high) -> weight[N]`, log_ratio of old policy to engine."""
+"""`(log_ratio[N], loss_mask[N], sequence[N], low, high) -> weight[N]`, with log_ratio = log old policy - log
+engine."""
 
 
 def token_ratio(
@@ -54,7 +57,7 @@ def product_ratio(
     loss_mask: Bool[Tensor, " N"],
     sequence: Int[Tensor, " N"],
 ) -> Float[Tensor, " N"]:
-    """exp(sum over the sequence of d_t), for every token of it: a completion as one action (A-LoL).
+    """exp(sum over the sequence of d_t), for each of its tokens: a completion is one action (A-LoL).
 
     The sum is kept in [-20, 20].
     """
@@ -68,12 +71,12 @@ def token_tis(log_ratio: Tensor, mask: Tensor, sequence: Tensor, low: float, hig
 
 
 def sequence_tis(log_ratio: Tensor, mask: Tensor, sequence: Tensor, low: float, high: float) -> Tensor:
-    """min(product of rho_t over the sequence, high), for every token of it."""
+    """min(product of rho_t over the sequence, high), for each of its tokens."""
     return _sequence_log(log_ratio, mask, sequence).exp().clamp(low, high)
 
 
 def icepop(log_ratio: Tensor, mask: Tensor, sequence: Tensor, low: float, high: float) -> Tensor:
-    """rho_t where low <= rho_t <= high, else 0: tokens on which the two disagree are left out."""
+    """rho_t where low <= rho_t <= high, else 0: tokens on which engine and learner disagree are left out."""
     rho = log_ratio.clamp(-20.0, 20.0).exp()
     return rho.masked_fill((rho < low) | (rho > high), 0.0)
 
@@ -84,7 +87,7 @@ def sequence_mask(log_ratio: Tensor, mask: Tensor, sequence: Tensor, low: float,
 
 
 def geometric(log_ratio: Tensor, mask: Tensor, sequence: Tensor, low: float, high: float) -> Tensor:
-    """1 if the geometric mean of rho_t over the sequence is in [low, high], else 0; blind to the length."""
+    """1 if the geometric mean of rho_t over the sequence is in [low, high], else 0, at any length."""
     mean = _sequence_mean(log_ratio, mask, sequence)
     return _within(mean.clamp(-20.0, 20.0).exp(), low, high)
 
@@ -100,7 +103,7 @@ def mean_k3(log_ratio: Tensor, mask: Tensor, sequence: Tensor, low: float, high:
 
 
 def no_correction(log_ratio: Tensor, mask: Tensor, sequence: Tensor, low: float, high: float) -> Tensor:
-    """1 everywhere."""
+    """1 for every token."""
     return torch.ones_like(log_ratio)
 
 
@@ -120,7 +123,7 @@ CORRECTIONS: dict[str, tuple[Correction, float, float]] = {
     "k2": (mean_k2, 0.0, 2.0),
     "k3": (mean_k3, 0.0, 0.01),
 }
-"""Each correction with its usual bounds."""
+"""Each correction with its usual bounds, low and high."""
 
 
 def _sequence_log(log_ratio: Tensor, mask: Tensor, sequence: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""From losses of tokens to one number. The caller owns the denominator.
+"""Reductions: from the losses of tokens to one number, a mean over tokens or sequences of the whole update.
 
-Every function is a sum over a count of the *whole update* (all ranks, all microbatches), so cutting a batch
-differently changes neither the loss nor its gradient. The tokens of one sequence are counted locally, because
-a sequence is never cut. A sequence without a masked token is not counted and adds exactly 0.
+Every function divides a sum by a count of the *whole update* (all ranks, all microbatches), which the caller
+gives. So cutting a batch differently changes neither the loss nor its gradient. The tokens of one sequence
+are counted here, because a sequence is never cut. A sequence without an unmasked token is not counted and
+adds exactly 0.
 
 Differences from the papers and their code: 1. the published codes divide each microbatch by its own number of
 tokens, which is not the mean they print; 2. no 1e-8 is added to a denominator: counts are whole numbers.

@@ -1,4 +1,4 @@
-"""What a reward model learns, and whether what it says can be believed.
+"""Losses of a reward model: Bradley-Terry on pairs of completions, squared error on ratings.
 
 Differences from PPO-max (arXiv:2307.04964 section 3.2): 1. the mean is over the pairs of a whole update, over
 all ranks and microbatches; 2. ratings with several objectives, which the paper does not have, are learned by
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 def bradley_terry(chosen: Float[Tensor, " P"], rejected: Float[Tensor, " P"]) -> Float[Tensor, " P"]:
-    """-log sigmoid(chosen - rejected): P(chosen is better) by the difference of two scores."""
+    """-log sigmoid(chosen - rejected), where the sigmoid is P(chosen is better), for each of P pairs."""
     return F.softplus(rejected - chosen)
 
 

@@ -1,4 +1,4 @@
-"""Sums over the sequences of a packed batch, without asking the device how many there are."""
+"""Sums over the sequences of a packed batch, without waiting for the device to say how many there are."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 def sequence_sum(x: Float[Tensor, " N"], sequence: Int[Tensor, " N"]) -> Float[Tensor, " N"]:
     """Gives every token the sum of `x` over its own sequence.
 
-    Ids lie in `0 .. S-1` and S <= N, so a buffer of N cells serves and no number has to leave the device.
+    Ids are in `0 .. S-1` and S <= N, so a buffer of N entries is large enough, and S need not be read from
+    the device.
     """
     return x.new_zeros(len(sequence)).index_add(0, sequence, x)[sequence]
 
@@ -17,5 +18,5 @@ def sequence_sum(x: Float[Tensor, " N"], sequence: Int[Tensor, " N"]) -> Float[T
 def sequence_tokens(
     mask: Bool[Tensor, " N"], sequence: Int[Tensor, " N"], like: Tensor
 ) -> Float[Tensor, " N"]:
-    """Gives every token the number of masked tokens of its sequence, at least 1, in the dtype of `like`."""
+    """Gives every token the number of unmasked tokens of its sequence, at least 1, in the dtype of `like`."""
     return sequence_sum(mask.to(like.dtype), sequence).clamp(min=1)

@@ -1,8 +1,8 @@
-"""What an algorithm does to rewards before they are compared, and which groups it learns from (DAPO).
+"""How an algorithm changes rewards before it compares them, and which groups it learns from (DAPO).
 
 Differences from the paper: 1. groups are kept by their rewards as scored, before the length punishment, so
-that a group that is all right does not count as mixed because one completion was long; the paper writes
-"accuracy".
+that a group whose completions are all correct does not count as mixed because one completion was long; the
+paper writes "accuracy".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def unshaped(reward: float, length: int) -> float:
 
 
 def overlong(max_tokens: int, cache: int) -> Callable[[float, int], float]:
-    """A shaping that adds the soft overlong punishment (DAPO, arXiv:2503.14476 eq. 13), lengths in tokens.
+    """Shaping by the soft overlong punishment (DAPO, arXiv:2503.14476 eq. 13), with lengths in tokens.
 
     0 up to `max_tokens - cache`, from there falling in a straight line to -1 at `max_tokens`, -1 beyond.
     A cache of 0 punishes nothing. Raises ValueError unless 0 <= cache <= max_tokens.
@@ -35,10 +35,10 @@ def overlong(max_tokens: int, cache: int) -> Callable[[float, int], float]:
 
 
 def keep_all(group: Group) -> bool:
-    """Every group is learned from."""
+    """True: every group is learned from."""
     return True
 
 
 def keep_mixed(group: Group) -> bool:
-    """Only groups whose rewards differ: the others have no advantage (dynamic sampling)."""
+    """True for groups whose rewards differ: the others have no advantage (dynamic sampling)."""
     return len(set(group.rewards)) > 1

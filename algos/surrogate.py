@@ -1,8 +1,8 @@
-"""Losses of single tokens whose gradient improves the policy; all `[N]`, to be minimised.
+"""Policy losses of single tokens `[N]`, to be minimised: clip (PPO), CISPO, SAPO, REINFORCE, GOLD, AWR.
 
-At ratio 1 each has the gradient -advantage * grad(logprob); they differ in what happens further out. Ratios
-come in ready-made (token or sequence level). A metric is a tensor `[N]`, averaged over the masked tokens
-later.
+At ratio 1 each has the gradient -advantage * grad(logprob); they differ where the ratio is far from 1. The
+ratio is given, of tokens or of sequences. A metric is a tensor `[N]`, which is averaged over the unmasked
+tokens later.
 
 Differences from the papers: 1. the dual clip is an option of `clip`, off unless asked for; 2. CISPO's bounds
 are written like PPO's, 1 - low and 1 + high (TRL: an absolute cap), and without `low` there is no lower
@@ -23,7 +23,7 @@ from rlhf.algos.weighted import awr_weights
 
 
 class TokenLoss(NamedTuple):
-    """A loss for each token, and what to report of it."""
+    """A loss for each token `[N]`, and metrics by name, each of every token `[N]`."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -34,7 +34,7 @@ Surrogate = Callable[[Tensor, Tensor, Tensor], TokenLoss]
 
 
 def clipped(*, low: float, high: float, dual: float | None = None) -> Surrogate:
-    """`clip` with its bounds. Raises ValueError when they do not enclose a ratio of 1."""
+    """The surrogate `clip` with these bounds. Raises ValueError when they do not enclose a ratio of 1."""
     if low < 0 or high < 0 or (dual is not None and dual <= 1):
         raise ValueError(
             "the ratio is kept in [1 - clip_low, 1 + clip_high]: both must be 0 or more, clip_dual above 1; "
@@ -110,7 +110,7 @@ def sapo(
 def reinforce(
     logprobs: Float[Tensor, " N"], ratio: Float[Tensor, " N"], advantages: Float[Tensor, " N"]
 ) -> TokenLoss:
-    """-A logprob (REINFORCE): the ratio has no part in it."""
+    """-A logprob (REINFORCE): the ratio is not used."""
     return TokenLoss(-advantages * logprobs, {})
 
 
@@ -123,8 +123,8 @@ def gold(
 ) -> TokenLoss:
     """-max(p, floor) A logprob with p the policy's probability, a constant (GOLD, arXiv:2009.07839).
 
-    Tokens that the policy holds likely already weigh more: their probability stands for the ratio to data
-    whose own probabilities nobody knows.
+    Tokens that the policy already finds likely weigh more: their probability takes the place of the ratio to
+    the policy that made the data, whose probabilities are not known.
     """
     weight = logprobs.detach().exp().clamp(min=floor)
     return TokenLoss(-weight * advantages * logprobs, {"clip_fraction": weight <= floor})
@@ -137,7 +137,7 @@ def reinforce_against(
     *,
     coef: float,
 ) -> TokenLoss:
-    """-A logprob + coef log r, the second whatever the advantage (A-LoL KL, arXiv:2305.14718).
+    """-A logprob + coef log r, the second term for any advantage (A-LoL KL, arXiv:2305.14718).
 
     With r the ratio to the reference, and samples of the policy, coef log r is a KL. With samples of the data
     its gradient only makes them less likely: coef must be small beside the advantages.
@@ -153,10 +153,10 @@ def advantage_weighted(
     temperature: float = 1.0,
     max_weight: float = 20.0,
 ) -> TokenLoss:
-    """-min(exp(A / temperature), max_weight) logprob (AWR, arXiv:1910.00177): imitation, the better the more.
+    """-min(exp(A / temperature), max_weight) logprob (AWR, arXiv:1910.00177): weighted imitation.
 
-    A negative advantage still has a small positive weight: nothing is unlearned. Here A = 0 is a weight of 1,
-    not 0.
+    A negative advantage still has a small positive weight, so no token is pushed down. An advantage of 0 has
+    a weight of 1, not 0.
     """
     weight = awr_weights(advantages, temperature=temperature, max_weight=max_weight)
     return TokenLoss(-weight * logprobs, {"clip_fraction": weight >= max_weight})

@@ -1,7 +1,7 @@
-"""What a critic learns, and how well it does.
+"""The value loss of a critic, its explained variance, VAPO's lambda, and running moments of rewards.
 
-Differences from the papers: 1. the value loss comes a token, to go through the same reductions as the
-policy's.
+Differences from the papers: 1. the value loss is given for each token, to go through the same reductions as
+the policy's.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def value_loss(
     *,
     clip: float | None = 0.2,
 ) -> Float[Tensor, " N"]:
-    """0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), a token (PPO).
+    """0.5 * max((V - R)^2, (clip(V, V_old - clip, V_old + clip) - R)^2), for each token (PPO).
 
-    Where the clipped branch wins it is constant in V: no gradient.
+    Where the second square is the larger one, it is constant in V, so that there is no gradient.
     """
     plain = (values - returns).square()
     if clip is None:
@@ -39,7 +39,7 @@ def explained_variance(
     *,
     all_sum: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> float:
-    """1 - Var(R - V) / Var(R) over the masked tokens of all ranks: 1 perfect, 0 no better than a constant.
+    """1 - Var(R - V) / Var(R) over the unmasked tokens of all ranks: 1 perfect, 0 no better than a constant.
 
     NaN where the returns do not vary.
     """
@@ -64,26 +64,26 @@ def adaptive_lambda(lengths: Int[Tensor, " S"], *, alpha: float = 0.05) -> Float
 class RunningMoments:
     """Mean and variance of all rewards so far, merged batch by batch (PPO-max, arXiv:2307.04964).
 
-    A batch is merged before it is scaled by what came out.
+    The rewards of a step are merged first and then scaled by the merged moments.
     """
 
     count: float = 0.0
     mean: float = 0.0
     variance: float = 1.0
-    """Of the population (divided by n)."""
+    """Population variance (divided by n)."""
 
     @property
     def std(self) -> float:
-        """Unbiased; 1 as long as there are fewer than two numbers."""
+        """Unbiased standard deviation; 1 as long as there are fewer than two rewards."""
         return (self.variance * self.count / (self.count - 1)) ** 0.5 if self.count > 1 else 1.0
 
     @property
     def scale(self) -> float:
-        """`std`, or 1 where it is nothing but the rounding of equal numbers."""
+        """`std`, or 1 where the rewards are equal and `std` is only their rounding."""
         return self.std if self.std > 1e-7 * max(1.0, abs(self.mean)) else 1.0
 
     def update(self, x: Tensor, *, all_sum: Callable[[Tensor], Tensor] = lambda t: t) -> RunningMoments:
-        """The moments with `x`, of all ranks, added."""
+        """The moments after merging `x` of all ranks."""
         x = x.double()
         n, total = (float(v) for v in all_sum(torch.stack([torch.ones_like(x).sum(), x.sum()])).unbind())
         if n == 0:

@@ -1,8 +1,8 @@
-"""Imitation of what turned out well: A-LoL and advantage-weighted regression. Nothing is unlearned.
+"""A-LoL and advantage-weighted regression as single functions: completions imitated by their advantages.
 
-Differences from the papers' code: 1. A-LoL's losses come one a sequence, the mean over the batch is the
-caller's; 2. the reward and value come in as their difference, so that R-LoL is A-LoL given rewards; 3. AWR's
-advantages are not standardised here (whiten them before, as that code does, where that is wanted).
+Differences from the papers' code: 1. A-LoL returns a loss for each sequence, and the mean over the batch is
+left to the caller; 2. the reward and value come in as their difference, so that R-LoL is A-LoL given rewards;
+3. AWR's advantages are not standardised here (whiten them before, as that code does, where that is wanted).
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def a_lol(
 ) -> Float[Tensor, " S"]:
     """max(A, 0) * sum of -w logprob over the completion, w the clipped ratio (A-LoL, arXiv:2305.14718).
 
-    w, to the reference, is a constant in [1 - clip, 1 + clip]: of the whole sequence, of each token, or 1
-    ("none", reference-free). With `kl_coef` adds kl_coef * (log policy - log reference) of each completion.
+    w is the ratio to the reference, a constant in [1 - clip, 1 + clip]: of the whole sequence, of each token,
+    or 1 ("none", reference-free). With `kl_coef` adds kl_coef * (log policy - log reference) of each
+    completion.
     """
     zeros = logprobs.new_zeros(len(advantages))
     quiet = logprobs.masked_fill(~loss_mask, 0.0)
@@ -51,7 +52,7 @@ def awr(
     temperature: float = 1.0,
     max_weight: float = 20.0,
 ) -> Float[Tensor, " N"]:
-    """-min(exp(A / temperature), max_weight) logprob, a loss a token (AWR, arXiv:1910.00177 eq. 10)."""
+    """-min(exp(A / temperature), max_weight) logprob, for each token (AWR, arXiv:1910.00177 eq. 10)."""
     return -awr_weights(advantages, temperature=temperature, max_weight=max_weight) * logprobs
 
 

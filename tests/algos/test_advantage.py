@@ -119,7 +119,7 @@ def test_a_missing_reward_counts_for_nothing(baseline: Callable[..., Tensor]):
 
 def test_rewards_without_groups_are_refused():
     with pytest.raises(
-        ValueError, match=r"without group, rewards must be \[P, G\], a group a row; got shape \[4\]"
+        ValueError, match=r"without group, rewards must be \[P, G\], one row for each group; got shape \[4\]"
     ):
         group_normalize(torch.zeros(4))
     with pytest.raises(ValueError, match=r"rewards and group must both be \[S\]"):

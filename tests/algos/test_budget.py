@@ -194,9 +194,9 @@ def test_the_bounds_may_leave_no_choice():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([0.5, 0.5], 3), "2 prompts of 2..128 rollouts take 4..256, got 3"),
-        (([0.5, 0.5], 300), "2 prompts of 2..128 rollouts take 4..256, got 300"),
-        (([], 0), "0 prompts of 2..128 rollouts take 0..0, got 0"),
+        (([0.5, 0.5], 3), "2 prompts with 2..128 rollouts each take a total of 4..256, got 3"),
+        (([0.5, 0.5], 300), "2 prompts with 2..128 rollouts each take a total of 4..256, got 300"),
+        (([], 0), "0 prompts with 2..128 rollouts each take a total of 0..0, got 0"),
         (([0.5], 8, 0), "needs 1 <= low <= high, got low 0, high 128"),
         (([0.5], 8, 4, 3), "needs 1 <= low <= high, got low 4, high 3"),
         (([0.5, 1.5], 8), "must lie in 0..1 or be None, got 1.5 for prompt 1"),
