@@ -1,4 +1,4 @@
-"""The section `perception`: the loss that rewards use of a prompt's images (PAPO), and its alarm."""
+"""The section `perception`: a loss that rewards using a prompt's images (PAPO), and its early warnings."""
 
 from __future__ import annotations
 
