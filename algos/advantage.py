@@ -183,7 +183,7 @@ def _flatten(rewards: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _centered(rewards: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Of each sequence: its reward minus the group's mean, the group's size, and a sum over the group.
+    """For each sequence: its reward minus the group's mean, the group's size, and a sum over the group.
 
     Missing rewards are not counted, and are 0 in the first result.
     """

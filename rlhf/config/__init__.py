@@ -1,5 +1,4 @@
-"""The settings of a run: a class for each section of the YAML file. `run.py` has the tree, `load.py` reads
-it."""
+"""The settings of a run, a class for each YAML section; `run.py` is the tree, `load.py` reads a file."""
 
 from rlhf.config.load import load_config
 from rlhf.config.rollout import VLLMConfig
