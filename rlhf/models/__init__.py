@@ -1,1 +1,1 @@
-"""Models of transformers: loading, packing, heads, adapters, shards, and their self-test."""
+"""Models of transformers: loading, packing, heads, LoRA adapters, sharding, and a self-test."""

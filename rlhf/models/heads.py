@@ -1,4 +1,4 @@
-"""What turns hidden states into numbers: the language-model head, and the head of values or scores."""
+"""Heads on hidden states: the language-model head, and the head of a critic or a reward model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from rlhf.kernels.token_stats import TokenStats, token_stats, whole
 from rlhf.models.pretrained import ModelError, head_of, text_settings
-from rlhf.models.truncated_logprobs import Side, among_candidates, merged, still_wanted
+from rlhf.models.truncated_logprobs import HeadInputs, candidate_logprobs, missing_statistics, with_candidates
 from rlhf.types import Candidates
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How a model turns hidden states into logits: `softcap(scale * (h W^T + b))`."""
+    """The language-model head: logits are `softcap(scale * (h W^T + b))`."""
 
     module: nn.Linear
     softcap: float | None
@@ -26,6 +26,7 @@ class Head:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Head:
+        """The head of `model`, with the scale and soft cap of its config. Raises ModelError: not linear."""
         module = head_of(model)
         if not isinstance(module, nn.Linear):
             raise ModelError(
@@ -43,21 +44,22 @@ class Head:
         temperature: float,
         want: tuple[str, ...],
         candidates: Candidates | None = None,
-        **against: Any,
+        **reference: Any,
     ) -> TokenStats:
-        """`token_stats` under this head; `against`: the `ref_...` arguments of another model.
+        """Statistics `[N]` of `targets` `[N]`, given the states `hidden` `[N, H]` that predict them.
 
-        Log-probs among the `candidates` tokens, where these are known.
+        `want` and `reference` (the `ref_...` arguments, for log-probs and KL of a second model) are those of
+        `token_stats`. Where a token has `candidates`, its log-probs are renormalised over them.
         """
         weight, bias = whole(self.module.weight), self.module.bias
         scaling: Any = {"temperature": temperature, "softcap": self.softcap, "logit_scale": self.scale}
-        sides: dict[str, Side] = {"logprob": (hidden, weight, bias)}
-        if against:
-            sides["ref_logprob"] = against["ref_hidden"], against["ref_weight"], against["ref_bias"]
-        found = among_candidates(candidates, want, sides, scaling)
+        inputs: dict[str, HeadInputs] = {"logprob": (hidden, weight, bias)}
+        if reference:
+            inputs["ref_logprob"] = reference["ref_hidden"], reference["ref_weight"], reference["ref_bias"]
+        found = candidate_logprobs(candidates, want, inputs, scaling)
         statistics = TokenStats()
-        if missing := still_wanted(want, found, candidates):
-            # all of them are tokens: told so, the host need not wait for a GPU that counts them
+        if missing := missing_statistics(want, found, candidates):
+            # no target is masked; giving the number spares the host the wait for a GPU that counts them
             statistics = token_stats(
                 hidden,
                 weight,
@@ -66,13 +68,13 @@ class Head:
                 want=missing,
                 num_unmasked=len(targets),
                 **scaling,
-                **against,
+                **reference,
             )
-        return merged(statistics, found, candidates)
+        return with_candidates(statistics, found, candidates)
 
 
 def value_head(model: nn.Module, weight: Tensor | None, device: torch.device) -> nn.Linear:
-    """A linear map from hidden states without bias: that of a reward model, or zeros to one value."""
+    """A linear head without bias: K scores with the given `weight` `[K, H]`, or one value, at zero."""
     size = cast(int, text_settings(cast(Any, model).config)["hidden_size"])
     head = nn.Linear(size, 1 if weight is None else len(weight), bias=False, device=device)
     with torch.no_grad():
@@ -81,6 +83,6 @@ def value_head(model: nn.Module, weight: Tensor | None, device: torch.device) ->
 
 
 def scores(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """`[N, K]` in float32, or in float64 where the model has it."""
+    """Outputs `[N, K]` of a value or score head, in float32 (in float64 for float64 hidden states)."""
     precision = torch.promote_types(hidden.dtype, torch.float32)
     return F.linear(hidden.to(precision), head.weight.to(precision))

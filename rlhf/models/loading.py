@@ -1,4 +1,4 @@
-"""Loads models, chooses how packed groups go through them, and checks that by the model's own forward."""
+"""Loads policies and other models, chooses their packing, and checks it against the model's own forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlhf.models.packing import Layout, least
 from rlhf.models.policy import Policy, Trunk
 from rlhf.models.pretrained import ModelError, load_model, load_scorer, takes_attention, text_settings
 from rlhf.models.self_test import forward_error, hidden_state_error, image_error
-from rlhf.models.sharding import Sharding, give_up, open_policy, open_scorer
+from rlhf.models.sharding import Sharding, free_gathered, open_policy, open_scorer
 from rlhf.models.vision.processor import Processor
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -26,18 +26,22 @@ log = logging.getLogger(__name__)
 def load_policy(
     section: ModelConfig, path: str, device: torch.device, processor: Processor | None = None
 ) -> Policy:
-    """Loads the weights in float32 (the optimizer makes its masters from them) and checks the forward.
+    """Loads a whole policy in float32 (the optimizer copies its masters from it) and checks its forward.
 
-    Raises ModelError: the model cannot be loaded, its head is of another kind, or it cannot do the packing
-    that was asked for (the reason is named).
+    Raises ModelError: the model cannot be loaded, its head is not linear, or it cannot do the packing of
+    `section` (the message gives the reason).
     """
     return _checked_policy(section, path, load_model(path, device), processor)
 
 
 def load_sharded_policy(section: ModelConfig, path: str, sharding: Sharding, *, trains: bool) -> Policy:
-    """In shards, of float32 where it `trains`; checked in float32, then opened in the compute type."""
+    """Loads a policy in shards, which are stored in float32 if it `trains`. Every rank calls it.
+
+    The forward is checked in float32; then the model is opened again to compute in `sharding.computed`.
+    Raises ModelError as `load_policy` does.
+    """
     policy = _checked_policy(section, path, open_policy(path, sharding.exact(), trains=trains))
-    give_up(policy.model)
+    free_gathered(policy.model)
     if sharding.computed == torch.float32:
         return policy
     layout = policy.layout
@@ -51,9 +55,10 @@ def load_sharded_policy(section: ModelConfig, path: str, sharding: Sharding, *, 
 
 
 def load_trunk(path: str, device: torch.device | Sharding) -> tuple[Trunk, Tensor | None]:
-    """A transformer in float32 ready for packed groups, and the weight of its score head if it has one.
+    """A transformer in float32, and the weight `[K, H]` of its score head if it has one.
 
-    One in shards is checked in float32 and then opened in the type it computes in.
+    Given a `Sharding` in place of a device, it is loaded in shards: it is checked in float32 and then opened
+    again to compute in `Sharding.computed`. Raises ModelError as `load_policy` does.
     """
     if isinstance(device, torch.device):
         return _checked_trunk(path, *load_scorer(path, device))
@@ -67,7 +72,7 @@ def load_trunk(path: str, device: torch.device | Sharding) -> tuple[Trunk, Tenso
     reopened = Trunk(model, layout=layout)
     with torch.no_grad():
         reopened.hidden(least(model.device))
-    give_up(model)
+    free_gathered(model)
     return reopened, weight
 
 
@@ -84,15 +89,16 @@ def _checked_trunk(path: str, model: PreTrainedModel, weight: Tensor | None) -> 
     without_dropout(model)
     trunk = Trunk(model, layout="padded")
     choose_layout(trunk, path, "auto", lambda: hidden_state_error(trunk))
-    give_up(model)
+    free_gathered(model)
     return trunk, weight
 
 
 def choose_layout(trunk: Trunk, path: str, asked: str, error: Callable[[], str | None]) -> None:
-    """Gives `trunk` the best layout that the model can do, or the one asked for; logs why not a better one.
+    """Sets `trunk.layout` to the layout `asked` for, or for "auto" to the first of `LAYOUTS` that works.
 
-    `error` compares the layout with the model's own forward and says what differs. Raises ModelError: the
-    model cannot do what was asked, or not even padded rows give what it computes itself.
+    `error` compares the present layout with the model's own forward and describes the difference, or returns
+    None. If "auto" does not end at the first layout, a warning says why. Raises ModelError: the model cannot
+    do the layout that was asked for, or even padded rows differ from its own forward.
     """
     reasons: list[str] = []
     for layout in LAYOUTS if asked == "auto" else (cast(Layout, asked),):
@@ -113,13 +119,13 @@ def choose_layout(trunk: Trunk, path: str, asked: str, error: Callable[[], str |
         reasons.append(reason)
     if asked in ("auto", "padded"):
         raise ModelError(
-            f"{path}: log-probs from hidden states and head are not those of the model ({reasons[-1]})"
+            f"{path}: log-probs computed from its hidden states and head differ from its own ({reasons[-1]})"
         )
     raise ModelError(f"model.packing is {asked}, but {path} cannot: {reasons[0]}")
 
 
 def why_not(model: PreTrainedModel, layout: Layout) -> str | None:
-    """The reason, as far as the settings of a model tell, why it cannot do a layout; None when it may."""
+    """Why a model cannot do a layout, judged by its config alone; None: the config allows it."""
     if layout == "padded":
         return None
     settings = text_settings(model.config)
@@ -138,10 +144,10 @@ def why_not(model: PreTrainedModel, layout: Layout) -> str | None:
 
 
 def without_dropout(model: PreTrainedModel) -> None:
-    """Switches dropout off: log-probs before and after an update must be those of one function."""
+    """Switches dropout off, because log-probs before and after an update must come from one function."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        # attention modules keep a copy of the config's
+        # attention modules keep a copy of the setting in the config
         if "attention_dropout" in vars(module):
             cast(Any, module).attention_dropout = 0.0

@@ -1,11 +1,11 @@
-"""LoRA: a low-rank adapter beside each linear layer learns, and the weights it stands on stay as they are.
+"""LoRA: a low-rank adapter beside each linear layer is trained, and the model's own weights stay frozen.
 
     y = W x + (alpha / rank) B A x          A [rank, in], B [out, rank], B = 0 at the start
 
-(arXiv:2106.09685 section 4.1; the layers are those of peft.) The frozen weights serve three times: under the
-adapter they are the policy, with the adapter switched off they are the reference of a KL, and the engine
-samples from `Adapter.merged`, which shares every tensor with the policy except the adapted weights, where it
-holds W + (alpha / rank) B A. The language-model head and the embeddings have no adapter.
+(arXiv:2106.09685 section 4.1; the layers are those of peft.) The frozen weights serve three purposes: with
+the adapter they are the policy; with the adapter switched off they are the reference of a KL; and
+`Adapter.merged`, which the engine samples from, shares every tensor with the policy except the adapted
+weights, of which it holds W + (alpha / rank) B A. The language-model head and the embeddings have no adapter.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from rlhf.models.pretrained import ModelError, head_of
 from rlhf.torch_typed import modules_by_name, seeded
 
 NAME = "default"
-"""The adapter's, in the names of its weights; peft leaves it out of the files it writes."""
+"""Name of the adapter within the names of its weights; peft leaves it out of the files it writes."""
 
 
 class Adapter:
-    """The adapter of one model, which it changes in place: its linear layers become peft's.
+    """A LoRA adapter on `model`, which is changed in place: peft's layers replace the adapted linear ones.
 
-    Raises ModelError: a target is no linear layer of the model.
+    Raises ModelError: a target is not a linear layer of the model.
     """
 
     def __init__(self, model: PreTrainedModel, section: LoraConfig, *, seed: int) -> None:
-        # an extra; its annotations are too incomplete for a strict check
+        # imported here because it is an optional dependency; its annotations are too incomplete for pyright
         peft: Any = importlib.import_module("peft")
         targets = _targets(model, section.targets)
-        # every parameter is the same object as in the model, so a cast of the model's weights is one of these
+        # sharing the parameter objects means that casting the model's weights casts those of `merged` too
         self.merged = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         config = peft.LoraConfig(
             r=section.rank,
@@ -57,13 +57,13 @@ class Adapter:
 
     @contextmanager
     def off(self) -> Generator[None]:
-        """The model computes what it did before there was an adapter."""
+        """Within this context the model computes without the adapter."""
         with self.peft.disable_adapter():
             yield
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Writes the adapted weights of now into `merged`, in the type the model computes in."""
+        """Writes W + (alpha / rank) B A into `merged`, from the present A and B, in the compute type."""
         for name, layer in self._layers.items():
             target = self.merged.get_submodule(name)
             base = layer.get_base_layer().weight
@@ -75,7 +75,10 @@ class Adapter:
 
     @torch.no_grad()
     def outdated(self) -> tuple[str, float] | None:
-        """A layer whose merged weight is not that of the adapter of now, and the largest difference."""
+        """The first layer whose weight in `merged` differs from what `merge` would write now, and how much.
+
+        None: `merged` is up to date. The difference is the largest of any element.
+        """
         for name, layer in self._layers.items():
             current = _merged(layer.get_base_layer().weight, layer)
             held = self.merged.get_submodule(name).get_parameter("weight")
@@ -84,7 +87,7 @@ class Adapter:
         return None
 
     def base_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What it stands on, under the names there are without it."""
+        """The frozen weights, under the names that they have in the model without an adapter."""
         for name, weight in self._model.named_parameters():
             if ".lora_" not in name:
                 yield name.replace(".base_layer.", "."), weight
@@ -110,12 +113,15 @@ def _merged(base: Tensor, layer: Any) -> Tensor:
 
 
 def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
-    """Names of layers as peft takes them: the last part of a path, several of its last parts, or all."""
+    """Names of the layers to adapt, for peft: each is the end of a module's path, or the whole path.
+
+    Without `wanted` names, every linear layer below the head. Raises ModelError: a name fits no such layer.
+    """
     head, modules = head_of(model), modules_by_name(model)
     linears = {name for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
     last = sorted({name.rpartition(".")[2] for name in linears})
     for target in wanted:
-        if not _named(target, linears):
+        if not _ending_in(target, linears):
             near = difflib.get_close_matches(target, last, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise ModelError(
@@ -124,11 +130,13 @@ def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
             )
     targets: set[str] = set()
     for target in wanted or last:
-        named = _named(target, linears)
-        # a vision tower has convolutions and numbered layers that share a name with linear ones
-        targets |= {target} if named == _named(target, modules) else named
+        named = _ending_in(target, linears)
+        # full paths where the short name would also match other modules, such as a vision tower's
+        # convolutions
+        targets |= {target} if named == _ending_in(target, modules) else named
     return sorted(targets)
 
 
-def _named(target: str, names: Iterable[str]) -> set[str]:
+def _ending_in(target: str, names: Iterable[str]) -> set[str]:
+    """The paths among `names` whose last parts are `target`."""
     return {name for name in names if name == target or name.endswith(f".{target}")}

@@ -1,4 +1,4 @@
-"""Ragged groups -> packed tensors: a prompt once, its completions behind it, nothing padded.
+"""Packs groups into tensors without padding: each prompt once, its completions behind it; cuts microbatches.
 
 group of prompt `p q r` with completions `a b` and `c`:
 
@@ -20,7 +20,12 @@ from rlhf.torch_typed import integers
 from rlhf.types import Candidates, Experience, Images
 
 Layout = Literal["shared_prefix", "packed", "padded"]
-"""A prompt once a group; a prompt once a sequence, end to end; a padded row a sequence."""
+"""How a forward pass lays out groups:
+
+shared_prefix   packed, each prompt once per group
+packed          packed, each prompt repeated for every completion
+padded          one right-padded row per sequence
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +34,9 @@ class GroupSpan:
 
     start: int
     prompt: int
+    """Tokens of the prompt."""
     completions: tuple[int, ...]
+    """Tokens of each completion."""
 
     @property
     def end(self) -> int:
@@ -38,7 +45,7 @@ class GroupSpan:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Groups for one forward pass. `T` tokens with the prompts, `N` of completions."""
+    """Groups for one forward pass: `T` tokens of prompts and completions, `N` of them of completions."""
 
     token_ids: Tensor
     """`[T]`"""
@@ -50,18 +57,18 @@ class Packed:
     """`[N]`: the completion tokens."""
     spans: tuple[GroupSpan, ...]
     images: tuple[Images | None, ...] = ()
-    """Of each span's prompt; empty where none has any. The positions above do not know of them."""
+    """Images of each span's prompt; empty where no prompt has any. `positions` does not account for them."""
     candidates: Candidates | None = None
-    """What each of the N tokens was drawn from."""
+    """The candidates that each of the N tokens was drawn from; None: the whole vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Microbatch:
-    """Part of an Experience for one forward pass, in whole sequences."""
+    """Sequences of an Experience for one forward pass; no sequence is cut."""
 
     packed: Packed
     index: Tensor
-    """`[N]`: which tokens of the experience these are."""
+    """`[N]`: the places of its completion tokens in the experience."""
 
 
 def pack(
@@ -69,9 +76,9 @@ def pack(
     completions: Sequence[Sequence[Tensor]],
     images: Sequence[Images | None] = (),
 ) -> Packed:
-    """Packs groups one after another; `completions[i]` are those of `prompts[i]`. None of them is empty.
+    """Packs groups one after another; `completions[i]` belong to `prompts[i]`, and none is empty.
 
-    `images[i]` are the pictures of `prompts[i]`; all of them may be left out.
+    `images[i]` are the images of `prompts[i]`; `images` may be left out if no prompt has any.
     """
     assert not images or len(images) == len(prompts)
     token_ids: list[Tensor] = []
@@ -84,9 +91,11 @@ def pack(
         assert span.prompt and all(span.completions), "a prompt or completion without tokens"
         token_ids += [prompt, *group]
         positions.append(torch.arange(span.prompt))
+        # first token of the next completion
         begin = start + span.prompt
         for length in span.completions:
             positions.append(torch.arange(span.prompt, span.prompt + length))
+            # the last token of the prompt predicts the first of every completion
             rows += [torch.tensor([start + span.prompt - 1]), torch.arange(begin, begin + length - 1)]
             begin += length
         spans.append(span)
@@ -104,27 +113,27 @@ def pack(
 
 
 def least(device: torch.device) -> Packed:
-    """One token after a prompt of one: a pass that has to be made with nothing in it."""
+    """The smallest pack, a prompt and a completion of one token each: for a pass whose result is not used."""
     one = torch.zeros(1, dtype=torch.long, device=device)
     return pack([one], [[one]])
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Sequences `[first, last)` of one group: what goes through the model together with its prompt."""
+    """Sequences `[first, last)` of one group, which go through the model together with their prompt."""
 
     group: int
     first: int
     last: int
     cost: int
-    """Tokens of a forward pass: the prompt once and all these sequences."""
+    """Tokens in the forward pass: the prompt once and the completions of all these sequences."""
 
 
 def cut(experience: Experience, groups: Sequence[int], budget: int, *, share: bool) -> list[Unit]:
-    """Groups as units of at most `budget` tokens.
+    """Cuts groups into units of at most `budget` tokens each.
 
-    A larger group is cut between sequences (its prompt repeated), as is every group where prompts are not to
-    be shared; a single sequence of more than `budget` tokens is a unit of its own.
+    A larger group is cut between sequences, and its prompt is repeated in each unit. Without `share`, every
+    sequence is a unit. A single sequence of more than `budget` tokens is a unit of its own.
     """
     lengths = _lengths(experience)
     members: dict[int, list[int]] = {g: [] for g in groups}
@@ -145,16 +154,17 @@ def cut(experience: Experience, groups: Sequence[int], budget: int, *, share: bo
 
 
 def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
-    """Deals units to bins of at most `budget` tokens, largest first, each into the first bin with room.
+    """Puts units into bins of at most `budget` tokens (first-fit decreasing).
 
-    Deterministic: equal costs keep their order, and so do the units of a bin.
+    The largest unit comes first, and each goes into the first bin with room. Deterministic: units of equal
+    cost are taken in their given order, and so are the units within a bin.
     """
     bins: list[list[int]] = []
     room: list[int] = []
     for unit in sorted(range(len(units)), key=lambda u: -units[u].cost):
         cost = units[unit].cost
-        for i, left in enumerate(room):
-            if cost <= left:
+        for i, free in enumerate(room):
+            if cost <= free:
                 bins[i].append(unit)
                 room[i] -= cost
                 break
@@ -165,9 +175,10 @@ def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
 
 
 def fill_rows(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
-    """Deals units of one sequence each to bins of at most `budget` tokens with padding, longest first."""
+    """Puts units of one sequence into bins of at most `budget` tokens, padding included; longest first."""
     bins: list[list[Unit]] = []
     for unit in sorted(units, key=lambda u: -u.cost):
+        # the first unit of a bin is its longest: every row of the bin is padded to it
         if bins and bins[-1][0].cost * (len(bins[-1]) + 1) <= budget:
             bins[-1].append(unit)
         else:
@@ -178,9 +189,9 @@ def fill_rows(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
 def microbatches(
     experience: Experience, groups: Sequence[int], budget: int, *, layout: Layout = "shared_prefix"
 ) -> Iterator[Microbatch]:
-    """The given groups of an experience, packed for forward passes of at most `budget` tokens.
+    """Packs the given groups of an experience for forward passes of at most `budget` tokens.
 
-    The budget counts what `layout` computes: a prompt once a group or once a sequence, padding or none.
+    The budget counts the tokens that `layout` computes, repeated prompts and padding included.
     """
     lengths = _lengths(experience)
     starts = [0, *accumulate(lengths)]
@@ -200,12 +211,12 @@ def microbatches(
 
 
 def _lengths(experience: Experience) -> list[int]:
-    """Tokens of each sequence."""
+    """Completion tokens of each of the S sequences."""
     return integers(torch.bincount(experience.sequence, minlength=len(experience.group)))
 
 
 def separate(packed: Packed) -> Packed:
-    """The same sequences, each behind a prompt of its own; rows and targets keep their order."""
+    """Repeats the prompt for every completion: groups of one. Rows and targets keep their order."""
     if all(len(span.completions) == 1 for span in packed.spans):
         return packed
     parts = list(_sequences(packed))
@@ -214,19 +225,19 @@ def separate(packed: Packed) -> Packed:
 
 
 def _sequences(packed: Packed) -> Iterator[tuple[Tensor, Tensor]]:
-    """Prompt and completion of each."""
+    """The token ids of prompt and completion of each sequence."""
     for span in packed.spans:
         prompt = packed.token_ids[span.start : span.start + span.prompt]
-        own = packed.token_ids[span.start + span.prompt : span.end]
-        for completion in torch.split(own, list(span.completions)):
+        completions = packed.token_ids[span.start + span.prompt : span.end]
+        for completion in torch.split(completions, list(span.completions)):
             yield prompt, completion
 
 
 def padded(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
-    """The same groups as one right-padded row a sequence: token ids and attention mask `[S, L]`, rows `[N]`.
+    """One right-padded row per sequence: token ids `[S, L]`, attention mask `[S, L]`, rows `[N]`.
 
-    The slow form, for models whose attention cannot be replaced, and the specification of the packed ones.
-    `rows` index the flattened `[S * L]` hidden states.
+    `rows` index the hidden states flattened to `[S * L, H]`. This slow form is for models whose attention
+    cannot be replaced, and it is the specification of the packed layouts.
     """
     parts = list(_sequences(packed))
     sequences = [torch.cat(part) for part in parts]

@@ -1,9 +1,9 @@
-"""The actor and its frozen reference: packed groups in, statistics of every completion token out.
+"""The policy (or frozen reference): packed groups -> log-prob, entropy and KL of every completion token.
 
-The language-model head is never called: hidden states of the completion rows and the head's weight go to
-`token_stats`, which returns log-prob, entropy and KL without the logits. When a policy is loaded
-(`loading.py`), a few tokens show whether this gives what the model's own forward gives (`self_test.py`):
-another kind of head is refused, not mistrained.
+The language-model head is never called: the hidden states that predict completion tokens and the head's
+weight go to `token_stats`, which computes the statistics without storing the logits. When a policy is loaded
+(`loading.py`), a few tokens are compared with the model's own forward (`self_test.py`), so that a model whose
+head computes something else is refused instead of trained wrongly.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from rlhf.models.pretrained import (
     model_folder,
     set_attention,
 )
-from rlhf.models.sharding import backbone, gathered, give_up
+from rlhf.models.sharding import backbone, free_gathered, gathered
 from rlhf.models.vision.embeddings import Vision
 from rlhf.models.vision.processor import Processor
 
 
 class Trunk:
-    """A causal transformer and how packed groups go through it, whatever head their hidden states go to.
+    """A causal transformer that turns packed groups into hidden states, for any kind of head.
 
-    `layout`: the prompt of a group is computed once, or with every sequence, packed (rlhf/attention.py); or
-    every sequence is a padded row of its own, which any causal model can do.
+    `layout` (`packing.Layout`) says whether prompts are shared within a group and whether sequences are
+    padded. The packed layouts need the attention of layers/shared_prefix.py; any causal model can do
+    "padded".
     """
 
     def __init__(self, model: PreTrainedModel, *, layout: Layout, processor: Processor | None = None) -> None:
@@ -53,27 +54,33 @@ class Trunk:
 
     @layout.setter
     def layout(self, layout: Layout) -> None:
-        """Stays set between passes: a checkpointed backward runs the forward, attention included, again."""
+        # the attention stays set between passes: with activation checkpointing, backward runs the forward
+        # again
         self._layout: Layout = layout
         set_attention(self.model, self._own_attention if layout == "padded" else SHARED_PREFIX)
 
     def freeze(self, dtype: torch.dtype) -> None:
-        """Makes a reference of it: no gradient, weights in the compute type."""
+        """Turns the model into a frozen reference: no gradients, weights in the compute type `dtype`."""
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.data.to(dtype)
 
     def checkpoint_activations(self) -> None:
-        """Trades a second forward for the memory of activations. Training mode does no more: no dropout."""
+        """Saves activation memory by running each layer's forward a second time in the backward pass."""
         checkpoint_activations(self.model)
+        # transformers checkpoints in training mode only; dropout was switched off when the model was loaded
         self.model.train()
 
     @recomputing()
     def hidden(self, packed: Packed) -> Tensor:
-        """Hidden states `[N, H]` that predict the completion tokens. Raises ImageError (rlhf/vision.py)."""
+        """Hidden states `[N, H]` that predict the completion tokens.
+
+        Raises ImageError: an image cannot be read or does not fit its prompt; ModelError: a prompt has images
+        and the model was loaded without an image processor.
+        """
         if packed.images and self.vision is None:
             kind = type(self.model).__name__
-            raise ModelError(f"a prompt has pictures, but {kind} was loaded without an image processor")
+            raise ModelError(f"a prompt has images, but {kind} was loaded without an image processor")
         if self.layout == "padded":
             token_ids, mask, rows = padded(packed)
             if self.vision is not None:
@@ -89,12 +96,12 @@ class Trunk:
             position_ids=packed.positions[None],
             use_cache=False,
             spans=packed.spans,
-        )
+        )  # [1, T, H]
         return states[0, packed.rows]
 
 
 class Policy(Trunk):
-    """A causal language model: a trunk and a head that gives the log-probs of tokens."""
+    """A causal language model: a `Trunk` and a head that gives the log-probs of tokens."""
 
     def __init__(self, model: PreTrainedModel, *, layout: Layout, processor: Processor | None = None) -> None:
         self.head = Head.of(model)
@@ -102,25 +109,25 @@ class Policy(Trunk):
         self.adapter: Adapter | None = None
         self._mapped: MemoryMappedWeights | None = None
         self.replica: PreTrainedModel | None = None
-        """The whole of a model that learns in shards, where an engine of this process samples from it."""
+        """A whole copy of a sharded model, for an engine in this process to sample from; else None."""
 
     def add_adapter(self, section: LoraConfig, *, seed: int) -> None:
-        """From here on a LoRA adapter is what learns. Raises ModelError: it does not fit the model."""
+        """Adds a LoRA adapter, which is trained in place of the model. Raises ModelError like `Adapter`."""
         self.adapter = Adapter(self.model, section, seed=seed)
 
     @property
     def rollout_model(self) -> PreTrainedModel:
-        """What an engine samples from or is sent: the model itself, or the copy `merge` writes to."""
+        """The model that an engine samples from or is sent: `model`, or the copy that `merge` writes to."""
         if self.replica is not None:
             return self.replica
         return self.model if self.adapter is None else self.adapter.merged
 
     def merge(self) -> None:
-        """Brings `rollout_model` up to date. Every rank calls it."""
+        """Brings `rollout_model` up to date. Every rank calls it, because it may gather shards."""
         if self.replica is not None:
-            own = dict(self.replica.named_parameters())
+            copies = dict(self.replica.named_parameters())
             for name, weight in gathered(self.model):
-                own[name].copy_(weight)
+                copies[name].copy_(weight)
         if self.adapter is not None:
             self.adapter.merge()
 
@@ -133,17 +140,17 @@ class Policy(Trunk):
         reference: Policy | None = None,
         hidden: Tensor | None = None,
     ) -> TokenStats:
-        """Per-token statistics `[N]` at `temperature`, of the whole vocabulary, with gradient if enabled.
+        """Statistics `[N]` of the completion tokens, in nats, at `temperature`; with gradient if enabled.
 
-        Log-probs, the reference's too, are of what a token was drawn from, where `packed` says that.
-
-        With a `reference`, also its log-prob and, where wanted, the exact KL (no gradient into it). `hidden`
-        are the states of `packed` where they are known already.
+        `want`: names of the statistics, as `token_stats` has them. With a `reference`, its log-prob and the
+        exact KL can be wanted too; neither carries gradient into the reference. Log-probs of both models are
+        renormalised over `packed.candidates` where there are any; entropy and KL are of the whole vocabulary.
+        `hidden` `[N, H]`: the hidden states of `packed`, if they are known already.
         """
-        against: dict[str, Any] = {}
+        ref_arguments: dict[str, Any] = {}
         if reference is not None:
             with torch.no_grad():
-                against = {
+                ref_arguments = {
                     "ref_hidden": reference.hidden(packed),
                     "ref_weight": whole(reference.head.module.weight),
                     "ref_bias": reference.head.module.bias,
@@ -155,26 +162,29 @@ class Policy(Trunk):
             temperature=temperature,
             want=want,
             candidates=packed.candidates,
-            **against,
+            **ref_arguments,
         )
         if reference is not None:
-            reference.rest()
+            reference.free_memory()
         if not torch.is_grad_enabled():
-            self.rest()
+            self.free_memory()
         return statistics
 
     def leave_in_file(self, path: str) -> None:
-        """Of a frozen model on a CPU: its weights are read from their file at each pass (mapped.py)."""
+        """Maps the weights of a frozen model on a CPU from the files at `path` (memory_mapped.py)."""
         self._mapped = MemoryMappedWeights(self.model, model_folder(path))
 
-    def rest(self) -> None:
-        """Gives up what a pass without backward has gathered of shards, or read of a file."""
-        give_up(self.model)
+    def free_memory(self) -> None:
+        """Frees the weights that a pass without backward has gathered from shards or mapped from files."""
+        free_gathered(self.model)
         if self._mapped is not None:
-            self._mapped.give_up()
+            self._mapped.release_pages()
 
     def divergence(self, packed: Packed, hidden: Tensor, other: Tensor, *, temperature: float) -> Tensor:
-        """KL(policy at `hidden` || policy at `other` states) `[N]`, exact; gradient into the former alone."""
+        """Exact KL `[N]` of the policy at states `hidden` from the policy at states `other`, both `[N, H]`.
+
+        KL(policy(hidden) || policy(other)), in nats, with gradient into `hidden` and the head alone.
+        """
         kl = self.head.statistics(
             hidden,
             packed.targets,
@@ -189,15 +199,18 @@ class Policy(Trunk):
 
     @torch.no_grad()
     def logits(self, packed: Packed) -> Tensor:
-        """`[N, V]` in float32, at temperature 1: for a few tokens."""
+        """Logits `[N, V]` in float32, at temperature 1. They take much memory: only for a few tokens."""
         head = self.head
         logits = head.scale * nn.functional.linear(self.hidden(packed), head.module.weight, head.module.bias)
-        give_up(self.model)
+        free_gathered(self.model)
         logits = logits.float()
         return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
     def dummy_pass(self, reference: Policy | None = None) -> Tensor:
-        """A zero that depends on every weight: the pass of a sharded rank that has nothing to compute."""
+        """A zero that depends on every weight.
+
+        A sharded rank without data computes it, because all ranks have to take part in every pass.
+        """
         packed = least(self.model.device)
         logprob = self.statistics(packed, temperature=1.0, want=("logprob",), reference=reference).logprob
         assert logprob is not None
@@ -205,7 +218,7 @@ class Policy(Trunk):
 
 
 class WithoutAdapter(Policy):
-    """The reference under a policy with an adapter: the same weights and layout, the adapter switched off."""
+    """The reference of a policy with an adapter: the same weights and layout, the adapter switched off."""
 
     def __init__(self, policy: Policy) -> None:
         assert policy.adapter is not None

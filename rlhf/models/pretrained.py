@@ -1,4 +1,4 @@
-"""What transformers is asked for, with types: models, tokenizers, their settings, and how a model attends."""
+"""Typed access to transformers: loads models, tokenizers and their configs, and sets a model's attention."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 class ModelError(ValueError):
-    """The model cannot be loaded or trained as asked. The message says why."""
+    """The model cannot be loaded, or not be trained with these settings. The message says why."""
 
 
 def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """In evaluation mode, with its vision tower if it has one.
+    """A causal language model in evaluation mode, with its vision tower if it has one.
 
-    Raises ModelError when there is no causal language model at `path`.
+    `path`: a model folder or the name of a model on the Hugging Face hub. Raises ModelError when there is no
+    causal language model.
     """
     try:
         kind = _kind_of(load_model_config(path))
@@ -48,6 +49,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
 
 
 def _ready(model: Any, device: torch.device | None = None) -> PreTrainedModel:
+    """The model in evaluation mode, with layers that keep less for the backward pass."""
     fuse_norms(model)
     lighten_mlps(model)
     return model.to(device).eval() if device is not None else model.eval()
@@ -61,10 +63,10 @@ def _kind_of(config: PretrainedConfig) -> Any:
 
 
 def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tensor | None]:
-    """A transformer without head, in float32, and the weight `[K, H]` of its score head if it has one.
+    """A transformer without head, in float32, and the weight `[K, H]` of its score head, or None.
 
-    A reward model of the Hugging Face sequence-classification layout has one, a causal language model none.
-    Raises ModelError when there is neither at `path`.
+    A reward model has a score head, in Hugging Face's sequence-classification layout; a causal language model
+    has none. Raises ModelError when there is neither at `path`, or when the score head is not linear.
     """
     architecture = (load_model_config(path).architectures or [""])[0]
     try:
@@ -83,16 +85,16 @@ def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tenso
 
 
 SCORED_AT_END = {"scored_at": "end_of_sequence"}
-"""In the config of a reward model: the tokens of a text have an end-of-sequence token behind them."""
+"""Entry in the config of a reward model: it was trained on texts that end with an end-of-sequence token."""
 
 
 def classifier_of(
     model: PreTrainedModel, weight: Tensor, names: Sequence[str], pad_token_id: int
 ) -> PreTrainedModel:
-    """The transformer of `model` under a score head `[K, H]`, as a sequence classifier of K named scores.
+    """A sequence classifier of K named scores: `model`'s transformer with the score head `weight` `[K, H]`.
 
-    transformers reads the score at the last token that is not padding, so `pad_token_id` must be one that no
-    text ends with. Raises ModelError: there is no such class for this kind of model.
+    transformers reads the score at the last token that is not padding, so no text may end with
+    `pad_token_id`. Raises ModelError: transformers has no sequence classifier for this kind of model.
     """
     config = copy.deepcopy(model.config)
     labels = dict(enumerate(names))
@@ -115,7 +117,7 @@ def classifier_of(
 
 
 def pad_token_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A special token that ends no text. Raises ModelError when the tokenizer has none."""
+    """A special token other than the end of sequence, to pad with. Raises ModelError when there is none."""
     known: Any = tokenizer
     ids = [known.pad_token_id, known.unk_token_id, known.bos_token_id, *known.all_special_ids]
     for token_id in ids:
@@ -128,13 +130,15 @@ def pad_token_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def score_head_of(model: Any) -> nn.Module | None:
-    """What a sequence classifier puts on its transformer."""
+    """The score head of a sequence classifier, or None."""
     return model._modules.get("score")
 
 
 def empty_model(path: str, dtype: torch.dtype, *, head: bool) -> PreTrainedModel:
-    """A causal language model, or its transformer alone, with parameters on the meta device, tied as they
-    are; buffers are real."""
+    """A causal language model, or without `head` its transformer alone, without contents of the weights.
+
+    Parameters are on the meta device and tied as the config says; buffers are real.
+    """
     config = load_model_config(path)
     kind = _kind_of(config) if head else _transformers.AutoModel
     with init_empty_weights(include_buffers=False):
@@ -144,17 +148,17 @@ def empty_model(path: str, dtype: torch.dtype, *, head: bool) -> PreTrainedModel
 
 
 def base_prefix(model: Any) -> str:
-    """Where a model with a head has its transformer."""
+    """Name of the attribute under which a model with a head has its transformer."""
     return model.base_model_prefix
 
 
 def layer_classes(model: Any) -> set[str]:
-    """Names of the classes of a model's layers, the parts that are to stay in one piece."""
+    """Names of the classes of a model's layers, which transformers says must not be split over devices."""
     return set(model._no_split_modules or ())
 
 
 def model_folder(path: str) -> Path:
-    """Where the files of a model lie; those of a hub name are fetched. Raises ModelError."""
+    """The folder of a model's files, downloaded for a hub name. Raises ModelError: there are none."""
     folder = Path(local_or_hub(path))
     if folder.is_dir():
         return folder
@@ -165,7 +169,7 @@ def model_folder(path: str) -> Path:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Raises ModelError when there is none at `path`."""
+    """The tokenizer at `path`. Raises ModelError when there is none."""
     place = local_or_hub(path)
     if Path(place).is_dir() and not any(list(Path(place).glob(pattern)) for pattern in TOKENIZERS):
         raise ModelError(f"{path} has no tokenizer: none of {', '.join(TOKENIZERS)} is there")
@@ -176,7 +180,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model_config(path: str) -> PretrainedConfig:
-    """Raises ModelError when there is none at `path`, or of a kind that transformers does not know."""
+    """The config.json at `path`. Raises ModelError: there is none, or transformers does not know its kind."""
     place = local_or_hub(path)
     _check_json(Path(place) / "config.json")
     try:
@@ -186,7 +190,7 @@ def load_model_config(path: str) -> PretrainedConfig:
 
 
 def _check_json(file: Path) -> None:
-    """Raises ModelError where a local config.json is damaged, or of a kind that nobody knows."""
+    """Raises ModelError where a local config.json is damaged, or names an unknown kind of model."""
     if not file.is_file():
         return
     try:
@@ -202,7 +206,7 @@ def _check_json(file: Path) -> None:
 
 
 def check_writes_text(path: str, config: PretrainedConfig) -> None:
-    """Raises ModelError for a model that is none of language, and for a folder without weights."""
+    """Raises ModelError for a model that is not a language model, and for a folder without weights."""
     kinds: Any = importlib.import_module("transformers.models.auto.modeling_auto")
     writers = {**kinds.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **kinds.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     kind, own_code = config.model_type, "auto_map" in config.to_dict()
@@ -214,13 +218,16 @@ def check_writes_text(path: str, config: PretrainedConfig) -> None:
 
 
 def _short(error: Exception) -> str:
-    """What transformers says, which may be a page, on one line."""
+    """The message of an error on one line of at most 300 characters (transformers may write a page)."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else text[:299] + "…"
 
 
 def local_or_hub(path: str) -> str:
-    """A folder that exists, or a hub name as it is. Raises ModelError for a folder that is none."""
+    """The path of a folder that exists, else `path` as the name of a model on the hub.
+
+    Raises ModelError: a folder without config.json, or a path that cannot be a hub name and does not exist.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -233,12 +240,12 @@ def local_or_hub(path: str) -> str:
 
 
 def text_settings(config: Any) -> dict[str, Any]:
-    """The settings of a model's language part, by name; a model of text alone has no other."""
+    """The config of a model's language part, by name; the whole config for a model of text alone."""
     return config.get_text_config().to_dict()
 
 
 def eos_token_ids(path: str) -> set[int]:
-    """Where the model at `path` ends a completion by its own account; it may say nothing."""
+    """Ids of the end-of-sequence tokens by the model's generation config, else its config; may be empty."""
     try:
         own = _transformers.GenerationConfig.from_pretrained(local_or_hub(path)).eos_token_id
     except OSError:
@@ -247,11 +254,12 @@ def eos_token_ids(path: str) -> set[int]:
 
 
 def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """Text without the special tokens."""
+    """The text of token ids, without special tokens."""
     return tokenizer.decode(list(token_ids), skip_special_tokens=True)
 
 
 def head_of(model: Any) -> nn.Module | None:
+    """The language-model head, or None."""
     return model.get_output_embeddings()
 
 
@@ -260,12 +268,12 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def attention_of(model: Any) -> str:
-    """The name under which its attention to text is registered; there is no public way to ask for it."""
+    """The registered name of the language model's attention; transformers has no public way to ask for it."""
     return model.config.get_text_config()._attn_implementation
 
 
 def set_attention(model: Any, name: str) -> None:
-    """Of the language model; a vision tower beside it keeps its own."""
+    """Sets the language model's attention by its registered name; a vision tower keeps its own."""
     text = model.config.get_text_config()
     parts = {part: name for part in model.config.sub_configs if getattr(model.config, part) is text}
     model.set_attn_implementation(parts or name)

@@ -1,7 +1,8 @@
-"""Whether packed groups give what the model's own forward gives: tried on a few tokens at loading.
+"""Self-test at loading: compares packed groups with the model's own forward on a few tokens.
 
-Three comparisons, of one form: log-probs of a policy, log-probs after prompts with images, hidden states of a
-trunk without a language-model head. Each returns what differs in words, or None where the two agree.
+There are three comparisons of the same form: log-probs of a policy, log-probs after prompts with images, and
+hidden states of a trunk without a language-model head. Each returns a description of the difference, or None
+where the two agree.
 """
 
 from __future__ import annotations
@@ -23,26 +24,26 @@ from rlhf.torch_typed import integers
 from rlhf.types import Images
 
 LONG_PROMPT = FOLD_UP_TO + 2
-"""Tokens of a prompt that the attention of a CPU does not fold into the rows of its completions."""
+"""Tokens of a prompt that is too long for `shared_prefix.py` to fold query heads: its other code path."""
 COMPLETION_TOKENS = 7
 """Tokens of the longer of the two completions."""
 TOLERANCE = 0.01
-"""Largest error, as a share of what another prompt or image changes."""
+"""Largest allowed error, as a share of the change that another prompt or image makes."""
 
 
 @torch.no_grad()
 def forward_error(policy: Policy) -> str | None:
-    """Compares log-probs of `policy` with those of the model's own full forward."""
+    """Compares log-probs of `policy` with those of the model's own forward over whole sequences."""
     prompts, others, completions = _short_and_long(policy.model, policy.head.module.out_features)
     packs = [pack([prompt], [completions]) for prompt in prompts]
     found = [policy.statistics(packed, temperature=1.0, want=("logprob",)).logprob for packed in packs]
     got = torch.cat([logprobs for logprobs in found if logprobs is not None])
     with _own_attention(policy):
-        own, elsewhere = (
-            torch.cat([_full_forward(policy.model, prompt, completions) for prompt in asked])
-            for asked in (prompts, others)
+        expected, changed = (
+            torch.cat([_full_forward(policy.model, prompt, completions) for prompt in several])
+            for several in (prompts, others)
         )
-    return _difference(got, own, elsewhere, unit=" nats", other="prompt")
+    return _difference(got, expected, changed, unit=" nats", other="prompt")
 
 
 @torch.no_grad()
@@ -60,12 +61,12 @@ def image_error(policy: Policy) -> str | None:
     got = policy.statistics(packed, temperature=1.0, want=("logprob",)).logprob
     assert got is not None
     with _own_attention(policy):
-        own = [
+        expected = [
             _full_forward_with_images(policy, prompt, i, completions)
             for prompt, i in zip(prompts, images, strict=True)
         ]
-    # the images have one size, so the two prompts have the same tokens
-    return _difference(got, torch.cat(own), torch.cat(own[::-1]), unit=" nats", other="image")
+    # the images have the same sizes, so the two prompts have the same tokens and differ by the images alone
+    return _difference(got, torch.cat(expected), torch.cat(expected[::-1]), unit=" nats", other="image")
 
 
 @torch.no_grad()
@@ -74,21 +75,21 @@ def hidden_state_error(trunk: Trunk) -> str | None:
     vocabulary = text_settings(trunk.model.config)["vocab_size"]
     prompts, others, completions = _short_and_long(trunk.model, vocabulary)
 
-    def states(asked: Sequence[Tensor]) -> Tensor:
-        return torch.cat([trunk.hidden(pack([prompt], [completions])) for prompt in asked])
+    def states(several: Sequence[Tensor]) -> Tensor:
+        return torch.cat([trunk.hidden(pack([prompt], [completions])) for prompt in several])
 
     got = states(prompts)
     with _own_attention(trunk):
-        own, elsewhere = states(prompts), states(others)
-    return _difference(got, own, elsewhere, unit="", other="prompt")
+        expected, changed = states(prompts), states(others)
+    return _difference(got, expected, changed, unit="", other="prompt")
 
 
 def _short_and_long(
     model: PreTrainedModel, vocabulary: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Two prompts, the same two with another first token, and two completions, as token ids.
+    """A short and a long prompt, the same two with another first token, and two completions, as token ids.
 
-    A CPU takes another way through the attention for the long prompt, with all that is packed with it.
+    On a CPU, the attention of a pack with the long prompt takes another code path than with the short one.
     """
     room = text_settings(model.config).get("max_position_embeddings") or LONG_PROMPT + COMPLETION_TOKENS
     ids = torch.arange(2, LONG_PROMPT + 9, device=model.device) % vocabulary
@@ -99,7 +100,7 @@ def _short_and_long(
 
 @contextmanager
 def _own_attention(trunk: Trunk) -> Generator[None]:
-    """The model attends as it does by itself, and as before afterwards."""
+    """Within this context the model uses the attention it was loaded with, on padded rows."""
     layout, trunk.layout = trunk.layout, "padded"
     try:
         yield
@@ -107,16 +108,20 @@ def _own_attention(trunk: Trunk) -> Generator[None]:
         trunk.layout = layout
 
 
-def _difference(got: Tensor, own: Tensor, elsewhere: Tensor, *, unit: str, other: str) -> str | None:
-    """In words; None when `got` and `own` differ by less than a hundredth of what another prompt (or image)
-    makes of `own`: the scale of a real difference."""
-    signal, error = (elsewhere - own).abs().max().item(), (got - own).abs().max().item()
+def _difference(got: Tensor, expected: Tensor, changed: Tensor, *, unit: str, other: str) -> str | None:
+    """Describes by how much `got` differs from `expected`; None when they agree.
+
+    The scale is the difference that another prompt (or image) makes: `changed` against `expected`. They agree
+    when the largest error is within `TOLERANCE` of it.
+    """
+    signal, error = (changed - expected).abs().max().item(), (got - expected).abs().max().item()
     if error <= TOLERANCE * signal + 1e-5:
         return None
     return f"by {error:.2g}{unit}, where another {other} makes {signal:.2g}"
 
 
 def _full_forward(model: PreTrainedModel, prompt: Tensor, completions: Sequence[Tensor]) -> Tensor:
+    """Log-probs `[N]` of the completions' tokens by the model's own forward, head included."""
     parts = [
         _chosen(model(input_ids=torch.cat([prompt, completion])[None]).logits, prompt, completion)
         for completion in completions

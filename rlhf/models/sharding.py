@@ -1,13 +1,13 @@
-"""A model in shards: each rank holds rows of every weight and gathers one layer at a time to compute with it.
+"""Sharded models (FSDP2): each rank holds rows of every weight and gathers one layer at a time to compute.
 
-FSDP2 (`fully_shard`; the scheme is ZeRO stage 3, arXiv:1910.02054 section 5). What lies on a rank between
-two passes is its rows of every weight in float32, which are the optimizer's masters; a layer is gathered in
-the type the model computes in, used, and given up again. Gradients are summed in float32, and each rank keeps
-those of its rows. With several groups of `shard_ranks` ranks (nodes, say), every group holds the whole model
-and gradients are summed over the groups as well.
+The scheme is ZeRO stage 3 (arXiv:1910.02054 section 5), by torch's `fully_shard`. Between two passes a rank
+holds its rows of every weight in float32, which are the optimizer's masters. A layer is gathered in the
+compute type, used, and freed again. Gradients are summed in float32, and each rank keeps those of its rows.
+With several groups of `shard_ranks` ranks (one per node, for example), every group holds the whole model, and
+gradients are summed over the groups as well.
 
-A model is opened on the meta device and each rank reads its own rows from the safetensors files: none ever
-holds more than its part and one layer.
+A model is opened on the meta device, and each rank reads its own rows from the safetensors files, so that no
+rank ever holds more than its own rows and one layer.
 """
 
 from __future__ import annotations
@@ -45,18 +45,22 @@ SCORE = "score.weight"
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How models are cut: the ranks as a mesh, over whose last dimension the rows of weights are dealt."""
+    """How models are sharded: the rows of weights are split over the last dimension of a mesh of ranks."""
 
     mesh: DeviceMesh
     computed: torch.dtype
+    """The compute type, in which layers are gathered."""
 
     def exact(self) -> Sharding:
-        """The same for a model that computes in float32."""
+        """The same sharding with float32 as the compute type."""
         return replace(self, computed=torch.float32)
 
     @classmethod
     def of(cls, section: DistributedConfig, computed: torch.dtype, world: World) -> Sharding | None:
-        """None where every rank holds the whole model: as set, and where there is one rank alone."""
+        """The sharding that the settings ask for; None where every rank holds the whole model.
+
+        That is so with `distributed.mode=replicated` and on a single rank.
+        """
         if section.mode == "replicated" or world.size == 1:
             return None
         ranks = shard_ranks(section, world.size)
@@ -67,22 +71,23 @@ class Sharding:
 
 
 def shard_ranks(section: DistributedConfig, size: int) -> int:
-    """Over how many ranks a model is cut: as set, else over those of one machine.
+    """Over how many of `size` ranks a model is sharded: `distributed.shard_ranks`, else those of one machine.
 
-    Raises ValueError: the ranks cannot be dealt to groups of that size.
+    Raises ValueError: `size` is not a multiple of it.
     """
     ranks = section.shard_ranks or min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     if size % ranks:
         raise ValueError(
-            f"distributed.shard_ranks is {ranks}, but {size} ranks cannot be dealt to groups of that many"
+            f"distributed.shard_ranks is {ranks}, but {size} ranks cannot be dealt to groups of {ranks}; set "
+            "it to a divisor of the number of ranks"
         )
     return ranks
 
 
 def open_policy(path: str, sharding: Sharding, *, trains: bool) -> PreTrainedModel:
-    """The causal language model of a folder in shards, float32 ones if it `trains`.
+    """The causal language model at `path`, in shards; these are stored in float32 if it `trains`.
 
-    Every rank of the mesh calls it. Raises ModelError: it has no safetensors files, or they lack a weight.
+    Every rank of the mesh calls it. Raises ModelError: there are no safetensors files, or they lack a weight.
     """
     stored = torch.float32 if trains else sharding.computed
     model, files = empty_model(path, stored, head=True), WeightFiles(model_folder(path))
@@ -90,7 +95,7 @@ def open_policy(path: str, sharding: Sharding, *, trains: bool) -> PreTrainedMod
 
 
 def open_scorer(path: str, sharding: Sharding) -> tuple[PreTrainedModel, Tensor | None]:
-    """`pretrained.load_scorer` in float32 shards; the weight of the score head is whole."""
+    """`pretrained.load_scorer` with the transformer in float32 shards; the score head's weight is whole."""
     model, files = empty_model(path, torch.float32, head=False), WeightFiles(model_folder(path))
     weight = files.rows(SCORE, 0, None).float() if SCORE in files else None
     return _shard(model, files, sharding, stored=torch.float32, trains=True), weight
@@ -99,6 +104,7 @@ def open_scorer(path: str, sharding: Sharding) -> tuple[PreTrainedModel, Tensor 
 def _shard(
     model: PreTrainedModel, files: WeightFiles, sharding: Sharding, *, stored: torch.dtype, trains: bool
 ) -> PreTrainedModel:
+    """Shards an empty model layer by layer, and reads this rank's rows of its weights."""
     for parameter in model.parameters():
         parameter.requires_grad_(trains)
     names = layer_classes(model)
@@ -106,8 +112,8 @@ def _shard(
     for module in [m for m in model.modules() if type(m).__name__ in names]:
         _fsdp.fully_shard(module, mesh=sharding.mesh, mp_policy=policy)
     _fsdp.fully_shard(model, mesh=sharding.mesh, mp_policy=policy)
-    for module in shards(model):
-        # losses are divided by global counts already: gradients are added up, not averaged
+    for module in _fsdp_modules(model):
+        # losses are divided by global counts already, so gradients are added up instead of averaged
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     _fill(model, files, sharding, stored)
@@ -116,9 +122,9 @@ def _shard(
 
 
 def register_backbone(model: Any) -> None:
-    """Gives `model` its backbone's forward as a method that the weights outside of layers are gathered for.
+    """Adds the backbone's forward to `model`, as a method for which FSDP gathers weights outside of layers.
 
-    They stay so until the backward pass has used them: the head is among them.
+    These include the head, which `token_stats` needs after it. They stay gathered until the backward pass.
     """
 
     def forward(**inputs: Any) -> Tensor:
@@ -129,30 +135,36 @@ def register_backbone(model: Any) -> None:
 
 
 def backbone(model: Any, **inputs: Any) -> Tensor:
-    """Hidden states of a model, sharded or whole."""
-    # gathered anew: weights that a pass without backward has left there are those before the last update
-    sharded = give_up(model)
+    """Last hidden states of a model, sharded or whole."""
+    # weights that a pass without backward has left gathered may be older than the last update
+    sharded = free_gathered(model)
     if sharded and model.base_model is not model:
         return getattr(model, BACKBONE)(**inputs)
     return model.base_model(**inputs).last_hidden_state
 
 
-def give_up(model: nn.Module) -> bool:
-    """Frees weights outside of layers that a pass without backward has gathered; whether it has shards."""
+def free_gathered(model: nn.Module) -> bool:
+    """Frees the weights outside of layers that a pass without backward has gathered.
+
+    Returns whether the model is sharded; a whole model is left as it is.
+    """
     if not isinstance(model, FSDPModule):
         return False
     model.reshard()
     return True
 
 
-def shards(model: nn.Module) -> Iterator[Any]:
-    """The parts that are gathered together, the model itself first."""
+def _fsdp_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules whose weights FSDP gathers together: the model itself first, then its layers."""
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
 def in_step(items: Iterable[T], model: nn.Module, world: World) -> Iterator[T | None]:
-    """`items`, and then None for as long as another rank has some left: each pass of a sharded model is one
-    of all ranks. Every rank calls it."""
+    """Yields `items`, and then None until every rank has had as many; for a whole model only `items`.
+
+    All ranks take part in each pass of a sharded model, so a rank with fewer items makes empty passes. Every
+    rank calls it.
+    """
     if not isinstance(model, FSDPModule):
         yield from items
         return
@@ -164,28 +176,29 @@ def in_step(items: Iterable[T], model: nn.Module, world: World) -> Iterator[T | 
 
 @torch.no_grad()
 def gathered(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight whole, in the type the model computes in, under its Hugging Face name.
+    """Yields every weight whole, in the compute type, under its Hugging Face name.
 
-    Of a model in shards layer by layer, each in one collective, and given up when the next is asked for: a
-    rank holds its rows and one layer. Every rank iterates, to the end.
+    A sharded model is gathered layer by layer, each layer in one collective, and freed when the next layer is
+    asked for: a rank holds its rows and one layer. Every rank has to iterate to the end.
     """
     if not isinstance(model, FSDPModule):
         yield from model.named_parameters()
         return
-    parts: dict[str, Any] = {n: m for n, m in modules_by_name(model).items() if isinstance(m, FSDPModule)}
-    for prefix, module in parts.items():
+    modules: dict[str, Any] = {n: m for n, m in modules_by_name(model).items() if isinstance(m, FSDPModule)}
+    for prefix, module in modules.items():
         module.unshard()
-        inner = tuple(f"{name}." for name in parts if name != prefix and name.startswith(prefix))
+        # weights of the layers inside of this module are yielded with their layer
+        inner = tuple(f"{name}." for name in modules if name != prefix and name.startswith(prefix))
         for name, parameter in module.named_parameters(prefix=prefix):
             if not name.startswith(inner):
                 yield name, parameter.detach()
         module.reshard()
 
 
-class WrittenByParts:
-    """A model in shards as `checkpoint.export` takes it: its weights go to the file as they are gathered.
+class ShardedExport:
+    """A sharded model with `save_pretrained`: its weights are written to the file while they are gathered.
 
-    The first rank saves; each other one iterates over `gathered` meanwhile.
+    Rank 0 calls `save_pretrained`; meanwhile every other rank has to iterate over `gathered`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -193,28 +206,28 @@ class WrittenByParts:
 
     def save_pretrained(self, save_directory: str) -> None:
         folder, model = Path(save_directory), cast(Any, self._model)
-        names, kinds = [name for name, _ in model.named_parameters()], set[torch.dtype]()
+        names, dtypes = [name for name, _ in model.named_parameters()], set[torch.dtype]()
         with WeightFile(folder / "model.safetensors", names) as file:
             for name, weight in gathered(model):
                 file.add(name, weight)
-                kinds.add(weight.dtype)
+                dtypes.add(weight.dtype)
         config = copy.deepcopy(model.config)
-        (config.dtype,) = kinds
+        (config.dtype,) = dtypes
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
 
 
-def as_whole(model: PreTrainedModel) -> PreTrainedModel | WrittenByParts:
-    """What can be saved in the Hugging Face layout, whether it is in shards or not."""
-    return WrittenByParts(model) if isinstance(model, FSDPModule) else model
+def as_whole(model: PreTrainedModel) -> PreTrainedModel | ShardedExport:
+    """The model as an object whose `save_pretrained` writes all of it, whether it is sharded or not."""
+    return ShardedExport(model) if isinstance(model, FSDPModule) else model
 
 
 class WeightFiles:
-    """The safetensors files of a model, of which any rows of any weight can be read."""
+    """The safetensors files of a model folder: reads any rows of any weight."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ModelError: there is none in `folder`."""
+        """Raises ModelError: there are no safetensors files in `folder`."""
         self._files = _index(folder)
         self._open: dict[Path, Any] = {}
 
@@ -222,11 +235,14 @@ class WeightFiles:
         return name in self._files
 
     def name_of(self, name: str, prefix: str) -> str | None:
-        """The name of a weight here: a transformer alone lacks the prefix that it has under a head."""
+        """The name in the files of the weight `name`, or None.
+
+        The files of a model with a head have `prefix` before the names of its transformer.
+        """
         return next((n for n in (name, f"{prefix}.{name}") if n in self._files), None)
 
     def rows(self, name: str, start: int, stop: int | None) -> Tensor:
-        """Raises ModelError: the file is damaged."""
+        """Rows `[start, stop)` of a weight. Raises SafetensorError: the file is damaged."""
         file = self._files[name]
         if file not in self._open:
             self._open[file] = _safe_open(str(file), framework="pt")
@@ -235,8 +251,12 @@ class WeightFiles:
 
 @torch.no_grad()
 def _fill(model: nn.Module, files: WeightFiles, sharding: Sharding, stored: torch.dtype) -> None:
-    """Puts this rank's rows in place of the parameters on the meta device."""
+    """Replaces the parameters on the meta device by this rank's rows, read from the files.
+
+    Raises ModelError: the files lack a weight, or one is damaged or of another shape.
+    """
     prefix = base_prefix(model)
+    # tied weights are one parameter in several places
     owners: dict[Tensor, list[tuple[str, nn.Module, str]]] = {}
     for path, module in modules_by_name(model).items():
         for name, parameter in module.named_parameters(recurse=False):
@@ -255,7 +275,10 @@ def _fill(model: nn.Module, files: WeightFiles, sharding: Sharding, stored: torc
         except SafetensorError as error:
             raise ModelError(f"{name} cannot be read: {error}") from error
         if rows.shape != shape:
-            raise ModelError(f"{name} has rows of {list(rows.shape[1:])}, the model {list(shape[1:])}")
+            raise ModelError(
+                f"{name}: by config.json this rank's rows have shape {list(shape)}, in the safetensors files "
+                f"{list(rows.shape)}; do the two belong to the same model?"
+            )
         local = torch.empty(shape, dtype=stored, device=sharding.mesh.device_type)
         new = nn.Parameter(as_shard(local.copy_(rows), parameter), requires_grad=parameter.requires_grad)
         for _, module, own_name in places:
@@ -263,7 +286,7 @@ def _fill(model: nn.Module, files: WeightFiles, sharding: Sharding, stored: torc
 
 
 def _index(folder: Path) -> dict[str, Path]:
-    """In which file each weight of a model folder lies. Raises ModelError: there is no safetensors file."""
+    """The file of each weight of a model folder. Raises ModelError: there are no safetensors files."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}

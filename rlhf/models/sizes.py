@@ -1,7 +1,7 @@
-"""How large a model is, counted on the model itself with weights that take no memory.
+"""Sizes of a model (weights, layers, activations), counted without loading its weights.
 
-Weights and what the layers keep for their backward pass come from running the model's own code on the meta
-device, where tensors have shapes and no contents. Nothing but its config.json is read.
+The numbers of weights, and of bytes that the layers keep for their backward pass, come from running the
+model's own code on the meta device, where tensors have shapes but no contents. Only its config.json is read.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ COUNTED = "rlhf_counted"
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """Of one model. Weights are counts, not bytes."""
+    """Sizes of one model. Weights are numbers of elements, not bytes."""
 
     weights: int
-    """All of them, tied ones once."""
+    """All weights; tied ones count once."""
     matrices: int
-    """Those that every token is multiplied by, without embeddings and head; all experts of a mixture."""
+    """Weights of all matrices except embeddings and head; all experts of a mixture are included."""
     linear_sides: int
-    """Inputs plus outputs of all linear layers but the head: weights of an adapter of rank 1."""
+    """Inputs plus outputs of all linear layers except the head: the weights of a LoRA adapter of rank 1."""
     head: int
-    """Of the language-model head, tied or not; 0 without one."""
+    """Weights of the language-model head, tied or not; 0 without one."""
     largest_layer: int
     outside_layers: int
-    """Embeddings, head, last norm: gathered together beside the layers where a model is in shards."""
+    """Weights of embeddings, head and last norm: a sharded model gathers them together, beside the layers."""
     layers: int
     hidden: int
     vocabulary: int
     attended: int
-    """Query heads x head size x layers: what a token pays for each token it attends to."""
+    """Query heads x head size x layers: the cost of attention for each token that a token attends to."""
     key_value_bytes: int
-    """Of one token, in the type the model computes in."""
+    """Keys and values of one token in all layers, in the compute type."""
     kept_bytes: int | None
-    """What the layers keep of one token for the backward pass; None: the model's code needs real tensors."""
+    """Bytes per token that the layers keep for the backward pass; None: only real tensors would tell."""
 
 
 def model_sizes(path: str, dtype: torch.dtype, *, head: bool = True) -> ModelSizes:
-    """Of the model in a folder, computing in `dtype`; without `head` of the transformer alone.
+    """Sizes of the model at `path` with compute type `dtype`; without `head`, of its transformer alone.
 
-    Raises ModelError as loading does.
+    Raises ModelError as `load_model_config` does.
     """
     model = cast(Any, empty_model(path, dtype, head=head)).to("meta")
     settings = text_settings(model.config)
@@ -63,15 +63,15 @@ def model_sizes(path: str, dtype: torch.dtype, *, head: bool = True) -> ModelSiz
     heads = settings["num_attention_heads"]
     size = settings.get("head_dim") or settings["hidden_size"] // heads
     depth = settings["num_hidden_layers"]
-    of_layers = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    layer_sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     weights = sum(p.numel() for p in parameters)
     return ModelSizes(
         weights=weights,
         matrices=sum(p.numel() for p in parameters if p.dim() > 1 and p not in apart),
         linear_sides=sum(sum(m.weight.shape) for m in linears if m is not top),
         head=0 if top is None else top.weight.numel(),
-        largest_layer=max(of_layers, default=0),
-        outside_layers=weights - sum(of_layers),
+        largest_layer=max(layer_sizes, default=0),
+        outside_layers=weights - sum(layer_sizes),
         layers=depth,
         hidden=settings["hidden_size"],
         vocabulary=settings["vocab_size"],
@@ -82,17 +82,18 @@ def model_sizes(path: str, dtype: torch.dtype, *, head: bool = True) -> ModelSiz
 
 
 def kept_bytes(model: nn.Module, length: int = 16) -> int | None:
-    """What a transformer on the meta device keeps of one token for its backward pass."""
+    """Bytes per token that a transformer on the meta device keeps for backward; None: not countable."""
     try:
         return kept_in_a_pass(model, length) // length
     except (NotImplementedError, RuntimeError):
-        # such code asks for the contents of a tensor, to route tokens to experts for example
+        # the model's code reads the contents of a tensor, for example to route tokens to experts
         return None
 
 
 def kept_in_a_pass(model: nn.Module, length: int) -> int:
-    """Bytes that one pass of a transformer over that many tokens keeps, weights excluded."""
+    """Bytes that one forward pass of a transformer over `length` tokens keeps, without the weights."""
     kept: dict[int, int] = {}
+    # keeps the tensors alive, so that no two of them ever have the same memory
     held: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -104,17 +105,18 @@ def kept_in_a_pass(model: nn.Module, length: int) -> int:
     token_ids = torch.zeros(1, length, dtype=torch.long, device=next(model.parameters()).device)
     with recomputing(keep):
         model(input_ids=token_ids, use_cache=False)
-    ours = {memory_of(p) for p in model.parameters()}
-    return sum(size for memory, size in kept.items() if memory not in ours)
+    weights = {memory_of(p) for p in model.parameters()}
+    return sum(size for memory, size in kept.items() if memory not in weights)
 
 
 class _KeptByAttention(torch.autograd.Function):
-    """Keeps what every kernel in use keeps: queries, keys, values and output, no scores."""
+    """Attention without computation; it keeps what our kernels keep: queries, keys, values and output."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
         query, _, value = inputs
-        # tokens first, as the kernels write it: what reads it next needs no copy
+        # laid out with the tokens first, as the kernels write it, so that the next layer needs no copy to
+        # count
         output = query.new_empty(*query.transpose(1, 2).shape[:-1], value.shape[-1])
         ctx.save_for_backward(*inputs, output)
         return output

@@ -1,9 +1,9 @@
-"""Log-probs among the tokens that truncated sampling left, in place of those of the whole vocabulary.
+"""Log-probs renormalised over the candidates of truncated sampling instead of the whole vocabulary.
 
-The engine drew y from the tokens S that top-k, top-p and min-p left, with log-prob log mu(y | S). The ratio
-to it, to the policy before the update and to the reference is that of log-probs over the same S, recorded
-when y was drawn: exact after any number of updates, whatever the policy of now would keep. Tokens outside of
-S get no gradient.
+The engine drew y from the candidates S that top-k, top-p and min-p left, with log-prob log mu(y | S). Policy,
+old policy and reference are scored over the same S, recorded when y was drawn. So their ratios are exact
+after any number of updates, whichever tokens the current policy would keep. Tokens outside of S get no
+gradient.
 """
 
 from __future__ import annotations
@@ -18,20 +18,24 @@ from rlhf.kernels.candidate_logprob import candidate_logprob
 from rlhf.kernels.token_stats import TokenStats
 from rlhf.types import Candidates
 
-Side = tuple[Tensor, Tensor, Tensor | None]
-"""Hidden states, head and its bias."""
+HeadInputs = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states `[N, H]`, weight of the head `[V, H]`, and its bias `[V]`."""
 
 
-def among_candidates(
+def candidate_logprobs(
     candidates: Candidates | None,
     want: tuple[str, ...],
-    sides: Mapping[str, Side],
+    inputs: Mapping[str, HeadInputs],
     scaling: Mapping[str, Any],
 ) -> dict[str, Tensor]:
-    """Those of the wanted statistics that are log-probs, `[N]`; 0 for a token that was drawn from all."""
+    """The wanted log-probs `[N]`, each over the candidates of its token, by name of the statistic.
+
+    0 for a token without candidates, which was drawn from the whole vocabulary. Empty without `candidates`.
+    """
     found: dict[str, Tensor] = {}
-    for name, (hidden, weight, bias) in sides.items():
+    for name, (hidden, weight, bias) in inputs.items():
         if candidates is not None and name in want:
+            # no gradient into the reference
             with torch.set_grad_enabled(torch.is_grad_enabled() and name == "logprob"):
                 found[name] = candidate_logprob(
                     hidden, weight, candidates.ids, candidates.sizes, bias=bias, **scaling
@@ -39,18 +43,26 @@ def among_candidates(
     return found
 
 
-def still_wanted(
+def missing_statistics(
     want: tuple[str, ...], found: Mapping[str, Tensor], candidates: Candidates | None
 ) -> tuple[str, ...]:
-    """What has to be computed of the whole vocabulary: log-probs too, if any token was drawn from all."""
+    """Names of the statistics that still need the whole vocabulary.
+
+    Log-probs are among them if any token has no candidates.
+    """
     return tuple(name for name in want if name not in found) if candidates and candidates.everywhere else want
 
 
-def merged(statistics: TokenStats, found: Mapping[str, Tensor], candidates: Candidates | None) -> TokenStats:
-    """`found`, where tokens were drawn from a few, in statistics of the whole vocabulary."""
-    known: dict[str, Tensor | None] = statistics._asdict()
-    for name, among in found.items():
-        of_all = known[name]
+def with_candidates(
+    statistics: TokenStats, found: Mapping[str, Tensor], candidates: Candidates | None
+) -> TokenStats:
+    """`statistics` of the whole vocabulary, replaced by `found` for every token that has candidates."""
+    merged: dict[str, Tensor | None] = statistics._asdict()
+    for name, over_candidates in found.items():
+        over_all = merged[name]
         assert candidates is not None
-        known[name] = among if of_all is None else torch.where(candidates.sizes > 0, among, of_all)
-    return TokenStats(**known)
+        if over_all is None:
+            merged[name] = over_candidates
+        else:
+            merged[name] = torch.where(candidates.sizes > 0, over_candidates, over_all)
+    return TokenStats(**merged)

@@ -1,4 +1,4 @@
-"""A group packed with its prompt once trains as its sequences would, each by itself and padded.
+"""A group packed with its prompt once trains exactly like its sequences alone, or padded.
 
 In float64: the same log-probs, loss and gradients to 1e-10. In float32: no further from the float64 truth
 than the padded form is.
@@ -59,7 +59,7 @@ def packed_of(groups: list[Group]) -> Packed:
 
 @cache
 def policy(folder: Path, packing: str, dtype: torch.dtype) -> Policy:
-    """With attention far from uniform, or nothing here would notice what a token sees."""
+    """A policy whose attention is far from uniform, so that the tests notice which tokens a token sees."""
     policy = policy_of(folder, packing=packing, dtype=dtype)
     with torch.no_grad():
         for name, weight in policy.model.named_parameters():
@@ -86,7 +86,7 @@ def logprobs(policy: Policy, groups: list[Group]) -> Tensor:
 
 
 def gradients(policy: Policy, output: Tensor) -> dict[str, Tensor]:
-    """Of a weighted sum of the outputs, by every parameter."""
+    """Gradients of a weighted sum of the outputs by every parameter."""
     policy.model.zero_grad()
     (output * torch.linspace(-1.0, 1.0, len(output), dtype=output.dtype)).sum().backward()
     return {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}

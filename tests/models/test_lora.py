@@ -31,7 +31,7 @@ Folder = Callable[[str], Path]
 
 
 def adapted(folder: Path, *, dtype: torch.dtype = torch.float64, packing: str = "auto") -> Policy:
-    """With an adapter that does something: B is not 0."""
+    """A policy with an adapter that changes its outputs: B is not 0."""
     policy = policy_of(folder, packing=packing)
     policy.add_adapter(LoraConfig(rank=4, alpha=8.0), seed=0)
     generator = torch.Generator().manual_seed(1)
@@ -219,7 +219,7 @@ def test_in_bfloat16_with_a_kl_in_the_reward_and_another_engine_it_learns_too(
     )
     settings["model"]["dtype"] = "bfloat16"
     settings["learner"]["lr"] = 1e-2
-    # one letter of a hundred is found by luck, and then rounding decides; of ten of them there is always one
+    # a single rewarded letter of a hundred would be found by luck alone; ten of them are always found
     (tmp_path / "reward.py").write_text(
         "def share_of_a(completions, **_):\n"
         "    return [sum(c in 'abcdefghij' for c in text) / max(1, len(text)) for text in completions]\n"

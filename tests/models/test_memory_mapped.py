@@ -1,4 +1,4 @@
-"""Weights that stay in their file are the same weights, and not resident between two passes."""
+"""Memory-mapped weights are the same weights, and take no memory between two passes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def resident_kib(file: Path) -> int:
-    """Of all mappings of a file in this process."""
+    """Resident memory of all mappings of a file in this process, in KiB."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(" ")[0] and ":" not in line.split(" ")[0]:
@@ -41,10 +41,10 @@ def logprobs(policy: Policy) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", ["llama", "llama-tied", "qwen3"])
-def test_it_is_the_same_model_and_gives_its_pages_up(
+def test_a_mapped_model_is_the_same_and_releases_its_pages(
     tiny_model: Callable[[str], Path], tmp_path: Path, shape: str
 ) -> None:
-    # a file that nobody else in this process has mapped
+    # a copy of the file, which nothing else in this process has mapped
     folder = shutil.copytree(tiny_model(shape), tmp_path / "model")
     policy = policy_of(folder)
     want = logprobs(policy)
@@ -85,4 +85,4 @@ def test_a_file_that_is_written_to_meanwhile_is_noticed(tiny_model_dir: Path, tm
     with (folder / "model.safetensors").open("ab") as file:
         file.write(b"more")
     with pytest.raises(RuntimeError, match="was written to while the reference is read from it"):
-        mapped.give_up()
+        mapped.release_pages()

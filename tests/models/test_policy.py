@@ -46,13 +46,13 @@ def loss_and_gradients(policy: Policy, packed: Packed) -> tuple[Tensor, dict[str
 def test_a_gpu_is_never_asked_how_many_tokens_there_are(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """The host would wait for the answer in each pass."""
+    """Counting unmasked tokens on the GPU would make the host wait in each pass."""
 
-    def told(targets: Tensor, num_unmasked: int | None) -> int:
+    def count(targets: Tensor, num_unmasked: int | None) -> int:
         assert num_unmasked == len(targets)
         return len(targets)
 
-    monkeypatch.setattr(api, "_count", told)
+    monkeypatch.setattr(api, "_count", count)
     head = policy_of(tiny_model_dir).head
     hidden = torch.randn(5, head.module.in_features)
     found = head.statistics(hidden, torch.arange(5), temperature=1.0, want=("logprob",)).logprob
@@ -132,7 +132,7 @@ def test_each_group_is_alone_in_its_attention(tiny_model_dir: Path):
     torch.testing.assert_close(together[: len(expected)], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_softcapped_model_with_sliding_windows_is_padded_and_right(
+def test_a_softcapped_model_with_sliding_windows_is_padded_and_correct(
     tiny_model: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ):
     policy = policy_of(tiny_model("gemma2"))

@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass gives the same bits, is not kept, and holds nothing itself."""
+"""Recomputed activations have the same bits, are not kept for the backward pass, and leak nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from rlhf.config.model import LoraConfig
 from rlhf.models.layers.gated_mlp import lighten_mlps
-from rlhf.models.layers.recompute import again, as_it_is, memory_of, recomputing
+from rlhf.models.layers.recompute import memory_of, recomputable, recomputing, unchanged
 from rlhf.models.packing import Packed, pack
 from rlhf.models.policy import Policy
 from tests.support import policy_of
@@ -41,7 +41,7 @@ def ragged() -> Packed:
     def tokens(n: int) -> Tensor:
         return torch.randint(3, 99, (n,), generator=generator)
 
-    # a prompt that is put before each completion, one whose attention is merged, a completion alone
+    # prompts of several lengths, one of them longer than its completions, and a group of one completion
     return pack(
         [tokens(5), tokens(140), tokens(9)],
         [[tokens(4), tokens(7)], [tokens(6), tokens(6), tokens(2)], [tokens(3)]],
@@ -49,7 +49,7 @@ def ragged() -> Packed:
 
 
 def states_and_gradients(policy: Policy, *, recompute: bool) -> list[Tensor]:
-    """Without it, the slow form: `hidden` as it is below its decorator."""
+    """Hidden states and gradients; without `recompute` by the function below the decorator of `hidden`."""
     hidden: Any = policy.hidden
     states = hidden(ragged()) if recompute else hidden.__wrapped__(policy, ragged())
     states.backward(torch.linspace(-1, 1, states.numel()).view_as(states).to(states.dtype))
@@ -62,13 +62,13 @@ def states_and_gradients(policy: Policy, *, recompute: bool) -> list[Tensor]:
 
 
 def kept(run: Callable[[], Any], *, recompute: bool) -> int:
-    """Bytes that a forward pass keeps as tensors, whatever they are views of, counted once."""
+    """Bytes of the memory that a forward pass keeps; memory shared by several tensors counts once."""
     alive: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         return alive.setdefault(memory_of(tensor), tensor)
 
-    with recomputing(keep) if recompute else saved_tensors_hooks(keep, as_it_is):
+    with recomputing(keep) if recompute else saved_tensors_hooks(keep, unchanged):
         run()
     return sum(tensor.untyped_storage().nbytes() for tensor in alive.values())
 
@@ -86,7 +86,7 @@ def test_states_and_gradients_are_the_same_bits(
 
 
 @pytest.mark.parametrize("how", ["adapter", "checkpointing", "padded"])
-def test_so_they_are_with_an_adapter_with_checkpointing_and_with_padded_rows(
+def test_they_are_the_same_bits_with_an_adapter_with_checkpointing_and_with_padded_rows(
     tiny_model_dir: Path, how: str
 ) -> None:
     policy = policy_of(tiny_model_dir, packing="padded" if how == "padded" else "auto")
@@ -146,7 +146,7 @@ def test_the_graph_can_be_gone_through_twice_and_differentiated_twice() -> None:
 
     want = torch.autograd.grad(cube_of_exp(x, lambda y, *_: y), x)[0]
     with recomputing():
-        y = cube_of_exp(x, again)
+        y = cube_of_exp(x, recomputable)
     for _ in range(2):
         (first,) = torch.autograd.grad(y, x, create_graph=True)
         assert torch.equal(first, want)
@@ -154,7 +154,7 @@ def test_the_graph_can_be_gone_through_twice_and_differentiated_twice() -> None:
     torch.testing.assert_close(second, 3 * want)
 
 
-def test_a_value_lives_until_the_last_who_needs_it() -> None:
+def test_a_recomputed_value_lives_until_its_last_use() -> None:
     x, calls = leaf(), list[int]()
 
     def double(x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def test_a_value_lives_until_the_last_who_needs_it() -> None:
         return 2 * x
 
     with recomputing():
-        twice = again(2 * x, double, x)
+        twice = recomputable(2 * x, double, x)
         y = F.linear(twice, torch.ones(3, 6, requires_grad=True)) + F.linear(
             twice, torch.ones(3, 6, requires_grad=True)
         )
@@ -177,14 +177,14 @@ def test_what_was_written_to_is_kept_or_refused() -> None:
     x = leaf()
     with recomputing():
         # a result that was changed is not what its recipe says
-        result = again(2 * x, torch.mul, x, torch.tensor(2.0))
+        result = recomputable(2 * x, torch.mul, x, torch.tensor(2.0))
         result.add_(1.0)
         y = result * result
     y.sum().backward()
     torch.testing.assert_close(x.grad, 4 * (2 * x + 1).detach())
     with recomputing():
         scaled = x * 3
-        y = again(scaled.exp(), torch.exp, scaled).square()
+        y = recomputable(scaled.exp(), torch.exp, scaled).square()
         scaled.add_(1.0)
     with pytest.raises(RuntimeError, match="was written to"):
         y.sum().backward()
@@ -195,7 +195,7 @@ def test_a_checkpointed_layer_keeps_no_inputs_of_recipes() -> None:
 
     def layer(x: Tensor) -> Tensor:
         gate = x * 2
-        result = again(gate.sigmoid(), torch.sigmoid, gate)
+        result = recomputable(gate.sigmoid(), torch.sigmoid, gate)
         made.extend(weakref.ref(recipe) for name, recipe in vars(result).items() if name == "recipe")
         return result.square()
 
@@ -209,7 +209,7 @@ def test_a_checkpointed_layer_keeps_no_inputs_of_recipes() -> None:
 
 @pytest.mark.parametrize(("shape", "less"), [("llama", 2 * 64 + 2 * 32), ("gemma", 2 * 64)])
 def test_a_policy_keeps_less(tiny_model: Callable[[str], Path], shape: str, less: int) -> None:
-    """Numbers a token in each of two layers: of its MLP, and of its norms where these are fused too."""
+    """`less`: elements per token that each of the two layers saves, by its MLP and by its norms if fused."""
     policy, packed = policy_of(tiny_model(shape)), ragged()
     hidden: Any = policy.hidden
     plain, lean = (kept(lambda: hidden.__wrapped__(policy, packed), recompute=flag) for flag in (False, True))

@@ -1,4 +1,4 @@
-"""An RMSNorm that keeps less for the backward pass is the same function, and only where it is."""
+"""The fused RMSNorm computes the same function, keeps less, and replaces only norms that compute it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples of a truncated distribution are learned from with the ratio of truncated distributions."""
+"""Samples of truncated distributions: log-probs and ratios are those of the truncated distributions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CUT: dict[str, Any] = {"top_k": 12, "top_p": 0.8, "min_p": 0.02}
 
 
 def sampled(policy: Policy, engine: Any = NativeEngine, **settings: Any) -> list[Group]:
-    """Two groups of the policy's own samples, rewards of 0 and 1 by turns."""
+    """Two groups of the policy's own samples, with rewards of 0 and 1 in turn."""
     cut: dict[str, Any] = {"n": 4, "max_tokens": 9, "return_candidates": True, **CUT, **settings}
     requests = [
         RolloutRequest(Prompt(f"p{n}", tuple(range(3, 3 + n)), ""), SamplingParams(seed=n, **cut))
@@ -61,7 +61,7 @@ def packed_of(groups: list[Group]) -> Packed:
 
 
 def by_hand(policy: Policy, groups: list[Group], temperature: float) -> torch.Tensor:
-    """Log-probs by the model's own forward, one sequence at a time, everything else at minus infinity."""
+    """Log-probs by the model's own forward, over one sequence at a time, candidates only."""
     found: list[torch.Tensor] = []
     layout, policy.layout = policy.layout, "padded"
     for group in groups:
@@ -94,7 +94,7 @@ def test_log_probs_and_gradients_are_those_of_masked_logits(
     policy = policy_of(tiny_model("llama-sharp"), packing=packing)
     groups = sampled(policy)
     if mixed:
-        # as if a completion came from elsewhere
+        # a completion without candidates, as one that no engine made
         first, second = groups
         groups = [replace(first, trajectories=(replace(first.trajectories[0], candidates=None),)), second]
     exact = policy_of(tiny_model("llama-sharp"), packing=packing, dtype=torch.float64)
@@ -131,7 +131,9 @@ def test_the_reference_is_renormalised_over_the_same_tokens(tiny_model: Folder) 
 
 
 @pytest.mark.parametrize("engine", [NativeEngine, HFEngine])
-def test_the_engine_and_the_learner_agree_on_what_was_drawn(tiny_model: Folder, engine: Any) -> None:
+def test_the_engine_and_the_learner_agree_on_log_probs_of_drawn_tokens(
+    tiny_model: Folder, engine: Any
+) -> None:
     policy = policy_of(tiny_model("llama-sharp"))
     groups = sampled(policy, engine)
     logprob = policy.statistics(packed_of(groups), temperature=1.0, want=("logprob",)).logprob
@@ -167,7 +169,7 @@ def test_after_an_update_the_ratio_is_that_of_the_truncated_policies(tiny_model:
     assert merge([second])["mismatch/k3"].value < 1e-7
 
 
-def test_kept_tokens_are_chosen_and_joined() -> None:
+def test_candidates_are_taken_and_joined() -> None:
     rng = random.Random(0)
     rows = [[rng.randrange(99) for _ in range(rng.randrange(4))] for _ in range(20)]
     candidates = Candidates.of(rows)
@@ -182,14 +184,14 @@ def test_kept_tokens_are_chosen_and_joined() -> None:
     assert candidates.ids.dtype == torch.int32
 
 
-def test_a_batch_that_waits_keeps_them(tiny_model: Folder) -> None:
+def test_a_saved_group_keeps_its_candidates(tiny_model: Folder) -> None:
     (group, _) = sampled(policy_of(tiny_model("llama-sharp")))
     again = group_of(json.loads(json.dumps(group_state(group))), {group.prompt.id: group.prompt})
     assert again.trajectories[0].candidates is not None
     assert again == group
 
 
-def test_a_step_that_was_stopped_keeps_them(tiny_model: Folder) -> None:
+def test_a_saved_experience_keeps_its_candidates(tiny_model: Folder) -> None:
     experience = pack_groups(sampled(policy_of(tiny_model("llama-sharp"))), device=ALONE.device)
     buffer, again = Buffer(), Buffer()
     buffer.fill(experience, {})
@@ -215,7 +217,7 @@ class Wider(HFEngine):
     ("engine", "said"),
     [(Silent, "does not say which tokens truncation left"), (Wider, r"keeps other tokens .* \(3, 1.0 and")],
 )
-def test_an_engine_that_truncates_otherwise_is_told(tiny_model: Folder, engine: Any, said: str) -> None:
+def test_an_engine_that_truncates_otherwise_is_reported(tiny_model: Folder, engine: Any, said: str) -> None:
     policy = policy_of(tiny_model("llama-sharp"))
     prompt, section = Prompt("p", tuple(range(3, 20)), ""), RolloutConfig(top_k=3)
     sync = WeightSync(policy, prompt, section, tolerance=1e-3, return_candidates=True)
@@ -233,7 +235,7 @@ def test_an_engine_that_truncates_otherwise_is_told(tiny_model: Folder, engine: 
         ({"rollout": {"top_k": 5}, "algorithm": {"name": "grpo", "mismatch": {"kind": "none"}}}, False),
     ],
 )
-def test_what_is_kept_is_asked_for_where_it_is_needed(
+def test_candidates_are_requested_where_they_are_needed(
     tmp_path: Path, tiny_model: Folder, changes: dict[str, Any], expected: bool
 ) -> None:
     config = make_config(bandit_settings(tmp_path, tiny_model("llama"), **changes))

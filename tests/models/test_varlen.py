@@ -1,4 +1,4 @@
-"""The road of a GPU, its index arithmetic and its calls, on the CPU: each sequence by itself is the truth."""
+"""The attention for GPUs, tested on the CPU: its index arithmetic and the arguments of its kernel calls."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def problem(spans: tuple[GroupSpan, ...], **kind: Any) -> list[Tensor]:
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, spans: tuple[GroupSpan, ...], window: int | None) -> Tensor:
-    """softmax(q k / sqrt(D)) v, a token at a time: it sees its prompt and its own completion so far."""
+    """softmax(q k / sqrt(D)) v, one token at a time: each sees its prompt and its own completion so far."""
     rows: list[Tensor] = []
     for span in spans:
         prompt = list(range(span.start, span.start + span.prompt))
@@ -84,7 +84,7 @@ def test_packed_sequences_see_what_each_token_should_see(
 
 @settings(max_examples=10, deadline=None)
 @given(groups=GROUPS)
-def test_both_roads_go_to_the_same_place(groups: list[tuple[int, list[int]]]):
+def test_the_attention_for_gpus_and_that_for_cpus_agree(groups: list[tuple[int, list[int]]]):
     spans = spans_of(groups)
     tensors = problem(spans)
     gpu = partial(packed_attention, spans=spans, scale=0.3, kernel="sdpa")
@@ -99,7 +99,7 @@ def test_in_16_bits_the_cpu_is_no_further_from_the_truth_than_its_kernel_is(
     monkeypatch: pytest.MonkeyPatch, wide_up_to: int, fold_up_to: int
 ):
     """Root mean square over output and each gradient; computed in float32 it is nearer."""
-    monkeypatch.setattr(attention, "WIDE_UP_TO", wide_up_to)
+    monkeypatch.setattr(attention, "FLOAT32_UP_TO", wide_up_to)
     monkeypatch.setattr(attention, "FOLD_UP_TO", fold_up_to)
     spans = spans_of([(40, [30, 7, 19]), (70, [64] * 4), (3, [50]), (1, [2, 1])])
     tensors = [t.detach().bfloat16().requires_grad_() for t in problem(spans)]
@@ -109,10 +109,10 @@ def test_in_16_bits_the_cpu_is_no_further_from_the_truth_than_its_kernel_is(
     def errors(found: list[Tensor]) -> list[float]:
         return [((f - t).norm() / t.norm()).item() for f, t in zip(found, truth, strict=True)]
 
-    of_kernel = errors(output_and_gradients(plain, tensors))
+    kernel_errors = errors(output_and_gradients(plain, tensors))
     own = errors(output_and_gradients(partial(attention_by_groups, spans=spans, scale=None), tensors))
     allowed = 1.0 if wide_up_to else 1.25
-    assert all(0 < a <= allowed * b for a, b in zip(own, of_kernel, strict=True))
+    assert all(0 < a <= allowed * b for a, b in zip(own, kernel_errors, strict=True))
 
 
 def test_sequences_by_hand():

@@ -114,17 +114,17 @@ def test_what_is_wrong_with_a_picture_is_told_with_its_line(tmp_path: Path, tiny
         return str(error.value)
 
     words: list[object] = [TEXT]
-    assert "there is no picture" in refusal(words, ["missing.png"])
-    assert "no picture that Pillow can read" in refusal(words, ["text.png"])
+    assert "there is no image" in refusal(words, ["missing.png"])
+    assert "no image that Pillow can read" in refusal(words, ["text.png"])
     assert "cannot be read" in refusal(words, ["cut.png"])
-    assert "a picture is a path, bytes or a PIL image, got 7" in refusal(words, [7])
-    assert "no place for 1 of the 2 pictures" in refusal([{"type": "image"}, TEXT], ["wide.png"] * 2)
-    assert "places for more than 1 pictures" in refusal([{"type": "image"}] * 2 + [TEXT], ["wide.png"])
+    assert "an image is a path, bytes or a PIL image, got 7" in refusal(words, [7])
+    assert "no place for 1 of the 2 images" in refusal([{"type": "image"}, TEXT], ["wide.png"] * 2)
+    assert "places for more than 1 images" in refusal([{"type": "image"}] * 2 + [TEXT], ["wide.png"])
     assert "must be chat messages, got text" in refusal("<image>", ["wide.png"])
     assert "neither {'type': 'text'" in refusal([{"type": "video", "video": "x"}], [])
     assert "no image processor" in refusal(words, ["wide.png"], seeing=False)
     assert "no image processor" in refusal([{"type": "image", "image": "wide.png"}], [], seeing=False)
-    assert "its text has 2 placeholders for 1 pictures" in refusal(
+    assert "its text has 2 placeholders for 1 images" in refusal(
         [{"type": "image"}, {"type": "text", "text": "<|image_pad|>"}], ["wide.png"]
     )
 
@@ -159,7 +159,7 @@ def test_a_patch_of_the_mask_is_a_patch_of_the_model_however_large_the_picture(t
 
 def test_a_picture_that_is_gone_is_told_with_its_sample(tmp_path: Path, tiny_vlm: Folder) -> None:
     processor = processor_of(tiny_vlm("qwen2_vl"))
-    with pytest.raises(ImageError, match=r"train\.jsonl:7: there is no picture .*gone\.png"):
+    with pytest.raises(ImageError, match=r"train\.jsonl:7: there is no image .*gone\.png"):
         processor.pixels(Images("train.jsonl:7", (str(tmp_path / "gone.png"),)))
 
 

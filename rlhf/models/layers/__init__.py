@@ -1,1 +1,1 @@
-"""Layers in place of those of transformers: shared-prefix attention, and norms and MLPs that keep less."""
+"""Replacements for layers of transformers: shared-prefix attention; norms and MLPs that keep less."""

@@ -1,10 +1,10 @@
-"""Activations that cheap functions make of others are computed again in the backward pass, not kept for it.
+"""Recomputes cheap activations (norms, MLP products) in the backward pass instead of keeping them.
 
-Half of what autograd keeps of a transformer layer are such results: the values of a norm, an MLP's act(gate)
-and act(gate) * up, keys and values copied to where attention reads them. Inside of `recomputing`, autograd is
-handed the recipe of a tensor that `again` named, the function and its inputs, which are kept anyway; the
-numbers that it computes from are the same, bit for bit. Everything else is kept as ever, and so is all of it
-inside of a checkpointed layer, which keeps nothing in the first place.
+Half of what autograd keeps of a transformer layer are cheap functions of other kept tensors: the output of a
+norm, an MLP's act(gate) and act(gate) * up. A layer marks such a result with `recomputable`. Within the
+context `recomputing`, autograd then keeps a recipe (the function and its inputs, which are kept anyway) in
+place of the result. The recomputed numbers are the same, bit for bit. Unmarked tensors are kept as usual; a
+layer under activation checkpointing keeps nothing, marked or not.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-_named: ContextVar[dict[int, weakref.ref[Tensor]] | None] = ContextVar("results with a recipe", default=None)
-"""By the memory they are in."""
+_marked: ContextVar[dict[int, weakref.ref[Tensor]] | None] = ContextVar("recomputable results", default=None)
+"""The results that `recomputable` marked, by `memory_of`; None outside of `recomputing`."""
 
 
 class Recipe:
-    """How a tensor is computed. Its value is found when first asked for and lives as long as the recipe,
-    which is until the last of those that kept it has had its backward pass."""
+    """How to compute a tensor: a function and its inputs.
+
+    The value is computed when it is first asked for, and lives as long as the recipe, which is until the last
+    operation that kept the recipe has had its backward pass.
+    """
 
     def __init__(self, result: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
         self._function = function
@@ -35,12 +38,12 @@ class Recipe:
         self._value: Tensor | None = None
 
     def describes(self, result: Tensor) -> bool:
-        """Whether nothing was written into the result since."""
+        """Whether the result was not written to since the recipe was made."""
         return result._version == self._made
 
     @torch.no_grad()
     def value(self) -> Tensor:
-        """Raises RuntimeError, as autograd does, when something was written into an input."""
+        """The recomputed tensor. Raises RuntimeError, as autograd does, when an input was written to."""
         if self._value is None:
             for x, version in zip(self._inputs, self._versions, strict=True):
                 if isinstance(x, Tensor) and x._version != version:
@@ -53,23 +56,26 @@ class Recipe:
 
 
 def memory_of(tensor: Tensor) -> int:
-    """The same for all views of one piece of memory, on the meta device too."""
+    """An identifier of the memory of a tensor: the same for all its views, on the meta device too."""
     storage: Any = tensor.untyped_storage()
     return storage._cdata
 
 
-def as_it_is(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
 @contextmanager
-def recomputing(keep: Callable[[Tensor], Tensor] = as_it_is) -> Generator[None]:
-    """A forward pass in here keeps recipes in place of what `again` names; `keep` is given the rest."""
-    named: dict[int, weakref.ref[Tensor]] = {}
+def recomputing(keep: Callable[[Tensor], Tensor] = unchanged) -> Generator[None]:
+    """Within this context, a forward pass keeps recipes in place of the results that `recomputable` marked.
+
+    Every other tensor that autograd saves is passed through `keep`.
+    """
+    marked: dict[int, weakref.ref[Tensor]] = {}
 
     def pack(tensor: Tensor) -> Tensor | tuple[Recipe, torch.Size]:
-        # it has the memory of what is saved, but is another object, and maybe of another shape
-        known = named.get(memory_of(tensor))
+        # autograd saves another object than was marked, perhaps a view: they are matched by their memory
+        known = marked.get(memory_of(tensor))
         result = None if known is None else known()
         if result is None or not _same_numbers(tensor, result):
             return keep(tensor)
@@ -80,22 +86,25 @@ def recomputing(keep: Callable[[Tensor], Tensor] = as_it_is) -> Generator[None]:
     def unpack(packed: Tensor | tuple[Recipe, torch.Size]) -> Tensor:
         return packed if isinstance(packed, Tensor) else packed[0].value().view(packed[1])
 
-    token = _named.set(named)
+    token = _marked.set(marked)
     try:
         with saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        _named.reset(token)
+        _marked.reset(token)
 
 
-def again(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """Gives `result`, which is `function(*inputs)`; where it is saved for a backward pass inside of
-    `recomputing`, `function` is called again there. An input may be such a result itself."""
-    named = _named.get()
-    if named is not None and result.requires_grad and result.is_contiguous():
-        # an attribute: nothing but the result itself and those that save it keep the inputs alive
+def recomputable(result: Tensor, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Returns `result`, marked as the value of `function(*inputs)`.
+
+    Within `recomputing`, an operation that saves it for its backward pass calls `function` there instead. An
+    input may be such a result itself.
+    """
+    marked = _marked.get()
+    if marked is not None and result.requires_grad and result.is_contiguous():
+        # held by the result alone, so that the inputs live no longer than the result or what saves it
         cast(Any, result).recipe = Recipe(result, function, inputs)
-        named[memory_of(result)] = weakref.ref(result)
+        marked[memory_of(result)] = weakref.ref(result)
     return result
 
 
@@ -104,6 +113,6 @@ def _recipe_of(tensor: Tensor) -> Recipe | None:
 
 
 def _same_numbers(tensor: Tensor, result: Tensor) -> bool:
-    """Of two that share their memory."""
+    """Whether two tensors that share their memory have the same numbers in the same order."""
     alike = tensor.dtype == result.dtype and tensor.numel() == result.numel()
     return alike and tensor.is_contiguous() and tensor.storage_offset() == result.storage_offset()

@@ -1,14 +1,14 @@
-"""Attention over packed sequences on a GPU: one call for all of them, nothing padded.
+"""Attention over packed sequences on a GPU: one kernel call for all groups, without padding.
 
-Each prompt is a sequence whose queries are its keys; each completion is one whose queries are its own tokens
-and whose keys are its prompt's and then its own. So keys and values of a prompt are gathered once a
-completion, the mask is causal and aligned to the last key, and autograd adds the gradient of the copies up.
-Where prompts are copied, keys and values are gathered again in the backward pass instead of being kept.
+Each prompt is a sequence whose keys are its own tokens. Each completion is a sequence whose queries are its
+own tokens and whose keys are those of its prompt followed by its own. So the keys and values of a prompt are
+copied for each completion, the mask is causal and aligned to the last key, and autograd sums the gradients of
+the copies. The copies are not kept for the backward pass but made again there.
 
-The kernel is the first of `KERNELS` that serves the tensors: FlashAttention 3, FlashAttention 2, torch's own
-varlen attention, and a loop over sequences with `scaled_dot_product_attention`, which serves all of them, on
-any device, and is the specification of the others. **Only that loop has been run** (the tests compare it with
-the CPU's path); the other three are written against their documentation.
+The kernel is the first of `KERNELS` that can serve the tensors: FlashAttention 3, FlashAttention 2, torch's
+own varlen attention, and a loop over sequences with `scaled_dot_product_attention`, which serves all tensors
+on any device and is the specification of the others. **Only that loop has been run** (the tests compare it
+with the CPU's function); the other three are written against their documentation.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ from rlhf.models.packing import GroupSpan
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sequences:
-    """Which tokens ask and which are seen. Queries lie in the packed order; `keys` are gathered for them."""
+    """S sequences of queries and the keys that they see. Queries stay in packed order, keys are gathered."""
 
     keys: Tensor
-    """`[K]`: packed tokens, sequence by sequence."""
+    """`[K]`: the packed tokens that are keys, sequence by sequence; a prompt is there for each completion."""
     query_ends: Tensor
     """int32 `[S + 1]`, from 0: sequence i has the queries from `query_ends[i]` to `query_ends[i + 1]`."""
     key_ends: Tensor
-    """int32 `[S + 1]`, the same of `keys`."""
+    """int32 `[S + 1]`: the same for the keys."""
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
 
     @property
     def copies(self) -> bool:
-        """Whether some tokens are keys of several sequences."""
+        """Whether some token is a key of several sequences."""
         return sum(self.key_lengths) > sum(self.query_lengths)
 
 
 @lru_cache(maxsize=8)
 def sequences_of(spans: tuple[GroupSpan, ...], device: torch.device) -> Sequences:
-    """The sequences of packed groups; a group of one completion is a single sequence."""
+    """The sequences of packed groups: prompts and completions; a group of one completion is one sequence."""
     queries: list[int] = []
     keys: list[Tensor] = []
     for span in spans:
@@ -85,25 +85,28 @@ def packed_attention(
     window: int | None = None,
     kernel: str = "auto",
 ) -> Tensor:
-    """Query `[heads, T, D]`, key and value `[kv_heads, T, D]` of packed groups -> `[heads, T, D]`.
+    """Attention of packed groups: query `[heads, T, D]`, key and value `[kv_heads, T, D]` -> `[heads, T, D]`.
 
-    `window`: how many tokens back a token sees, itself included; None: all. Raises ValueError when the named
-    kernel cannot serve the tensors, with the reason.
+    `window`: how many tokens a token sees, itself included; None: all before it. `kernel`: a name of
+    `KERNELS` or "auto". Raises ValueError, with the reason, when the named kernel cannot serve the tensors.
     """
     sequences = sequences_of(spans, query.device)
     attend = choose(query, kernel)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
 
-    def gathered(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend_to_copies(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if sequences.copies:
             k, v = k[sequences.keys], v[sequences.keys]
         return attend(q, k, v, sequences, factor, window)
 
-    tensors = [t.transpose(0, 1).contiguous() for t in (query, key, value)]
+    tensors = [t.transpose(0, 1).contiguous() for t in (query, key, value)]  # [T, heads, D]
     if sequences.copies and torch.is_grad_enabled():
-        again = cast(Any, checkpoint)(gathered, *tensors, use_reentrant=False, preserve_rng_state=False)
-        return cast(Tensor, again).transpose(0, 1)
-    return gathered(*tensors).transpose(0, 1)
+        # copies of the keys and values are made again in the backward pass
+        output = cast(Any, checkpoint)(
+            attend_to_copies, *tensors, use_reentrant=False, preserve_rng_state=False
+        )
+        return cast(Tensor, output).transpose(0, 1)
+    return attend_to_copies(*tensors).transpose(0, 1)
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Sequences, float, int | None], Tensor]
@@ -113,7 +116,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, Sequences, float, int | None], Tensor
 def by_sdpa(
     query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float, window: int | None
 ) -> Tensor:
-    """A call a sequence."""
+    """One call of `scaled_dot_product_attention` for each sequence."""
     outputs: list[Tensor] = []
     queries = torch.split(query, list(sequences.query_lengths))
     keys, values = (torch.split(t, list(sequences.key_lengths)) for t in (key, value))
@@ -123,15 +126,19 @@ def by_sdpa(
 
 
 def one_sequence(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window: int | None) -> Tensor:
-    """Query `[heads, L, D]`, key and value `[kv_heads, M, D]`, M >= L: the queries are the last L tokens."""
-    length, seen = q.shape[1], k.shape[1]
+    """Causal attention of one sequence: query `[heads, L, D]`, key and value `[kv_heads, M, D]`, M >= L.
+
+    The queries are the last L of the M tokens.
+    """
+    length, seen = q.shape[1], k.shape[1]  # L, M
     k, v = (t.repeat_interleave(q.shape[0] // t.shape[0], 0) for t in (k, v))
     plain = length == seen and (window is None or window >= seen)
     mask = None
     if not plain:
+        # aligned to the last key: query i sees keys up to i + M - L
         mask = torch.ones(length, seen, dtype=torch.bool, device=q.device).tril(seen - length)
         mask = mask if window is None else mask.triu(seen - length - window + 1)
-    # four dimensions: with three, torch computes in plain matrix products
+    # with three dimensions instead of four, torch would compute plain matrix products
     out = F.scaled_dot_product_attention(
         q[None], k[None], v[None], attn_mask=mask, is_causal=plain, scale=scale
     )
@@ -141,7 +148,7 @@ def one_sequence(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, window
 def _by_flash_attn(
     function: Any, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float, window: int | None
 ) -> Tensor:
-    """`flash_attn_varlen_func` of FlashAttention 2 (from 2.1 on) or 3: causal is aligned to the last key."""
+    """Calls `flash_attn_varlen_func` of FlashAttention 2 (from 2.1) or 3: causal, aligned to the last key."""
     output: Any = function(
         q,
         k,
@@ -154,14 +161,14 @@ def _by_flash_attn(
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
     )
-    # earlier versions of FlashAttention 3 return the log-sum-exp too
+    # earlier versions of FlashAttention 3 return a tuple of output and log-sum-exp
     return cast(Any, output)[0] if isinstance(output, tuple) else output
 
 
 def _by_torch(
     function: Any, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float, window: int | None
 ) -> Tensor:
-    """`torch.nn.attention.varlen.varlen_attn`: a window with nothing to the right is causal."""
+    """Calls `torch.nn.attention.varlen.varlen_attn`, causal because its window has nothing to the right."""
     return function(
         q,
         k,
@@ -177,7 +184,10 @@ def _by_torch(
 
 
 def _flash_attn(module: str, package: str, *, least: int, most: int | None = None) -> Kernel | str:
-    """`least`, `most`: compute capabilities that it has kernels for, the first number of each."""
+    """The kernel of a package, or the reason why it cannot be had.
+
+    `least`, `most`: the first numbers of the compute capabilities that the package has kernels for.
+    """
     if importlib.util.find_spec(module) is None:
         return f"the package {package} is not installed"
     major, minor = torch.cuda.get_device_capability()
@@ -188,6 +198,7 @@ def _flash_attn(module: str, package: str, *, least: int, most: int | None = Non
 
 
 def _torch_varlen() -> Kernel | str:
+    """Torch's own kernel, or the reason why it cannot be had."""
     if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return f"torch {torch.__version__} has no torch.nn.attention.varlen"
     function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
@@ -205,7 +216,7 @@ KERNELS: dict[str, Callable[[], Kernel | str]] = {
     "torch-varlen": _torch_varlen,
     "sdpa": lambda: by_sdpa,
 }
-"""What gives each kernel, or the reason why it cannot be had here."""
+"""For each name, a function that returns the kernel, or the reason why it cannot be used here."""
 
 
 @cache
@@ -214,7 +225,10 @@ def _found(name: str) -> Kernel | str:
 
 
 def choose(query: Tensor, kernel: str = "auto") -> Kernel:
-    """The kernel of that name, or the first that serves. Raises ValueError with the reason it cannot."""
+    """The kernel of that name; for "auto" the first that can serve `query`.
+
+    Raises ValueError: there is no kernel of that name, or it cannot serve `query` (the message says why).
+    """
     if kernel != "auto" and kernel not in KERNELS:
         raise ValueError(f"there is no attention kernel {kernel!r}; choose one of auto, {', '.join(KERNELS)}")
     for name in KERNELS if kernel == "auto" else (kernel,):
@@ -228,11 +242,11 @@ def choose(query: Tensor, kernel: str = "auto") -> Kernel:
 
 
 def _cannot_serve(query: Tensor) -> str | None:
-    """What holds for every flash kernel."""
+    """The reason why no flash kernel can serve `query`; None when they can."""
     if not query.is_cuda:
         return f"it needs CUDA tensors, got one on {query.device}"
     if query.dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, got {query.dtype}"
     if query.shape[-1] % 8 or query.shape[-1] > 256:
-        return f"it takes heads of a multiple of 8 up to 256, got {query.shape[-1]}"
+        return f"it takes head sizes that are a multiple of 8 up to 256, got {query.shape[-1]}"
     return None

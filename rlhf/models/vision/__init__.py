@@ -1,1 +1,1 @@
-"""Images: opened, encoded by the processor of a model, and put among its token embeddings."""
+"""Images: read from datasets, prepared by a model's processor, and put among its token embeddings."""

@@ -1,9 +1,9 @@
-"""Models that look: packed groups with pictures -> embeddings and positions for the language model.
+"""Vision-language models: packed groups with images -> embeddings and positions for the language model.
 
-The vision tower sees the pictures of a prompt once a group, however the group is packed. Its features take
-the places of the placeholders *in prompts*; a placeholder that the policy itself writes in a completion is a
-token like any other, as it is to the engine that sampled it. Positions of several axes (mrope) are the
-model's own for a prompt; its completions go on after the largest.
+The vision tower encodes the images of a prompt once per forward pass, however the group is packed. The image
+features replace the embeddings of the placeholders *in prompts*; a placeholder that the policy itself writes
+in a completion stays a token like any other, as it is for the engine that sampled it. Positions of several
+axes (mrope) are the model's own within a prompt; its completions continue after the largest of them.
 """
 
 from __future__ import annotations
@@ -24,75 +24,82 @@ from rlhf.types import Images, Prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """One prompt's pictures through the model's eyes."""
+class ImageFeatures:
+    """The images of one prompt, encoded by the vision tower."""
 
     features: Tensor
-    """`[n, H]`, one row a placeholder."""
+    """`[n, H]`: one row for each placeholder token."""
     deeper: tuple[Tensor, ...]
-    """`[n, H]` each: added to the hidden states of the first layers (Qwen3-VL)."""
+    """`[n, H]` each: added to the hidden states of the first layers (DeepStack, in Qwen3-VL)."""
 
 
 class Vision:
+    """The image inputs of a model: its vision tower, applied to packed groups."""
+
     def __init__(self, model: PreTrainedModel, processor: Processor) -> None:
         # transformers' annotations are too incomplete for a strict check
         self._model: Any = model
         self.processor = processor
         self.decoder: Any = self._model.get_decoder()
+        # of a token's position
         self.axes = 3 if processor.has_axes else 1
 
     def embed(self, packed: Packed) -> dict[str, Any]:
-        """Arguments of `decoder` for `T` packed tokens: embeddings, positions, what deeper layers add.
+        """Arguments of `decoder` for `T` packed tokens: embeddings, positions, features for deeper layers.
 
-        Raises ImageError with the prompt's id: its placeholders are not as many as its features.
+        Raises ImageError, with the prompt's id: the number of its placeholders differs from that of its
+        features.
         """
         embeds = self._model.get_input_embeddings()(packed.token_ids)
-        positions = packed.positions.expand(self.axes, -1).clone()
-        looked: dict[Images, Seen] = {}
+        positions = packed.positions.expand(self.axes, -1).clone()  # [axes, T]
+        # the same prompt may be packed more than once; its images are encoded once
+        encoded: dict[Images, ImageFeatures] = {}
         places: list[Tensor] = []
-        seen: list[Seen] = []
+        found: list[ImageFeatures] = []
         for span, images in zip(packed.spans, packed.images, strict=False):
             if images is None:
                 continue
             prompt = packed.token_ids[span.start : span.start + span.prompt]
-            there = (prompt == self.processor.image_token_id).nonzero()[:, 0]
-            if images not in looked:
-                looked[images] = self.look(images)
-            seen.append(looked[images])
-            if len(there) != len(seen[-1].features):
+            placeholders = (prompt == self.processor.image_token_id).nonzero()[:, 0]
+            if images not in encoded:
+                encoded[images] = self.encode(images)
+            found.append(encoded[images])
+            if len(placeholders) != len(found[-1].features):
                 raise ImageError(
-                    f"{images.prompt_id}: its prompt has {len(there)} placeholders, its pictures make "
-                    f"{len(seen[-1].features)} features; was it tokenised by another processor?"
+                    f"{images.prompt_id}: its prompt has {len(placeholders)} placeholders, its images make "
+                    f"{len(found[-1].features)} features; was it tokenised by another processor?"
                 )
-            places.append(there + span.start)
+            places.append(placeholders + span.start)
             own = self.positions(images, prompt)
             if own is not None:
                 positions[:, span.start : span.start + span.prompt] = own
+                # completions were numbered from the length of the prompt on
                 positions[:, span.start + span.prompt : span.end] += own.max() + 1 - span.prompt
         arguments: dict[str, Any] = {"position_ids": positions[:, None] if self.axes > 1 else positions}
-        if not seen:
+        if not found:
             return {"inputs_embeds": embeds[None], **arguments}
         where = torch.cat(places)
-        features = torch.cat([s.features for s in seen]).to(embeds.dtype)
+        features = torch.cat([f.features for f in found]).to(embeds.dtype)
         arguments["inputs_embeds"] = embeds.index_copy(0, where, features)[None]
-        if seen[0].deeper:
+        if found[0].deeper:
             mask = torch.zeros_like(packed.token_ids, dtype=torch.bool)
             mask[where] = True
             arguments["visual_pos_masks"] = mask[None]
             arguments["deepstack_visual_embeds"] = [
-                torch.cat(level) for level in zip(*(s.deeper for s in seen), strict=True)
+                torch.cat(level) for level in zip(*(f.deeper for f in found), strict=True)
             ]
         return arguments
 
     def states(self, packed: Packed, **arguments: Any) -> Tensor:
-        """Hidden states `[1, T, H]`; `arguments` go to the attention of the language model."""
+        """Hidden states `[1, T, H]` of packed tokens; `arguments` go to the language model's attention."""
         return self.decoder(**self.embed(packed), use_cache=False, **arguments).last_hidden_state
 
     def padded_states(self, packed: Packed, mask: Tensor) -> Tensor:
-        """`[S, L, H]`, one padded row a sequence; `mask` `[S, L]` is 1 where a row has a token."""
+        """Hidden states `[S, L, H]`, a padded row per sequence; `mask` `[S, L]` is 1 at tokens, else 0."""
         arguments = self.embed(separate(packed))
         lengths = mask.sum(1)
         start = lengths.cumsum(0) - lengths
+        # [S, L]: the packed token at each place of a row; padding takes token 0, which the mask hides
         index = (start[:, None] + torch.arange(mask.shape[1], device=mask.device)) * mask
         positions = arguments["position_ids"][..., index]
         arguments["position_ids"] = positions[:, 0] if self.axes > 1 else positions[0]
@@ -102,13 +109,13 @@ class Vision:
         return self.decoder(**arguments, attention_mask=mask, use_cache=False).last_hidden_state
 
     def inputs(self, prompt: Prompt) -> dict[str, Tensor]:
-        """What `model(input_ids=...)` takes beside the ids of one prompt, a row of each."""
+        """The further arguments of `model(input_ids=...)` for one prompt, on the model's device."""
         assert prompt.pictures is not None
         tensors = self.processor.inputs(prompt.pictures, prompt.token_ids)
         return {name: t.to(self._model.device) for name, t in tensors.items()}
 
     def read(self, prompts: Sequence[Prompt], **arguments: Any) -> tuple[Tensor, list[int]]:
-        """Hidden states `[1, T, H]` of prompts end to end, and the position of each one's next token."""
+        """Hidden states `[1, T, H]` of prompts end to end, and the position of each prompt's next token."""
         device = self._model.device
         ids = [torch.tensor(prompt.token_ids, device=device) for prompt in prompts]
         starts = [0, *accumulate(len(prompt) for prompt in ids)]
@@ -126,18 +133,18 @@ class Vision:
         following = [int(places[:, a:b].max()) + 1 for a, b in pairwise(starts)]
         return self.decoder(**embedded, use_cache=False, **arguments).last_hidden_state, following
 
-    def look(self, images: Images) -> Seen:
-        """The vision tower and what joins it to the language model, for the pictures of one prompt."""
+    def encode(self, images: Images) -> ImageFeatures:
+        """Runs the vision tower and the projection to the language model on the images of one prompt."""
         tensors = self._tensors(images)
         output = self._model.base_model.get_image_features(**tensors, return_dict=True)
-        # a tensor a picture, or one of all pictures
+        # the model's family decides: one tensor for each image, or one for all of them
         pooled: Any = output.pooler_output
         features = pooled.flatten(0, 1) if isinstance(pooled, Tensor) else torch.cat(tuple(pooled))
         deeper = [torch.cat(list(level)) for level in output.get("deepstack_features") or ()]
-        return Seen(features, tuple(deeper))
+        return ImageFeatures(features, tuple(deeper))
 
     def positions(self, images: Images, prompt: Tensor) -> Tensor | None:
-        """`[axes, P]` of one prompt; None: those of text."""
+        """Positions `[axes, tokens]` of one prompt; None: its positions are those of text."""
         if self.axes == 1:
             return None
         grid = self._tensors(images)["image_grid_thw"]

@@ -1,13 +1,14 @@
-"""Pictures: where a dataset keeps them, what of a chat message they are, and hiding parts of one.
+"""Images of a dataset: finds them in columns and chat messages, opens them, and masks patches of them.
 
-A picture is given as a path (from the dataset's folder on), as the bytes of a file, as a PIL image, or as the
-`{"bytes": ..., "path": ...}` of the `datasets` library. It stands in the chat messages
+An image is given as a path (relative to the dataset's folder), as the bytes of a file, as a PIL image, or as
+the `{"bytes": ..., "path": ...}` of the `datasets` library. It stands in the chat messages
 
     {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What?"}]}
 
-or in a column of its own, in the order of the `{"type": "image"}` parts or `<image>` marks of the messages;
-without either, before the text of the first message of the user. From here on it is an absolute path or the
-bytes of a file, and messages have `{"type": "image"}` where one stands.
+or in a column of its own, in the order of the `{"type": "image"}` parts or `<image>` marks of the messages.
+If the messages have neither, the images come before the text of the user's first message. In the rest of the
+project an image is an absolute path or the bytes of a file, and messages have `{"type": "image"}` in its
+place.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ Message = Mapping[str, Any]
 
 
 class ImageError(ValueError):
-    """A picture cannot be read, or does not fit its prompt. The message names the sample."""
+    """An image cannot be read, or does not fit its prompt. The message names the image or the prompt."""
 
 
 def of_text(messages: Sequence[Message]) -> list[Message]:
-    """Messages for a chat template of text: parts that are all text stand end to end in their place."""
+    """Messages for a chat template that takes strings: contents made of text parts alone are joined."""
     return [
         {**message, "content": "".join(part["text"] for part in message["content"])}
         if not isinstance(message["content"], str)
@@ -43,25 +44,26 @@ def of_text(messages: Sequence[Message]) -> list[Message]:
 
 
 def open_picture(image: Image) -> pil.Image:
-    """In RGB, decoded to the end. Raises ImageError."""
-    name = image if isinstance(image, str) else f"a picture of {len(image)} bytes"
+    """The image in RGB, completely decoded. Raises ImageError: there is no such file, or it is no image."""
+    name = image if isinstance(image, str) else f"an image of {len(image)} bytes"
     try:
         with pil.open(image if isinstance(image, str) else BytesIO(image)) as picture:
             return picture.convert("RGB")
     except FileNotFoundError:
-        raise ImageError(f"there is no picture {name}") from None
+        raise ImageError(f"there is no image {name}") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is no picture that Pillow can read") from None
+        raise ImageError(f"{name} is no image that Pillow can read") from None
     except (OSError, ValueError, pil.DecompressionBombError) as error:
         raise ImageError(f"{name} cannot be read: {error}") from None
 
 
 def masked(picture: pil.Image, mask: Mask, *, number: int) -> pil.Image:
-    """Each square of `mask.patch` pixels is made black with probability `mask.ratio`, whatever it shows.
+    """Makes each square of `mask.patch` x `mask.patch` pixels black with probability `mask.ratio`.
 
-    `number`: which of a prompt's pictures it is; each has a draw of its own.
+    `number`: the index of the image among those of its prompt, so that each has its own random numbers.
     """
     pixels = np.array(picture)
+    # the last square of a row or column may be cut off
     rows, columns = (-(-size // mask.patch) for size in pixels.shape[:2])
     draw = np.random.Generator(np.random.Philox(np.random.SeedSequence([mask.seed, number])))
     hidden = draw.random((rows, columns)) < mask.ratio
@@ -71,17 +73,20 @@ def masked(picture: pil.Image, mask: Mask, *, number: int) -> pil.Image:
 
 
 def noise(width: int, height: int, seed: int) -> Image:
-    """A picture of random pixels."""
+    """An image of random pixels."""
     pixels = np.random.Generator(np.random.Philox(seed)).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return stored(pil.fromarray(pixels), Path())
 
 
 def stored(value: object, folder: Path) -> Image:
-    """A picture as a dataset gives it -> an absolute path, or the bytes of a file. Raises ImageError."""
+    """An image as a dataset gives it -> an absolute path, or the bytes of a file.
+
+    Raises ImageError: `value` is none of the forms above.
+    """
     if isinstance(value, Mapping):
-        parts = cast(Mapping[str, object], value)
-        held = parts.get("bytes")
-        value = held if held is not None else parts.get("path")
+        entries = cast(Mapping[str, object], value)
+        content = entries.get("bytes")
+        value = content if content is not None else entries.get("path")
     if isinstance(value, str) and value:
         return str((folder / Path(value.removeprefix("file://")).expanduser()).absolute())
     if isinstance(value, bytes) and value:
@@ -90,45 +95,47 @@ def stored(value: object, folder: Path) -> Image:
         file = BytesIO()
         value.convert("RGB").save(file, "PNG")
         return file.getvalue()
-    raise ImageError(f"a picture is a path, bytes or a PIL image, got {value!r:.80}")
+    raise ImageError(f"an image is a path, bytes or a PIL image, got {value!r:.80}")
 
 
 def separate_pictures(
     messages: Sequence[Message], column: object, folder: Path
 ) -> tuple[list[dict[str, Any]], tuple[Image, ...]]:
-    """Messages whose pictures are taken out and marked, and those pictures; `column` holds more of them.
+    """Takes images out of chat messages: returns messages with `{"type": "image"}` for them, and the images.
 
-    Raises ImageError: there are more pictures than places for them, or the other way round.
+    `column`: images that the dataset has beside the messages, or None. Raises ImageError: there are more
+    images than places for them, or more places than images.
     """
-    loose = [] if column is None else [stored(value, folder) for value in _listed(column)]
-    waiting = iter(loose)
+    in_column = [] if column is None else [stored(value, folder) for value in _listed(column)]
+    waiting = iter(in_column)
     found: list[Image] = []
     written: list[dict[str, Any]] = []
     for message in messages:
         parts: list[dict[str, Any]] = []
-        for part in _parts(message["content"], marks=bool(loose)):
+        for part in _parts(message["content"], marks=bool(in_column)):
             if part["type"] == "image":
                 given = part.get("image", part.get("path"))
                 picture = next(waiting, None) if given is None else stored(given, folder)
                 if picture is None:
-                    raise ImageError(f"the messages have places for more than {len(loose)} pictures")
+                    raise ImageError(f"the messages have places for more than {len(in_column)} images")
                 found.append(picture)
                 parts.append({"type": "image"})
             else:
                 parts.append({"type": "text", "text": part["text"]})
         written.append({**message, "content": parts})
     rest = list(waiting)
+    # no message has a place for an image: they come before the text of the user's first message
     if rest and not found:
         first = next((m for m in written if m["role"] == "user"), written[0])
         first["content"] = [*({"type": "image"} for _ in rest), *first["content"]]
         return written, tuple(rest)
     if rest:
-        raise ImageError(f"the messages have no place for {len(rest)} of the {len(loose)} pictures given")
+        raise ImageError(f"the messages have no place for {len(rest)} of the {len(in_column)} images given")
     return written, tuple(found)
 
 
 def has_pictures(messages: object) -> bool:
-    """Whether chat messages hold a picture themselves."""
+    """Whether chat messages contain images (a column beside them does not count)."""
     if not isinstance(messages, list):
         return False
     contents = [m["content"] for m in cast(list[Message], messages)]
@@ -140,7 +147,7 @@ def _listed(column: object) -> Sequence[object]:
 
 
 def _parts(content: object, *, marks: bool) -> Iterator[dict[str, Any]]:
-    """The parts of a message; text with marks is cut at them if it has pictures to go with."""
+    """The parts of a message; with `marks`, each `<image>` within a string becomes an image part."""
     if not isinstance(content, str):
         yield from (dict(part) for part in cast(Sequence[Message], content))
         return

@@ -1,7 +1,7 @@
-"""A model's own processor: chat messages with pictures -> token ids, and pictures -> what its eyes take.
+"""A model's own image processor: messages with images -> token ids, images -> inputs of the vision tower.
 
-The parts for pictures alone are loaded, with the PIL back end where torchvision is not installed, so nothing
-of a model's video input is needed.
+Only the parts for images are loaded, not those for video; where torchvision is not installed, the PIL back
+end is used.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ FAMILIES = {
     "idefics3": "Idefics3Processor",
     "smolvlm": "SmolVLMProcessor",
 }
-"""Kinds of models that can see, and the processor of each."""
+"""The processor class of each supported kind of vision-language model, by its `model_type`."""
 CACHE_BYTES = 256 << 20
+"""Memory for processed images that are kept for the next pass."""
 FILES = (
     "preprocessor_config.json",
     "processor_config.json",
@@ -47,17 +48,18 @@ _transformers: Any = transformers
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """What the model takes for the pictures of one prompt, by the names of its arguments."""
+    """Inputs of the vision tower for the images of one prompt, by the names of the model's arguments."""
 
     tensors: Mapping[str, Tensor]
 
     @property
     def size(self) -> int:
+        """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
 class Processor:
-    """Of one model; pictures are processed when they are needed, and the last ones are kept."""
+    """The processor of one model. Images are processed when they are needed; recently used ones are kept."""
 
     def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises ModelError: the model's processor cannot be loaded."""
@@ -71,32 +73,36 @@ class Processor:
 
     @property
     def has_axes(self) -> bool:
-        """Whether a token's position is one of time, height and width (mrope)."""
+        """Whether positions have three axes: time, height and width (mrope)."""
         return self.family.startswith("qwen")
 
     @property
     def placeholder(self) -> str:
-        """What stands for a picture in text."""
+        """The text that stands for an image in a prompt."""
         return cast(str, self._processor.image_token)
 
     def prompt(
-        self, prompt_id: str, messages: Sequence[Mapping[str, Any]], loose: object, folder: Path
+        self, prompt_id: str, messages: Sequence[Mapping[str, Any]], column: object, folder: Path
     ) -> tuple[list[dict[str, Any]], tuple[Image, ...], list[int]]:
-        """A dataset's messages -> messages without the pictures themselves, those, and the token ids.
+        """Messages of a dataset -> messages with `{"type": "image"}` for images, the images, token ids.
 
-        `loose`: pictures that stand beside the messages. Raises ImageError (rlhf/pictures.py).
+        `column`: images that the dataset has beside the messages. Raises ImageError: an image cannot be read
+        or does not fit the messages (images.py).
         """
-        written, sources = separate_pictures(messages, loose, folder)
+        written, sources = separate_pictures(messages, column, folder)
         return written, sources, self.token_ids(self.write(written), Images(prompt_id, sources))
 
     def write(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """Messages as the model's chat template writes them, with the opening of its own turn."""
+        """The text of messages by the model's chat template, ending with the opening of the model's turn.
+
+        Raises ImageError: there is no chat template, or it refuses the messages.
+        """
         tokenizer = cast(Any, self.tokenizer)
         template = self._processor.chat_template or tokenizer.chat_template
         if not template:
-            raise ImageError(f"{self.path} has no chat template to write messages with pictures")
+            raise ImageError(f"{self.path} has no chat template to write messages with images")
         try:
-            # the tokenizer's, which asks for no video
+            # the tokenizer's method, because the processor's needs a video processor
             return tokenizer.apply_chat_template(
                 list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
             )
@@ -104,13 +110,13 @@ class Processor:
             raise ImageError(f"the chat template refuses the prompt: {error}") from None
 
     def token_ids(self, text: str, images: Images) -> list[int]:
-        """`text` with one placeholder a picture -> token ids with as many as the model has features for it.
+        """Token ids of `text`, with each placeholder repeated once per feature of its image.
 
-        Raises ImageError: a picture cannot be read, or there are more or fewer placeholders than pictures.
+        Raises ImageError: an image cannot be read, or there are more or fewer placeholders than images.
         """
         marks, count = text.count(self.placeholder), len(images.sources)
         if marks != count:
-            raise ImageError(f"its text has {marks} placeholders for {count} pictures")
+            raise ImageError(f"its text has {marks} placeholders for {count} images")
         if not count:
             return cast(Any, self.tokenizer)(text, add_special_tokens=False)["input_ids"]
         encoded = self._processor(
@@ -120,7 +126,10 @@ class Processor:
         return cast(list[int], encoded["input_ids"][0].tolist())
 
     def pixels(self, images: Images) -> Pixels:
-        """Of all pictures of a prompt, hidden as `images.mask` says. Raises ImageError with its id."""
+        """Inputs of the vision tower for all images of a prompt, masked as `images.mask` says.
+
+        Raises ImageError, with the prompt's id: an image cannot be read.
+        """
         key = images.sources, images.mask
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -134,7 +143,7 @@ class Processor:
         return pixels
 
     def inputs(self, images: Images, token_ids: Sequence[int]) -> dict[str, Tensor]:
-        """What `model(input_ids=...)` takes beside the ids of one prompt, a row of each."""
+        """The further arguments of `model(input_ids=...)` for one prompt, as batches of one row."""
         tensors = dict(self.pixels(images).tensors)
         if self.has_axes:
             ids = torch.tensor([list(token_ids)])
@@ -142,7 +151,7 @@ class Processor:
         return tensors
 
     def save_pretrained(self, save_directory: str) -> None:
-        """The files that this processor was made from, beside those of the tokenizer."""
+        """Writes the files of the tokenizer and copies those that this processor was made from."""
         cast(Any, self.tokenizer).save_pretrained(save_directory)
         for name in FILES:
             file = _transformers.utils.cached_file(
@@ -155,12 +164,13 @@ class Processor:
         pictures = [open_picture(source) for source in images.sources]
         if images.mask is None:
             return pictures
-        return [masked(self._as_seen(p), images.mask, number=i) for i, p in enumerate(pictures)]
+        return [masked(self._resized(p), images.mask, number=i) for i, p in enumerate(pictures)]
 
-    def _as_seen(self, picture: pil.Image) -> pil.Image:
-        """In the size the model's processor brings it to, where that is one size for the whole picture.
+    def _resized(self, picture: pil.Image) -> pil.Image:
+        """The image in the size that the model's processor gives it, so that masked patches stay sharp.
 
-        So patches of the mask are those of the model, and do not blur away when a large picture shrinks.
+        Masking a large image before it shrinks would blur the patches. A processor that cuts an image into
+        tiles has no single size; its images are masked in their own size.
         """
         processor = self._processor.image_processor
         if not self.has_axes:
@@ -170,6 +180,7 @@ class Processor:
         return picture.resize((width, height), pil.Resampling(int(processor.resample)))
 
     def _keep(self, images: Images, pixels: Pixels) -> None:
+        """Adds to the cache, and drops what was not used for longest while it is over `CACHE_BYTES`."""
         key = images.sources, images.mask
         if key in self._kept:
             return
@@ -180,13 +191,16 @@ class Processor:
 
 
 def load_processor(path: str, tokenizer: PreTrainedTokenizerBase) -> Processor | None:
-    """None: the model has no eyes. Raises ModelError: its kind is not known, or it has no processor."""
+    """The processor of the model at `path`; None for a model without a vision tower.
+
+    Raises ModelError: this kind of vision-language model is not supported, or its processor cannot be loaded.
+    """
     config: Any = load_model_config(path)
     if "vision_config" not in config.to_dict():
         return None
     if config.model_type not in FAMILIES:
         raise ModelError(
-            f"{path} takes pictures, but is a {config.model_type}; of models that do, there are "
+            f"{path} takes images, but is a {config.model_type}; supported kinds of such models are "
             f"{', '.join(FAMILIES)}"
         )
     return Processor(path, tokenizer)
@@ -201,8 +215,8 @@ def _load(path: str, family: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     place = local_or_hub(path)
     kind: Any = getattr(_transformers, FAMILIES[family])
 
-    class ForPictures(kind):
-        """Its class refuses to be made without a video processor, which needs torchvision."""
+    class ForImages(kind):
+        """Accepts None for the video processor, which would need torchvision."""
 
         def check_argument_for_proper_class(self, argument_name: str, argument: object) -> type:
             return type(argument)
@@ -213,10 +227,10 @@ def _load(path: str, family: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     try:
         image_processor = _transformers.AutoImageProcessor.from_pretrained(place)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} has no processor for pictures that can be loaded: {error}") from None
+        raise ModelError(f"{path} has no image processor that can be loaded: {error}") from None
     own = {key: settings[key] for key in ("image_seq_len", "chat_template") if settings.get(key) is not None}
     parts = {"image_processor": image_processor, "tokenizer": tokenizer, "video_processor": None}
     try:
-        return ForPictures(**{k: v for k, v in parts.items() if k in kind.get_attributes()}, **own)
+        return ForImages(**{k: v for k, v in parts.items() if k in kind.get_attributes()}, **own)
     except ImportError as error:
         raise ModelError(f"the processor of {path} cannot be made: {error}") from None
