@@ -1,1 +1,1 @@
-"""Several ranks: their sums, the watch over each other, and weights cut into shards."""
+"""Several ranks: sums over them, a watchdog for late or dead ones, and weights sharded over them."""

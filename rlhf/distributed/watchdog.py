@@ -1,17 +1,19 @@
-"""Nobody waits for ever, and the one that is waited for has a name.
+"""Watchdog: ends a rank that waits for a late, failed or dead one; its errors name that rank and its phase.
 
-Every rank says once a second where it is (its phase, how long it has been there, whether it waits for others)
-in the store that the ranks have met by, and reads what the others say, from a thread of its own. Another
-thread, which talks to nobody and so cannot hang, ends this process, naming the culprit, when
+On every rank, a thread publishes once a second what the rank does (its phase, since when, whether it waits
+for others) in the TCP store of the process group, and reads what the others have published. A second thread,
+which never uses the network and so cannot hang, ends this process with an error that names the responsible
+rank when
 
-1. this rank has waited longer than `distributed.timeout`: the culprits are those that do not wait;
-2. another rank has given no sign of life for that long, or for a minute: it is frozen, or was killed;
-3. another rank has said why it failed, or its process has ended without a word, as those of the same machine
-   see (liveness.py) and tell the others, and this one does not end by itself;
-4. the store is gone or does not answer: the process that held it was killed, or is frozen.
+1. this rank has waited longer than `distributed.timeout`: responsible are the ranks that do not wait;
+2. another rank has published nothing for that long, or for a minute: it is frozen or was killed;
+3. another rank has reported an error, or its process has ended without one (which is known on the same
+   machine, by process_state.py), and this process does not end by itself within `GRACE` seconds;
+4. the store does not answer: the process that holds it was killed or is frozen.
 
-A rank that dies closes its connections, so that a collective with it fails at once; `explain` then says which
-rank it was and what it last did. Who waits for others in another way asks with `look`.
+A rank that dies closes its connections, so a collective with it fails at once; `explain` then tells which
+rank it was and what it did last. Code that waits for other ranks without a collective calls
+`raise_if_another_failed`.
 """
 
 from __future__ import annotations
@@ -34,74 +36,78 @@ from rlhf.distributed.process_state import Process
 # its annotations are too incomplete for a strict check
 _dist: Any = dist
 BEAT = 1.0
+"""Seconds between two messages of a rank."""
 LOST = 60.0
+"""Seconds without a message after which a rank counts as frozen or killed, if the timeout is not shorter."""
 GRACE = 10.0
-KILLED = "without a word: it was killed, by the system, perhaps, for its memory"
+"""Seconds that this process has to end by itself, with its own error, before the watchdog ends it."""
+KILLED = "without an error of its own: it was killed, perhaps by the system because memory ran out"
 EXIT = 3
-"""Exit status of a rank that ends because of another one."""
+"""Exit status of a rank that ends because of another rank."""
 
 
 class RankError(RuntimeError):
-    """Another rank has failed, died or frozen. The message names it and where it was."""
+    """Another rank has failed, died or frozen. The message names it and its phase."""
 
 
 @dataclass(slots=True)
-class Sign:
-    """The last sign of life of a rank, and when it came by this rank's clock."""
+class RankState:
+    """What is known of another rank. Times are by this rank's clock."""
 
-    said: dict[str, Any]
+    message: dict[str, Any]
+    """The last message of the rank, see `Watchdog._publish`."""
     at: float
+    """When that message came."""
     died: float | None = None
-    """When its process was seen to have ended without having said why."""
-    heard: bool = True
-    """False: it may have said why, but the store has gone with it."""
+    """When its process was seen to have ended without having reported an error."""
+    store_answered: bool = True
+    """False: it may have reported an error, but its store cannot be read any more."""
 
     def process_ended(self) -> bool:
-        return "process" in self.said and Process(*self.said["process"]).has_ended()
+        return "process" in self.message and Process(*self.message["process"]).has_ended()
 
 
 class Watchdog:
-    """Of one rank among several, while the context lasts."""
+    """Watches the other ranks from this one, within its context. `timeout` in seconds."""
 
     def __init__(self, rank: int, size: int, timeout: float) -> None:
         self.rank, self.timeout = rank, timeout
         self.others = [r for r in range(size) if r != rank]
-        self.signs = {
-            r: Sign({"phase": "start", "since": 0.0, "waits": False}, time.monotonic()) for r in self.others
-        }
+        start = {"phase": "start", "since": 0.0, "waits": False}
+        self.states = {r: RankState(start, time.monotonic()) for r in self.others}
         self._phase, self._since, self._waits_since = "start", time.monotonic(), None
         self._process = astuple(Process.own())
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._met, self._refused = time.monotonic(), False
-        """When the store has last answered, and whether it has refused to since."""
-        # a connection of its own: the ranks' own may block it in a rendezvous
+        self._last_answer, self._refused = time.monotonic(), False
+        """When the store answered last, and whether a request has failed since."""
+        # a connection of its own, because the one of the process group may be blocked by a rendezvous
         self._store = _dist.TCPStore(
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False
         )
-        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._talk, self._watch)]
+        self._threads = [threading.Thread(target=t, daemon=True) for t in (self._exchange, self._watch)]
 
     def __enter__(self) -> Watchdog:
         with suppress(RuntimeError):
-            self._say()
+            self._publish()
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """The others are told how this rank has ended."""
+        """Tells the other ranks whether this rank is done or failed with `error`."""
         self._stop.set()
         for thread in self._threads:
             thread.join(BEAT + 1.0)
         with suppress(RuntimeError):
-            self._say(ended="done" if error is None else f"{type(error).__name__}: {error}")
+            self._publish(ended="done" if error is None else f"{type(error).__name__}: {error}")
 
     def at(self, phase: str) -> None:
-        """What this rank does from here on."""
+        """Sets the phase of this rank, which errors on the other ranks mention."""
         self._phase, self._since = phase, time.monotonic()
 
     @contextmanager
     def waiting(self) -> Generator[None]:
-        """For the other ranks."""
+        """Within this context the rank counts as waiting for the other ranks."""
         self._waits_since = time.monotonic()
         try:
             yield
@@ -109,66 +115,74 @@ class Watchdog:
             self._waits_since = None
 
     def explain(self, error: Exception) -> RankError:
-        """What became of the others, when a collective with them has failed; waits for signs of it."""
+        """The error to raise when a collective has failed with `error`: it names the responsible rank.
+
+        Waits up to three seconds for a message of that rank or the end of its process.
+        """
         deadline = time.monotonic() + 3 * BEAT
-        while time.monotonic() < deadline and not (self._ended() or self._dead()):
+        while time.monotonic() < deadline and not (self._failed() or self._dead()):
             time.sleep(0.1)
             try:
-                self._listen()
+                self._read_others()
             except RuntimeError:
-                # the store has gone with the rank that held it
-                self._see_dead()
-        texts = self._ended() or self._dead() or self._silent(2 * BEAT)
+                # the store has ended with the rank that held it
+                self._check_processes()
+        texts = self._failed() or self._dead() or self._silent(2 * BEAT)
         culprit = "; ".join(texts) or f"a rank has closed its connection ({str(error).splitlines()[0]})"
         return RankError(f"rank {self.rank}, in {self._phase}, cannot go on: {culprit}")
 
-    def look(self) -> None:
-        """Raises RankError where another rank has failed or died, as the last beat has shown."""
-        texts = self._ended() or self._dead()
+    def raise_if_another_failed(self) -> None:
+        """Raises RankError if another rank has failed or died, by the messages of the last second."""
+        texts = self._failed() or self._dead()
         if texts:
             raise RankError(f"rank {self.rank}, in {self._phase}, cannot go on: {'; '.join(texts)}")
 
-    def _talk(self) -> None:
+    def _exchange(self) -> None:
+        """The thread that publishes this rank's state and reads those of the others."""
         while not self._stop.wait(BEAT):
             try:
-                self._say()
-                self._listen()
-                self._met, self._refused = time.monotonic(), False
+                self._publish()
+                self._read_others()
+                self._last_answer, self._refused = time.monotonic(), False
             except RuntimeError:
                 self._refused = True
 
     def _watch(self) -> None:
+        """The thread that ends this process when another rank keeps it from going on."""
         while not self._stop.wait(BEAT):
             if (culprit := self._store_gone() or self._culprit()) is not None:
                 self._end(culprit)
 
     def _store_gone(self) -> str | None:
-        """A rank that waits for others cannot go on without it; one that does not is in no hurry."""
+        """The error if the store has not answered for too long, else None."""
+        # a rank that waits for others cannot go on without the store; any other rank can wait longer for it
         longest = GRACE if self._refused and self._waited() else min(LOST, self.timeout)
-        silence = time.monotonic() - self._met
+        silence = time.monotonic() - self._last_answer
         if silence <= longest:
             return None
         return (
-            f"the process by which the ranks have met (rank 0, or its launcher) has not answered for "
+            f"the process that holds the ranks' store (rank 0, or its launcher) has not answered for "
             f"{silence:.0f} s: it is gone or frozen"
         )
 
     def _culprit(self) -> str | None:
-        if time.monotonic() - self._met > 3 * BEAT:
-            # what the others say is not heard
+        """The error that names the rank because of which this one cannot go on, or None."""
+        if time.monotonic() - self._last_answer > 3 * BEAT:
+            # messages of the others cannot be read, so their silence means nothing
             return None
         lost = self._silent(min(LOST, self.timeout))
         if lost:
             return "; ".join(lost)
-        failed = self._ended()
-        if failed and time.monotonic() - max(self.signs[r].at for r in self.others) > GRACE:
+        failed = self._failed()
+        if failed and time.monotonic() - max(self.states[r].at for r in self.others) > GRACE:
             return "; ".join(failed)
         if dead := self._dead(GRACE):
             return "; ".join(dead)
         if self._waited() > self.timeout:
-            # one that has said nothing for half of that time is not where it said it was
+            # a rank that has been silent for half of that time has probably left the phase of its last
+            # message
             late = self._silent(min(LOST, self.timeout) / 2) or [
-                self._place(r) for r in self.others if not self.signs[r].said["waits"]
+                self._describe(r) for r in self.others if not self.states[r].message["waits"]
             ]
             where = "; ".join(late) or "every rank waits, so they wait for different things"
             waited = f"waited {self._waited():.0f} s"
@@ -176,100 +190,106 @@ class Watchdog:
         return None
 
     def _silent(self, longest: float) -> list[str]:
-        """What to say of the ranks that have given no sign for longer than that."""
-        silence = {r: time.monotonic() - s.at for r, s in self.signs.items() if s.said.get("ended") != "done"}
+        """A sentence for each rank that has published nothing for more than `longest` seconds."""
+        now = time.monotonic()
+        silence = {r: now - s.at for r, s in self.states.items() if s.message.get("ended") != "done"}
         return [
             f"rank {rank} has given no sign of life for {seconds:.0f} s, last in "
-            f"{self.signs[rank].said['phase']}: it is frozen or was killed (by the system, perhaps, for its "
-            "memory)"
+            f"{self.states[rank].message['phase']}: it is frozen or was killed (perhaps by the system "
+            "because memory ran out)"
             for rank, seconds in silence.items()
             if seconds > longest
         ]
 
     def _dead(self, longest: float = 0.0) -> list[str]:
-        """Of the ranks whose process has ended without a word, and was seen to for as long as that."""
+        """A sentence for each rank whose process ended without an error, at least `longest` seconds ago."""
         now = time.monotonic()
-        dead = {r: s for r, s in self.signs.items() if s.died is not None and now - s.died >= longest}
+        dead = {r: s for r, s in self.states.items() if s.died is not None and now - s.died >= longest}
         return [
-            f"the process of rank {rank} (number {sign.said['process'][1]}) has ended, last in "
-            f"{sign.said['phase']}, " + (KILLED if sign.heard else "and the store with it: see what it says")
-            for rank, sign in dead.items()
+            f"the process of rank {rank} (number {state.message['process'][1]}) has ended, last in "
+            f"{state.message['phase']}, "
+            + (KILLED if state.store_answered else "and the ranks' store with it: see that rank's own output")
+            for rank, state in dead.items()
         ]
 
-    def _ended(self) -> list[str]:
-        """Of the ranks that have said why they failed."""
-        said = {r: self.signs[r].said for r in self.others}
+    def _failed(self) -> list[str]:
+        """A sentence for each rank that has reported an error."""
+        messages = {r: self.states[r].message for r in self.others}
         return [
-            f"rank {r} failed in {s['phase']}: {s['ended']}"
-            for r, s in said.items()
-            if s.get("ended", "done") != "done"
+            f"rank {r} failed in {message['phase']}: {message['ended']}"
+            for r, message in messages.items()
+            if message.get("ended", "done") != "done"
         ]
 
-    def _place(self, rank: int) -> str:
-        said = self.signs[rank].said
-        return f"rank {rank} has been in {said['phase']} for {said['since']:.0f} s"
+    def _describe(self, rank: int) -> str:
+        message = self.states[rank].message
+        return f"rank {rank} has been in {message['phase']} for {message['since']:.0f} s"
 
     def _waited(self) -> float:
+        """Seconds for which this rank has been waiting for others; 0 if it is not."""
         since = self._waits_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def _say(self, **more: Any) -> None:
+    def _publish(self, **more: Any) -> None:
+        """Writes this rank's message; at its end it has `ended`: "done" or the error."""
         now = time.monotonic()
-        said = {
+        message = {
             "phase": self._phase,
             "since": now - self._since,
             "waits": self._waits_since is not None,
             "beat": now,
             "process": self._process,
         }
-        with self._alone() as alone:
-            if alone:
-                self._store.set(f"sign/{self.rank}", json.dumps(said | more))
+        with self._locked_store() as locked:
+            if locked:
+                self._store.set(f"sign/{self.rank}", json.dumps(message | more))
 
     @contextmanager
-    def _alone(self) -> Generator[bool]:
-        """False when another thread is waiting for an answer of the store, which may never come."""
-        alone = self._lock.acquire(timeout=BEAT)
+    def _locked_store(self) -> Generator[bool]:
+        """True: this thread may use the store. False: another one waits for its answer, perhaps for ever."""
+        locked = self._lock.acquire(timeout=BEAT)
         try:
-            yield alone
+            yield locked
         finally:
-            if alone:
+            if locked:
                 self._lock.release()
 
-    def _see_dead(self) -> None:
-        for sign in self.signs.values():
-            if sign.died is None and "ended" not in sign.said and sign.process_ended():
-                sign.died, sign.heard = time.monotonic(), False
+    def _check_processes(self) -> None:
+        """Finds ranks whose process has ended while the store cannot be read."""
+        for state in self.states.values():
+            if state.died is None and "ended" not in state.message and state.process_ended():
+                state.died, state.store_answered = time.monotonic(), False
 
-    def _listen(self) -> None:
+    def _read_others(self) -> None:
+        """Reads the messages of the other ranks, and finds ranks whose process has ended without an error."""
         for rank in self.others:
-            # looked at before: what it said at its end is then heard
-            ended = self.signs[rank].process_ended()
-            with self._alone() as alone:
-                if not alone or not self._store.check([f"sign/{rank}"]):
+            # before its message is read, so that an error which it published at its end is not missed
+            process_ended = self.states[rank].process_ended()
+            with self._locked_store() as locked:
+                if not locked or not self._store.check([f"sign/{rank}"]):
                     continue
-                said = json.loads(self._store.get(f"sign/{rank}"))
-            if said != self.signs[rank].said:
-                self.signs[rank] = Sign(said, time.monotonic())
-            elif ended and "ended" not in said and self.signs[rank].died is None:
-                self.signs[rank].died = time.monotonic()
+                message = json.loads(self._store.get(f"sign/{rank}"))
+            if message != self.states[rank].message:
+                self.states[rank] = RankState(message, time.monotonic())
+            elif process_ended and "ended" not in message and self.states[rank].died is None:
+                self.states[rank].died = time.monotonic()
 
     def _end(self, culprit: str) -> None:
-        """The main thread is in a collective that may never return: there is no other way to end it."""
+        """Ends this process at once: its main thread is in a collective that may never return."""
         with suppress(RuntimeError):
-            self._say(ended=culprit)
+            self._publish(ended=culprit)
         sys.stderr.write(f"rlhf train: rank {self.rank}, in {self._phase}, ends: {culprit}\n")
         sys.stderr.flush()
         os._exit(EXIT)
 
 
 def deadline(timeout: float) -> timedelta:
-    """Of torch's own collectives: a little later, so that the culprit is named first."""
+    """Timeout of torch's own collectives: a little longer, so that the watchdog names the rank first."""
     return timedelta(seconds=timeout + 2 * GRACE)
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank."""
+    """Whether `error` is that of a collective which failed because of another rank."""
     text = str(error)
     return isinstance(error, RuntimeError) and any(
         part in text

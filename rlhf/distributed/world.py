@@ -1,7 +1,7 @@
-"""Ranks: each holds the whole model, samples its share of the prompts and adds its gradient to the others'.
+"""The ranks of a run: joins them, splits work between them, and sums and gathers over them; derived seeds.
 
-One process without torchrun is a world of one. All sums over ranks go through `World`; nothing else in the
-project calls torch.distributed.
+Each rank samples its share of the prompts and adds its gradient to those of the others. A process without
+torchrun is a world of one rank. All sums over ranks go through `World`.
 """
 
 from __future__ import annotations
@@ -38,24 +38,27 @@ class World:
         return self.rank == 0
 
     def share(self, total: int) -> int:
-        """How many of `total` things fall to this rank; the shares of all ranks add up to `total`."""
+        """How many of `total` items this rank gets; the shares of all ranks add up to `total`."""
         return total // self.size + (self.rank < total % self.size)
 
     def at(self, phase: str) -> None:
-        """Tells the other ranks what this one does from here on."""
+        """Tells the other ranks which phase this rank enters, for their error messages."""
         if self.watchdog is not None:
             self.watchdog.at(phase)
 
     def check_others(self) -> None:
-        """Raises RankError where another rank is known to have failed or died: for waits of one's own."""
+        """Raises RankError when another rank is known to have failed or died.
+
+        For code that waits for other ranks without a collective, such as for their files.
+        """
         if self.watchdog is not None:
-            self.watchdog.look()
+            self.watchdog.raise_if_another_failed()
 
     def _waiting(self) -> AbstractContextManager[None]:
         return nullcontext() if self.watchdog is None else self.watchdog.waiting()
 
     def peak_memory_gib(self) -> float:
-        """Of the device where there is one, else the resident memory of this process."""
+        """Peak memory in GiB: of tensors on the GPU if there is one, else resident memory of this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
         # ru_maxrss is in KiB on Linux and in bytes on macOS
@@ -63,7 +66,7 @@ class World:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     def all_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks, in place on a copy, the same on each of them."""
+        """The sum of `tensor` over all ranks, bit for bit the same on each; `tensor` stays as it is."""
         if self.size == 1:
             return tensor
         tensor = tensor.clone()
@@ -72,7 +75,7 @@ class World:
         return tensor
 
     def sum_gradients(self, gradients: Iterable[Tensor], bucket_bytes: int = 64 << 20) -> None:
-        """Adds gradients up over the ranks, in place, in buckets of one collective each."""
+        """Sums gradients over the ranks, in place, with one collective for each bucket of `bucket_bytes`."""
         if self.size == 1:
             return
         with self._waiting():
@@ -89,7 +92,7 @@ class World:
             _reduce(bucket)
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in order of rank. For small plain objects."""
+        """The values of all ranks, by rank. They are pickled, so they should be small plain objects."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -98,7 +101,7 @@ class World:
         return values
 
     def merge(self, metrics: Metrics) -> Metrics:
-        """Partials of every rank added up."""
+        """Merges the partial metrics of all ranks."""
         return merge(self.gather(metrics))
 
 
@@ -110,7 +113,7 @@ def _reduce(bucket: list[Tensor]) -> None:
 
 
 def world_size() -> int:
-    """How many ranks were started, known before they are joined."""
+    """How many ranks were started, known from the environment before they join."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -118,8 +121,8 @@ def world_size() -> int:
 def world(timeout: float = 1800.0) -> Generator[World]:
     """Joins the ranks that torchrun or `accelerate launch` started, and leaves them at the end.
 
-    `timeout`: seconds that one may wait for another. Raises RankError, which names the culprit, where a
-    collective fails because of another rank.
+    `timeout`: seconds that a rank may wait for the others. Raises RankError when a collective fails because
+    of another rank, which the message names.
     """
     size, rank, device = world_size(), int(os.environ.get("RANK", "0")), this_device()
     if device.type == "cuda":
@@ -143,9 +146,10 @@ def world(timeout: float = 1800.0) -> Generator[World]:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed of 62 bits from what it belongs to: `derive_seed(run_seed, "rollout", position)`.
+    """A seed of 62 bits, derived from its purpose: `derive_seed(run_seed, "rollout", position)`.
 
-    The same on every machine and in every process (unlike `hash`): nothing about sampling has to be stored.
+    It is the same on every machine and in every process (unlike `hash`), so no state of a generator has to be
+    stored in checkpoints.
     """
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2

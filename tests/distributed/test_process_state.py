@@ -1,4 +1,4 @@
-"""Processes that have ended are told from those that say nothing."""
+"""Processes that have ended are told apart from those that are only silent."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wait_for(process: subprocess.Popen[bytes], wanted: str) -> None:
         time.sleep(0.02)
 
 
-def test_one_that_runs_or_is_frozen_has_not_ended(child: subprocess.Popen[bytes]) -> None:
+def test_a_process_that_runs_or_is_frozen_has_not_ended(child: subprocess.Popen[bytes]) -> None:
     assert not Process.own().has_ended()
     assert not of(child).has_ended()
     os.kill(child.pid, signal.SIGSTOP)
@@ -51,7 +51,7 @@ def test_one_that_runs_or_is_frozen_has_not_ended(child: subprocess.Popen[bytes]
     assert not of(child).has_ended()
 
 
-def test_one_that_was_killed_has_ended_before_its_parent_asks_and_after(
+def test_a_killed_process_has_ended_before_and_after_its_parent_waits_for_it(
     child: subprocess.Popen[bytes],
 ) -> None:
     watched = of(child)
@@ -62,22 +62,22 @@ def test_one_that_was_killed_has_ended_before_its_parent_asks_and_after(
     assert watched.has_ended()
 
 
-def test_one_that_has_the_number_of_another_does_not_stand_for_it(child: subprocess.Popen[bytes]) -> None:
+def test_a_later_process_with_the_same_number_is_another_one(child: subprocess.Popen[bytes]) -> None:
     assert replace(of(child), started="1").has_ended()
 
 
-def test_of_another_machine_nothing_is_said(child: subprocess.Popen[bytes]) -> None:
+def test_a_process_of_another_machine_is_not_said_to_have_ended(child: subprocess.Popen[bytes]) -> None:
     elsewhere = replace(of(child), place="another machine")
     child.kill()
     child.wait()
     assert not elsewhere.has_ended()
 
 
-def test_without_a_place_nothing_is_said(
+def test_without_proc_no_process_is_said_to_have_ended(
     child: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A system without /proc: silence alone tells."""
-    monkeypatch.setattr(rlhf.liveness, "PROCESSES", tmp_path)
+    """On a system without /proc, no process is known to have ended."""
+    monkeypatch.setattr(rlhf.distributed.process_state, "PROCESSES", tmp_path)
     own = Process.own()
     assert own == Process("", os.getpid(), "")
     assert not own.has_ended()

@@ -1,4 +1,4 @@
-"""Two ranks on the CPU do what one does."""
+"""Two ranks on the CPU learn what one rank learns; shares and seeds of ranks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_seeds_are_the_same_everywhere_and_differ_by_what_they_belong_to():
 
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-# the flag stands for several processes; where there is no GPU they are processes of the CPU
+# --multi_gpu asks for several processes; without a GPU they run on the CPU
 ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--num_processes=2"]
 ACCELERATE += ["--mixed_precision=no", "--dynamo_backend=no"]
 

@@ -50,7 +50,7 @@ def test_a_rank_that_dies_while_shards_are_saved_ends_the_one_that_needs_its_par
     assert killed.code == -9 and waiting.code == 3, waiting.said
     assert "the process of rank 1 (number" in waiting.said, waiting.said
     if not background:
-        assert "rank 0, in save, step" in waiting.said and "without a word" in waiting.said
+        assert "rank 0, in save, step" in waiting.said and "without an error of its own" in waiting.said
     newest = latest(tmp_path / "run" / "checkpoints")
     assert newest is not None and newest.name == "step_000002"
     resumed(tmp_path, settings, 2, straight(2, "sharded"))
