@@ -1,1 +1,1 @@
-"""Checkpoints: what is in one, how it is written whole or not at all, and how it is read back."""
+"""Checkpoints: what they contain, how they are written whole or not at all, and how they are read back."""

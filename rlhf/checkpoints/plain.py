@@ -1,4 +1,4 @@
-"""Metrics, groups and images as what JSON and tensor files can hold, and back."""
+"""Converts metrics, groups and images to JSON values and tensors for checkpoints, and back."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS: dict[str, type[Partial]] = {kind.__name__: kind for kind in (Mean, ExpMea
 
 
 def pack_images(images: Sequence[Images | None]) -> dict[str, Tensor]:
-    """Which pictures each prompt has, as tensors: names and files end to end, as bytes."""
+    """The images of each prompt as tensors: prompt ids and then paths or files, end to end as bytes."""
     if not images:
         return {}
     files = [source for i in images if i is not None for source in i.sources]
@@ -52,7 +52,7 @@ def unpack_images(tensors: Mapping[str, Tensor]) -> tuple[Images | None, ...]:
 
 
 def metrics_state(metrics: Metrics) -> dict[str, list[Any]]:
-    """What JSON can hold: of each partial its kind and its numbers."""
+    """Metrics as JSON values: the kind of each partial and its numbers."""
     return {name: [type(p).__name__, *_numbers(p)] for name, p in metrics.items()}
 
 
@@ -66,7 +66,7 @@ def _numbers(partial: Partial) -> list[float]:
 
 
 def group_state(group: Group) -> dict[str, Any]:
-    """What JSON can hold; the prompt by its id."""
+    """A group as JSON values; its prompt is stored as an id."""
     trajectories: list[dict[str, Any]] = []
     for t in group.trajectories:
         plain = {f.name: getattr(t, f.name) for f in fields(t)}
@@ -79,7 +79,7 @@ def group_state(group: Group) -> dict[str, Any]:
 
 
 def group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
-    """Inverse of `group_state`."""
+    """Inverse of `group_state`, with the prompts of the run by id."""
     trajectories: list[Trajectory] = []
     for plain in state["trajectories"]:
         values: dict[str, Any] = {
@@ -87,7 +87,7 @@ def group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
         }
         values["versions"] = tuple(VersionSpan(*v) for v in plain["versions"])
         values["finish_reason"] = FinishReason(plain["finish_reason"])
-        # checkpoints of earlier versions call them "kept"
+        # checkpoints of earlier versions call the candidates "kept"
         candidates = values.pop("kept", None) or values.get("candidates")
         if candidates is not None:
             ids = torch.tensor(candidates["ids"], dtype=torch.int32)

@@ -1,11 +1,11 @@
-"""Checkpoints of a run on any number of ranks: each writes its own files, the first one finishes.
+"""Saves and resumes checkpoints on any number of ranks: each rank writes its own files, rank 0 finishes.
 
-    each rank writes its files into step_000012.tmp-<token>, and part_00003.json with their digests last
-    the first one waits for all parts, writes the manifest and renames the folder
+1. Each rank writes its files into step_000012.tmp-<token>, and last part_00003.json with their digests.
+2. Rank 0 waits for these parts of all ranks, writes the manifest and renames the folder.
 
-They meet in the file system alone, so all of it can go on in the background while the next step is computed
-(`checkpoint.background`): the run pays for the copy on the host. A kill meanwhile costs the checkpoint that
-was being written, never the one before.
+The ranks communicate through the file system alone, so all of this can happen in the background while the
+next step is computed (`checkpoint.background`); the run only waits for the copy to the host. If a run is
+killed meanwhile, the checkpoint that was being written is lost, never the one before.
 """
 
 from __future__ import annotations
@@ -35,20 +35,23 @@ from rlhf.files import write_atomically
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """All that is written of one checkpoint by one rank."""
+    """Everything that one rank writes of one checkpoint."""
 
     step: int
     files: list[TensorFile]
     state: dict[str, Any] | None
+    """None on every rank but 0."""
     writers: Sequence[int]
+    """The ranks that write files of this checkpoint."""
     score: float | None
+    """The score that `checkpoint.keep_best` compares; None: there was no evaluation."""
 
 
 class Saver:
-    """Saves and finds the checkpoints of a run. Every rank makes one, together."""
+    """Saves and finds the checkpoints of a run. Every rank makes one, at the same time."""
 
     def __init__(self, folder: Path, section: CheckpointConfig, world: World, *, timeout: float) -> None:
-        """`timeout`: seconds that the first rank waits for the parts of the others."""
+        """`timeout`: seconds that rank 0 waits for the parts of the other ranks."""
         self.folder, self.section, self.world, self.timeout = folder, section, world, timeout
         background = section.background
         self.background = world.device.type == "cuda" if background is None else background
@@ -57,10 +60,11 @@ class Saver:
         self._error: CheckpointError | RankError | None = None
 
     def save(self, step: int, parts: Mapping[str, Stateful], *, score: float | None = None) -> None:
-        """Begins a checkpoint when the one before is done, and ends it unless that is left to the background.
+        """Waits for the checkpoint before, and writes one of `step`, in the background if that is set.
 
-        Raises CheckpointError, of either: the disk is full or cannot be written, or a rank's part is missing;
-        RankError: a rank whose part was waited for has died. Every rank calls it.
+        Every rank calls it. Raises CheckpointError, for this checkpoint or the one before: the disk is full
+        or cannot be written, or a rank has not written its part; RankError: a rank with a missing part has
+        died.
         """
         self.wait()
         tensors = tensors_of(parts)
@@ -70,32 +74,38 @@ class Saver:
             return
         state = state_of(parts) if self.world.is_main else None
         checkpoint.assert_json(state, "state")
-        # what changes in a run on a GPU is there, and what comes from there is a copy
+        # on a GPU run, everything that changes is on the GPU, and moving it to the host copies it already
         copy = self.background and self.world.device.type == "cpu"
         files = tensor_files(tensors, rank=self.world.rank, copy=copy)
         job = _Job(step, files, state, writers, score)
         if self.background:
-            self._thread = threading.Thread(target=self._write_behind, args=(job,), name="saver", daemon=True)
+            self._thread = threading.Thread(
+                target=self._write_in_background, args=(job,), name="saver", daemon=True
+            )
             self._thread.start()
         else:
             self._write(job)
 
     def wait(self) -> None:
-        """Until the checkpoint under way is done. Raises what `save` does."""
+        """Waits until the checkpoint being written is done. Raises what `save` raises."""
         if self._thread is not None:
             self._thread.join()
         self.check()
 
     def check(self) -> None:
-        """Raises the error of the background, if there is one."""
+        """Raises the error of the checkpoint written in the background, if there is one."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def newest(self) -> Path | None:
-        """The newest checkpoint that verifies, its files dealt out over the ranks; the same one on all."""
+        """The newest undamaged checkpoint, the same on all ranks; None if there is none.
+
+        The ranks share the work of verifying the files. A warning names each damaged checkpoint.
+        """
         world = self.world
-        names: list[str] = world.gather([path.name for path in checkpoint.candidates(self.folder)])[0]
+        newest_first = checkpoint.checkpoints_newest_first(self.folder)
+        names: list[str] = world.gather([path.name for path in newest_first])[0]
         for name in names:
             error = None
             try:
@@ -110,18 +120,19 @@ class Saver:
         return None
 
     def resume(self, path: Path, parts: Mapping[str, Stateful]) -> None:
-        """Puts what `newest` found back into the parts."""
-        saved = checkpoint.opened(path, device=self.world.device)
+        """Loads the checkpoint at `path` into `parts`. Raises CheckpointError: it does not fit them."""
+        saved = checkpoint.read_verified(path, device=self.world.device)
         load_state(parts, saved.state, saved.tensors)
 
-    def _write_behind(self, job: _Job) -> None:
+    def _write_in_background(self, job: _Job) -> None:
         try:
             self._write(job)
         except (CheckpointError, RankError) as error:
             self._error = error
 
     def _write(self, job: _Job) -> None:
-        beside = checkpoint.unfinished(self.folder, job.step, self.token)
+        """Writes this rank's part of a checkpoint; on rank 0 also finishes it and removes old ones."""
+        beside = checkpoint.unfinished_folder(self.folder, job.step, self.token)
         main = self.world.is_main
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +158,7 @@ class Saver:
         )
 
     def _parts_of_others(self, beside: Path, job: _Job) -> Entries:
-        """Waits for them; they are no part of the checkpoint."""
+        """Waits for the parts of the other ranks; returns what they list, and removes the part files."""
         deadline = time.monotonic() + self.timeout
         missing, entries = [rank for rank in job.writers if rank != 0], Entries()
         while missing:

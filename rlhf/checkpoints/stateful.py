@@ -1,6 +1,7 @@
-"""What a run remembers between steps: every part that does is saved and resumed by the same three methods.
+"""`Stateful`: the three methods by which every part of a run with state is saved and resumed.
 
-`Parts.stateful` names them; a checkpoint has one entry of `state.json` and the tensor files of each.
+`Components.stateful` lists these parts; each has one entry in a checkpoint's `state.json` and its tensor
+files.
 """
 
 from __future__ import annotations
@@ -13,29 +14,35 @@ from torch import Tensor
 
 
 class Stateful(ABC):
-    """A part with memory: what `state` and `tensors` gave, `load` puts back, and the run goes on the same."""
+    """A part of a run that changes from step to step.
+
+    `load` puts back what `state` and `tensors` returned, and the run continues as if it had never stopped.
+    """
 
     def state(self) -> dict[str, Any]:
-        """What JSON can hold."""
+        """The state as JSON values."""
         return {}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """One mapping of named tensors a file; no two of them may share memory. Of a run on a GPU, those that
-        are on the host are not written to any more."""
+        """The state as tensors: for each file, its tensors by name. No two tensors may share memory.
+
+        In a run on a GPU, tensors on the host are not copied before they are written in the background, so
+        they must not change afterwards.
+        """
         return {}
 
     @abstractmethod
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
-        """Raises CheckpointError when they are of another model or another configuration."""
+        """Puts back a saved state. Raises CheckpointError: it is of another model or other settings."""
 
 
 class Cursor(Stateful):
-    """Where the run stands."""
+    """How far the run has come."""
 
     def __init__(self) -> None:
         self.steps_done = 0
         self.position = 0
-        """Prompts drawn so far, over all ranks and refills."""
+        """Prompts drawn so far, by all ranks and including refills."""
 
     def state(self) -> dict[str, Any]:
         return {"steps_done": self.steps_done, "position": self.position}
@@ -45,16 +52,17 @@ class Cursor(Stateful):
 
 
 def state_of(parts: Mapping[str, Stateful]) -> dict[str, Any]:
+    """The JSON states of all parts, by name."""
     return {name: part.state() for name, part in parts.items()}
 
 
 def tensors_of(parts: Mapping[str, Stateful]) -> dict[str, dict[str, Tensor]]:
-    """The files of all parts, each named `part.file`."""
+    """The tensor files of all parts, each named `part.file`."""
     return {f"{name}.{file}": group for name, part in parts.items() for file, group in part.tensors().items()}
 
 
 def load_state(parts: Mapping[str, Stateful], state: Mapping[str, Any], tensors: TensorFiles) -> None:
-    """Inverse of `state_of` and `tensors_of`. Raises CheckpointError when it is of a run with other parts."""
+    """Inverse of `state_of` and `tensors_of`. Raises CheckpointError: the saved run had other parts."""
     missing = [name for name in parts if name not in state]
     if missing:
         raise CheckpointError(

@@ -1,18 +1,19 @@
-"""Checkpoints that are whole or absent, and the final model in the Hugging Face layout.
+"""Writes, verifies, reads and prunes checkpoint folders; exports models in the Hugging Face layout.
 
     RUN/checkpoints/
-        LATEST                  name of the newest one, for people and scripts
+        LATEST                  name of the newest checkpoint, for people and scripts
         step_000012/
             policy.model.safetensors                one file for each mapping of tensors
-            policy.optimizer.rank00003.safetensors  the rows that rank 3 holds of sharded ones
+            policy.optimizer.rank00003.safetensors  the rows that rank 3 holds of sharded tensors
             state.json          everything else a run needs to go on
             manifest.json       written last: size and sha256 of each file, and its own sha256
 
-A checkpoint is written in `step_000012.tmp-<token>` (saver.py), synced to the disk and renamed, so a run
-killed at any moment leaves the one before. Neither safetensors nor a file system notices a flipped bit, so
-digests are compared on every load. Nothing here unpickles: torch's own distributed checkpoints would (their
-`.metadata` is a pickle), so a file of shards says itself, in its safetensors header, which rows of which
-tensor it has, and any number of ranks reads the rows it needs out of files that any other number has written.
+A checkpoint is written in `step_000012.tmp-<token>` (saver.py), synced to the disk and renamed, so a run that
+is killed at any moment still has the checkpoint before. Neither safetensors nor a file system notices a
+flipped bit, so digests are compared on every load. Nothing is pickled, unlike in torch's distributed
+checkpoints, whose `.metadata` is a pickle. Instead, the safetensors header of a file of shards says which
+rows of which tensors it holds, so files that were written by any number of ranks can be read by any other
+number.
 """
 
 from __future__ import annotations
@@ -46,31 +47,33 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 EXPORT_MARK = "export.json"
 
-# one that is replaced by another of its step stays loadable under a second name until the new one is in place
+# while a checkpoint is replaced by another of the same step, the old one stays loadable under a second name
 _FOLDER = re.compile(r"step_(\d{6,})(\.replaced-\d+)?")
 _UNFINISHED = re.compile(r"(step_\d{6,}|LATEST)\.tmp-(\w+)")
 _TENSORS = re.compile(r"(.+?)(\.rank\d{5})?\.safetensors")
 
 
 Entries = dict[str, dict[str, Any]]
-"""Size and digest of each file."""
+"""Size (bytes) and digest (sha256) of each file, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What was saved."""
+    """The contents of a checkpoint."""
 
     tensors: dict[str, SavedTensors]
+    """By file, named `part.file`; the tensors are read from disk when they are asked for."""
     state: dict[str, Any]
+    """By part."""
 
 
-def unfinished(folder: Path, step: int, token: str) -> Path:
-    """Where a checkpoint is written before it gets its name."""
+def unfinished_folder(folder: Path, step: int, token: str) -> Path:
+    """The folder in which a checkpoint is written before it is renamed."""
     return folder / f"{_name(step)}.tmp-{token}"
 
 
 def write_files(folder: Path, files: Iterable[TensorFile], state: Mapping[str, Any] | None) -> Entries:
-    """Writes one rank's files and the state, if it is this rank's to write; their sizes and digests."""
+    """Writes the files of one rank, and the state unless it is None; returns their sizes and digests."""
     names: list[str] = []
     for file in files:
         metadata = {ROWS: json.dumps(file.rows)} if file.rows else None
@@ -85,7 +88,7 @@ def write_files(folder: Path, files: Iterable[TensorFile], state: Mapping[str, A
 
 
 def finish(beside: Path, *, step: int, entries: Entries, world_size: int, score: float | None) -> None:
-    """Writes the manifest and puts the checkpoint in its place."""
+    """Writes the manifest into the folder `beside`, gives the folder its final name and updates LATEST."""
     body = {
         "format": FORMAT,
         "step": step,
@@ -101,8 +104,8 @@ def finish(beside: Path, *, step: int, entries: Entries, world_size: int, score:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None. Each damaged one passed over is named in a warning."""
-    for path in candidates(folder):
+    """The newest undamaged checkpoint, or None. A warning names each damaged one."""
+    for path in checkpoints_newest_first(folder):
         try:
             verify(path)
         except CheckpointError as error:
@@ -112,26 +115,27 @@ def latest(folder: Path) -> Path | None:
     return None
 
 
-def candidates(folder: Path) -> list[Path]:
-    """Checkpoints that were finished, newest first; whether they are as they were written, `verify` says."""
+def checkpoints_newest_first(folder: Path) -> list[Path]:
+    """All finished checkpoints, the newest first; they may be damaged, see `verify`."""
     return [path for _, path in _found(folder)]
 
 
 def warn_passed_over(error: CheckpointError | str) -> None:
+    """Logs that a damaged checkpoint is not used."""
     logger.warning("%s; passed over for the one before", error)
 
 
 def load(path: Path, *, device: str | torch.device) -> Checkpoint:
-    """Reads a checkpoint, its tensors onto `device`.
+    """Verifies a checkpoint and opens it; its tensors are read onto `device`.
 
-    Raises CheckpointError with the file and what is wrong: missing, size or digest differs, unreadable.
+    Raises CheckpointError, which names the file: it is missing, its size or digest differs, it is unreadable.
     """
     verify(path)
-    return opened(path, device=device)
+    return read_verified(path, device=device)
 
 
-def opened(path: Path, *, device: str | torch.device) -> Checkpoint:
-    """A checkpoint that has been verified."""
+def read_verified(path: Path, *, device: str | torch.device) -> Checkpoint:
+    """Opens a checkpoint without comparing digests: for one that `verify` has accepted."""
     manifest = _read_manifest(path / MANIFEST)
     files: dict[str, list[Path]] = {}
     for name in manifest["files"]:
@@ -142,9 +146,10 @@ def opened(path: Path, *, device: str | torch.device) -> Checkpoint:
 
 
 def verify(path: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
-    """Compares the files with the manifest, which is returned. Raises CheckpointError as `load` does.
+    """Compares sizes and digests of the files with the manifest, and returns the manifest.
 
-    Of `parts` ranks, each may read a part of the files.
+    With `parts` > 1 only every `parts`-th file is compared, from `part` on, so that ranks can share the work.
+    Raises CheckpointError as `load` does.
     """
     manifest = _read_manifest(path / MANIFEST)
     for name, expected in sorted(manifest["files"].items())[part::parts]:
@@ -161,15 +166,15 @@ def verify(path: Path, *, part: int = 0, parts: int = 1) -> dict[str, Any]:
 
 @runtime_checkable
 class Saves(Protocol):
-    """A Hugging Face model or tokenizer."""
+    """A Hugging Face model or tokenizer, or anything else with their `save_pretrained`."""
 
     def save_pretrained(self, save_directory: str) -> object: ...
 
 
 def export(model: Saves, tokenizer: Saves, folder: Path) -> None:
-    """Writes what `AutoModelForCausalLM.from_pretrained(folder)` loads; an earlier export there is replaced.
+    """Writes a folder that `AutoModelForCausalLM.from_pretrained(folder)` loads; replaces an earlier export.
 
-    Raises CheckpointError: the folder has other things in it, or cannot be written.
+    Raises CheckpointError: the folder has other contents than an earlier export, or cannot be written.
     """
     check_export(folder)
     beside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
@@ -187,7 +192,7 @@ def export(model: Saves, tokenizer: Saves, folder: Path) -> None:
 
 
 def check_export(folder: Path) -> None:
-    """Raises CheckpointError when an export there would overwrite anything but an earlier export."""
+    """Raises CheckpointError when an export to `folder` would overwrite anything but an earlier export."""
     if folder.is_file() or (
         folder.exists() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file()
     ):
@@ -197,11 +202,13 @@ def check_export(folder: Path) -> None:
 
 
 def _seal(body: Mapping[str, Any]) -> str:
+    """The text of a manifest, with the digest of its own contents."""
     digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n"
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
+    """A manifest without its own digest. Raises CheckpointError: missing, damaged, or of another format."""
     if not file.is_file():
         raise CheckpointError(f"{file}: missing, the checkpoint is incomplete")
     try:
@@ -213,15 +220,16 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: unreadable, an object was expected")
     body = cast(dict[str, Any], manifest)
     body.pop("sha256", None)
-    # sealing again must give the very bytes, or some bit of the file is not what was written
+    # sealed again, its contents must give the same text, or some bit of the file has changed
     if _seal(body) != text:
-        raise CheckpointError(f"{file}: digest differs")
+        raise CheckpointError(f"{file}: digest differs, its contents are not what was written")
     if body["format"] != FORMAT:
-        raise CheckpointError(f"{file}: format {body['format']}, this version reads {FORMAT}")
+        raise CheckpointError(f"{file}: format {body['format']}, this version reads format {FORMAT}")
     return body
 
 
 def _put_in_place(beside: Path, target: Path) -> None:
+    """Renames `beside` to `target`; what was there is moved aside before and removed afterwards."""
     sync(beside)
     replaced = target.with_name(f"{target.name}.replaced-{os.getpid()}")
     if target.exists():
@@ -237,7 +245,7 @@ def _name(step: int) -> str:
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
-    """Finished checkpoints, newest first."""
+    """Steps and paths of the finished checkpoints, the newest first."""
     if not folder.is_dir():
         return []
     matches = [(m, path) for path in folder.iterdir() if (m := _FOLDER.fullmatch(path.name))]
@@ -246,14 +254,17 @@ def _found(folder: Path) -> list[tuple[int, Path]]:
 
 
 def remove_leftovers(folder: Path, token: str) -> None:
-    """Of saves that a kill has ended; those of `token` are under way."""
+    """Removes unfinished checkpoints of runs that were killed; those with `token` are still being written."""
     for path in folder.iterdir():
         if (match := _UNFINISHED.fullmatch(path.name)) and match[2] != token:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def prune(folder: Path, step: int, *, keep_last: int, keep_best: int) -> None:
-    """The one just written is good. Those of later steps belong to a future that the run has left."""
+    """Removes old checkpoints after one of `step` was written: all but the last and the best ones.
+
+    Those of later steps are removed too: they are of an earlier run that was resumed from before them.
+    """
     kept = _best(folder, keep_best)
     last: set[int] = set()
     for found_step, path in _found(folder):
@@ -268,7 +279,7 @@ def prune(folder: Path, step: int, *, keep_last: int, keep_best: int) -> None:
 
 
 def _best(folder: Path, count: int) -> set[Path]:
-    """Those with the highest scores, of equal ones the newest; a damaged one has none."""
+    """The `count` checkpoints with the highest scores, of equal ones the newest; no damaged ones."""
     scored: list[tuple[float, int, Path]] = []
     for step, path in _found(folder) if count else ():
         with suppress(CheckpointError):
@@ -288,7 +299,10 @@ def _versions() -> dict[str, str]:
 
 
 def assert_json(value: Any, where: str) -> None:
-    """What JSON would change without a word (a tuple, a key that is a number) is refused too."""
+    """Asserts that `value` comes back from JSON unchanged: no tuples, no keys that are numbers.
+
+    `where` names the value in the error.
+    """
     match value:
         case dict():
             for key, item in cast(dict[Any, Any], value).items():
@@ -303,7 +317,7 @@ def assert_json(value: Any, where: str) -> None:
 
 
 def why_not_written(folder: Path, step: int, files: Iterable[TensorFile], error: Exception) -> str:
-    """For people: what it would have taken and what there is."""
+    """The error message of a failed save; on a full disk it says how much is needed and how much is free."""
     message = f"the checkpoint of step {step} could not be written to {folder}: {error}."
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or "No space left" in str(error):

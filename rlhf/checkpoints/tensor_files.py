@@ -1,7 +1,7 @@
-"""Tensors in safetensors files: whole ones, and shards that say which rows of which tensor they are.
+"""Tensor files of a checkpoint (safetensors): whole tensors, and shards marked with their rows.
 
-Whoever reads them asks for a tensor, or for rows of it, and gets them out of as many files as hold some: what
-two ranks have saved, one or four can load.
+A reader asks for a tensor or for some of its rows, and gets them from all files that hold a part of them. So
+a checkpoint that two ranks have saved can be loaded by one rank or by four.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from rlhf.checkpoints.stateful import TensorFiles
 from rlhf.distributed.shards import first_row, is_sharded, own_rows
 
 ROWS = "rows"
+"""Key of the metadata in which a file of shards has the first row and the whole shape of each tensor."""
 # its annotations are too incomplete for a strict check
 _safe_open: Any = safe_open
 
 
 class SavedTensors(Mapping[str, Tensor]):
-    """One mapping of a checkpoint, read from its files when asked for, whoever holds which rows."""
+    """Tensors by name, from one or several files of a checkpoint; each is read when it is asked for."""
 
     def __init__(self, files: Sequence[Path], device: str | torch.device) -> None:
         self._device = str(device)
+        # first row, whole shape and file of each piece of a tensor
         self._pieces: dict[str, list[tuple[int, tuple[int, ...], Any]]] = {}
         for path in files:
             file = _safe_open(str(path), framework="pt", device=self._device)
@@ -46,7 +48,7 @@ class SavedTensors(Mapping[str, Tensor]):
         return iter(self._pieces)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor."""
+        """Shape of the whole tensor."""
         return self._pieces[name][0][1]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -56,7 +58,7 @@ class SavedTensors(Mapping[str, Tensor]):
         return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows `[start, stop)` of a tensor, from however many files they lie in."""
+        """Rows `[start, stop)` of a tensor, from all files that hold some of them."""
         parts: list[Tensor] = []
         for first, _, file in sorted(self._pieces[name], key=lambda piece: piece[0]):
             piece = file.get_slice(name)
@@ -65,11 +67,12 @@ class SavedTensors(Mapping[str, Tensor]):
                 parts.append(piece[max(start, first) - first : min(stop, last) - first])
         if parts:
             return torch.cat(parts)
+        # no rows: the slice has the type and the other dimensions
         return self._pieces[name][0][2].get_slice(name)[:0]
 
 
 def rows_like(saved: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """Of a saved tensor what this rank holds of `like`: all of it, or its rows."""
+    """The part of a saved tensor that this rank holds of `like`: all of it, or this rank's rows."""
     if not is_sharded(like):
         return saved[name]
     start = first_row(like)
@@ -84,13 +87,13 @@ class TensorFile:
     name: str
     tensors: dict[str, Tensor]
     rows: dict[str, tuple[int, list[int]]]
-    """First row and shape of the whole of each tensor, where these are shards."""
+    """First row and whole shape of each tensor, in a file of shards; else empty."""
 
 
 def tensor_files(tensors: TensorFiles, *, rank: int, copy: bool) -> list[TensorFile]:
-    """What a rank writes: the first one everything that is whole, each one its rows of what is sharded.
+    """The files that a rank writes: rank 0 all whole tensors, and every rank its rows of sharded ones.
 
-    `copy`: onto the host and apart from what goes on changing.
+    `copy`: also copies tensors that are on the host already, so that the run can go on and change them.
     """
     files: list[TensorFile] = []
     for name, group in tensors.items():
@@ -111,6 +114,7 @@ def _on_host(tensors: Mapping[str, Tensor], copy: bool) -> dict[str, Tensor]:
 
 
 def _assert_nothing_shared(file: str, tensors: Mapping[str, Tensor]) -> None:
+    """Asserts that no two tensors overlap in memory: they would be saved twice and loaded apart."""
     filled = {name: t for name, t in tensors.items() if t.numel()}
     spans = sorted((str(t.device), t.data_ptr(), _extent(t), name) for name, t in filled.items())
     for (device, start, extent, name), (next_device, next_start, _, next_name) in pairwise(spans):
@@ -120,6 +124,6 @@ def _assert_nothing_shared(file: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to behind the last one, gaps included."""
+    """Bytes from the first element to the end of the last one, gaps included."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()

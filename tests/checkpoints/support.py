@@ -18,7 +18,7 @@ Tensors = dict[str, dict[str, Tensor]]
 
 
 class Run(Stateful):
-    """All of it one part."""
+    """A run with a single stateful part, for any tensors and any state."""
 
     def __init__(self, tensors: Tensors, state: dict[str, Any]) -> None:
         self._tensors, self._state = tensors, state
@@ -34,7 +34,7 @@ class Run(Stateful):
 
 
 def save(folder: Path, *, step: int, tensors: Tensors, state: dict[str, Any], keep_last: int) -> Path:
-    """Files are `run.NAME.safetensors`, the state stands under `run`."""
+    """Saves a checkpoint with files `run.NAME.safetensors` and the state under `run`; returns its folder."""
     section = CheckpointConfig(keep_last=keep_last, background=False)
     alone = World(0, 1, torch.device("cpu"))
     Saver(folder, section, alone, timeout=0.0).save(step, {"run": Run(tensors, state)})

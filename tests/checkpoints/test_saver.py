@@ -1,4 +1,4 @@
-"""Checkpoints of a run: in the background too, the best ones kept, and every failure told in time."""
+"""`Saver`: checkpoints in the background, the best ones kept, and every failure reported in time."""
 
 from __future__ import annotations
 
@@ -66,13 +66,13 @@ def test_what_was_saved_comes_back(tmp_path: Path, background: bool) -> None:
 
 
 def test_the_step_after_does_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    disk, written = threading.Event(), rlhf.checkpoint.save_file
+    disk, written = threading.Event(), rlhf.checkpoints.store.save_file
 
     def slow(*arguments: Any) -> None:
         assert disk.wait(60)
         written(*arguments)
 
-    monkeypatch.setattr(rlhf.checkpoint, "save_file", slow)
+    monkeypatch.setattr(rlhf.checkpoints.store, "save_file", slow)
     writer = saver(tmp_path, background=True)
     writer.save(1, {"part": Part(1)})
     assert latest(tmp_path) is None, "it came back before the file was written"
@@ -92,7 +92,7 @@ def test_a_failure_in_the_background_is_told_at_the_next_step(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rlhf.checkpoint, "save_file", full)
+    monkeypatch.setattr(rlhf.checkpoints.store, "save_file", full)
     writer.save(2, {"part": Part(2)})
     with pytest.raises(CheckpointError, match=r"step 2 could not be written.*No space left"):
         writer.wait()
@@ -105,7 +105,7 @@ def test_the_best_are_kept_beside_the_last(tmp_path: Path) -> None:
     for step, score in ((1, 0.2), (2, 0.9), (3, 0.5), (4, None), (5, 0.3), (6, None)):
         writer.save(step, {"part": Part(step)}, score=score)
     assert steps(tmp_path) == [2, 5, 6]
-    # of equally good ones the newest
+    # of equal scores the newest is kept
     writer.save(7, {"part": Part(7)}, score=0.9)
     assert steps(tmp_path) == [6, 7]
 

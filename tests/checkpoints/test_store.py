@@ -139,7 +139,7 @@ def test_a_step_saved_again_replaces_the_earlier_one(tmp_path: Path) -> None:
     assert steps(tmp_path) == ["step_000005"]
 
 
-def test_steps_of_a_future_that_was_left_are_removed_with_a_warning(
+def test_checkpoints_of_later_steps_are_removed_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (5, 20, 10):
@@ -301,7 +301,7 @@ DISK_THAT_IS_FULL = """
         save(folder, step=step, tensors={"model": {"weight": torch.ones(size)}}, state={}, keep_last=1)
 
     put(5, 100)
-    # the nearest thing to a full disk that needs no rights: no file of this process may grow beyond 64 KiB
+    # simulates a full disk without special rights: no file of this process may grow beyond 64 KiB
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
         put(10, 100_000)
