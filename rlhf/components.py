@@ -39,7 +39,7 @@ from rlhf.rewards.success import is_correct
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.factory import make_engine
 from rlhf.sync.on_demand import EngineOnDemand, SyncOnDemand
-from rlhf.sync.weight_sync import Sync, WeightSync, probed
+from rlhf.sync.weight_sync import Sync, WeightSync, choose_probe_prompt
 
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
 
@@ -175,7 +175,11 @@ def _rollout(
     tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
     candidates = return_candidates(config, inputs.algorithm)
     sync = WeightSync(
-        policy, probed(inputs.train.prompts), section, tolerance=tolerance, return_candidates=candidates
+        policy,
+        choose_probe_prompt(inputs.train.prompts),
+        section,
+        tolerance=tolerance,
+        return_candidates=candidates,
     )
     rank = 0 if config.model.lora is None else config.model.lora.rank
     start = engine_starter(config, inputs, policy.rollout_model, lora_rank=rank, ranks=world)

@@ -1,4 +1,4 @@
-"""Calls of torch whose own annotations are incomplete, each with the types it is used with."""
+"""Typed wrappers of torch functions whose own annotations are incomplete."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def numbers(tensor: Tensor) -> list[float]:
 
 
 def pieces(tensor: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """Consecutive parts of a tensor's first axis."""
+    """Splits a tensor along its first axis into consecutive parts of the given sizes."""
     return list(_torch.Tensor.split(tensor, list(sizes)))
 
 
 def unflatten(tensor: Tensor, axis: int, sizes: Sequence[int]) -> Tensor:
-    """One axis as several; a size of -1 is what is left over."""
+    """Splits one axis into several of the given sizes; one of them may be -1 and is then inferred."""
     return _torch.Tensor.unflatten(tensor, axis, tuple(sizes))
 
 
 def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies each source into its target, whatever their types, in a few kernels for all of them."""
+    """Copies each source into its target, converting types, in a few kernels for all of them."""
     _torch._foreach_copy_(list(targets), list(sources))
 
 
 def norm(tensor: Tensor) -> Tensor:
-    """The root of the sum of squares, in float32 at least."""
+    """The Euclidean norm of all elements, computed in float32 (in float64 for float64)."""
     return _torch.linalg.vector_norm(tensor, dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -56,7 +56,10 @@ def adamw(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One fused update of `weight` and its moments, in place, after `updates` others (left as it is)."""
+    """One fused AdamW update of `weight` and its moments `first` and `second`, in place.
+
+    `updates`: how many updates came before; the tensor itself is not changed.
+    """
     _adamw(
         [weight],
         [gradient],
@@ -76,7 +79,7 @@ def adamw(
 
 
 def after_gradient(weight: Tensor, hook: Callable[[Tensor], None]) -> None:
-    """Has `hook(weight)` called whenever a backward pass has added to `weight.grad`."""
+    """Registers `hook(weight)`, to be called whenever a backward pass has added to `weight.grad`."""
     _torch.Tensor.register_post_accumulate_grad_hook(weight, hook)
 
 
@@ -86,15 +89,15 @@ def run_numbers(tensor: Tensor) -> Tensor:
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module below a model, and the model itself, by its path."""
+    """A model's modules by their paths, the model itself (path "") included."""
     return dict(_torch.nn.Module.named_modules(model))
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Generator[None]:
-    """The host's generator, and that of a GPU if it is given, starts from `seed` in here.
+    """Within this context, the host's random generator starts from `seed`, and so does that of a given GPU.
 
-    Afterwards it goes on as if nothing had been drawn.
+    Afterwards they continue as if nothing had been drawn.
     """
     with _torch.random.fork_rng(devices=[device] if device is not None and device.type == "cuda" else []):
         _torch.manual_seed(seed)

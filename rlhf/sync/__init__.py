@@ -1,1 +1,1 @@
-"""Weights from the learner to the engine, and the probe that both have the same."""
+"""Sends the learner's weights to the engine and checks that the engine samples from them."""

@@ -1,13 +1,14 @@
-"""Why an engine's log-probs are not the learner's: the sampling setting that explains the difference.
+"""Finds the sampling setting that explains why an engine's log-probs differ from the learner's.
 
-The engine reports the log-prob of each token it drew. If it drew from a distribution of another shape than
-the learner believes, one number says how,
+The engine reports the log-prob of each token it drew. Suppose it drew with another temperature T' or
+truncation than the learner assumes. Then, for logits l and the drawn token a, it reports
 
     temperature   log softmax(l / T')[a]
     top-k, top-p, min-p   log softmax(l / T)[a] - log(mass that is kept)
 
-and with it the squared differences nearly vanish. Rounding leaves no such pattern, so a setting that is off
-by a few percent is told from it even where the mean difference is within what rounding may do.
+and with the right value of that one setting the squared differences to the learner nearly vanish. Rounding
+has no such pattern, so a setting that is off by a few percent is found even where the mean difference is no
+larger than that of rounding.
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 EXPLAINED, LIKELY = 0.25, 0.6
-"""A setting is the cause when it leaves less than this share of the squared differences: the first where they
-might be rounding, the second where they cannot be."""
+"""A setting is the cause if it leaves at most this share of the squared differences unexplained: `EXPLAINED`
+where the differences might be rounding, `LIKELY` where they are too large for that."""
 STEP = 0.05
-"""Of the logarithm of a temperature, in the first of two searches."""
+"""Step of the logarithm of the temperature in the first of two searches."""
 SHARES = [k / 100 for k in range(2, 100)]
+"""The values of top-p and min-p that are tried."""
 LARGEST_K = 256
+"""The largest top-k that is tried."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """`text` names it; `left` is the mean |difference| it does not explain, nats."""
+    """A sampling setting that explains the difference."""
 
     text: str
-    left: float
+    """Names the setting and its values."""
+    unexplained: float
+    """The mean |difference| that remains, in nats."""
 
 
 def diagnose(
@@ -42,28 +47,34 @@ def diagnose(
     tokens: Int64[Tensor, " N"],
     engine: Float[Tensor, " N"],
     temperature: float,
-    left: float = EXPLAINED,
+    largest_share: float = EXPLAINED,
 ) -> Cause | None:
-    """The setting that explains the engine's log-probs of `tokens`, where one does; None when they agree."""
+    """The sampling setting that explains the engine's log-probs `engine` of `tokens`; None: no setting does.
+
+    `logits` are the learner's at temperature 1; `temperature` is the one that the engine should sample at. At
+    most `largest_share` of the squared differences may remain unexplained.
+    """
     logits, engine = logits.double(), engine.double()
-    apart = engine - _logprobs(logits, tokens, temperature)
-    candidates: list[Candidate] = []
-    # what a small change of temperature does, and an engine that is surer of every token, tell the two apart
+    difference = engine - _logprobs(logits, tokens, temperature)
+    explanations: list[Explanation] = []
+    # a temperature is tried if the differences are mostly along the derivative of log-probs by its logarithm,
+    # truncation if most of the engine's log-probs are higher than the learner's
     slope = (_logprobs(logits, tokens, temperature * 1.01) - _logprobs(logits, tokens, temperature)) / 0.01
-    fitted = slope * ((apart @ slope) / (slope @ slope).clamp(min=1e-30))
-    if (apart - fitted).square().sum() < LIKELY * apart.square().sum():
-        candidates += _temperatures(logits, tokens, engine, temperature)
-    if apart.mean() > 0.5 * apart.abs().mean():
-        candidates += _truncations(logits, apart, temperature)
-    if not candidates:
+    fitted = slope * ((difference @ slope) / (slope @ slope).clamp(min=1e-30))
+    if (difference - fitted).square().sum() < LIKELY * difference.square().sum():
+        explanations += _temperatures(logits, tokens, engine, temperature)
+    if difference.mean() > 0.5 * difference.abs().mean():
+        explanations += _truncations(logits, difference, temperature)
+    if not explanations:
         return None
-    squares, text, rest = min(candidates, key=lambda candidate: candidate[0])
-    if squares > left * float(apart.square().sum()):
+    squares, text, remainder = min(explanations, key=lambda explanation: explanation[0])
+    if squares > largest_share * float(difference.square().sum()):
         return None
-    return Cause(text, float(rest.abs().mean()))
+    return Cause(text, float(remainder.abs().mean()))
 
 
-Candidate = tuple[float, str, Tensor]
+Explanation = tuple[float, str, Tensor]
+"""Sum of the squared differences that remain, text, and the remaining differences `[N]`."""
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
@@ -74,31 +85,36 @@ def _chosen(logprobs: Tensor, tokens: Tensor) -> Tensor:
     return logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-def _temperatures(logits: Tensor, tokens: Tensor, engine: Tensor, temperature: float) -> Iterator[Candidate]:
-    def rest_at(used: float) -> Tensor:
+def _temperatures(
+    logits: Tensor, tokens: Tensor, engine: Tensor, temperature: float
+) -> Iterator[Explanation]:
+    """The best temperature, by two searches over its logarithm: a rough one and a fine one around that."""
+
+    def remainder(used: float) -> Tensor:
         return engine - _logprobs(logits, tokens, used)
 
     def squares(used: float) -> float:
-        return float(rest_at(used).square().sum())
+        return float(remainder(used).square().sum())
 
     rough = min((temperature * math.exp(STEP * i) for i in range(-32, 33)), key=squares)
     used = min((rough * math.exp(STEP * i / 20) for i in range(-20, 21)), key=squares)
     text = f"temperature: the engine samples at {used:.3g}, the learner scores at {temperature:.3g}"
-    yield squares(used), text, rest_at(used)
+    yield squares(used), text, remainder(used)
 
 
-def _truncations(logits: Tensor, apart: Tensor, temperature: float) -> Iterator[Candidate]:
-    """What is kept has mass m: the engine's log-probs are higher by -log m."""
-    ordered = (logits / temperature).softmax(-1).sort(-1, descending=True).values
-    mass = ordered.cumsum(-1)
+def _truncations(logits: Tensor, difference: Tensor, temperature: float) -> Iterator[Explanation]:
+    """Every top-k, top-p and min-p: if they keep a probability mass m, log-probs are higher by -log m."""
+    ordered = (logits / temperature).softmax(-1).sort(-1, descending=True).values  # [N, V]
+    mass = ordered.cumsum(-1)  # [N, V]
     for k in range(1, min(LARGEST_K, ordered.shape[-1])):
-        rest = apart + mass[:, k - 1].log()
+        rest = difference + mass[:, k - 1].log()
         yield float(rest.square().sum()), f"top-k: the engine keeps the {k} most probable tokens only", rest
     for share in SHARES:
+        # the tokens before which less than `share` of the mass lies
         nucleus = mass.gather(-1, torch.lt(mass - ordered, share).sum(-1, keepdim=True) - 1)[:, 0]
-        rest = apart + nucleus.log()
+        rest = difference + nucleus.log()
         yield float(rest.square().sum()), f"top-p: the engine keeps a share of {share:.2g} only", rest
         kept = ordered.masked_fill(torch.lt(ordered, share * ordered[:, :1]), 0.0).sum(-1)
-        rest = apart + kept.log()
+        rest = difference + kept.log()
         text = f"min-p: the engine leaves out tokens below {share:.2g} of the most probable one"
         yield float(rest.square().sum()), text, rest

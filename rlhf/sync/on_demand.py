@@ -1,6 +1,7 @@
-"""A rollout engine that is started by the first request and gone after the next release.
+"""A rollout engine that is started by the first request and closed when it is released (offline runs).
 
-For runs that learn from data: without an evaluation, or a value that needs completions, none is ever started.
+Runs that learn from data need completions only for evaluations and for learning V(prompt); if they have
+neither, no engine is ever started.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from rlhf.types import Completion
 
 
 class EngineOnDemand:
-    """Stands for an engine; `start` makes the real one, which `sync` then hands the weights and probes."""
+    """A `RolloutEngine` that calls `start` for the real engine at the first request.
+
+    `sync` then sends the current weights to it and checks them.
+    """
 
     def __init__(self, start: Callable[[], RolloutEngine], sync: WeightSync) -> None:
         self._start, self._sync = start, sync
@@ -38,7 +42,7 @@ class EngineOnDemand:
             self._engine.resume()
 
     def update_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """An engine that is running is given up; the next one starts with these weights."""
+        """Closes a running engine; the next one is started with the weights of `version`."""
         self.close()
         self._version = version
         return SyncReport(version, seconds=0.0, bytes=0)
@@ -53,7 +57,7 @@ class EngineOnDemand:
 
 
 class SyncOnDemand:
-    """The weight sync of such an engine: it hands over and probes when one is started, not before."""
+    """The weight sync of an `EngineOnDemand`: weights are sent and checked only when an engine is started."""
 
     def __init__(self, sync: WeightSync) -> None:
         self._sync = sync

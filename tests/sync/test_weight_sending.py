@@ -1,4 +1,4 @@
-"""Weights of a model in shards go to a file or elsewhere part by part: no rank ever holds them all."""
+"""Weights of a sharded model are sent and written layer by layer: no rank ever holds them all."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from rlhf.types import Prompt
 from tests.ranks import together
 
 LAYERS, SMALL = 8, 2048
-"""Layers, and bytes of tensors that are not counted, norms."""
+"""Layers of the model; tensors below so many bytes (norms) are not counted."""
 
 
 class Alive(TorchDispatchMode):
-    """Bytes of the tensors of this process, and the most there were since the start, seen after each call."""
+    """Counts the bytes of all tensors of this process after each torch call, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Alive(TorchDispatchMode):
         self.before = self.peak = self.now()
 
     def _add(self, tensor: torch.Tensor) -> None:
-        # by what it would hold: the memory of a weight that was given up is empty until it is gathered again
+        # by its size when gathered: the memory of a sharded weight is empty until then
         large = tensor.numel() * tensor.element_size() >= SMALL
         if large and type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type == "cpu":
             reference = StorageWeakRef(tensor.untyped_storage())
@@ -123,7 +123,7 @@ def exported_in_parts(folder: str) -> None:
 
 @pytest.fixture
 def deep_model(tmp_path: Path) -> Path:
-    """Of which a layer, and what is outside of layers, is a small part."""
+    """A model of which one layer, and the weights outside of layers, are a small part."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=99,
@@ -139,12 +139,14 @@ def deep_model(tmp_path: Path) -> Path:
 
 
 @pytest.mark.multi
-def test_a_model_of_which_a_rank_has_no_room_for_more_than_its_part_is_opened(deep_model: Path) -> None:
+def test_a_sharded_model_is_opened_without_a_rank_that_holds_more_than_its_part(deep_model: Path) -> None:
     together(2, opened_in_parts, str(deep_model))
 
 
 @pytest.mark.multi
-def test_a_rank_that_sends_its_shards_holds_one_layer_more_and_sends_what_is_there(deep_model: Path) -> None:
+def test_a_rank_that_sends_its_shards_holds_one_layer_more_and_sends_the_right_weights(
+    deep_model: Path,
+) -> None:
     together(2, sent_in_parts, str(deep_model))
     sent, own = load_file(deep_model / "sent.safetensors"), load_file(deep_model / "model.safetensors")
     assert sent.keys() == own.keys()
@@ -163,7 +165,7 @@ def test_a_model_in_shards_is_exported_as_any_other(deep_model: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_file_written_by_parts_is_one_as_any_other(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_file_written_tensor_by_tensor_is_a_safetensors_file(tmp_path: Path, dtype: torch.dtype) -> None:
     weights = {"a": torch.randn(3, 5).to(dtype), "b.c": torch.randn(7).to(dtype), "ü": torch.tensor(2.0)}
     weights["turned"] = torch.randn(4, 2).to(dtype).t()
     with WeightFile(tmp_path / "w.safetensors", [*weights, "never sent"]) as file:
@@ -177,7 +179,7 @@ def test_a_file_written_by_parts_is_one_as_any_other(tmp_path: Path, dtype: torc
     )
 
 
-def test_a_file_that_was_given_up_is_none(tmp_path: Path) -> None:
+def test_a_file_whose_writing_failed_cannot_be_loaded(tmp_path: Path) -> None:
     with (
         pytest.raises(ValueError, match="weight 'a' is sent twice"),
         WeightFile(tmp_path / "w", ["a"]) as file,

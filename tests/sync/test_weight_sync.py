@@ -1,4 +1,4 @@
-"""The proof after every weight sync: what it catches, and what it says."""
+"""The check after every weight sync: which faults it finds, and how it reports them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.rollout.engine import RolloutRequest, SyncError
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.sampling import truncate
 from rlhf.sync.diagnosis import diagnose
-from rlhf.sync.weight_sync import CUT_AT, WeightSync, probed
+from rlhf.sync.weight_sync import LONGEST_PROBE_PROMPT, WeightSync, choose_probe_prompt
 from rlhf.types import Completion, Prompt
 from tests.support import policy_of
 
@@ -22,7 +22,7 @@ VOCABULARY, TOKENS = 200, 32
 
 
 def drawn(temperature: float, noise: float = 0.0, **cut: Any) -> tuple[torch.Tensor, ...]:
-    """Logits, tokens drawn at `temperature` from what `cut` leaves, and their log-probs."""
+    """Logits, tokens drawn at `temperature` with the truncation `cut`, and their log-probs."""
     generator = torch.Generator().manual_seed(3)
     logits = 2.0 * torch.randn(TOKENS, VOCABULARY, generator=generator)
     probs = (logits / temperature).softmax(-1)
@@ -51,7 +51,7 @@ def test_the_setting_that_differs_is_named(temperature: float, cut: dict[str, An
     cause = diagnose(logits, tokens, logprobs, 1.0)
     assert cause is not None
     assert said in cause.text
-    assert cause.left < 0.01
+    assert cause.unexplained < 0.01
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-6, 0.03, 0.5])
@@ -61,10 +61,10 @@ def test_rounding_has_no_cause(noise: float) -> None:
 
 
 class Skewed(HFEngine):
-    """Holds a model of its own, and answers with log-probs that something was done to."""
+    """An engine with its own model that changes the log-probs it reports, and may ignore new weights."""
 
     skew: Callable[[float], float] = staticmethod(lambda logprob: logprob)
-    deaf = False
+    ignores_weights = False
     requests: Sequence[RolloutRequest] = ()
     kept: Mapping[str, torch.Tensor]
 
@@ -86,7 +86,7 @@ class Skewed(HFEngine):
         ]
 
     def update_weights(self, source: Any, version: int) -> Any:
-        if self.deaf:
+        if self.ignores_weights:
             report = super().update_weights(source, version)
             self._model.load_state_dict(self.kept)
             return report
@@ -114,7 +114,7 @@ def test_the_probe_decodes_with_the_settings_of_the_run(sync_and_engine: tuple[W
     assert (params.temperature, params.n) == (0.8, 4)
 
 
-def test_the_size_of_a_difference_is_told(sync_and_engine: tuple[WeightSync, Skewed]) -> None:
+def test_the_size_of_a_difference_is_reported(sync_and_engine: tuple[WeightSync, Skewed]) -> None:
     sync, engine = sync_and_engine
     sync.push(engine, 0)
     engine.skew = lambda logprob: logprob - 0.25
@@ -122,18 +122,18 @@ def test_the_size_of_a_difference_is_told(sync_and_engine: tuple[WeightSync, Ske
         sync.push(engine, 7)
 
 
-def test_an_engine_that_does_not_listen_is_found_at_the_start(
+def test_an_engine_that_ignores_new_weights_is_found_at_the_start(
     sync_and_engine: tuple[WeightSync, Skewed],
 ) -> None:
     sync, engine = sync_and_engine
     engine.kept = {name: tensor.clone() for name, tensor in engine._model.state_dict().items()}
-    engine.deaf = True
-    # it has the learner's weights, so a probe alone would pass
+    engine.ignores_weights = True
+    # its weights equal the learner's at the start, so a probe alone would pass
     with pytest.raises(SyncError, match="sent weights in a wrong order"):
         sync.push(engine, 0)
 
 
-def test_log_probs_that_are_no_numbers_are_told(sync_and_engine: tuple[WeightSync, Skewed]) -> None:
+def test_log_probs_that_are_not_finite_are_reported(sync_and_engine: tuple[WeightSync, Skewed]) -> None:
     sync, engine = sync_and_engine
     sync.push(engine, 0)
     engine.skew = lambda logprob: float("nan")
@@ -145,8 +145,8 @@ def test_the_probe_takes_the_shortest_prompt_that_shows_enough() -> None:
     def prompt(n: int, *pictures: Any) -> Prompt:
         return Prompt(str(n), tuple(range(n)), "", images=pictures)
 
-    assert probed([prompt(90), prompt(40), prompt(12)]).id == "40"
-    assert probed([prompt(12), prompt(30)]).id == "12"
-    assert len(probed([prompt(90), prompt(70)]).token_ids) == CUT_AT
-    seen = probed([prompt(40), prompt(90, "picture"), prompt(70, "picture")])
+    assert choose_probe_prompt([prompt(90), prompt(40), prompt(12)]).id == "40"
+    assert choose_probe_prompt([prompt(12), prompt(30)]).id == "12"
+    assert len(choose_probe_prompt([prompt(90), prompt(70)]).token_ids) == LONGEST_PROBE_PROMPT
+    seen = choose_probe_prompt([prompt(40), prompt(90, "picture"), prompt(70, "picture")])
     assert seen.id == "70" and len(seen.token_ids) == 70, "placeholders are not to be cut"
