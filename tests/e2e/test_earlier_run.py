@@ -1,4 +1,4 @@
-"""A run that version 0.1.0 left in the middle of a step is resumed, and makes the figures which that version made.
+"""A run that version 0.1.0 left in the middle of a step is resumed, and makes the figures it made there.
 
 Its checkpoint has an experience with truncated sampling whose updates are half done, and a batch that was
 sampled ahead. It was written before fields and files had the names of today.
