@@ -24,7 +24,7 @@ __all__ = ["RewardModelTrainer", "Trainer", "load_config", "load_task"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imported when asked for: `import rlhf` alone takes no time."""
+    """Imports a public name when it is first used, so that `import rlhf` alone takes no time."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(MODULES[name]), name)

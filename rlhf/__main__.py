@@ -1,4 +1,4 @@
-"""`python -m rlhf`: the `rlhf` command where its script is not on the path."""
+"""`python -m rlhf`: the same as the `rlhf` command, where that is not on the PATH."""
 
 import sys
 

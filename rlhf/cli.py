@@ -1,4 +1,4 @@
-"""The `rlhf` command: train, check, eval, report, export, doctor."""
+"""The `rlhf` command line: options of train, check, eval, report, export and doctor, and exit statuses."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status 0: done, or stopped on request with all saved. 2: bad input, the message says what.
+    """Runs the command and returns its exit status.
 
-    3: another rank has failed; the message names it.
+    0: done, or stopped on request with everything saved. 2: bad input or a failure that the user can mend;
+    the message says what to do. 3: another rank has failed; the message names it. 130: stopped at once by a
+    second signal.
     """
     parser = make_parser()
-    options, loose = parser.parse_known_args(arguments)
-    # argparse takes positional arguments in one go; those after an option come back here
-    unknown = [text for text in loose if text.startswith("-") or "overrides" not in options]
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional arguments in one piece; overrides that stand after an option are left over
+    unknown = [text for text in rest if text.startswith("-") or "overrides" not in options]
     if unknown:
         parser.error(
             f"unrecognized arguments: {' '.join(unknown)}; a setting is key=value, as steps=5, and "
             f"rlhf {options.command} --help has the options"
         )
-    if loose:
-        options.overrides += loose
+    if rest:
+        options.overrides += rest
     _quiet_libraries()
     if options.command not in ("train", "check"):
-        return _say(options)
+        return _print_lines(options)
     try:
         config = load_task(options.config, options.overrides)
         if options.command == "check":
@@ -51,52 +53,89 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlhf", description="Reinforcement learning for language models.")
+    parser = argparse.ArgumentParser(
+        prog="rlhf",
+        description="Tandem: reinforcement learning for language models. A run is described by a YAML file "
+        "(examples are in configs/); `rlhf train FILE` trains it and writes everything into its run folder.",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, summary in (
-        ("train", "train as the config says"),
-        ("check", "resolve and check everything that can be known before weights are loaded"),
-    ):
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("config", help="a YAML file, see configs/")
-        if name == "check":
-            command.add_argument("--settings", action="store_true", help="show every setting in force too")
-            command.add_argument("--ranks", type=int, help="as if on so many, for what each of them needs")
-        _add_overrides(command)
-    summary = "accuracy and pass@k of a run, a checkpoint or a model on a dataset, with 95%% intervals"
-    command = commands.add_parser("eval", help=summary, description=summary)
-    command.add_argument("source", help="run folder, checkpoint folder, model folder or hub name")
-    command.add_argument("--config", help="settings of a model that is no run: a YAML file, see configs/")
+    summary = "train as a config says, from the start or (checkpoint.resume=auto) from the last checkpoint"
+    _add_config(commands.add_parser("train", help=summary, description=_sentence(summary)))
+    summary = "check a config and its data, and show what the run will do, without loading weights"
+    command = commands.add_parser("check", help=summary, description=_sentence(summary))
+    command.add_argument("--settings", action="store_true", help="also show the value of every setting")
     command.add_argument(
-        "--data", help="jsonl or parquet file, or a `datasets` folder; of a run: its data.eval"
+        "--ranks", type=int, metavar="N", help="show memory and time for N ranks instead of those of this run"
     )
+    _add_config(command)
+    summary = "measure accuracy and pass@k of a run, a checkpoint or a model on a dataset"
+    details = ", with 95% intervals; data and rewards are those of the run unless options name others"
+    _add_eval(commands.add_parser("eval", help=summary, description=_sentence(summary + details)))
+    summary = "write an HTML page about one run (RUN/report.html), or one that compares several runs"
+    command = commands.add_parser("report", help=summary, description=_sentence(summary))
+    command.add_argument("runs", nargs="+", metavar="RUN", help="a run folder; several are compared")
     command.add_argument(
-        "--reward", action="append", default=[], help="file.py:function, may be repeated; of a run: its own"
+        "--out", metavar="FILE", help="the HTML file of a comparison (default: comparison.html)"
     )
-    command.add_argument("--k", type=_numbers, default=(), help="of pass@k, as 1,8,64")
+    summary = "write the model of a checkpoint in the Hugging Face layout"
+    command = commands.add_parser("export", help=summary, description=_sentence(summary))
+    command.add_argument("source", help="a run folder (its newest checkpoint is used) or a checkpoint folder")
+    command.add_argument("folder", help="the folder to write: new, empty, or an earlier export")
     command.add_argument(
-        "--greedy", action="store_true", help="one sample, the most probable token each time"
+        "--adapter", action="store_true", help="write the LoRA adapter alone instead of merged weights"
     )
-    command.add_argument("--out", help="JSON file for figures and completions; must not exist")
-    _add_overrides(command)
-    summary = "one HTML page of a run, or one that compares several"
-    command = commands.add_parser("report", help=summary, description=summary)
-    command.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    command.add_argument("--out", help="of a comparison; comparison.html when not given")
-    summary = "write a checkpoint in the Hugging Face layout"
-    command = commands.add_parser("export", help=summary, description=summary)
-    command.add_argument("source", help="run folder (its newest checkpoint) or checkpoint folder")
-    command.add_argument("folder", help="where to; empty, not there yet, or an earlier export")
-    command.add_argument(
-        "--adapter", action="store_true", help="the LoRA adapter alone instead of merged weights"
-    )
-    summary = "what is installed, what works here, and what to install for more"
-    commands.add_parser("doctor", help=summary, description=summary)
+    summary = "show what is installed, what works on this machine, and what to install for more"
+    commands.add_parser("doctor", help=summary, description=_sentence(summary))
     return parser
 
 
+def _add_eval(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "source", help="a run folder, a checkpoint folder, a model folder, or a model on the Hugging Face hub"
+    )
+    command.add_argument(
+        "--config", metavar="FILE", help="YAML file with the settings for a model that has no run folder"
+    )
+    command.add_argument(
+        "--data",
+        metavar="PATH",
+        help="jsonl or parquet file, or a `datasets` folder (default: data.eval of the config)",
+    )
+    command.add_argument(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="FILE.py:FUNCTION",
+        help="the reward function; may be repeated (default: reward.functions of the config)",
+    )
+    command.add_argument(
+        "--k",
+        type=_numbers,
+        default=(),
+        metavar="K,K,...",
+        help="the k of pass@k, as 1,8,64 (default: powers of two up to eval.samples)",
+    )
+    command.add_argument(
+        "--greedy", action="store_true", help="decode greedily: one sample of each prompt, temperature 0"
+    )
+    command.add_argument(
+        "--out", metavar="FILE", help="JSON file to write results and completions to; must not exist yet"
+    )
+    _add_overrides(command)
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="a YAML file; examples are in configs/")
+    _add_overrides(command)
+
+
+def _sentence(summary: str) -> str:
+    """A summary as the description of its command."""
+    return f"{summary[0].upper()}{summary[1:]}."
+
+
 def _add_overrides(command: argparse.ArgumentParser) -> None:
-    text = "instead of the file's setting"
+    text = "settings that replace those of the config, as steps=5 or learner.lr=1e-6 (docs/settings.md)"
     command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
 
 
@@ -104,11 +143,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"whole numbers with commas between, got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected whole numbers separated by commas, as 1,8,64, got {text!r}"
+        ) from None
 
 
-def _say(options: argparse.Namespace) -> int:
-    """The commands that print lines, each checked before anything long begins."""
+def _print_lines(options: argparse.Namespace) -> int:
+    """Runs eval, report, export or doctor and prints its lines. Returns the exit status."""
     from rlhf.checkpoints.stateful import CheckpointError
     from rlhf.rewards.workers.pool import RewardError
 
@@ -162,7 +203,10 @@ def _trainer(config: Config | RewardModelConfig) -> Trainer | RewardModelTrainer
 
 
 def _run(trainer: Trainer | RewardModelTrainer) -> int:
-    """What a person can mend is said in a sentence; everything else is a bug and keeps its traceback."""
+    """Trains and returns the exit status.
+
+    Errors that the user can mend become a message; any other error is a bug and keeps its traceback.
+    """
     from rlhf.checkpoints.stateful import CheckpointError
     from rlhf.distributed.watchdog import EXIT, RankError
     from rlhf.models.pretrained import ModelError
@@ -190,13 +234,13 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
         _refuse("train", error)
         return EXIT
     except Exception as error:
-        # libraries say that memory is short in errors of many kinds
+        # libraries report a lack of memory by many types of errors
         advice = memory_advice(error, trainer.place)
         if advice is None:
             raise
         return _refuse("train", ValueError(advice))
     except KeyboardInterrupt:
-        sys.stderr.write("rlhf train: stopped at once; what the last checkpoint holds is kept\n")
+        sys.stderr.write("rlhf train: stopped at once; the last checkpoint is kept\n")
         return 130
     return 0
 
@@ -208,7 +252,7 @@ def _refuse(command: str, error: Exception) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars and notices would break up our own display."""
+    """Progress bars and notices of libraries would break up the display of the run."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Files that are either old or new, never half: written beside, synced to the disk, renamed."""
+"""Atomic file writes: a temporary file is written, synced to the disk and renamed."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Puts `text` in place of the file, so that a reader or a crash sees the old one or the new one."""
-    beside = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    """Replaces the contents of a file by `text`: after a crash the file holds the old text or the new one.
+
+    Raises OSError when it cannot be written; the old file is then unchanged.
+    """
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)

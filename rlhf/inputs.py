@@ -1,4 +1,7 @@
-"""What a run reads before weights are loaded: tokenizer, datasets, rewards, algorithm."""
+"""`Inputs`: all that a run reads before it loads weights: tokenizer, datasets, reward functions, algorithm.
+
+Read by `rlhf.preflight.load.load_inputs`.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,21 @@ from rlhf.rewards.scoring import Rewards
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a run reads, weights excepted."""
+    """Everything that a policy run reads, except weights."""
 
     tokenizer: PreTrainedTokenizerBase
     model: PretrainedConfig
+    """The model's config.json."""
     train: PromptDataset
     eval: PromptDataset | None
+    """Held-out prompts (`data.eval`)."""
     rewards: Rewards
     algorithm: Algorithm
     eos_token_ids: tuple[int, ...]
+    """Tokens that end a completion."""
     texts: tuple[Text, ...] = ()
-    """What `ptx` mixes in."""
+    """Texts for the language-model loss of the section `ptx`."""
     processor: Processor | None = None
-    """Of a model that can see."""
+    """The image processor and its tokenizer; None for a model that takes text alone."""
     offline: OfflineDataset | None = None
-    """The completions that `train`'s prompts come with, when they are learned from."""
+    """Completions in `data.train`; None where `data.mode` is online."""

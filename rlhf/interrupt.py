@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run between two updates, with everything saved; a second one ends it at once."""
+"""Ctrl-C and SIGTERM: the first saves and ends the run before the next update, a second ends it at once."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from types import FrameType
 Handler = Callable[[int, FrameType | None], object] | int | None
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ONE_PRESS = 1.0
-"""Seconds in which signals are one: `timeout` and others pass on what the terminal has sent to all."""
+"""Seconds within which several signals count as one: the terminal sends Ctrl-C to every process, and a
+parent such as `timeout` sends it to its child again."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop. Nothing of the step under way has reached the weights."""
+    """The run was asked to stop. It stops before an update, never within one."""
 
 
 class Interrupt:
-    """While the context lasts, a signal is a request, answered where `check` is called."""
+    """In this context SIGINT and SIGTERM only request a stop; `check` raises Interrupted where it is safe."""
 
     def __init__(self, announce: Callable[[str], None], *, alone: bool) -> None:
-        """`alone`: there are no other ranks, which would wait for this one in their next collective."""
+        """`announce` shows a text to the user. `alone`: this is the only rank.
+
+        With several ranks `check` never raises: one rank that stopped by itself would leave the others
+        waiting in a collective. `rlhf.loop.Loop.agree_to_stop` stops all of them together.
+        """
         self.announce, self.alone = announce, alone
         self.requested = False
         self._since = 0.0
@@ -43,11 +48,11 @@ class Interrupt:
             return
         self.requested, self._since = True, time.monotonic()
         self.announce(
-            f"{signal.Signals(number).name}: the run is saved and left before the next update; "
-            "once more: at once"
+            f"{signal.Signals(number).name}: the run is saved and ends before the next update; "
+            "a second signal ends it at once, without saving"
         )
 
     def check(self) -> None:
-        """Raises Interrupted if a signal came, and no other rank has to agree to it first."""
+        """Raises Interrupted if a signal came and this is the only rank."""
         if self.requested and self.alone:
             raise Interrupted

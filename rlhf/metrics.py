@@ -1,6 +1,7 @@
-"""Metrics travel as partial aggregates and are averaged once, when they are written: no mean of means.
+"""Partial aggregates of metrics (`Mean`, `Sum`, `Max`, `ExpMean`), merged over microbatches and ranks.
 
-The glossary of names, units and healthy ranges is docs/metrics.md.
+A mean travels as a sum and a count and is divided once, when it is written, so that no mean of means is ever
+taken. docs/metrics.md has the name, unit and healthy range of every metric.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A sum and how many things were summed. `(Mean(1.0, 1) + Mean(0.0, 3)).value == 0.25`."""
+    """A mean, kept as the sum and the count of its items. `(Mean(1.0, 1) + Mean(0.0, 3)).value == 0.25`."""
 
     total: float
     count: float = 1.0
@@ -41,7 +42,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class ExpMean:
-    """exp of a mean, which is taken after everything is summed: a perplexity."""
+    """The exponential of a mean, taken after everything is summed; a perplexity is one."""
 
     total: float
     count: float = 1.0
@@ -56,7 +57,7 @@ class ExpMean:
 
 @dataclass(frozen=True, slots=True)
 class Max:
-    """The largest seen."""
+    """The largest value seen."""
 
     largest: float
 
@@ -73,7 +74,7 @@ Metrics = dict[str, Partial]
 
 
 def merge(parts: Iterable[Mapping[str, Partial]]) -> Metrics:
-    """Adds up partials of the same name. Two kinds under one name are a programming error."""
+    """Adds up partials of the same name. Raises AssertionError when one name has partials of two types."""
     merged: Metrics = {}
     for part in parts:
         for name, value in part.items():

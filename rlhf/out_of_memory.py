@@ -1,9 +1,10 @@
-"""Out of memory: which setting to lower, by what the run was doing."""
+"""The message of an out-of-memory error: which setting to lower, depending on the phase it happened in."""
 
 from __future__ import annotations
 
 import torch
 
+# by the name of the phase, as `Monitor.phase` has it
 ADVICE = {
     "load": "set distributed.mode=sharded with more ranks, or model.dtype=bfloat16",
     "rollout": "lower rollout.kv_cache_gib (keys and values) or rollout.prompts_per_step",
@@ -20,15 +21,19 @@ SIGNS = (
     "bad_alloc",
     "status_alloc_failed",
 )
-"""Of torch for a CPU and for a GPU, of the system, of the C++ library, and of cuBLAS and cuDNN."""
+"""Texts of out-of-memory errors: from torch on a CPU and on a GPU, the system, C++, and cuBLAS or cuDNN."""
 
 
 def memory_advice(error: BaseException, place: str) -> str | None:
-    """For people; None when memory was not what was short. `place`: a phase, and where the run stood."""
+    """The message for the user; None when `error` is not about memory.
+
+    `place`: what the run was doing, as `rlhf.loop.Loop.place` has it: "learn, step 3".
+    """
     text = str(error)
     short = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if not short and not any(sign in text.lower() for sign in SIGNS):
         return None
     phase = place.partition(",")[0]
-    first = (text.splitlines() or ["no more memory"])[0]
-    return f"out of memory in {place}: {ADVICE.get(phase, 'take a smaller model or more ranks')}.\n({first})"
+    first_line = (text.splitlines() or ["no more memory"])[0]
+    advice = ADVICE.get(phase, "take a smaller model or more ranks")
+    return f"out of memory in {place}: {advice}.\n({first_line})"

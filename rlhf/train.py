@@ -1,9 +1,9 @@
-"""Entry point: torchrun rlhf/train.py CONFIG [key=value ...]"""
+"""`torchrun rlhf/train.py CONFIG [key=value ...]`: `rlhf train` as a file, which torchrun can start."""
 
 import os
 import sys
 
-# run as a file, the first path entry is rlhf/ itself, whose types.py would hide the standard library's
+# run as a file, sys.path begins with rlhf/, whose types.py would hide the types.py of the standard library
 if (
     not __package__
     and sys.path

@@ -22,7 +22,7 @@ from rlhf.monitoring.recording import recording
 from rlhf.monitoring.report.summary import closing_summary, write_report
 from rlhf.monitoring.samples import TokenTexts
 from rlhf.preflight.describe import warnings
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 
 
 class Trainer(Loop[Config]):

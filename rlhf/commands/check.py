@@ -16,7 +16,7 @@ from rlhf.distributed.world import world_size
 from rlhf.inputs import Inputs
 from rlhf.monitoring.run_folder import RunFolder
 from rlhf.preflight.describe import describe
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from rlhf.types import Prompt
 
 T = TypeVar("T")

@@ -23,7 +23,7 @@ from rlhf.config.section import ConfigError
 from rlhf.evaluation.intervals import bootstrap, pass_at_k
 from rlhf.files import write_atomically
 from rlhf.inputs import Inputs
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from rlhf.rewards.success import check_objective, is_correct
 from rlhf.types import FinishReason, Group
 

@@ -17,7 +17,7 @@ class Finding(NamedTuple):
     advice: str
 
 
-class Watch:
+class HealthWatch:
     """Looks at each step's metrics; a finding that held for `patience` steps in a row is told once a run."""
 
     def __init__(self, patience: int = 5) -> None:

@@ -24,8 +24,8 @@ from typing import Any
 from torch import Tensor
 
 from rlhf.metrics import Partial
-from rlhf.monitoring.health import Watch
-from rlhf.monitoring.progress import Display, Nothing, open_display
+from rlhf.monitoring.health import HealthWatch
+from rlhf.monitoring.progress import Display, SilentDisplay, open_display
 from rlhf.monitoring.records import append_eval, describe_eval
 from rlhf.monitoring.run_folder import RunFolder
 from rlhf.monitoring.samples import Shown, TokenTexts
@@ -95,7 +95,7 @@ class Monitor:
         self.display = display
         self.samples_per_step = samples_per_step
         self.texts = texts
-        self.watch: Watch | None = None
+        self.watch: HealthWatch | None = None
         self._shown: Shown | None = None
         self._told: set[Path] = set()
         self.on_phase: Callable[[str], None] | None = None
@@ -129,7 +129,7 @@ class Monitor:
     @classmethod
     def silent(cls) -> Monitor:
         """Times phases and writes nothing."""
-        return cls(None, sinks=(), display=Nothing(), samples_per_step=0)
+        return cls(None, sinks=(), display=SilentDisplay(), samples_per_step=0)
 
     def __enter__(self) -> Monitor:
         return self
@@ -225,9 +225,9 @@ class Monitor:
                 stream.waiting.clear()
         self.display.close()
 
-    def _watch(self) -> Watch:
+    def _watch(self) -> HealthWatch:
         """One that knows the steps which a resumed run made before."""
-        watch = Watch()
+        watch = HealthWatch()
         # what cannot be read is written anew soon, and said then
         with suppress(OSError, ValueError):
             known = self.run is not None and self.run.metrics.is_file()

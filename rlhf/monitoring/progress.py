@@ -103,7 +103,7 @@ class Display(Protocol):
     def close(self) -> None: ...
 
 
-class Nothing:
+class SilentDisplay:
     """For ranks other than the first, and for tests."""
 
     def enter(self, phase: str | None) -> None:

@@ -23,7 +23,7 @@ from rlhf.models.lora import Adapter
 from rlhf.models.packing import Packed, pack
 from rlhf.models.policy import Policy, WithoutAdapter
 from rlhf.models.pretrained import ModelError
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from tests.support import bandit_settings, learner_of, make_exact, metrics_of, policy_of, random_groups, train
 
 pytest.importorskip("peft")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.metrics import Mean
-from rlhf.monitoring.health import Watch
+from rlhf.monitoring.health import HealthWatch
 from rlhf.monitoring.monitor import Monitor
-from rlhf.monitoring.progress import Nothing
+from rlhf.monitoring.progress import SilentDisplay
 from rlhf.monitoring.run_folder import RunFolder
 
 HEALTHY = {
@@ -24,7 +24,7 @@ HEALTHY = {
 
 
 def told(steps: Sequence[Mapping[str, float]], patience: int = 3) -> list[str]:
-    watch = Watch(patience)
+    watch = HealthWatch(patience)
     return [text for values in steps for text in watch.look(values)]
 
 
@@ -76,7 +76,7 @@ def test_a_resumed_run_is_held_against_its_own_beginning(
     folder = RunFolder(tmp_path)
     folder.metrics.write_text("".join(json.dumps({"step": i, **before}) + "\n" for i in range(5)))
     said: list[str] = []
-    monitor = Monitor(folder, sinks=[], display=Nothing(), samples_per_step=0)
+    monitor = Monitor(folder, sinks=[], display=SilentDisplay(), samples_per_step=0)
     monkeypatch.setattr(monitor, "warn", said.append)
     for step in range(5, 12):
         monitor.log(step, {name: Mean(value) for name, value in after.items()})

@@ -15,14 +15,14 @@ import pytest
 
 from rlhf.metrics import Mean
 from rlhf.monitoring.monitor import Monitor
-from rlhf.monitoring.progress import Display, Nothing
+from rlhf.monitoring.progress import Display, SilentDisplay
 from rlhf.monitoring.run_folder import RunFolder
 from rlhf.monitoring.sinks import Sink, make_sink
 from rlhf.types import FinishReason, Group, Prompt, Trajectory, VersionSpan
 from tests.support import STEP
 
 
-class Heard(Nothing):
+class Heard(SilentDisplay):
     """A display that remembers what was said."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Heard(Nothing):
 def monitor(
     folder: Path, *, sinks: Sequence[Sink] = (), display: Display | None = None, samples: int = 2
 ) -> Monitor:
-    return Monitor(RunFolder(folder), sinks=sinks, display=display or Nothing(), samples_per_step=samples)
+    return Monitor(RunFolder(folder), sinks=sinks, display=display or SilentDisplay(), samples_per_step=samples)
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from rlhf.models.packing import pack
 from rlhf.models.pretrained import load_model
 from rlhf.models.sizes import kept_in_a_pass, model_sizes
 from rlhf.preflight.estimate import GIB, Estimate, estimate
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from rlhf.preflight.machine import Machine
 from tests.support import bandit_settings, bytes_held, policy_of
 

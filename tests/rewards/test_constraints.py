@@ -15,7 +15,7 @@ from rlhf.config.section import ConfigError
 from rlhf.distributed.world import World
 from rlhf.metrics import Max
 from rlhf.preflight.describe import describe
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from rlhf.rewards.constraints import Constraints
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config.load import load_config
 from rlhf.preflight.describe import describe
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from tests.vision.support import WIDE
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("papo_*.yaml"))

@@ -23,7 +23,7 @@ from rlhf.learn.perception_watch import PerceptionWatch
 from rlhf.metrics import Mean, Metrics, merge
 from rlhf.models.packing import Packed, microbatches
 from rlhf.models.policy import Policy
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from rlhf.types import Counts, Experience, Group, LossInputs, PerceptionBatch
 from tests.support import learner_of, metrics_of, train, train_interrupted, trajectory, without_clocks
 from tests.vision.support import mixed_prompts, picture_settings, seeing_policy

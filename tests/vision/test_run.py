@@ -15,7 +15,7 @@ from rlhf.learn.buffer import Buffer
 from rlhf.learn.experience import pack_groups
 from rlhf.models.pretrained import load_model
 from rlhf.preflight.describe import describe
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from rlhf.types import Group, Images
 from tests.support import metrics_of, train, trajectory
 from tests.vision.support import HIGH, WIDE, mixed_prompts, picture_settings, processor_of

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from rlhf.monitoring.health import Watch
+from rlhf.monitoring.health import HealthWatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[flo
 
 def verdict(evaluations: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, float]]) -> Verdict:
     """It learned only if the 95% interval of the difference of first and last evaluation excludes zero."""
-    watch = Watch()
+    watch = HealthWatch()
     reasons = tuple(text for values in steps for text in watch.look(values))
     if len(evaluations) < 2:
         return Verdict("unknown", _by_training_reward(evaluations, steps), reasons)

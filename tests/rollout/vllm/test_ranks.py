@@ -19,7 +19,7 @@ import torch
 from rlhf.config.load import make_config
 from rlhf.config.section import ConfigError
 from rlhf.models.pretrained import load_model
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from tests.distributed.test_world import TORCHRUN, launch
 from tests.faults.processes import free_port
 from tests.ranks import together

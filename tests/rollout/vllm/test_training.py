@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.config.load import make_config
 from rlhf.config.section import ConfigError
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from tests.rollout.vllm.support import needs_vllm
 from tests.support import bandit_settings, metrics_of, train
 

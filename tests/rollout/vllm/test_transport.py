@@ -12,7 +12,7 @@ import torch
 
 from rlhf.config.load import make_config
 from rlhf.config.section import ConfigError
-from rlhf.preflight.inputs import load_inputs
+from rlhf.preflight.load import load_inputs
 from rlhf.rollout.engine import generate
 from tests.rollout.conformance import TOLERANCE, Source, conforming_model, moved, worst
 from tests.rollout.models import EOS, VOCABULARY, request
