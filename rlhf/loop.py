@@ -1,7 +1,23 @@
-"""The loop that every task shares: open, resume, step, log, evaluate, save, leave.
+"""The loop that every task shares: open the run, resume, step, log, evaluate, save, finish.
 
-A task is a subclass that says what is built, what a step is, how it is evaluated and how the run ends:
-`rlhf.trainer.Trainer` for a policy, `rlhf.reward_model.trainer.RewardModelTrainer` for a reward model.
+A task is a subclass of `Loop`: `rlhf.trainer.Trainer` trains a policy, and
+`rlhf.reward_model.trainer.RewardModelTrainer` a reward model. `run()` calls the methods of a task in this
+order; a task must define those with a star, the others do nothing or have a default:
+
+    run_resources, record     before anything is loaded; both are closed last
+    build *                   loads weights; then the newest checkpoint, if there is one, and `sync`
+    training_resources        closed after the last step
+    sync                      in a new run
+    prepare
+    evaluate *                in a new run
+    step *, inspect           until `config.steps` steps are done or `ends_early` is true;
+    evaluate *                    every `config.eval.every` steps and after the last one; checkpoints likewise
+    finish *
+
+To add a task: its settings in rlhf/config/ (with `run_dir`, `steps`, `eval.every`, `checkpoint`, `monitor`),
+in `Settings` below, and its name in `TASKS` and `load_task` of rlhf/config/load.py; a subclass of `Loop` in a
+folder of its own, as rlhf/reward_model/; and a branch in `_trainer` of rlhf/cli.py and in `run_check` of
+rlhf/commands/check.py.
 """
 
 from __future__ import annotations
@@ -31,86 +47,90 @@ Settings = TypeVar("Settings", Config, RewardModelConfig)
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """What there is while a run is open."""
+    """What exists while a run is open, between `open()` and its end."""
 
     world: World
     monitor: Monitor
     saver: Saver
     interrupt: Interrupt
     stateful: Mapping[str, Stateful]
-    """What a checkpoint holds, by name."""
+    """The objects whose state a checkpoint holds, by name."""
     training: ExitStack
-    """What is needed until the last step and not after it: engines, the handlers of signals."""
+    """Closes what is needed for training only, after the last step: engines, signal handlers."""
 
 
 class Loop(ABC, Generic[Settings]):
-    """One run. `run()` is all that `rlhf train` calls; `with loop.open(): loop.step()` makes single steps."""
+    """One run of a task. `rlhf train` calls `run()`; `with task.open(): task.step()` makes single steps."""
 
     throughput: ClassVar[tuple[str, str]]
-    """Name of the metric of speed, and the metric of a step that it divides by the step's seconds."""
+    """The metric of speed, and the metric of a step that is divided by the seconds of the step to get it."""
 
     def __init__(self, config: Settings, *, timeout: float) -> None:
-        """`timeout`: seconds that one rank waits for another."""
+        """`timeout`: seconds that a rank waits for the others before it fails."""
         self.config, self.timeout = config, timeout
         self.folder = RunFolder(Path(config.run_dir).expanduser())
+        # read now: `record` replaces the file
         self._settings_before = self.folder.settings()
         self.cursor = Cursor()
         self.place = "start"
-        """What the run is doing: a phase, and the step that it belongs to once everything is loaded."""
+        """What the run is doing, for error messages: a phase, with its step once weights are loaded."""
         self._running: Running | None = None
-        self._score: tuple[int, float | None] = -1, None
-        """Step and score of the last evaluation."""
+        self._last_score: tuple[int, float | None] = -1, None
+        """The step and the score of the last evaluation."""
 
     @abstractmethod
     def build(self, world: World, monitor: Monitor) -> Mapping[str, Stateful]:
-        """Loads weights and builds what a step needs. Returns what a checkpoint holds, by name."""
+        """Loads weights and builds what a step needs.
+
+        Returns the objects whose state a checkpoint holds, by name; `cursor` has to be among them.
+        """
 
     @abstractmethod
     def step(self) -> Metrics:
-        """One step, within `open()`; moves `cursor` on."""
+        """Makes one step and adds 1 to `cursor.steps_done`. Returns the metrics, merged over the ranks."""
 
     @abstractmethod
     def evaluate(self) -> float | None:
-        """The score by which checkpoints are compared; None where there is nothing to evaluate on."""
+        """Returns the score by which the best checkpoints are kept; None where there is no held-out data."""
 
     @abstractmethod
     def finish(self) -> None:
-        """After the last step: the export, the report. Every rank calls it."""
+        """Runs after the last step: exports the model, writes the report. Every rank calls it."""
 
-    def resources(self) -> AbstractContextManager[object]:
-        """What is held for the whole run and was there before it."""
+    def run_resources(self) -> AbstractContextManager[object]:
+        """Closes what `__init__` opened, at the very end of the run."""
         return nullcontext()
 
     def record(self, world: World) -> AbstractContextManager[Monitor]:
-        """Claims the run folder and starts the monitor."""
+        """Claims the run folder and starts the monitor; releases both at the end of the run."""
         return recording(self.folder, self.config, world)
 
-    def engine(self) -> AbstractContextManager[object]:
-        """What is closed after the last step, before `finish`."""
+    def training_resources(self) -> AbstractContextManager[object]:
+        """Closes what only steps need (a rollout engine), after the last step and before `finish`."""
         return nullcontext()
 
     def sync(self) -> None:
-        """Sends weights to where they are sampled from: at the start, and when a checkpoint brought them."""
+        """Sends weights to the rollout engine: at the start of a run, and after a checkpoint was loaded."""
 
     def prepare(self) -> None:
-        """What is done once, before the first step, after `sync`."""
+        """Runs before the first step of every run, a resumed one too."""
 
-    def shown_step(self) -> int:
-        """The last step whose samples are shown already."""
+    def last_sampled_step(self) -> int:
+        """The last step whose completions RUN/samples.jsonl has already, when a run resumes."""
         return self.cursor.steps_done
 
-    def look(self, metrics: Metrics) -> tuple[Metrics, Sequence[str]]:
-        """More metrics of a step, and warnings that follow from its metrics."""
+    def inspect(self, metrics: Metrics) -> tuple[Metrics, Sequence[str]]:
+        """Further metrics, and warnings, that follow from the metrics of a step."""
         return {}, ()
 
     @property
     def ends_early(self) -> bool:
-        """Whether the run is to end before its last step."""
+        """Whether the run has to end now, before `config.steps` steps are done."""
         return False
 
     @property
     def running(self) -> Running:
-        """Raises RuntimeError outside `open()`."""
+        """What exists while the run is open. Raises RuntimeError outside `open()`."""
         if self._running is None:
             raise RuntimeError("the run is not open: call run(), or step() within `with trainer.open():`")
         return self._running
@@ -124,15 +144,16 @@ class Loop(ABC, Generic[Settings]):
         return self.running.monitor
 
     def run(self) -> None:
-        """Trains from the start or the last checkpoint to the last step, or until interrupted.
+        """Trains from the start, or from the last checkpoint, to the last step or until interrupted.
 
-        Raises RunFolderError, ModelError, CheckpointError, RewardError or SyncError, which say what to do.
+        Raises RunFolderError, SinkError, ModelError, CheckpointError, RewardError, EngineError, SyncError or
+        RankError, whose messages say what to do.
         """
         with self.open() as running:
             try:
                 self._train()
             except Interrupted:
-                self._leave()
+                self._save_interrupted()
                 return
             running.training.close()
             running.saver.wait()
@@ -140,14 +161,14 @@ class Loop(ABC, Generic[Settings]):
 
     @contextmanager
     def open(self) -> Generator[Running]:
-        """Joins the ranks, claims the run folder, loads everything and resumes. Raises as `run` does."""
+        """Joins the ranks, claims the run folder, loads everything and resumes. Raises what `run` does."""
         with (
-            self.resources(),
+            self.run_resources(),
             world(self.timeout) as ranks,
             self.record(ranks) as monitor,
             ExitStack() as training,
         ):
-            monitor.on_phase = lambda phase: self._at(phase, ranks)
+            monitor.on_phase = lambda phase: self._enter_phase(phase, ranks)
             with monitor.phase("load"):
                 stateful = self.build(ranks, monitor)
                 saver = Saver(self.folder.checkpoints, self.config.checkpoint, ranks, timeout=self.timeout)
@@ -155,7 +176,7 @@ class Loop(ABC, Generic[Settings]):
                 self._running = Running(ranks, monitor, saver, interrupt, stateful, training)
                 self._resume()
                 give_back_memory()
-            training.enter_context(self.engine())
+            training.enter_context(self.training_resources())
             training.enter_context(interrupt)
             try:
                 yield self._running
@@ -163,12 +184,14 @@ class Loop(ABC, Generic[Settings]):
                 self._running = None
 
     def agree_to_stop(self) -> None:
-        """Raises Interrupted on every rank when any was asked to stop; before an update, never within one."""
+        """Raises Interrupted on every rank when any of them was asked to stop. Every rank has to call it,
+        before the first update of a step.
+        """
         if any(self.world.gather(self.running.interrupt.requested)):
             raise Interrupted
 
-    def _at(self, phase: str, ranks: World) -> None:
-        """The other ranks are told, and an exception finds it here."""
+    def _enter_phase(self, phase: str, ranks: World) -> None:
+        """Records what the run is doing, here and for the other ranks' error messages."""
         self.place = phase if self._running is None else f"{phase}, step {self.cursor.steps_done + 1}"
         ranks.at(self.place)
 
@@ -183,7 +206,7 @@ class Loop(ABC, Generic[Settings]):
             started = time.monotonic()
             metrics = self.step()
             self.running.saver.check()
-            more, texts = self.look(metrics)
+            more, texts = self.inspect(metrics)
             self.monitor.log(
                 cursor.steps_done, metrics | self._speed(metrics, time.monotonic() - started) | more
             )
@@ -203,10 +226,10 @@ class Loop(ABC, Generic[Settings]):
         }
 
     def _evaluate(self) -> None:
-        self._score = self.cursor.steps_done, self.evaluate()
+        self._last_score = self.cursor.steps_done, self.evaluate()
 
     def _save(self) -> None:
-        step, score = self._score
+        step, score = self._last_score
         score = score if step == self.cursor.steps_done else None
         with self.monitor.phase("save"):
             self.running.saver.save(self.cursor.steps_done, self.running.stateful, score=score)
@@ -220,15 +243,17 @@ class Loop(ABC, Generic[Settings]):
             monitor.note(f"resumed from {newest} after step {cursor.steps_done} of {self.config.steps}")
             changes = changed_settings(self._settings_before or "", self.config.to_yaml())
             if changes:
-                monitor.warn(f"the run goes on with other settings than before: {'; '.join(changes)}")
+                monitor.warn(f"the run continues with other settings than before: {'; '.join(changes)}")
             if cursor.steps_done >= self.config.steps:
-                monitor.warn("every step is done already: a larger number of steps goes on")
+                monitor.warn("every step is done already; to continue the run, set steps to a larger number")
         if self.world.is_main:
             after = -1 if newest is None else cursor.steps_done
-            self.folder.cut(after=after, sampled=-1 if newest is None else self.shown_step())
+            self.folder.cut(after=after, sampled=-1 if newest is None else self.last_sampled_step())
 
-    def _leave(self) -> None:
-        """What a step has done so far is saved where its updates have begun; otherwise it is repeated."""
+    def _save_interrupted(self) -> None:
+        """Saves a checkpoint. A resumed run continues an interrupted step with its next update, or repeats
+        the step where no update was made.
+        """
         self._save()
         self.running.saver.wait()
         self.monitor.note(

@@ -1,4 +1,7 @@
-"""Training a policy: roll out, score, learn, sync. `loop.py` goes over the steps, `components.py` builds."""
+"""`Trainer`, the task that trains a policy: one step is rollouts, rewards, updates and a weight sync.
+
+rlhf/loop.py runs the steps, saves and resumes; rlhf/components.py builds the parts that a step uses.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +29,21 @@ from rlhf.preflight.load import load_inputs
 
 
 class Trainer(Loop[Config]):
-    """One run. `Trainer(config).run()` is all that `train.py` does."""
+    """One run of a policy. `Trainer(config).run()` is what `rlhf train` calls."""
 
     throughput: ClassVar[tuple[str, str]] = ("throughput/tokens_per_second", "rollout/tokens")
 
     def __init__(self, config: Config) -> None:
-        """Reads everything but the weights. Raises ValueError for bad input."""
+        """Reads and checks everything except weights. Raises ValueError for bad input."""
         super().__init__(config, timeout=config.distributed.timeout)
         self.inputs = load_inputs(config, world_size=world_size())
         self._components: Components | None = None
 
     @property
     def components(self) -> Components:
-        """Raises RuntimeError outside `open()`."""
+        """The parts of the run. Raises RuntimeError before `open()` has built them."""
         if self._components is None:
-            raise RuntimeError("nothing is built yet: call run(), or use what is built within `with open():`")
+            raise RuntimeError("the run is not open: call run(), or work within `with trainer.open():`")
         return self._components
 
     def build(self, world: World, monitor: Monitor) -> dict[str, Stateful]:
@@ -50,14 +53,14 @@ class Trainer(Loop[Config]):
             monitor.warn(text)
         return {"cursor": self.cursor, **self._components.stateful}
 
-    def resources(self) -> AbstractContextManager[object]:
+    def run_resources(self) -> AbstractContextManager[object]:
         return closing(self.inputs.rewards)
 
     def record(self, world: World) -> AbstractContextManager[Monitor]:
         shown, texts = self.config.monitor.samples_per_step, TokenTexts(self.inputs.tokenizer)
         return recording(self.folder, self.config, world, samples_per_step=shown, texts=texts)
 
-    def engine(self) -> AbstractContextManager[object]:
+    def training_resources(self) -> AbstractContextManager[object]:
         return closing(self.components.engine)
 
     def sync(self) -> None:
@@ -69,10 +72,11 @@ class Trainer(Loop[Config]):
                 self.running.interrupt.check()
                 self.monitor.note(prepare())
 
-    def shown_step(self) -> int:
+    def last_sampled_step(self) -> int:
+        # a step that was interrupted between its updates has been sampled already
         return self.cursor.steps_done + (self.components.buffer.experience is not None)
 
-    def look(self, metrics: Metrics) -> tuple[Metrics, list[str]]:
+    def inspect(self, metrics: Metrics) -> tuple[Metrics, list[str]]:
         return self.components.perception_watch.look(metrics)
 
     @property
@@ -80,7 +84,9 @@ class Trainer(Loop[Config]):
         return self.components.perception_watch.stops
 
     def step(self) -> Metrics:
-        """One round: rollouts and rewards, unless the buffer has some left; updates, weight sync."""
+        """One step: rollouts and rewards (unless the buffer has those of an interrupted step), updates,
+        weight sync.
+        """
         components, cursor = self.components, self.cursor
         if components.buffer.experience is None:
             self._fill()
@@ -95,7 +101,10 @@ class Trainer(Loop[Config]):
         return metrics | components.kl.adapt(metrics) | components.learner.warmup.adapt(metrics)
 
     def _fill(self) -> None:
-        """Samples and scores what this step learns from. The memory of the parts changes only at its end."""
+        """Samples and scores the experience of this step and puts it into the buffer.
+
+        The state that a checkpoint holds changes only at the end, so that an interruption loses nothing.
+        """
         components, cursor = self.components, self.cursor
         hooks = Hooks(cursor.steps_done, self.monitor.phase, self.running.interrupt.check)
         collected = components.prefetch.current(lambda: components.collector.begin(cursor.position, hooks))
@@ -131,11 +140,12 @@ class Trainer(Loop[Config]):
             done=buffer.updates,
         ):
             buffer.advance(metrics)
-            # alone: a checkpoint has the buffer of one rank only, so several stop between two steps
+            # raises only on a single rank: a checkpoint holds the buffer of one rank, so that several ranks
+            # stop between two steps
             self.running.interrupt.check()
 
     def evaluate(self) -> float | None:
-        """The accuracy."""
+        """The accuracy on the held-out prompts."""
         held_out, step = self.inputs.eval, self.cursor.steps_done
         if held_out is None:
             return None
@@ -150,6 +160,7 @@ class Trainer(Loop[Config]):
     def finish(self) -> None:
         policy, path, exports = self.components.policy, self.folder.path, self.config.checkpoint.export
         if not self.world.is_main:
+            # a sharded model is gathered by all ranks together
             for _ in gathered(policy.rollout_model) if exports else ():
                 pass
             return

@@ -175,9 +175,9 @@ def test_the_package_is_the_command_too(monkeypatch, capsys):
     assert "there is no config file nowhere.yaml" in capsys.readouterr().err
 
 
-def test_check_says_what_counts_as_right(write, tmp_path: Path, capsys):
+def test_check_says_what_counts_as_correct(write, tmp_path: Path, capsys):
     held_out = f"data.eval={tmp_path}/train.jsonl"
     assert main(["check", write(), held_out]) == 0
-    assert "samples; right where the reward is at least 0.5" in capsys.readouterr().out
+    assert "samples; correct where the reward is at least 0.5" in capsys.readouterr().out
     assert main(["check", write(), held_out, "reward.success_objective=a", "reward.success_threshold=1"]) == 0
-    assert "samples; right where a is at least 1" in capsys.readouterr().out
+    assert "samples; correct where a is at least 1" in capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""What the `rlhf` command does beside training: evaluate, report, export, and say what is installed."""
+"""The subcommands of `rlhf` other than `train`: check, eval, report, export, doctor."""

@@ -1,4 +1,4 @@
-"""`rlhf check`: what a run will do and load, and what is likely to go wrong, without any weights."""
+"""`rlhf check`: shows what a run will do and what is likely to go wrong, without loading weights."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from rlhf.types import Prompt
 
 T = TypeVar("T")
 SAMPLE = 256
-"""Prompts that are looked at for the risk of truncation."""
+"""The number of prompts that are examined for the risk of truncation."""
 LONG = 0.05
-"""Share of reference answers over the limit from which a warning is given."""
+"""The share of reference answers over the limit above which a warning is given."""
 
 
 def run_check(
     config: Config | RewardModelConfig, *, ranks: int | None = None, every_setting: bool = False
 ) -> Iterator[str]:
-    """The lines to show, for as many ranks as there are, or as are named.
+    """The lines to show, for `ranks` ranks, or for those that were started.
 
-    Raises ValueError for all that a run would refuse before it loads weights.
+    Raises ValueError for everything that a run would refuse before it loads weights.
     """
     if isinstance(config, RewardModelConfig):
         from rlhf.reward_model.trainer import RewardModelTrainer
@@ -50,9 +50,10 @@ def run_check(
 
 
 def truncation(config: Config, inputs: Inputs) -> Iterator[str]:
-    """How near the limits the data comes: prompts by their length, completions by that of reference answers.
+    """How near the data comes to the token limits: the lengths of prompts, and of texts in other columns.
 
-    A policy reasons before it answers, so an answer that does not fit is the least that will be cut.
+    Reference answers stand for completions. A policy reasons before it answers, so if a reference answer does
+    not fit, a completion will not fit either.
     """
     prompts = spaced(inputs.train.prompts, SAMPLE)
     limit = config.rollout.max_completion_tokens
@@ -60,7 +61,7 @@ def truncation(config: Config, inputs: Inputs) -> Iterator[str]:
     near = sum(n > 0.9 * config.data.max_prompt_tokens for n in lengths)
     yield (
         f"lengths      prompts: {quantile(lengths, 0.95)} tokens at 95 %, limit "
-        f"{config.data.max_prompt_tokens}; {near} of {len(lengths)} looked at are within a tenth of it"
+        f"{config.data.max_prompt_tokens}; {near} of {len(lengths)} examined are within a tenth of it"
     )
     for column, counts in answer_lengths(prompts, inputs.tokenizer).items():
         over = sum(n > limit for n in counts)
@@ -76,7 +77,7 @@ def truncation(config: Config, inputs: Inputs) -> Iterator[str]:
 
 
 def answer_lengths(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Tokens of the texts in each column that has them, sorted; numbers and short labels are left out."""
+    """Sorted lengths (tokens) of the texts of each column; numbers and short labels are left out."""
     columns: Mapping[str, Any] = prompts[0].columns
     found: dict[str, list[int]] = {}
     for column in columns:
@@ -88,12 +89,12 @@ def answer_lengths(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase
 
 
 def quantile(values: Sequence[int], share: float) -> int:
-    """Of sorted values: at least this share of them is no larger."""
+    """The smallest of the sorted values such that at least `share` of them are no larger."""
     return values[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def spaced(items: Sequence[T], count: int) -> Sequence[T]:
-    """At most `count` of them, evenly over all."""
+    """At most `count` of the items, evenly spaced."""
     return items if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
@@ -102,9 +103,13 @@ def _run_folder(config: Config | RewardModelConfig) -> Iterator[str]:
     resumes = config.checkpoint.resume == "auto"
     if folder.has_run() and not resumes:
         yield (
-            f"warning      {folder.path} holds a run, which rlhf train will not overwrite: another run_dir, "
-            "or checkpoint.resume=auto to continue it"
+            f"warning      {folder.path} holds a run, which rlhf train will not overwrite: set another "
+            "run_dir, or checkpoint.resume=auto to continue it"
         )
     elif resumes:
-        what = "the run in it goes on" if folder.has_run() else "no run is in it yet, so one begins"
+        what = (
+            "the run in the folder is continued"
+            if folder.has_run()
+            else "the folder has no run yet: one begins"
+        )
         yield f"resume       {what}"

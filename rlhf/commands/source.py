@@ -1,4 +1,4 @@
-"""What a person names on the command line: a run, one of its checkpoints, or a model."""
+"""Finds and loads the weights that a command names: a run folder, a checkpoint folder or a model."""
 
 from __future__ import annotations
 
@@ -20,25 +20,28 @@ from rlhf.monitoring.run_folder import RunFolder
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where weights come from. Example: `Source("runs/a", Path("runs/a/checkpoints/step_000020"),
-    Path("runs/a/config.yaml"))`, or `Source("Qwen/Qwen2.5-0.5B", None, None)`."""
+    """Where weights come from.
+
+    Examples: `Source("runs/a", Path("runs/a/checkpoints/step_000020"), Path("runs/a/config.yaml"))` and
+    `Source("Qwen/Qwen2.5-0.5B", None, None)`.
+    """
 
     name: str
     checkpoint: Path | None
     config: Path | None
-    """Settings of the run that the checkpoint is of."""
+    """The config.yaml of the run that wrote the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A model ready to sample from, and its adapter where a run trained one."""
+    """A model that can be sampled from, and its adapter where the run trained one."""
 
     model: PreTrainedModel
     adapter: Adapter | None
 
     @property
     def module(self) -> PreTrainedModel:
-        """As an engine takes them (`WeightSource`)."""
+        """The module of the protocol `WeightSource`, by which engines take weights."""
         return self.model
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -47,9 +50,9 @@ class Weights:
 
 
 def find_source(name: str) -> Source:
-    """A run folder means its newest checkpoint that is whole.
+    """The source that `name` refers to. A run folder stands for its newest complete checkpoint.
 
-    Raises ModelError, RunFolderError or CheckpointError: there is nothing of that name, or nothing in it.
+    Raises ModelError or CheckpointError when nothing has that name, or when it holds no weights.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir():
@@ -60,18 +63,19 @@ def find_source(name: str) -> Source:
     if run.config.is_file() or run.checkpoints.is_dir():
         newest = checkpoint.latest(run.checkpoints)
         if newest is None:
-            raise CheckpointError(f"{folder} is a run without a checkpoint that can be read; train it first")
+            raise CheckpointError(
+                f"{folder} is a run folder without a complete checkpoint; train the run first"
+            )
         return Source(name, newest, _config_of(run, newest))
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder} holds a LoRA adapter alone; give the merged model (of a run of ours: RUN/model), "
-            "or the checkpoint"
+            f"{folder} holds a LoRA adapter only; give the merged model (RUN/model), or the checkpoint"
         )
     return Source(local_or_hub(name), None, None)
 
 
 def load_weights(source: Source, section: ModelConfig, device: torch.device, *, seed: int) -> Weights:
-    """The model of `section` with the weights of the checkpoint, if there is one, in `section.dtype`.
+    """The model of `section` in `section.dtype`, with the weights of the checkpoint if there is one.
 
     Raises ModelError or CheckpointError.
     """
@@ -94,12 +98,13 @@ def _copy(model: nn.Module, saved: Mapping[str, Tensor], where: str) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if set(trained) != set(saved):
         odd = sorted(set(trained) ^ set(saved))[:3]
-        raise CheckpointError(f"{where} is of another model: {', '.join(odd)} is in one of the two only")
+        raise CheckpointError(f"{where} belongs to another model: {', '.join(odd)} is in only one of the two")
     for name, parameter in trained.items():
         weight = saved[name]
         if weight.shape != parameter.shape:
             raise CheckpointError(
-                f"{where}: {name} is {list(weight.shape)} there and {list(parameter.shape)} in the model"
+                f"{where} belongs to another model: {name} is {list(weight.shape)} in the checkpoint and "
+                f"{list(parameter.shape)} in the model"
             )
         parameter.copy_(weight)
 
@@ -107,6 +112,6 @@ def _copy(model: nn.Module, saved: Mapping[str, Tensor], where: str) -> None:
 def _config_of(run: RunFolder, found: Path) -> Path:
     if not run.config.is_file():
         raise CheckpointError(
-            f"{found} is a checkpoint, but its run's {run.config} is missing, which says of what model"
+            f"{found} is a checkpoint, but {run.config} is missing, which names its model; restore that file"
         )
     return run.config

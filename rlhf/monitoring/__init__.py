@@ -1,1 +1,1 @@
-"""What a run shows and writes: display, metrics, samples, warnings, the run folder."""
+"""What a run shows and writes: progress display, metrics, samples, warnings, the run folder, reports."""

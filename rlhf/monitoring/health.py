@@ -1,4 +1,4 @@
-"""Silent no-ops and collapse, said aloud: a run that goes on without learning, or learns to cheat."""
+"""Warnings when a run stops learning or collapses, from its metrics: the conditions and the advice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ Values = Mapping[str, float]
 
 
 class Finding(NamedTuple):
-    """`holds(first, last)` looks at the first few steps in which the policy learned, and at the last few."""
+    """A condition on the metrics, and what to advise when it holds.
+
+    `holds(first, last)` gets the metrics of the first steps in which the policy was updated, and of the last
+    steps.
+    """
 
     name: str
     holds: Callable[[Sequence[Values], Sequence[Values]], bool]
@@ -18,33 +22,36 @@ class Finding(NamedTuple):
 
 
 class HealthWatch:
-    """Looks at each step's metrics; a finding that held for `patience` steps in a row is told once a run."""
+    """Checks the metrics of each step; a finding that holds `patience` steps in a row is reported once."""
 
     def __init__(self, patience: int = 5) -> None:
         self.patience = patience
         self.steps: deque[Values] = deque(maxlen=patience)
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
         self.some_completion_ended = False
         self.first: list[Values] = []
 
     def recall(self, values: Values) -> None:
-        """A step from before a resumption: the beginning of a run stays its beginning."""
+        """Takes the metrics of a step that was made before the run was resumed, without reporting anything.
+
+        The first steps of a resumed run are thus those of the whole run.
+        """
         self.some_completion_ended |= values.get("length/truncated", 0.0) < 1.0
         if "perplexity" in values and len(self.first) < self.patience:
             self.first.append(values)
 
-    def look(self, values: Values) -> list[str]:
-        """Takes the metrics of one step and returns what is new to tell."""
+    def check(self, values: Values) -> list[str]:
+        """Takes the metrics of the next step and returns the texts of new findings."""
         self.recall(values)
         self.steps.append(values)
         if len(self.steps) < self.patience:
             return []
-        new = [f for f in FINDINGS if f.name not in self.told and f.holds(self.first, self.steps)]
+        new = [f for f in FINDINGS if f.name not in self.reported and f.holds(self.first, self.steps)]
         if not self.some_completion_ended:
             new = [NEVER_ENDED if f.name == "truncated" else f for f in new]
-        self.told.update(f.name for f in new)
+        self.reported.update(f.name for f in new)
         if NEVER_ENDED in new:
-            self.told.add("truncated")
+            self.reported.add("truncated")
         return [f"{f.advice} ({len(self.steps)} steps in a row)" for f in new]
 
 
@@ -63,15 +70,15 @@ def _always_skipped(_: Sequence[Values], last: Sequence[Values]) -> bool:
 
 
 def _nothing_moves(first: Sequence[Values], last: Sequence[Values]) -> bool:
-    """Without any advantage there is rightly no gradient, and that has its own finding."""
+    """The gradient is zero although some advantages are not; all of them zero is a finding of its own."""
     has_signal = any(values.get("advantage/zero_fraction", 0.0) < 1.0 for values in last)
     return has_signal and _always("grad_norm", 0.0)(first, last)
 
 
 def _collapses(first: Sequence[Values], last: Sequence[Values]) -> bool:
-    """Length up, perplexity down and KL up, all three against the first steps of the run.
+    """Length up, perplexity down and KL up, all three compared with the first steps of the run.
 
-    PPO-max (arXiv:2307.04964 section 5) names the three and no numbers; these are rules of thumb.
+    PPO-max (arXiv:2307.04964 section 5) names the three signs but gives no numbers; these are rules of thumb.
     """
     if not all(values.keys() >= PATTERN for values in (*first, *last)):
         return False
@@ -86,6 +93,7 @@ def _collapses(first: Sequence[Values], last: Sequence[Values]) -> bool:
     return longer and flatter and further
 
 
+# the metrics that `_collapses` compares
 PATTERN = {"length/mean", "perplexity", "kl/ref"}
 FINDINGS = (
     Finding(
@@ -103,7 +111,8 @@ FINDINGS = (
     Finding(
         "truncated",
         _always("length/truncated", 1.0),
-        "every completion is cut at the token limit; raise rollout.max_completion_tokens, or ask for less",
+        "every completion is cut at the token limit; raise rollout.max_completion_tokens, or ask for shorter "
+        "completions in the prompts",
     ),
     Finding(
         "broken",
@@ -115,14 +124,15 @@ FINDINGS = (
         "gradient",
         _nothing_moves,
         "the gradient is exactly zero although there are advantages, so no parameter changes; check that "
-        "parameters are trainable and that the loss mask leaves tokens to learn from",
+        "parameters are trainable and that the loss mask is True for some tokens",
     ),
     Finding(
         "collapse",
         _collapses,
         "completions get longer, their perplexity falls and the KL to the reference rises: the policy "
-        "settles on a pattern that pleases the reward and means nothing; read RUN/samples.jsonl, raise "
-        "algorithm.kl.coef (or give it a target), lower learner.lr, constrain the reward (ppo_max)",
+        "has probably found a pattern that the reward function favours without being better; read "
+        "RUN/samples.jsonl, raise algorithm.kl.coef (or set algorithm.kl.target), lower learner.lr, or "
+        "normalise and clip the reward as algorithm.name=ppo_max does",
     ),
 )
 NEVER_ENDED = Finding(

@@ -1,13 +1,13 @@
-"""The record of a run: RUN/metrics.jsonl, RUN/samples.jsonl, TensorBoard and others, and what a person sees.
+"""`Monitor`: times phases, writes metrics.jsonl and samples.jsonl, and feeds the display, sinks and warnings.
 
     with Monitor.start(run, sinks=[], total_steps=20, samples_per_step=2, settings={}) as monitor:
-        monitor.phase("rollout")    # ends the phase before; its seconds become time/rollout of this step
+        monitor.phase("rollout")    # ends the previous phase; its seconds become time/rollout of this step
         monitor.phase("learn")
         monitor.log(1, metrics)
 
-Nothing here raises into training once it has started. A sink that fails is named once and left out from then
-on. A line of metrics.jsonl or samples.jsonl that cannot be written (the disk is full) is kept and written
-with the next one: the run goes on, and stops with a clear error where it would lose work, at its checkpoint.
+Once a run has started, no error of monitoring stops it. A sink that fails is reported once and then not used.
+A line of metrics.jsonl or samples.jsonl that cannot be written (the disk is full) is kept and written with
+the next one. The run stops only where it would lose work: when a checkpoint cannot be written.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from rlhf.monitoring.health import HealthWatch
 from rlhf.monitoring.progress import Display, SilentDisplay, open_display
 from rlhf.monitoring.records import append_eval, describe_eval
 from rlhf.monitoring.run_folder import RunFolder
-from rlhf.monitoring.samples import Shown, TokenTexts
+from rlhf.monitoring.samples import ShownGroups, TokenTexts
 from rlhf.monitoring.sinks import Sink, SinkName, make_sink
 from rlhf.types import Experience, Group
 
 
 class Stream:
-    """JSON lines, each of which is there whole or not at all."""
+    """A file of JSON lines; each line is written whole or not at all."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.waiting: list[str] = []
 
     def append(self, entry: Mapping[str, Any]) -> OSError | None:
-        """Writes the entry and those before it that could not be written; returns why it could not."""
+        """Writes the entry and the earlier ones that could not be written; returns the error, if any."""
         self.waiting.append(json.dumps(entry, ensure_ascii=False, allow_nan=False, default=str) + "\n")
         try:
             self._write("".join(self.waiting).encode())
@@ -51,7 +51,7 @@ class Stream:
         return None
 
     def _write(self, content: bytes) -> None:
-        # opened anew each time: a resumed run cuts the file by replacing it
+        # opened for each write: a resumed run shortens the file by replacing it
         with self.path.open("ab", buffering=0) as file:
             size = file.tell()
             try:
@@ -64,7 +64,7 @@ class Stream:
 
 
 class Phase:
-    """What `Monitor.phase` returns. As a context manager it is no part of a step (an evaluation, say)."""
+    """What `Monitor.phase` returns. In a `with` block, the phase does not count in the time of a step."""
 
     def __init__(self, monitor: Monitor) -> None:
         self.monitor = monitor
@@ -77,7 +77,7 @@ class Phase:
 
 
 class Monitor:
-    """One a run, on the first rank; the others have `Monitor.silent()`."""
+    """The monitor of a run, on rank 0; the other ranks have `Monitor.silent()`."""
 
     def __init__(
         self,
@@ -96,14 +96,15 @@ class Monitor:
         self.samples_per_step = samples_per_step
         self.texts = texts
         self.watch: HealthWatch | None = None
-        self._shown: Shown | None = None
-        self._told: set[Path] = set()
+        self._shown: ShownGroups | None = None
+        self._reported: set[Path] = set()
         self.on_phase: Callable[[str], None] | None = None
-        """Is told of each phase as it begins."""
+        """Called with the name of each phase as it begins."""
         self._phase: str | None = None
         self._phase_since = 0.0
         self._step_since: float | None = None
         self._outside = 0.0
+        """Seconds since the step began that do not count in it: evaluations, checkpoints."""
         self._seconds: dict[str, float] = {}
 
     @classmethod
@@ -117,8 +118,8 @@ class Monitor:
         settings: Mapping[str, Any],
         texts: TokenTexts | None = None,
     ) -> Monitor:
-        """Opens the sinks by name; `settings` is what W&B and trackio show as the run's config. With `texts`
-        the completions in RUN/samples.jsonl are written token by token too.
+        """Opens the sinks and the display. `settings` is what W&B and trackio show as the config of the run.
+        With `texts`, RUN/samples.jsonl also has the tokens of each completion.
 
         Raises SinkError as `make_sink` does.
         """
@@ -128,7 +129,7 @@ class Monitor:
 
     @classmethod
     def silent(cls) -> Monitor:
-        """Times phases and writes nothing."""
+        """A monitor that times phases and writes and shows nothing."""
         return cls(None, sinks=(), display=SilentDisplay(), samples_per_step=0)
 
     def __enter__(self) -> Monitor:
@@ -140,7 +141,7 @@ class Monitor:
         self.close()
 
     def phase(self, name: str) -> Phase:
-        """Begins a phase and ends the one before. Phases of one name add up to `time/<name>` of the step."""
+        """Begins a phase and ends the previous one. Phases of one name add up to `time/<name>` of a step."""
         self.end_phase()
         now = time.monotonic()
         self._phase, self._phase_since = name, now
@@ -160,44 +161,44 @@ class Monitor:
             self.display.enter(None)
 
     def log(self, step: int, metrics: Mapping[str, Partial]) -> None:
-        """Records one step, with `time/<phase>` and `time/step` (from its first phase on) where not given.
+        """Records one step. Adds `time/<phase>`, and `time/step` from the first phase on, where not given.
 
-        An evaluation or a checkpoint, a phase in a `with` block, is timed too, but outside of `time/step`.
-        What is no finite number is null in metrics.jsonl and left out elsewhere.
+        A phase in a `with` block (an evaluation, a checkpoint) has its own time, which `time/step` excludes.
+        A value that is not finite is null in metrics.jsonl and left out elsewhere.
         """
         values = {**self._times(), **{name: float(partial.value) for name, partial in metrics.items()}}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if self.watch is None:
-            self.watch = self._watch()
+            self.watch = self._new_watch()
         if self.metrics is not None:
             self._append(self.metrics, {"step": step, **{name: finite.get(name) for name in values}})
         self._write(step, finite)
         self.display.advance(step, finite)
-        for text in self.watch.look(finite):
+        for text in self.watch.check(finite):
             self.warn(text)
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Records an evaluation  in RUN/eval.json and as `eval/accuracy`, and says it."""
+        """Records an evaluation in RUN/eval.json and as the metric `eval/accuracy`, and prints it."""
         if self.run is None:
             return
         try:
             append_eval(self.run, record)
         except OSError as error:
-            self.warn(f"{self.run.evaluations} cannot be written, this evaluation is missing there: {error}")
+            self.warn(f"{self.run.evaluations} cannot be written; this evaluation is missing in it: {error}")
         self._write(record["step"], {"eval/accuracy": record["accuracy"]})
         self.note(describe_eval(record))
 
     def samples(self, step: int, groups: Sequence[Group], experience: Experience | None = None) -> None:
-        """Records the completions of the first `samples_per_step` groups; `experience` begins with these.
+        """Takes the first `samples_per_step` groups of a step, for RUN/samples.jsonl.
 
-        They are written by `learned`, or when the run ends.
+        `experience` must begin with the tokens of these groups. `learned` writes them, or the end of the run.
         """
         self.learned(None)
         if self.groups is not None and self.samples_per_step:
-            self._shown = Shown(step, tuple(groups[: self.samples_per_step]), experience)
+            self._shown = ShownGroups(step, tuple(groups[: self.samples_per_step]), experience)
 
     def learned(self, entropy: Tensor | None) -> None:
-        """The step's samples have been learned from; `entropy` `[N]` is that of the experience's tokens."""
+        """Writes the samples of the step after its updates; `entropy` `[N]`: that of each token."""
         if self._shown is not None and self.groups is not None:
             for record in self._shown.records(self.texts, entropy):
                 self._append(self.groups, record)
@@ -210,7 +211,7 @@ class Monitor:
         self.display.say(text, warning=True)
 
     def close(self) -> None:
-        """Closes sinks and display, and says what could not be written. A second time does nothing."""
+        """Closes sinks and display, and reports what could not be written. A second call does nothing."""
         self.end_phase()
         self.learned(None)
         for sink in tuple(self.sinks):
@@ -225,10 +226,10 @@ class Monitor:
                 stream.waiting.clear()
         self.display.close()
 
-    def _watch(self) -> HealthWatch:
-        """One that knows the steps which a resumed run made before."""
+    def _new_watch(self) -> HealthWatch:
+        """A HealthWatch that has the earlier steps of a resumed run."""
         watch = HealthWatch()
-        # what cannot be read is written anew soon, and said then
+        # an error here is not reported: writing to the same file fails soon after, and is reported then
         with suppress(OSError, ValueError):
             known = self.run is not None and self.run.metrics.is_file()
             lines = self.run.metrics.read_text(encoding="utf-8").split("\n") if self.run and known else []
@@ -254,12 +255,10 @@ class Monitor:
 
     def _append(self, stream: Stream, entry: Mapping[str, Any]) -> None:
         error = stream.append(entry)
-        if error is not None and stream.path not in self._told:
-            self._told.add(stream.path)
-            self.warn(f"{stream.path} cannot be written, its lines are kept until it can: {error}")
+        if error is not None and stream.path not in self._reported:
+            self._reported.add(stream.path)
+            self.warn(f"{stream.path} cannot be written; its lines are kept and written later: {error}")
 
     def _drop(self, sink: Sink, error: Exception) -> None:
         self.sinks.remove(sink)
-        self.warn(
-            f"{type(sink).__name__} failed and is left out from here on: {type(error).__name__}: {error}"
-        )
+        self.warn(f"{type(sink).__name__} failed and is not used any more: {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live panel on a terminal, one line a step anywhere else."""
+"""The display of a run in progress: a live panel on a terminal, one line for each step elsewhere."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from rich.text import Text
 Values = Mapping[str, float]
 
 RECENT = 10
+"""Steps in the mean of recent rewards, and in the pace from which the time left is estimated."""
 BARS = "▁▂▃▄▅▆▇█"
 WARNING = "yellow"
 
 
-class Shown(NamedTuple):
-    """A metric that is shown, its label and its format."""
+class ShownMetric(NamedTuple):
+    """A metric that the display shows, with its label, format and unit."""
 
     name: str
     label: str
@@ -33,26 +34,26 @@ class Shown(NamedTuple):
 
 
 SHOWN = (
-    Shown("reward/mean", "reward", "{:.3f}"),
-    Shown("kl/ref", "kl", "{:.4f}"),
-    Shown("entropy", "entropy", "{:.2f}"),
-    Shown("length/mean", "length", "{:.1f}"),
-    Shown("length/truncated", "truncated", "{:.0%}"),
-    Shown("throughput/tokens_per_second", "", "{:.0f}", " tok/s"),
-    Shown("time/step", "", "{:.1f}", " s"),
+    ShownMetric("reward/mean", "reward", "{:.3f}"),
+    ShownMetric("kl/ref", "kl", "{:.4f}"),
+    ShownMetric("entropy", "entropy", "{:.2f}"),
+    ShownMetric("length/mean", "length", "{:.1f}"),
+    ShownMetric("length/truncated", "truncated", "{:.0%}"),
+    ShownMetric("throughput/tokens_per_second", "", "{:.0f}", " tok/s"),
+    ShownMetric("time/step", "", "{:.1f}", " s"),
 )
-PARTS = ("time/rollout", "time/reward", "time/learn", "time/sync")
+PHASE_TIMES = ("time/rollout", "time/reward", "time/learn", "time/sync")
 
 
 def duration(seconds: float) -> str:
-    """`0:07`, `12:30`, `1:02:03`."""
+    """Seconds as `0:07`, `12:30` or `1:02:03`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def sparkline(numbers: Sequence[float], width: int) -> str:
-    """The last `width` numbers as bars from the least to the largest of them."""
+    """The last `width` numbers as bars, from the smallest to the largest of them; NaN is left out."""
     shown = [x for x in numbers if x == x][-width:]
     if not shown:
         return ""
@@ -61,8 +62,8 @@ def sparkline(numbers: Sequence[float], width: int) -> str:
     return "".join(BARS[round((x - low) * scale)] for x in shown)
 
 
-class Course:
-    """How far a run is and what its last steps said; both displays read it."""
+class Progress:
+    """How far a run is, its current phase and the metrics of its last step, for both displays."""
 
     def __init__(self, name: str, total_steps: int) -> None:
         self.name = name
@@ -84,8 +85,8 @@ class Course:
         self._finished = [*self._finished[-RECENT:], time.monotonic()]
 
     @property
-    def left(self) -> float | None:
-        """Seconds to the last step, at the pace of the last few with all that lay between them."""
+    def seconds_left(self) -> float | None:
+        """Estimate from the pace of the last steps, with evaluations and checkpoints; None before step 1."""
         if len(self._finished) < 2:
             first = self.values.get("time/step")
             return None if first is None else first * (self.total_steps - self.step)
@@ -95,7 +96,7 @@ class Course:
 
 @runtime_checkable
 class Display(Protocol):
-    """Told of every event of a run."""
+    """Shows a run: phases, the metrics of each step, notes and warnings."""
 
     def enter(self, phase: str | None) -> None: ...
     def advance(self, step: int, values: Values) -> None: ...
@@ -104,7 +105,7 @@ class Display(Protocol):
 
 
 class SilentDisplay:
-    """For ranks other than the first, and for tests."""
+    """Shows nothing: for all ranks but the first, and for tests."""
 
     def enter(self, phase: str | None) -> None:
         pass
@@ -120,22 +121,22 @@ class SilentDisplay:
 
 
 class Lines:
-    """One aligned line a step."""
+    """Writes one line for each step, with aligned columns."""
 
-    def __init__(self, course: Course, console: Console) -> None:
-        self.course = course
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self.progress = progress
         self.console = console
         self._widths: dict[str, int] = {}
 
     def enter(self, phase: str | None) -> None:
-        self.course.enter(phase)
+        self.progress.enter(phase)
 
     def advance(self, step: int, values: Values) -> None:
-        self.course.advance(step, values)
-        total = str(self.course.total_steps)
+        self.progress.advance(step, values)
+        total = str(self.progress.total_steps)
         fields = [f"step {step:>{len(total)}}/{total}", *self._fields(values)]
-        if self.course.left is not None:
-            fields.append(f"eta {duration(self.course.left)}")
+        if self.progress.seconds_left is not None:
+            fields.append(f"eta {duration(self.progress.seconds_left)}")
         self._print("  ".join(fields))
 
     def say(self, text: str, *, warning: bool) -> None:
@@ -145,7 +146,7 @@ class Lines:
         pass
 
     def _fields(self, values: Values) -> list[str]:
-        """A field keeps the widest size that it had, so that lines stay aligned."""
+        """Each field is as wide as it has ever been, so that lines stay aligned."""
         fields: list[str] = []
         for shown in SHOWN:
             if shown.name in values:
@@ -155,61 +156,61 @@ class Lines:
         return fields
 
     def _print(self, line: str) -> None:
-        # not through rich, which would break a long line at 80 columns
+        # not through rich, which would wrap a long line at 80 columns
         self.console.file.write(line + "\n")
         self.console.file.flush()
 
 
 class Panels:
-    """A panel that stays at the bottom of the terminal; whatever else is printed goes above it."""
+    """A panel that stays at the bottom of the terminal; all other output appears above it."""
 
-    def __init__(self, course: Course, console: Console) -> None:
-        self.course = course
+    def __init__(self, progress: Progress, console: Console) -> None:
+        self.progress = progress
         self.console = console
         self.live = Live(get_renderable=self.render, console=console, refresh_per_second=4)
         self.live.start()
 
     def enter(self, phase: str | None) -> None:
-        self.course.enter(phase)
+        self.progress.enter(phase)
 
     def advance(self, step: int, values: Values) -> None:
-        self.course.advance(step, values)
+        self.progress.advance(step, values)
 
     def say(self, text: str, *, warning: bool) -> None:
         self.console.print(Text(f"warning: {text}" if warning else text, style=WARNING if warning else ""))
 
     def close(self) -> None:
-        self.course.enter(None)
+        self.progress.enter(None)
         self.live.stop()
 
     def render(self) -> RenderableType:
-        course = self.course
+        progress = self.progress
         rows: list[RenderableType] = [self._bar()]
-        if course.values:
+        if progress.values:
             rows += [self._reward(), Columns(self._cells(), padding=(0, 3))]
-            rows += [row for row in (self._split(),) if row is not None]
-        if course.phase is not None or not course.values:
-            waited = duration(time.monotonic() - course.phase_since)
-            rows.append(Spinner("dots", Text.assemble(course.phase or "starting", (f"  {waited}", "dim"))))
-        return Panel(Group(*rows), title=Text(course.name), title_align="left", border_style="dim")
+            rows += [row for row in (self._step_time(),) if row is not None]
+        if progress.phase is not None or not progress.values:
+            waited = duration(time.monotonic() - progress.phase_since)
+            rows.append(Spinner("dots", Text.assemble(progress.phase or "starting", (f"  {waited}", "dim"))))
+        return Panel(Group(*rows), title=Text(progress.name), title_align="left", border_style="dim")
 
     def _bar(self) -> RenderableType:
-        course = self.course
+        progress = self.progress
         grid = Table.grid(padding=(0, 1), expand=True)
         grid.add_column()
         grid.add_column(ratio=1)
         grid.add_column()
-        spent = f"{duration(time.monotonic() - course.since)} spent"
-        left = "" if course.left is None else f", {duration(course.left)} left"
+        spent = f"{duration(time.monotonic() - progress.since)} spent"
+        left = "" if progress.seconds_left is None else f", {duration(progress.seconds_left)} left"
         grid.add_row(
-            f"step {course.step}/{course.total_steps}",
-            ProgressBar(total=course.total_steps, completed=course.step),
+            f"step {progress.step}/{progress.total_steps}",
+            ProgressBar(total=progress.total_steps, completed=progress.step),
             Text(spent + left, style="dim"),
         )
         return grid
 
     def _reward(self) -> RenderableType:
-        rewards = self.course.rewards
+        rewards = self.progress.rewards
         if not rewards:
             return Text("")
         text = Text.assemble(("reward ", "dim"), (f"{rewards[-1]:.3f}", "bold"))
@@ -224,28 +225,28 @@ class Panels:
     def _cells(self) -> list[Text]:
         cells: list[Text] = []
         for shown in SHOWN:
-            if shown.name in self.course.values and shown.name not in ("reward/mean", "time/step"):
-                number = shown.format.format(self.course.values[shown.name])
+            if shown.name in self.progress.values and shown.name not in ("reward/mean", "time/step"):
+                number = shown.format.format(self.progress.values[shown.name])
                 cells.append(Text.assemble((f"{shown.label} ".lstrip(), "dim"), number, (shown.unit, "dim")))
         return cells
 
-    def _split(self) -> Text | None:
-        values = self.course.values
+    def _step_time(self) -> Text | None:
+        values = self.progress.values
         if "time/step" not in values:
             return None
         text = Text.assemble(("a step ", "dim"), f"{values['time/step']:.1f} s")
-        for i, name in enumerate(name for name in PARTS if name in values):
+        for i, name in enumerate(name for name in PHASE_TIMES if name in values):
             text.append(" = " if i == 0 else " + ", style="dim")
             text.append(f"{name.removeprefix('time/')} ", style="dim").append(f"{values[name]:.1f}")
         return text
 
 
 def open_display(name: str, total_steps: int) -> Display:
-    """The panel where stdout or stderr is a terminal, lines on stdout where neither is."""
-    course = Course(name, total_steps)
+    """A panel where stdout or stderr is a terminal, otherwise lines on stdout."""
+    progress = Progress(name, total_steps)
     stdout, stderr = Console(), Console(stderr=True)
     for console in (stdout, stderr):
-        # is_terminal alone is true in a pipe too where FORCE_COLOR is set
+        # is_terminal alone would be true in a pipe too, if FORCE_COLOR is set
         if console.file.isatty() and console.is_terminal and not console.is_dumb_terminal:
-            return Panels(course, console)
-    return Lines(course, stdout)
+            return Panels(progress, console)
+    return Lines(progress, stdout)

@@ -1,4 +1,4 @@
-"""What a run writes, and who: the first rank holds the folder and keeps the record, the others are silent."""
+"""Opens the run folder and the monitor of a run on rank 0; the other ranks get a silent monitor."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def recording(
     samples_per_step: int = 0,
     texts: TokenTexts | None = None,
 ) -> Generator[Monitor]:
-    """Claims the folder and starts its monitor; closes and leaves both at the end.
+    """Claims the folder and starts its monitor; closes the monitor and releases the folder at the end.
 
-    Raises RunFolderError as `RunFolder.claim`, SinkError as `Monitor.start` do.
+    Raises RunFolderError as `RunFolder.claim` does, and SinkError as `Monitor.start` does.
     """
     if not world.is_main:
         yield Monitor.silent()

@@ -1,8 +1,8 @@
-"""The folder of a run: what lies where, who may write, and how a resumed run takes up its streams.
+"""The folder of a run: the paths of its files, its lock, and what a resumed run drops from its files.
 
-RUN/config.yaml     every setting in force        RUN/checkpoints/
+RUN/config.yaml     the value of every setting    RUN/checkpoints/
 RUN/metrics.jsonl   one object a step             RUN/tensorboard/
-RUN/samples.jsonl   one object a shown group      RUN/report.html
+RUN/samples.jsonl   one object a recorded group   RUN/report.html
 RUN/eval.json       one object an evaluation      RUN/.lock
 RUN/rewards.log     what reward functions print
 """
@@ -31,7 +31,7 @@ class RunFolderError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """Names everything a run writes. Writing needs a `claim`, reading does not."""
+    """The paths of everything that a run writes. Writing needs a `claim`, reading does not."""
 
     path: Path
 
@@ -72,21 +72,21 @@ class RunFolder:
         return self.path / ".lock"
 
     def has_run(self) -> bool:
-        """Whether a run left steps or checkpoints here; one that failed before its first step did not."""
+        """Whether the folder has steps or checkpoints; a run that failed before step 1 leaves none."""
         logged = self.metrics.is_file() and self.metrics.stat().st_size > 0
         return logged or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
 
     def settings(self) -> str | None:
-        """What config.yaml says, if there is one."""
+        """The text of config.yaml, if there is one."""
         return self.config.read_text(encoding="utf-8") if self.config.is_file() else None
 
     @contextmanager
     def claim(self, *, config: str, resume: bool) -> Generator[None]:
-        """Makes the folder this process's own while the context lasts, and writes `config` to config.yaml.
+        """Locks the folder for this process while the context lasts, and writes `config` to config.yaml.
 
-        With `resume` and no run there, a new one begins. Raises RunFolderError: another process holds the
-        folder (its pid and host are named), there is a run and `resume` was not asked for, there is something
-        else, or it cannot be created.
+        With `resume` and no run in the folder, a new run begins. Raises RunFolderError when another process
+        has locked the folder (the message names its pid and host), when there is a run and `resume` is false,
+        when there are other files, or when the folder cannot be created.
         """
         self._assert_ours()
         try:
@@ -109,14 +109,14 @@ class RunFolder:
             os.close(descriptor)
 
     def cut(self, *, after: int, sampled: int | None = None) -> None:
-        """Drops what the streams have of steps later than `after`, so that a resumed run logs each step once.
+        """Drops the entries of steps after `after`, so that a resumed run logs each step once.
 
-        `sampled`: the step whose completions are shown already, where it is not `after`.
-        A run that found no checkpoint begins again: `cut(after=-1)`. A line torn by a kill is dropped too.
+        `sampled`: the last step to keep in samples.jsonl, where that is not `after`. A run without a
+        checkpoint begins again: `cut(after=-1)`. A last line that a kill left incomplete is dropped too.
         """
         for stream, last in ((self.metrics, after), (self.samples, after if sampled is None else sampled)):
             if stream.is_file():
-                # not splitlines, which takes some characters inside of a text for line ends
+                # not splitlines, which would also split at characters such as U+2028 within a text
                 lines = stream.read_text(encoding="utf-8", errors="replace").split("\n")
                 kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last]
                 write_atomically(stream, "".join(line + "\n" for line in kept))
@@ -131,11 +131,11 @@ class RunFolder:
         known = (self.lock, self.metrics, self.checkpoints)
         if self.path.is_dir() and any(self.path.iterdir()) and not any(p.exists() for p in known):
             raise RunFolderError(
-                f"{self.path} holds files, and none of a run; choose another run_dir, empty or not there yet"
+                f"{self.path} holds files that are not those of a run; choose another run_dir, new or empty"
             )
 
     def _hold(self, descriptor: int) -> None:
-        """The system lets go of the lock when the process ends, however it ends."""
+        """Takes the lock. The system releases it when the process ends, however it ends."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -149,16 +149,18 @@ class RunFolder:
 
 
 def changed_settings(before: str, now: str) -> list[str]:
-    """What differs between two config.yaml, as `learner.lr: 1e-05 -> 2e-05`; how long, how often and where to
-    write is left out."""
+    """The settings that differ between two config.yaml, as `learner.lr: 1e-05 -> 2e-05`.
+
+    Settings that do not change what is learned, such as where and how often to write, are left out.
+    """
     old, new = (dict(flat_settings(yaml.safe_load(text) or {})) for text in (before, now))
-    aside = ("run_dir", "steps", "checkpoint.", "monitor.", "eval.", "data.eval", "distributed.")
-    keys = [key for key in old if key in new and not key.startswith(aside)]
+    ignored = ("run_dir", "steps", "checkpoint.", "monitor.", "eval.", "data.eval", "distributed.")
+    keys = [key for key in old if key in new and not key.startswith(ignored)]
     return [f"{key}: {old[key]} -> {new[key]}" for key in keys if old[key] != new[key]]
 
 
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and their values."""
+    """Pairs of a dotted key and its value, as `("learner.lr", 1e-05)`."""
     for key, value in tree.items():
         if isinstance(value, dict) and value:
             yield from flat_settings(cast(dict[str, Any], value), f"{prefix}{key}.")

@@ -1,13 +1,15 @@
-"""RUN/samples.jsonl: a few groups a step with all that was made of them, one object a group:
+"""The records of RUN/samples.jsonl: a few groups of each step, with rewards, advantages and entropies.
+
+Each line is an object for one group:
 
     {"step": 3, "prompt_id": "train.jsonl:7", "prompt": "What is 3 + 5?", "completions": [
         {"text": "8", "reward": 1.0, "objectives": {"right": 1.0}, "finish_reason": "stop", "num_tokens": 2,
          "tokens": ["8", "<|im_end|>"], "advantage": 0.7, "entropy": [1.2, 0.1]}, ...]}
 
-`advantage` is one number where all tokens of a completion have the same, else one a token; `entropy` is that
-of the whole vocabulary in the pass that the policy learned from, in nats. Both are absent where the
-completion was not learned from, and `entropy` where its group taught nothing, so that no pass was made, or
-where the run was stopped between the updates of the step.
+`advantage` is one number where all tokens of a completion have the same advantage, else a list with one
+number for each token. `entropy` (nats, whole vocabulary) is from the forward pass of the update. A completion
+that was not learned from has neither. `entropy` is also absent where the group was skipped (all its
+advantages were 0) and where the run was stopped between two updates of the step.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ DIGITS = 4
 
 
 class TokenTexts:
-    """The text of single tokens, special ones included."""
+    """Turns token ids into the text of each token, special tokens included."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -40,15 +42,15 @@ class TokenTexts:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
-    """The first groups of a step, and the experience in which they come first."""
+class ShownGroups:
+    """The groups of a step that are recorded, and the experience that begins with their tokens."""
 
     step: int
     groups: tuple[Group, ...]
     experience: Experience | None
 
     def records(self, texts: TokenTexts | None, entropy: Tensor | None) -> list[dict[str, Any]]:
-        """`entropy` `[N]` of the experience's tokens, NaN where it was not measured."""
+        """One object for each group. `entropy` `[N]`: of the experience's tokens, NaN where not measured."""
         places = self._places()
         return [
             {
@@ -56,14 +58,15 @@ class Shown:
                 "prompt_id": group.prompt.id,
                 "prompt": _content(group),
                 "completions": [
-                    _said(t, texts) | self._measured(places.get(id(t)), entropy) for t in group.trajectories
+                    _completion(t, texts) | self._measured(places.get(id(t)), entropy)
+                    for t in group.trajectories
                 ],
             }
             for group in self.groups
         ]
 
     def _places(self) -> dict[int, slice]:
-        """Where the tokens of each trajectory that is learned from stand in the experience."""
+        """The slice of the experience's tokens of each trajectory that is learned from, by its `id()`."""
         places: dict[int, slice] = {}
         start = 0
         for trajectory in (t for group in self.groups for t in group.trajectories if is_learnable(t)):
@@ -83,15 +86,15 @@ class Shown:
         return found
 
 
-def _said(trajectory: Trajectory, texts: TokenTexts | None) -> dict[str, Any]:
-    said: dict[str, Any] = {
+def _completion(trajectory: Trajectory, texts: TokenTexts | None) -> dict[str, Any]:
+    record: dict[str, Any] = {
         "text": trajectory.text,
         "reward": finite(trajectory.reward),
         "objectives": {name: finite(value) for name, value in trajectory.objectives.items()},
         "finish_reason": str(trajectory.finish_reason),
         "num_tokens": sum(trajectory.loss_mask),
     }
-    return said if texts is None else said | {"tokens": texts(trajectory.token_ids)}
+    return record if texts is None else record | {"tokens": texts(trajectory.token_ids)}
 
 
 def _content(group: Group) -> Any:

@@ -1,4 +1,4 @@
-"""Where metrics go beside RUN/metrics.jsonl: TensorBoard, W&B, trackio. Imported only when asked for."""
+"""Sinks of metrics besides RUN/metrics.jsonl: TensorBoard, Weights & Biases, trackio (`monitor.sinks`)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class SinkError(ValueError):
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes the finite values of a step."""
+    """Receives the finite metrics of each step."""
 
     @property
     def failures(self) -> tuple[type[Exception], ...]:
-        """What it may raise when its disk or its service fails."""
+        """The errors that `write` and `close` may raise when a disk or a service fails."""
         ...
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
@@ -35,7 +35,7 @@ class Sink(Protocol):
 
 
 class TensorBoard:
-    """Event files in RUN/tensorboard. A resumed run hides what the earlier one logged of later steps."""
+    """Event files in RUN/tensorboard. A resumed run hides later steps that were logged before."""
 
     failures = (OSError, RuntimeError, ValueError)
 
@@ -57,7 +57,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases. RUN/wandb_id names the record there, so that a resumed run continues it."""
+    """Weights & Biases. RUN/wandb_id holds the id of the run there, so that a resumed run continues it."""
 
     def __init__(self, run: RunFolder, settings: Mapping[str, Any]) -> None:
         self.module = _import("wandb", extra="wandb")
@@ -82,7 +82,7 @@ class WandB:
 
 
 class Trackio:
-    """trackio knows a record by its project and name alone, so RUN/trackio_id is a part of the name."""
+    """trackio identifies a run by project and name only, so the name contains the id in RUN/trackio_id."""
 
     failures = (sqlite3.Error, OSError, RuntimeError, ValueError, TypeError)
 
@@ -101,7 +101,10 @@ class Trackio:
 
 
 def make_sink(name: SinkName, run: RunFolder, settings: Mapping[str, Any]) -> Sink:
-    """Raises SinkError: the package is not installed, or its service refuses (not logged in, no network)."""
+    """Opens a sink by name.
+
+    Raises SinkError when its package is not installed, or its service refuses (not logged in, no network).
+    """
     match name:
         case "tensorboard":
             return TensorBoard(run)
@@ -117,15 +120,16 @@ def _starting(name: str, failures: tuple[type[Exception], ...]) -> Generator[Non
         yield
     except failures as error:
         raise SinkError(
-            f"monitor.sinks asks for {name}, which does not start: {str(error).rstrip('.')}; or leave it out"
+            f"monitor.sinks asks for {name}, which does not start: {str(error).rstrip('.')}; mend that, or "
+            f"remove {name} from monitor.sinks"
         ) from error
 
 
-def _identity(record: Path) -> str:
-    """Drawn once a run: two folders may have one name, and a folder may have had a run before."""
-    if not record.exists():
-        write_atomically(record, uuid.uuid4().hex[:12])
-    return record.read_text()
+def _identity(file: Path) -> str:
+    """The id in the file, drawn at random when the run begins: names of folders are not unique."""
+    if not file.exists():
+        write_atomically(file, uuid.uuid4().hex[:12])
+    return file.read_text()
 
 
 def _import(name: str, *, extra: str | None) -> ModuleType:
@@ -134,5 +138,5 @@ def _import(name: str, *, extra: str | None) -> ModuleType:
     except ModuleNotFoundError as error:
         remedy = f"pip install 'tandem-rl[{extra}]'" if extra else f"pip install {error.name}"
         raise SinkError(
-            f"monitor.sinks asks for {name}, which is not installed; {remedy}, or leave it out"
+            f"monitor.sinks asks for {name}, which is not installed; {remedy}, or remove it from the list"
         ) from error

@@ -1,1 +1,1 @@
-"""Everything that can be known of a run before weights are loaded; `rlhf check` is nothing else."""
+"""Everything a run checks, reads and estimates before it loads weights; `rlhf check` does only this."""

@@ -1,4 +1,4 @@
-"""What `rlhf check` and the start of a run say of the settings and the data."""
+"""The text of `rlhf check` about settings and data, and the warnings that a run prints when it starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rlhf.types import AdvantageInputs
 
 
 def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator[str]:
-    """What a run of this config will do: the lines `rlhf check` prints."""
+    """What a run of this config will do: the lines that `rlhf check` prints."""
     rollout, learner = config.rollout, config.learner
     lengths = sorted(len(p.token_ids) for p in inputs.train.prompts)
     samples = rollout.prompts_per_step * rollout.group_size
@@ -30,7 +30,7 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         f"data         {len(inputs.train)} prompts of {lengths[0]} to {lengths[-1]} tokens "
         f"(median {statistics.median(lengths):.0f}), {inputs.train.skipped} skipped as too long"
     )
-    yield from _describe_pictures(config, inputs)
+    yield from _describe_images(config, inputs)
     yield f"held out     {_held_out(config, inputs)}"
     yield from _describe_completions(config, inputs, world_size)
     updates = learner.epochs * learner.minibatches
@@ -54,21 +54,21 @@ def _held_out(config: Config, inputs: Inputs) -> str:
     several = len(config.reward.functions) > 1
     what = config.reward.success_objective or ("the weighted sum of rewards" if several else "the reward")
     return (
-        f"{len(inputs.eval)} prompts x {config.eval.samples} samples; right where {what} is at least "
+        f"{len(inputs.eval)} prompts x {config.eval.samples} samples; correct where {what} is at least "
         f"{config.reward.success_threshold:g}"
     )
 
 
-def _describe_pictures(config: Config, inputs: Inputs) -> Iterator[str]:
-    pictures = [len(p.images or ()) for p in inputs.train.prompts]
-    if any(pictures):
-        seeing = sum(n > 0 for n in pictures)
-        yield f"pictures     {sum(pictures)}, with {seeing} of the {len(pictures)} prompts"
+def _describe_images(config: Config, inputs: Inputs) -> Iterator[str]:
+    images = [len(p.images or ()) for p in inputs.train.prompts]
+    if any(images):
+        with_images = sum(n > 0 for n in images)
+        yield f"images       {sum(images)}, in {with_images} of the {len(images)} prompts"
     if inputs.algorithm.perception is not None:
-        given = config.perception
+        section = config.perception
         yield (
-            f"perception   coef {given.coef:g}, entropies {given.entropy_coef:g} and "
-            f"{given.masked_entropy_coef:g}; {given.ratio:.0%} of the {given.patch}-pixel patches hidden"
+            f"perception   coef {section.coef:g}, entropy_coef {section.entropy_coef:g}, masked_entropy_coef "
+            f"{section.masked_entropy_coef:g}; {section.ratio:.0%} of {section.patch}-pixel patches hidden"
         )
 
 
@@ -81,7 +81,7 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
         f"{adapter}"
     )
     if reference and lora is not None and config.model.reference is None:
-        reference = "the model, its adapter switched off"
+        reference = "the model with its adapter switched off"
     yield f"reference    {reference or 'none: no KL term, not loaded'}"
     if inputs.algorithm.critic is not None:
         start = config.critic.path or config.model.path
@@ -96,7 +96,7 @@ def _machine(config: Config, world_size: int) -> Machine:
 
 
 def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> Iterator[str]:
-    """Where a step's completions come from, and what gives them a reward."""
+    """Where the completions of a step come from, and which functions reward them."""
     rollout, data, offline = config.rollout, config.data, inputs.offline
     given = offline is not None and data.reward_column is not None
     functions = [f"{f.path} x {f.weight:g}" for f in config.reward.functions]
@@ -118,22 +118,22 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
         return
     if data.offline_steps:
         yield f"steps 1 to {data.offline_steps:<3}{first}, from the data"
-    yield f"then         {sampled}" + (", and the data's of the same prompts" if data.mix else "")
+    yield f"then         {sampled}" + (", and those in the data of the same prompts" if data.mix else "")
 
 
 def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
-    """What is allowed and hardly ever meant."""
+    """Warnings about settings that are allowed but hardly ever intended."""
     yield from inputs.algorithm.cautions
     learned = config.data.mode != "offline"
     if config.rollout.truncates and learned and not return_candidates(config, inputs.algorithm):
         yield (
             "rollout.top_k, top_p or min_p truncates the distribution, and with algorithm.mismatch.kind = "
-            "none samples are learned from as if it had not been"
+            "none the loss is computed as if it had not been truncated"
         )
     if config.rollout.group_size == 1 and learned and not _learns_from_one(inputs.algorithm):
         yield (
             f"rollout.group_size is 1, and {config.algorithm['name']} compares the completions of a prompt: "
-            "all advantages are 0, so no reward is learned from"
+            "all advantages are 0, so that no reward is learned from"
         )
     if config.rollout.prompts_per_step > len(inputs.train):
         yield (
@@ -142,14 +142,14 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
         )
     if inputs.offline is not None and inputs.offline.splitting:
         columns = ", ".join(inputs.offline.splitting)
-        yield f"completions of one prompt are not compared where they differ in the columns {columns}"
+        yield f"completions of one prompt form separate groups where they differ in the columns {columns}"
     if inputs.train.skipped > len(inputs.train):
-        left = len(inputs.train)
-        yield f"{inputs.train.skipped} prompts are skipped as too long, more than are left ({left})"
+        kept = len(inputs.train)
+        yield f"{inputs.train.skipped} prompts are skipped as too long, more than are kept ({kept})"
 
 
 def _learns_from_one(algorithm: Algorithm) -> bool:
-    """Whether two prompts with a completion each, of which one is right, have any advantage."""
+    """Whether two prompts with one completion each, of which one is correct, have any nonzero advantage."""
     if algorithm.critic is not None:
         return True
     one_each = torch.arange(2)

@@ -1,12 +1,13 @@
-"""What a run will take on each rank, before it starts: memory, and the time of a step.
+"""Estimates of memory and of the time of a step on each rank, from the settings and the config.json.
 
     estimate(config, inputs, world_size=8, machine=Machine.measured(...))
 
-Memory is added up from what the run allocates; every part has a name and the setting that changes it. Time is
-work divided by rates measured on this machine, a matrix product's and a copy's: a run reaches a part of these
-rates, so the time is a lower bound. Completions are taken to be as long as they may be.
+Memory is the sum of what the run allocates; every part has a name and a setting that changes it. Time is the
+number of operations or bytes, divided by the measured speed of a matrix product or of a copy on this machine. A
+run does not reach these speeds, so the time is a lower bound. All completions are assumed to have
+`rollout.max_completion_tokens` tokens.
 
-What is left out: the allocator's fragments, reward workers, buffers of collectives.
+Not included: fragmentation in the allocator, reward workers, buffers of collectives.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 WORKSPACE = 512 << 20
-"""What the log-probs may take beside the hidden states (kernels/token_stats)."""
+"""Bytes of logits that the log-probs may hold at once (the tiles of kernels/token_stats)."""
 When = Literal["always", "rollout", "learn"]
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A part of a rank's memory."""
+    """One part of the memory of a rank."""
 
     name: str
     bytes: int
     when: When
-    """Rollouts and updates take turns: what one needs is free in the other."""
+    """The phase in which it is allocated: memory of rollouts is free during updates, and the reverse."""
     setting: str
-    """What to change when it is too much."""
+    """The setting to change when it is too much."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Lower bounds for one step on one rank."""
+    """Lower bounds of the seconds of one step on one rank."""
 
     rollout: float
     learn: float
@@ -58,21 +59,22 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Of one rank; the first one has the most to do where prompts do not divide evenly."""
+    """The estimate for rank 0, which has the most to do where the prompts do not divide evenly."""
 
     memory: tuple[Item, ...]
     seconds: Seconds
     gathered: int
-    """Bytes that a rank sends in a step to those that share a model with it: weights, gradients of rows."""
+    """Bytes that a rank sends in a step to the ranks of its shard group: weights and gradients."""
     summed: int
-    """Bytes that it sends to those that hold the same rows, or the same model: gradients."""
+    """Bytes that a rank sends in a step to the ranks with the same shard or whole model: gradients."""
     machine: Machine
     ranks: int
     uncounted: str | None
+    """Memory that could not be estimated, as text; None where there is none."""
 
     @property
     def peak(self) -> int:
-        """Bytes at the fullest moment."""
+        """Bytes in the phase that needs the most."""
         return max(self.during("rollout"), self.during("learn"))
 
     @property
@@ -80,10 +82,11 @@ class Estimate:
         return self.peak <= self.machine.memory
 
     def during(self, when: When) -> int:
+        """Bytes in one phase."""
         return sum(item.bytes for item in self.memory if item.when in ("always", when))
 
     def lines(self) -> Iterator[str]:
-        """For people, as `rlhf check` prints them."""
+        """The estimate as `rlhf check` prints it."""
         has, peak, where = self.machine.memory / GIB, self.peak / GIB, self.machine.device
         yield f"memory       {peak:.2f} GiB a rank at the fullest moment, of {has:.1f} ({where})"
         for item in sorted(self.memory, key=lambda item: -item.bytes):
@@ -116,23 +119,27 @@ class Estimate:
 
 
 def estimate(config: Config, inputs: Inputs, *, world_size: int, machine: Machine) -> Estimate:
-    """Reads the config.json of each model and nothing else.
+    """The estimate of a run. Of each model only the config.json is read.
 
-    Raises ModelError, or ValueError: the ranks cannot be grouped as asked.
+    Raises ModelError when a model cannot be read, ValueError when ranks do not divide into shard groups.
     """
     dtype: torch.dtype = getattr(torch, config.model.dtype)
-    cut = 1
+    shards = 1
     if config.distributed.mode == "sharded" and world_size > 1:
-        cut = shard_ranks(config.distributed, world_size)
+        shards = shard_ranks(config.distributed, world_size)
     critic = None
     if inputs.algorithm.critic is not None and config.critic.trunk == "own":
         critic = model_sizes(config.critic.path or config.model.path, dtype, head=False)
-    plan = _Plan(config, inputs, model_sizes(config.model.path, dtype), critic, world_size, cut)
-    taken = Item("in use already: libraries and others", machine.taken, "always", "free it")
+    plan = _Plan(config, inputs, model_sizes(config.model.path, dtype), critic, world_size, shards)
+    taken = Item(
+        "in use already, by libraries or other processes", machine.taken, "always", "end other processes"
+    )
     items = [taken, *plan.weights(), *plan.copies(), *plan.rollout(machine.on_cpu), *plan.activations()]
     uncounted = None
     if plan.policy.kept_bytes is None:
-        uncounted = f"activations, which the code of {inputs.model.model_type} shows with its weights only"
+        uncounted = (
+            f"activations: for {inputs.model.model_type} they are known only once its weights are loaded"
+        )
     return Estimate(
         memory=tuple(item for item in items if item.bytes),
         seconds=Seconds(plan.seconds_of_rollout(machine), plan.seconds_of_learning(machine)),
@@ -146,31 +153,34 @@ def estimate(config: Config, inputs: Inputs, *, world_size: int, machine: Machin
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What the first rank has to do in a step, completions at full length."""
+    """What rank 0 does in a step, with completions of full length."""
 
     config: Config
     inputs: Inputs
     policy: ModelSizes
     critic: ModelSizes | None
     ranks: int
-    cut: int
-    """Over how many ranks a model is cut; 1: each has all of it."""
+    shards: int
+    """The number of ranks over which a model is sharded; 1: each rank has all of it."""
 
     @property
     def width(self) -> int:
-        """Bytes of a weight in the type that is computed with."""
+        """Bytes of a weight in `model.dtype`."""
         return 2 if self.config.model.dtype == "bfloat16" else 4
 
     @property
     def prompts(self) -> int:
+        """Prompts of a step on this rank."""
         return -(-self.config.rollout.prompts_per_step // self.ranks)
 
     @property
     def rows(self) -> int:
+        """Completions of a step on this rank."""
         return self.prompts * self.config.rollout.group_size
 
     @property
     def prompt_tokens(self) -> float:
+        """Mean length of a prompt."""
         prompts = self.inputs.train.prompts
         return sum(len(p.token_ids) for p in prompts) / len(prompts)
 
@@ -180,7 +190,7 @@ class _Plan:
 
     @property
     def packed_tokens(self) -> float:
-        """Of all groups, a prompt once a group where it is shared."""
+        """Tokens of all groups of a step; a prompt counts once for each group where the packing shares it."""
         shared = self.config.model.packing in ("auto", "shared_prefix")
         prompts = self.prompts if shared else self.rows
         return prompts * self.prompt_tokens + self.rows * self.completion_tokens
@@ -192,46 +202,52 @@ class _Plan:
 
     @property
     def learned(self) -> list[tuple[str, ModelSizes, int]]:
-        """Name, model and number of weights of each part that has an optimizer."""
+        """Name, model and number of trained weights of each part that has an optimizer."""
         lora = self.config.model.lora
         own = self.policy.weights if lora is None else lora.rank * self.policy.linear_sides
         parts = [("policy" if lora is None else "adapter", self.policy, own)]
         return parts if self.critic is None else [*parts, ("critic", self.critic, self.critic.weights)]
 
     def weights(self) -> Iterator[Item]:
-        """Masters, with the weights that are half of them, moments and gradients."""
+        """Float32 master weights (bfloat16 weights are half of their bits), AdamW's moments, gradients."""
         more = "model.lora, or distributed.mode=sharded on more ranks"
         for name, _, count in self.learned:
-            own = -(-count // self.cut)
+            own = -(-count // self.shards)
             yield Item(f"{name}: float32 weights and AdamW's moments", own * 12, "always", more)
             yield Item(f"{name}: gradients", own * 4, "learn", more)
 
     def copies(self) -> Iterator[Item]:
-        """Weights that are computed with, where they are no part of a master."""
+        """Weights in `model.dtype` beside the masters: gathered layers, the engine's copy, the reference."""
         width, lora = self.width, self.config.model.lora
         smaller = "a smaller model, or model.dtype=bfloat16"
         for name, sizes, _ in self.learned:
-            if self.cut > 1:
+            if self.shards > 1:
                 gathered = (2 * sizes.largest_layer + sizes.outside_layers) * width
                 yield Item(f"{name}: layers while they are gathered", gathered, "learn", smaller)
             elif name == "adapter":
                 text = f"policy: weights in {self.config.model.dtype}"
                 yield Item(text, sizes.weights * width, "always", smaller)
-        held = int(self.cut > 1 and not self.config.rollout.elsewhere)
+        held = int(self.shards > 1 and not self.config.rollout.elsewhere)
         copies = held + int(self.config.rollout.engine == "vllm")
-        text, less = "policy: whole, for the engine in this process", f"rollout.engine=vllm-server, {smaller}"
+        text, less = (
+            "policy: whole, for the engine in this process",
+            f"rollout.engine=vllm-server, {smaller}",
+        )
         yield Item(text, copies * self.policy.weights * width, "always", less)
         if lora is not None:
             merged = self.policy.matrices * width
             yield Item("adapted weights, merged for the engine", merged, "always", "model.lora.targets")
         switched_off = lora is not None and self.config.model.reference is None
         if self.inputs.algorithm.needs_reference and not switched_off:
-            own = -(-self.policy.weights // self.cut) * width
+            own = -(-self.policy.weights // self.shards) * width
             yield Item("reference", own, "always", "algorithm.kl.coef=0, or model.lora")
 
     def rollout(self, on_cpu: bool) -> Iterator[Item]:
         section = self.config.rollout
-        reserved, fewer = int(section.kv_cache_gib * GIB), "rollout.kv_cache_gib: groups beyond it wait"
+        reserved, fewer = (
+            int(section.kv_cache_gib * GIB),
+            "rollout.kv_cache_gib (groups for which there is no room wait)",
+        )
         if section.engine == "vllm":
             yield Item("keys and values, which vLLM reserves", reserved, "always", fewer)
         if section.engine.startswith("vllm"):
@@ -241,7 +257,7 @@ class _Plan:
         yield Item("logits of the tokens being sampled", self.rows * row // self._waves(), "rollout", fewer)
         if on_cpu and self.width == 2:
             packed = (self.policy.matrices + self.policy.head) * 2
-            yield Item("linear layers, laid out for sampling", packed, "rollout", "rollout.engine=hf")
+            yield Item("linear layers, packed for sampling on a CPU", packed, "rollout", "rollout.engine=hf")
 
     def activations(self) -> Iterator[Item]:
         lower = "learner.microbatch_tokens"
@@ -257,36 +273,38 @@ class _Plan:
             yield Item(text, int(tokens * kept), "learn", lower)
         rows = tokens * self.rows * self.completion_tokens / self.packed_tokens
         logits = min(WORKSPACE, int(rows * self.policy.vocabulary * 4))
-        yield Item("logits, in tiles", logits, "learn", "nothing: it is bounded")
+        yield Item("logits, in tiles", logits, "learn", "none: its size is bounded")
 
     def _keys_and_values(self) -> int:
         tokens = self.prompts * self.prompt_tokens + self.rows * self.completion_tokens
         return int(tokens * self.policy.key_value_bytes)
 
     def _waves(self) -> int:
-        """How often the engine fills its keys and values anew."""
+        """How many times the key-value cache is filled in a step, when it cannot hold all groups at once."""
         return max(1, -(-self._keys_and_values() // int(self.config.rollout.kv_cache_gib * GIB)))
 
     def _forward(self, sizes: ModelSizes) -> float:
-        """Floating-point operations of the transformer over all groups: 2 a weight and token, and 4 for each
-        pair of tokens of which one attends to the other."""
+        """Floating-point operations of a forward pass over all groups, without the head: 2 for each weight
+        and token, and `4 * sizes.attended` for each pair of tokens of which one attends to the other.
+        """
         prompt, completion = self.prompt_tokens, self.completion_tokens
         pairs = self.prompts * prompt**2 / 2 + self.rows * completion * (prompt + completion / 2)
         return 2 * sizes.matrices * self.packed_tokens + 4 * sizes.attended * pairs
 
     def _head(self) -> float:
+        """Floating-point operations of the language-model head over all completions."""
         return 2 * self.policy.head * self.rows * self.completion_tokens
 
     @property
     def _passes_before(self) -> int:
-        """Of the policy or its reference, without gradient."""
+        """Forward passes of policy and reference without gradient, before and between the updates."""
         section, algorithm = self.config.learner, self.inputs.algorithm
         in_reward = algorithm.kl.coef > 0 and algorithm.kl.placement == "reward"
         old = section.epochs * section.minibatches > 1 or in_reward
         return int(old) + (section.epochs if algorithm.needs_exact_kl else int(algorithm.needs_reference))
 
     def seconds_of_rollout(self, machine: Machine) -> float:
-        """Every token reads all weights once for all rows that are decoded together."""
+        """Decoding one token reads all weights once for all completions that are decoded together."""
         sizes, waves = self.policy, self._waves()
         prefill = 2 * sizes.matrices * self.prompts * self.prompt_tokens / machine.flops
         multiplied = sizes.matrices + sizes.head
@@ -296,7 +314,7 @@ class _Plan:
         return prefill + waves * self.completion_tokens * step
 
     def seconds_of_learning(self, machine: Machine) -> float:
-        """A backward pass is two forward ones, one where the weights are frozen under an adapter."""
+        """A backward pass costs two forward passes, or one where an adapter leaves the weights frozen."""
         section = self.config.learner
         again = int(self.config.model.gradient_checkpointing)
         own = self._forward(self.policy)
@@ -305,8 +323,8 @@ class _Plan:
         work += self._passes_before * (own + self._head())
         if self.critic is not None:
             work += (section.epochs * (3 + again) + 1) * self._forward(self.critic)
-        # AdamW reads weight, gradient and both moments, and writes all but the gradient
-        touched = self._updates * sum(count for _, _, count in self.learned) / self.cut * 28
+        # bytes: AdamW reads weight, gradient and both moments, and writes all but the gradient, 4 bytes each
+        touched = self._updates * sum(count for _, _, count in self.learned) / self.shards * 28
         return work / machine.flops + touched / machine.bandwidth
 
     @property
@@ -314,16 +332,18 @@ class _Plan:
         return self.config.learner.epochs * self.config.learner.minibatches
 
     def summed(self) -> int:
-        """A ring adds up by passing (n-1)/n of the float32 gradients on twice."""
-        groups = self.ranks // self.cut
+        """Bytes of float32 gradients sent for their sum; a ring all-reduce sends 2 (n-1)/n of them."""
+        groups = self.ranks // self.shards
         learned = sum(count for _, _, count in self.learned)
-        return int(self._updates * 4 * learned / self.cut * 2 * (groups - 1) / groups)
+        return int(self._updates * 4 * learned / self.shards * 2 * (groups - 1) / groups)
 
     def gathered(self) -> int:
-        """A ring passes (n-1)/n on: of the weights for every pass and for the engine, of the gradients."""
-        if self.cut == 1:
+        """Bytes sent within a shard group: a ring sends (n-1)/n of the weights in each pass and once for the
+        engine, and (n-1)/n of the gradients.
+        """
+        if self.shards == 1:
             return 0
-        part = (self.cut - 1) / self.cut
+        part = (self.shards - 1) / self.shards
         micros = math.ceil(self.packed_tokens / self.config.learner.minibatches / self.microbatch_tokens)
         passes = micros * (2 * self._updates + self.config.learner.minibatches * self._passes_before)
         learned = sum(count for _, _, count in self.learned)

@@ -1,6 +1,6 @@
-"""Everything that can be known before weights are loaded: tokenizer, datasets, rewards, the model's limits.
+"""`load_inputs`: reads tokenizer, datasets and rewards, and checks them against the settings and the model.
 
-The trainer begins with it and `rlhf check` is nothing else, so what passes the check starts.
+A run begins with it, and `rlhf check` calls it too, so that what passes the check also starts.
 """
 
 from __future__ import annotations
@@ -37,17 +37,20 @@ SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "tra
 
 
 def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
-    """Raises ConfigError, or the ValueError of the part that is wrong: what was expected and what came."""
+    """Reads everything that a policy run needs except weights.
+
+    Raises ConfigError or another ValueError that says what was expected, what came and what to do.
+    """
     if config.rollout.prompts_per_step < world_size:
         raise ConfigError(
             f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, fewer than "
-            f"the {world_size} ranks"
+            f"the {world_size} ranks: raise it, or start fewer ranks"
         )
     if config.learner.minibatches > config.rollout.prompts_per_step // world_size:
         raise ConfigError(
             f"learner.minibatches is {config.learner.minibatches}: with "
             f"{config.rollout.prompts_per_step} prompts a step some of the {world_size} ranks would have "
-            "nothing to learn from in an update"
+            "nothing to learn from in an update; lower it, or raise rollout.prompts_per_step"
         )
     _check_installed(config)
     check_vllm(config, world_size)
@@ -68,7 +71,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     offline = None if config.data.mode == "online" else _offline(config, tokenizer, processor, ends)
     train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
     held_out = None if config.data.eval is None else _prompts(config, config.data.eval, tokenizer, processor)
-    _check_pictures(config, algorithm, train)
+    _check_images(config, algorithm, train)
     texts = ()
     if config.ptx.path is not None:
         texts = tuple(load_texts(config.ptx, tokenizer, config.learner.microbatch_tokens))
@@ -99,7 +102,7 @@ def _offline(
 
 
 def _check_installed(config: Config) -> None:
-    """What is asked for by name, beside the algorithm and the rewards, is there."""
+    """Raises ConfigError when the package of a sink, or the engine of a plugin, cannot be found."""
     for sink in config.monitor.sinks:
         package = SINK_PACKAGES[sink]
         if importlib.util.find_spec(package) is None:
@@ -107,7 +110,7 @@ def _check_installed(config: Config) -> None:
                 f"monitor.sinks has {sink}, but {package} is not installed: pip install {package}"
             )
     if ":" in config.rollout.engine and not callable(load_plugin(config.rollout.engine)):
-        raise ConfigError(f"rollout.engine: {config.rollout.engine} is no class or function")
+        raise ConfigError(f"rollout.engine: {config.rollout.engine} is neither a class nor a function")
 
 
 def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
@@ -115,23 +118,27 @@ def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
     return Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
 
 
-def _check_pictures(config: Config, algorithm: Algorithm, train: PromptDataset) -> None:
+def _check_images(config: Config, algorithm: Algorithm, train: PromptDataset) -> None:
     if not any(prompt.images for prompt in train.prompts):
         if algorithm.perception is not None:
-            raise ConfigError(f"perception has a weight, but no prompt of {config.data.train} has a picture")
+            raise ConfigError(
+                f"a coefficient of perception is set, but no prompt of {config.data.train} has an image"
+            )
         return
     if config.distributed.mode == "sharded":
         raise ConfigError(
-            "prompts have pictures, and models that see are not sharded: take distributed.mode=replicated"
+            "prompts have images, and models that take images cannot be sharded: set "
+            "distributed.mode=replicated"
         )
     if algorithm.needs_prompt_value or algorithm.prompt_temperature is not None:
         raise ConfigError(
-            f"prompts have pictures, and what {config.algorithm['name']} learns of a prompt, it learns from "
-            "text alone; take awr with a baseline of the group"
+            f"prompts have images, but the prompt value or temperature that {config.algorithm['name']} "
+            "learns depends on text only; set algorithm.name=awr with a group baseline"
         )
     if algorithm.critic is not None and config.critic.trunk == "own":
         raise ConfigError(
-            "critic.trunk is own, but a critic of its own sees no pictures; set critic.trunk to policy"
+            "critic.trunk is own and prompts have images, but a critic with its own trunk sees text only; "
+            "set critic.trunk=policy"
         )
 
 
@@ -151,23 +158,24 @@ def _prompts(
 
 
 def _check_sampling(config: Config, algorithm: Algorithm) -> None:
-    """What truncation leaves is recorded token by token, which `top_k` must bound."""
+    """Raises ConfigError when candidates are recorded for each token and no `top_k` bounds their number."""
     rollout = config.rollout
     if return_candidates(config, algorithm) and not rollout.top_k:
         raise ConfigError(
             f"rollout.top_p = {rollout.top_p} and rollout.min_p = {rollout.min_p} truncate the distribution, "
-            f"and algorithm.mismatch.kind = {algorithm.mismatch.kind} compares log-probs among the tokens "
-            "that were left, which are recorded for each token (4 bytes each): set rollout.top_k too, which "
-            "bounds them, to 1000 for example, or algorithm.mismatch.kind=none, which learns as if nothing "
-            "had been truncated"
+            f"and algorithm.mismatch.kind = {algorithm.mismatch.kind} compares log-probs among the "
+            "candidates that truncation leaves, which are recorded for each token (4 bytes each): set "
+            "rollout.top_k too, to bound their number, to 1000 for example, or set "
+            "algorithm.mismatch.kind=none, which learns as if nothing had been truncated"
         )
 
 
 def _check_ahead(config: Config, algorithm: Algorithm) -> None:
     if config.rollout.ahead and algorithm.mismatch.kind == "none":
         raise ConfigError(
-            "rollout.ahead = 1 samples with weights one update older than those it is learned with, and "
-            "algorithm.mismatch.kind = none would not correct for it; use token_tis, or rollout.ahead=0"
+            "rollout.ahead = 1 samples with weights one step older than those that learn, and "
+            "algorithm.mismatch.kind = none would not correct for it; set algorithm.mismatch.kind=token_tis, "
+            "or rollout.ahead=0"
         )
 
 
@@ -185,17 +193,20 @@ def _check_weights(config: Config, model: PretrainedConfig) -> None:
     quantization = model.to_dict().get("quantization_config")
     if quantization is not None:
         method = cast(dict[str, Any], quantization).get("quant_method", "an unknown method")
-        what = "QLoRA is not supported" if config.model.lora else "they cannot be trained"
+        what = "QLoRA is not supported" if config.model.lora else "quantized weights cannot be trained"
         raise ConfigError(
-            f"the weights of {config.model.path} are quantized ({method}): {what}; give the model it was "
-            "made from"
+            f"the weights of {config.model.path} are quantized ({method}): {what}; set model.path to the "
+            "model it was made from"
         )
     if config.model.lora is not None and importlib.util.find_spec("peft") is None:
         raise ConfigError("model.lora is set, but peft is not installed: pip install 'tandem-rl[lora]'")
 
 
 def _eos_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The end-of-sequence tokens of tokenizer and model. Raises ConfigError when there is none at all."""
+    """The end-of-sequence tokens of tokenizer, model and `rollout.stop_token_ids`.
+
+    Raises ConfigError when there is none at all.
+    """
     ids = eos_token_ids(config.model.path).union(config.rollout.stop_token_ids)
     if isinstance(tokenizer.eos_token_id, int):
         ids.add(tokenizer.eos_token_id)

@@ -1,4 +1,4 @@
-"""What the machine offers: memory, and measured speeds of products and attention."""
+"""Memory of this machine, and its measured speed in a matrix product and in a copy."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What one rank has."""
+    """What one rank can use."""
 
     device: str
     memory: int
-    """Bytes."""
+    """Bytes of memory: of the GPU, or this rank's share of the host."""
     flops: float
-    """Of a large matrix product in the type the model computes in, a second."""
+    """Floating-point operations a second in a large matrix product of the model's dtype."""
     bandwidth: float
-    """Bytes a second that a copy reads and writes."""
+    """Bytes a second, read and written together, in a copy."""
     taken: int = 0
-    """Bytes that are in use already: by libraries on a CPU, by everybody on a GPU."""
+    """Bytes already in use: by this process on a CPU, by all processes on a GPU."""
 
     @property
     def on_cpu(self) -> bool:
@@ -32,7 +32,10 @@ class Machine:
 
     @classmethod
     def measured(cls, device: torch.device, dtype: torch.dtype, *, ranks_here: int) -> Machine:
-        """Takes about half a second on a CPU; `ranks_here` share its memory."""
+        """Measures this machine, which takes about half a second on a CPU.
+
+        `ranks_here`: the ranks on this host, which share its memory.
+        """
         if device.type == "cuda":
             cuda: Any = torch.cuda
             name: str = cuda.get_device_name(device)
@@ -51,7 +54,7 @@ class Machine:
 
 
 def host_memory() -> int:
-    """Bytes of this machine, or what its container allows."""
+    """Bytes of memory of this machine, or of its container's limit if that is lower."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         file = Path(name)
@@ -61,7 +64,7 @@ def host_memory() -> int:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The fastest of five, after one that is not counted."""
+    """Seconds of the fastest of five calls of `work`, after one that is not counted."""
     times: list[float] = []
     for _ in range(6):
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What can be known of a run with vLLM before weights are loaded."""
+"""Checks of the settings of vLLM: installed, servers, adapters, weight transport."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from rlhf.rollout.engine import EngineError
 from rlhf.rollout.vllm.transport import places
 
 LARGEST_RANK = 512
-"""Of an adapter in vLLM 0.32."""
+"""The largest rank of a LoRA adapter in vLLM 0.32."""
 
 
 def check_vllm(config: Config, world_size: int) -> None:
+    """Raises ConfigError when the settings of `rollout.engine` and `rollout.vllm` cannot work here."""
     engine, section = config.rollout.engine, config.rollout.vllm
     _check_transport(config, world_size)
     if not engine.startswith("vllm"):
@@ -26,17 +27,19 @@ def check_vllm(config: Config, world_size: int) -> None:
             f"rollout.engine is {engine}, but vllm is not installed: make setup EXTRAS=vllm (docs/engines.md)"
         )
     if engine == "vllm" and (section.urls or section.replicas > 1):
-        raise ConfigError("rollout.vllm.urls and replicas are servers: set rollout.engine=vllm-server")
+        raise ConfigError(
+            "rollout.vllm.urls and rollout.vllm.replicas are for servers: set rollout.engine=vllm-server"
+        )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if engine == "vllm-server" and here < world_size:
         raise ConfigError(
-            "rollout.engine is vllm-server, whose servers and ranks are on one host, and "
-            f"{world_size - here} of the {world_size} ranks are on another: take rollout.engine=vllm"
+            "rollout.engine is vllm-server, which needs all ranks on one host, but "
+            f"{world_size - here} of the {world_size} ranks are on another: set rollout.engine=vllm"
         )
 
 
 def check_adapter(config: Config, processor: Processor | None) -> None:
-    """Whether vLLM can take an adapter by itself."""
+    """Raises ConfigError when `rollout.vllm.lora` is `adapter` and vLLM cannot be sent the adapter alone."""
     if config.rollout.vllm.lora == "merged":
         return
     lora, engine = config.model.lora, config.rollout.engine
@@ -47,25 +50,28 @@ def check_adapter(config: Config, processor: Processor | None) -> None:
         )
     if processor is not None:
         raise ConfigError(
-            f"rollout.vllm.lora is adapter, but {config.model.path} can see, and vLLM adapts the language "
-            "model alone: take rollout.vllm.lora=merged"
+            f"rollout.vllm.lora is adapter, but {config.model.path} takes images, and vLLM applies adapters "
+            "to language models only: set rollout.vllm.lora=merged"
         )
     if lora.rank > LARGEST_RANK:
         raise ConfigError(
-            f"rollout.vllm.lora is adapter, and model.lora.rank = {lora.rank}: vLLM has room for "
-            f"{LARGEST_RANK}; take rollout.vllm.lora=merged"
+            f"rollout.vllm.lora is adapter, and model.lora.rank = {lora.rank}: vLLM supports ranks "
+            f"up to {LARGEST_RANK}; set rollout.vllm.lora=merged"
         )
 
 
 def _check_transport(config: Config, world_size: int) -> None:
-    """Whether weights can go to servers as is asked; those that run already say it themselves."""
+    """Raises ConfigError when weights cannot be sent to servers by `rollout.vllm.transport`.
+
+    Servers that run already (`rollout.vllm.urls`) are asked when the run starts.
+    """
     section, gpus = config.rollout.vllm, visible_gpus()
     if section.transport == "auto":
         return
     if config.rollout.engine != "vllm-server":
         raise ConfigError(
-            f"rollout.vllm.transport is {section.transport}, which is how servers get weights: set "
-            "rollout.engine=vllm-server, or take auto"
+            f"rollout.vllm.transport is {section.transport}, which is for servers: set "
+            "rollout.engine=vllm-server, or rollout.vllm.transport=auto"
         )
     if section.urls and gpus:
         return

@@ -1,4 +1,4 @@
-"""Updates of a reward model: a batch of pairs or ratings -> loss -> step."""
+"""Updates of a reward model: batches of pairs or ratings, their loss, and the optimizer's step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.reward_model.model import RewardModel, Scored
 
 
 class RewardModelLearner:
-    """Batches of examples -> updates."""
+    """Makes updates from batches of examples, and scores examples."""
 
     def __init__(
         self, model: RewardModel, optimizer: MasterAdamW, config: RewardModelConfig, world: World
@@ -28,10 +28,10 @@ class RewardModelLearner:
         self.model, self.optimizer, self.config, self.world = model, optimizer, config, world
 
     def update(self, batch: Sequence[Example], *, step: int) -> Metrics:
-        """One update from the examples of all ranks, of which this one computes its share."""
+        """One update. `batch` has the examples of all ranks; each computes the gradient of its share."""
         mine = batch[self.world.rank :: self.world.size]
-        parts = [self._accumulate(micro, batch) for micro in self._microbatches(mine)]
-        return merge([*parts, self.optimizer.step(step, self.world)])
+        metrics = [self._accumulate(micro, batch) for micro in self._microbatches(mine)]
+        return merge([*metrics, self.optimizer.step(step, self.world)])
 
     def _accumulate(self, micro: Sequence[Example], batch: Sequence[Example]) -> Metrics:
         scored = self.model.score(micro)
@@ -50,7 +50,7 @@ class RewardModelLearner:
         count = float(len(micro))
         metrics: Metrics = {
             "reward_model/loss": Mean(loss.item(), count),
-            "reward_model/accuracy": Mean(_right(chosen - rejected).sum().item(), count),
+            "reward_model/accuracy": Mean(_correct(chosen - rejected).sum().item(), count),
             "reward_model/margin": Mean((chosen - rejected).sum().item(), count),
         }
         total = loss / len(batch)
@@ -67,8 +67,9 @@ class RewardModelLearner:
         ratings = ratings_of(micro, scored.scores)
         loss = rating_loss(scored.scores, ratings).sum()
         rated = float((~ratings.isnan()).sum())
-        everything = sum(value == value for example in batch for value in example.ratings)
-        return loss / everything, {"reward_model/loss": Mean(loss.item(), rated)}
+        # a rating that is not given is NaN, which does not equal itself
+        given = sum(value == value for example in batch for value in example.ratings)
+        return loss / given, {"reward_model/loss": Mean(loss.item(), rated)}
 
     def _microbatches(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
         units = [Unit(i, 0, len(e.completions), e.tokens) for i, e in enumerate(examples)]
@@ -77,7 +78,7 @@ class RewardModelLearner:
 
     @torch.no_grad()
     def scores(self, examples: Sequence[Example]) -> Tensor:
-        """Of every completion of all examples, in order, `[S, K]` on the host; no rank does less."""
+        """Scores `[S, K]` of all completions, in order, on the CPU. Every rank computes all of them."""
         found: dict[int, Tensor] = {}
         units = [Unit(i, 0, len(e.completions), e.tokens) for i, e in enumerate(examples)]
         for several in fill(units, self.config.learner.microbatch_tokens):
@@ -88,7 +89,7 @@ class RewardModelLearner:
 
 
 def next_batch(examples: Sequence[Example], config: RewardModelConfig, position: int) -> list[Example]:
-    """The examples from `position` of an endless shuffled walk on, as many as fill `batch.tokens`."""
+    """The examples of one update: up to `batch.tokens` tokens, from `position` in an endless shuffle."""
     batch: list[Example] = []
     tokens = 0
     while len(batch) < config.batch.high:
@@ -101,17 +102,17 @@ def next_batch(examples: Sequence[Example], config: RewardModelConfig, position:
 
 
 def ratings_of(examples: Sequence[Example], like: Tensor) -> Tensor:
-    """`[S, K]`, NaN where there is none."""
+    """Ratings `[S, K]`, NaN where an example has none for an objective."""
     return torch.tensor([e.ratings for e in examples], dtype=like.dtype, device=like.device)
 
 
-def _right(margins: Tensor) -> Tensor:
-    """A tie is right by half."""
+def _correct(margins: Tensor) -> Tensor:
+    """1 for each positive margin, 0.5 for a tie, 0 for a negative margin."""
     return (margins > 0).float() + 0.5 * (margins == 0).float()
 
 
 def _chosen_tokens(packed: Packed) -> Tensor:
-    """bool `[N]`: tokens of the first of the two completions of each prompt."""
+    """bool `[N]`: the tokens of the chosen completion, which is the first of each pair."""
     flags: list[Any] = [
         torch.full((length,), i == 0) for span in packed.spans for i, length in enumerate(span.completions)
     ]

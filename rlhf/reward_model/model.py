@@ -1,14 +1,15 @@
-"""Training a reward model: a head of scores on a language model that goes on being one.
+"""The reward model and its losses: a head with K scores on a language model that keeps its own head.
 
     pairs      mean of -log sigmoid(s_chosen - s_rejected) + lm_coef * mean of -logprob over the chosen tokens
     ratings    mean over the given ratings of 0.5 (s - rating)^2
 
-The score of a text is the head on the state at its end-of-sequence token. Both texts of a pair go through the
-model behind one copy of their prompt, as groups do in a run.
+The score of a completion is the head applied to the hidden state at its end-of-sequence token. The two
+completions of a pair share one copy of their prompt in the packed batch, as the groups of a rollout do.
 
-Differences from PPO-max (arXiv:2307.04964 section 3.2): 1. the likelihood is of the chosen completion, its
-prompt left out; 2. batches have the paper's bounds of 4 and 128 pairs, how many tokens they are filled up to
-is a setting, because the paper does not say; 3. the head starts at 0, the language-model head is not saved.
+Differences from PPO-max (arXiv:2307.04964 section 3.2): 1. the language-model loss is over the chosen
+completion without its prompt; 2. batches have the paper's bounds of 4 and 128 pairs, but the number of tokens
+that fills a batch is a setting (`batch.tokens`), because the paper does not give it; 3. the head starts at 0,
+and the language-model head is not exported.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ from rlhf.models.pretrained import classifier_of
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """What one forward pass gives: scores `[S, K]`, and the states that predict each token."""
+    """What one forward pass returns."""
 
     scores: Tensor
+    """`[S, K]`."""
     packed: Packed
     hidden: Tensor
+    """`[N, H]`: the hidden states that predict each token."""
     real: Tensor
-    """bool `[N]`: False for the token put behind each completion, whose state is the one that is scored."""
+    """bool `[N]`: False for the token appended to each completion, whose state is the one that is scored."""
 
 
 class RewardModel:
-    """A policy's trunk and head, and a head of `K` scores beside it."""
+    """A language model (trunk and head) and a second head with K scores."""
 
     def __init__(self, policy: Policy, num_scores: int) -> None:
         self.policy = policy
@@ -49,13 +52,14 @@ class RewardModel:
 
     @property
     def module(self) -> nn.Module:
+        """Everything that is trained."""
         return nn.ModuleDict({"model": self.policy.model, "head": self.head})
 
     def score(self, examples: Sequence[Example]) -> Scored:
-        """The completions of all examples, in order, in one forward pass."""
+        """Scores the completions of all examples, in order, in one forward pass."""
         device = self.head.weight.device
         prompts = [torch.tensor(e.prompt.token_ids, device=device) for e in examples]
-        # the state that predicts one more token is the state at the end
+        # one token is appended (its value does not matter): the state that predicts it is that at the end
         completions = [[torch.tensor((*c, c[-1]), device=device) for c in e.completions] for e in examples]
         packed = pack(prompts, completions)
         lengths = torch.tensor([len(c) for group in completions for c in group], device=device)
@@ -66,7 +70,7 @@ class RewardModel:
         return Scored(scores(self.head, hidden[ends]), packed, hidden, real)
 
     def likelihood(self, scored: Scored, wanted: Tensor) -> Tensor:
-        """Log-probs of the wanted tokens (bool `[N]`) by the language-model head."""
+        """Log-probs of the tokens where `wanted` (bool `[N]`) is True, by the language-model head."""
         only = replace(scored.packed, targets=scored.packed.targets[wanted])
         statistics = self.policy.statistics(
             only, temperature=1.0, want=("logprob",), hidden=scored.hidden[wanted]
@@ -75,5 +79,5 @@ class RewardModel:
         return statistics.logprob
 
     def export(self, objectives: Sequence[str], pad_token_id: int) -> PreTrainedModel:
-        """As `AutoModelForSequenceClassification` has it, in the compute type."""
+        """The model in the form of `AutoModelForSequenceClassification`, in `model.dtype`."""
         return classifier_of(self.policy.model, self.head.weight.detach(), objectives, pad_token_id)

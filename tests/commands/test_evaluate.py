@@ -106,13 +106,13 @@ def test_the_figures_by_hand():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN", "--k", "8"], "pass@8 is estimated from 8 samples a prompt at least, eval.samples is 4"),
+        (["RUN", "--k", "8"], "pass@8 needs at least 8 samples of each prompt, but eval.samples is 4"),
         (["RUN", "--out", "TAKEN"], "exists already"),
         (["RUN", "rollout.group_sise=3"], "did you mean rollout.group_size"),
         (["RUN", "--reward", "nowhere.py:f"], "nowhere.py"),
         (["RUN", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["MODEL"], "nothing to evaluate on"),
-        (["MODEL", "--data", "x.jsonl"], "nothing says what is right"),
+        (["MODEL", "--data", "x.jsonl"], "no reward function says what is correct"),
         (["./nowhere"], "there is no model folder"),
     ],
 )
@@ -131,11 +131,11 @@ def test_what_cannot_be_measured_is_refused_before_weights_are_loaded(
 def test_a_run_without_a_checkpoint_and_a_lone_adapter_are_named(tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("steps: 1\n")
-    with pytest.raises(RuntimeError, match="without a checkpoint"):
+    with pytest.raises(RuntimeError, match="without a complete checkpoint"):
         find_source(str(tmp_path / "run"))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="LoRA adapter alone"):
+    with pytest.raises(ValueError, match="LoRA adapter only"):
         find_source(str(tmp_path / "adapter"))
 
 

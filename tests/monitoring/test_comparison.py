@@ -56,7 +56,7 @@ def test_the_page_says_what_came_of_each_run_and_what_was_set_otherwise(folders:
     page = Page(render([read_run(folder) for folder in folders]))
     assert page.open == []
     assert "slow-0 and 1 more seeds" in page.text and "learner.lr" in page.text and "1e-06" in page.text
-    assert "run_dir" not in page.text and "Lines are means over seeds" in page.text
+    assert "run_dir" not in page.text and "Lines are means over the seeds" in page.text
     labels = [attrs["aria-label"] for tag, attrs in page.starts if tag == "svg"]
     assert "Accuracy on held-out prompts" in labels and "Reward, mean of a step" in labels
     assert "learned" in page.text

@@ -25,7 +25,7 @@ HEALTHY = {
 
 def told(steps: Sequence[Mapping[str, float]], patience: int = 3) -> list[str]:
     watch = HealthWatch(patience)
-    return [text for values in steps for text in watch.look(values)]
+    return [text for values in steps for text in watch.check(values)]
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_the_pattern_of_a_collapse_is_told_and_any_two_of_its_three_signs_are_no
     before = HEALTHY | {"length/mean": 20.0, "perplexity": 3.0, "kl/ref": 0.02}
     signs = {"length/mean": 40.0, "perplexity": 1.5, "kl/ref": 0.5}
     said = told([before] * 5 + [before | signs] * 5)
-    assert len(said) == 1 and "pleases the reward and means nothing" in said[0]
+    assert len(said) == 1 and "a pattern that the reward function favours without being better" in said[0]
     for sign in signs:
         assert told([before] * 5 + [before | {k: v for k, v in signs.items() if k != sign}] * 5) == []
     # steps of a warm-up, without a perplexity, are no beginning
@@ -80,7 +80,7 @@ def test_a_resumed_run_is_held_against_its_own_beginning(
     monkeypatch.setattr(monitor, "warn", said.append)
     for step in range(5, 12):
         monitor.log(step, {name: Mean(value) for name, value in after.items()})
-    assert len(said) == 1 and "pleases the reward" in said[0]
+    assert len(said) == 1 and "a pattern that the reward function favours" in said[0]
 
 
 def test_no_gradient_without_advantages_is_one_finding_not_two() -> None:

@@ -35,7 +35,9 @@ class Heard(SilentDisplay):
 def monitor(
     folder: Path, *, sinks: Sequence[Sink] = (), display: Display | None = None, samples: int = 2
 ) -> Monitor:
-    return Monitor(RunFolder(folder), sinks=sinks, display=display or SilentDisplay(), samples_per_step=samples)
+    return Monitor(
+        RunFolder(folder), sinks=sinks, display=display or SilentDisplay(), samples_per_step=samples
+    )
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -192,7 +194,7 @@ def test_a_sink_that_fails_is_named_once_and_the_run_goes_on(tmp_path: Path) -> 
             m.log(step, STEP)
     assert sink.steps == [1]
     assert heard.said == [
-        "warning: Failing failed and is left out from here on: ConnectionError: no route to host"
+        "warning: Failing failed and is not used any more: ConnectionError: no route to host"
     ]
     assert [line["step"] for line in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rlhf.metrics import Mean
 from rlhf.monitoring.monitor import Monitor
-from rlhf.monitoring.progress import Course, Lines, Panels, duration, open_display, sparkline
+from rlhf.monitoring.progress import Lines, Panels, Progress, duration, open_display, sparkline
 from rlhf.monitoring.run_folder import RunFolder
 from tests.support import STEP
 
@@ -40,20 +40,20 @@ def test_without_a_terminal_a_step_is_one_aligned_line(
 def test_the_time_left_follows_the_pace_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    course = Course("run", 100)
-    assert course.left is None
-    course.advance(1, {"time/step": 8.0})
-    assert course.left == 99 * 8.0
+    progress = Progress("run", 100)
+    assert progress.seconds_left is None
+    progress.advance(1, {"time/step": 8.0})
+    assert progress.seconds_left == 99 * 8.0
     for step in range(2, 30):
         clock[0] += 4.0
-        course.advance(step, {})
-    assert course.left == pytest.approx(71 * 4.0)
+        progress.advance(step, {})
+    assert progress.seconds_left == pytest.approx(71 * 4.0)
 
 
 def screen(width: int, steps: int, phase: str | None = None) -> str:
     """What the panel looks like on a terminal of that width."""
     console = Console(file=io.StringIO(), width=width, height=30, force_terminal=True, color_system=None)
-    panel = Panels(Course("runs/quickstart", 40), console)
+    panel = Panels(Progress("runs/quickstart", 40), console)
     for step in range(1, steps + 1):
         values = {name: float(partial.value) for name, partial in STEP.items()}
         panel.advance(
@@ -97,7 +97,7 @@ def test_the_panel_shows_the_phase_before_the_first_step() -> None:
 
 def test_warnings_stay_above_the_panel() -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
-    panel = Panels(Course("runs/quickstart", 40), console)
+    panel = Panels(Progress("runs/quickstart", 40), console)
     panel.say("look out", warning=True)
     panel.close()
     assert isinstance(console.file, io.StringIO)

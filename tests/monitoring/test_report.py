@@ -152,9 +152,9 @@ def test_the_closing_summary_says_what_one_wants_to_know(run: RunFolder) -> None
         "It learned: accuracy rose from 0.15 to 0.93 (+0.78, 95% interval +0.71 to +0.85).",
         "",
         "after step 0: held-out accuracy 0.150, 95% interval 0.100 to 0.200, 128 samples",
-        "  wrong  What is 3 + 5? Answer with the number alone.  ->  nine </b> after 0",
+        "  wrong    What is 3 + 5? Answer with the number alone.  ->  nine </b> after 0",
         "after step 6: held-out accuracy 0.930, 95% interval 0.880 to 0.980, 128 samples",
-        "  right  What is 3 + 5? Answer with the number alone.  ->  8 </b> after 6",
+        "  correct  What is 3 + 5? Answer with the number alone.  ->  8 </b> after 6",
         "",
         f"run folder  {run.path}",
         f"report      {run.report}",
@@ -258,7 +258,7 @@ def test_metrics_that_were_not_recorded_are_named_instead_of_drawn(run: RunFolde
     drawn = [attrs["aria-label"] for tag, attrs in page.starts if tag == "svg"]
     assert drawn == [
         "Reward, mean of a step, and its spread in a group",
-        "Share of completions cut at the limit",
+        "Share of completions cut at the token limit",
         "Norm of the gradient",
         "Seconds a step",
     ]

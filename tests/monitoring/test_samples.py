@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 import torch
 
-from rlhf.monitoring.samples import Shown, TokenTexts
+from rlhf.monitoring.samples import ShownGroups, TokenTexts
 from tests.support import bandit_settings, group, metrics_of, random_groups, train
 
 
@@ -53,7 +53,7 @@ def test_what_was_not_learned_from_has_no_advantage_and_shifts_no_other() -> Non
     experience.advantages[:4] = torch.tensor([1.0, 1.0, -0.5, -1.0])
     entropy = torch.full_like(experience.advantages, 0.25)
     entropy[2] = torch.nan
-    (record,) = Shown(3, (shown,), experience).records(TokenTexts(Numbers()), entropy)
+    (record,) = ShownGroups(3, (shown,), experience).records(TokenTexts(Numbers()), entropy)
     first, second, third = record["completions"]
     assert (
         first["tokens"] == ["<5>", "<6>"] and first["advantage"] == 1.0 and first["entropy"] == [0.25, 0.25]

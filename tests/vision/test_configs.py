@@ -28,7 +28,7 @@ def test_the_configs_of_the_paper_check(path: Path, tmp_path: Path, tiny_vlm: Ca
     config = load_config(path, [f"model.path={model}", f"data.train={tmp_path}/train.jsonl", *limits])
     inputs = load_inputs(config)
     lines = "\n".join(describe(config, inputs))
-    assert "pictures     2, with 2 of the 2 prompts" in lines
+    assert "images       2, in 2 of the 2 prompts" in lines
     assert "perception   coef 0.0" in lines
     assert inputs.algorithm.perception is not None
     assert inputs.algorithm.needs_reference == ("papo_g_qwen" in path.stem)

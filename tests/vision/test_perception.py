@@ -281,7 +281,7 @@ def test_what_cannot_be_is_refused_when_the_config_is_read(
 def test_perception_without_pictures_is_refused(tmp_path: Path, tiny_vlm: Folder) -> None:
     settings = picture_settings(tmp_path, tiny_vlm("qwen2_vl"), perception={"coef": 0.1})
     (tmp_path / "train.jsonl").write_text('{"prompt": "say"}\n')
-    with pytest.raises(ConfigError, match=r"no prompt of .* has a picture"):
+    with pytest.raises(ConfigError, match=r"no prompt of .* has an image"):
         load_inputs(make_config(settings))
 
 

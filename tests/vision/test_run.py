@@ -47,7 +47,7 @@ def test_a_model_that_sees_learns_and_is_exported_whole(
 def test_what_is_to_be_seen_is_told_before_the_run(tmp_path: Path, tiny_vlm: Folder) -> None:
     config = make_config(picture_settings(tmp_path, tiny_vlm("qwen2_vl")))
     lines = list(describe(config, load_inputs(config)))
-    assert "pictures     18, with 12 of the 18 prompts" in lines
+    assert "images       18, in 12 of the 18 prompts" in lines
 
 
 def test_a_critic_of_its_own_is_refused_for_it_sees_nothing(tmp_path: Path, tiny_vlm: Folder) -> None:

@@ -1,1 +1,1 @@
-"""RUN/report.html, the comparison of several runs, and the closing summary."""
+"""The HTML report of a run, the comparison of several runs, and the text that a finished run prints."""

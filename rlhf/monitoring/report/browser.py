@@ -1,4 +1,4 @@
-"""Completions to read: prompts, samples, rewards by objective, tokens coloured by advantage or entropy."""
+"""The part of a report with completions: rewards by objective, tokens coloured by advantage or entropy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any, cast
 Record = Mapping[str, Any]
 
 GROUPS = 16
-"""Shown of a run: those of its first and its last step, and some in between."""
+"""Groups that are shown of a run: those of its first and its last step, and some in between."""
 COMPLETIONS = 8
-"""Shown of a group."""
+"""Completions that are shown of a group."""
 TOKENS = 24_000
-"""Coloured on a page, which grows by about 60 bytes with each."""
+"""Tokens that are coloured on a page; each adds about 60 bytes to it."""
 
 STYLE = """
 details { border-top: 1px solid var(--line); padding: .3rem 0; }
@@ -34,35 +34,38 @@ PAINT = """<fieldset class="paint">Tokens coloured by
 <label><input type="radio" name="paint" id="by-advantage" checked> advantage</label>
 <label><input type="radio" name="paint" id="by-entropy"> entropy</label>
 <label><input type="radio" name="paint" id="by-nothing"> nothing</label>
-<small class="scale a">green: above what its group leads one to expect, red: below</small>
-<small class="scale e">the stronger, the less sure the policy was of this token</small></fieldset>"""
+<small class="scale a">green: positive advantage (better than expected), red: negative</small>
+<small class="scale e">the stronger, the less certain the policy was of this token</small></fieldset>"""
 
 
 def browser(groups: Sequence[Record]) -> str:
-    """A part of a page, which needs `STYLE` and, once, `PAINT`; empty without groups."""
-    room = TOKENS
+    """HTML of the groups; empty without groups. The page needs `STYLE`, and `PAINT` once."""
+    tokens_left = TOKENS
     parts: list[str] = []
     for number, group in enumerate(groups):
         shown = group["completions"][:COMPLETIONS]
         drawn: list[str] = []
         for completion in shown:
-            room -= len(completion.get("tokens", ()))
-            drawn.append(_completion(completion, coloured=room >= 0))
+            tokens_left -= len(completion.get("tokens", ()))
+            drawn.append(_completion(completion, coloured=tokens_left >= 0))
         parts.append(_group(group, drawn, is_open=number in (0, len(groups) - 1)))
     return "".join(parts)
 
 
 def lengths_of(groups: Iterable[Record]) -> list[int]:
-    """Tokens of each completion that was recorded."""
+    """The number of tokens of each recorded completion."""
     return [c["num_tokens"] for group in groups for c in group["completions"] if "num_tokens" in c]
 
 
 def _group(group: Record, completions: Sequence[str], *, is_open: bool) -> str:
     rewards = [c["reward"] for c in group["completions"]]
-    said = " ".join("none" if reward is None else f"{reward:.2f}" for reward in rewards[:COMPLETIONS])
+    shown_rewards = " ".join(
+        "none" if reward is None else f"{reward:.2f}" for reward in rewards[:COMPLETIONS]
+    )
     more = len(rewards) - len(completions)
-    head = f"step {group['step']}: {escape(_shorten(text_of(group['prompt'])))} <small>rewards {said}</small>"
-    left_out = f'<p class="note">{more} more were sampled.</p>' if more > 0 else ""
+    prompt = escape(_shorten(text_of(group["prompt"])))
+    head = f"step {group['step']}: {prompt} <small>rewards {shown_rewards}</small>"
+    left_out = f'<p class="note">{more} more completions were sampled.</p>' if more > 0 else ""
     return (
         f"<details{' open' if is_open else ''}><summary>{head}</summary>"
         f'<div class="question">{_prompt(group["prompt"])}</div>'
@@ -96,7 +99,7 @@ def _head(completion: Record) -> str:
     if "num_tokens" in completion:
         parts.append(f"{completion['num_tokens']} tokens")
     if completion.get("finish_reason") == "length":
-        parts.append("cut at the limit")
+        parts.append("cut at the token limit")
     return " · ".join(parts)
 
 
@@ -108,7 +111,7 @@ def _tokens(completion: Record) -> Iterator[str]:
         advantages = cast(list[float], advantage)
     entropies: Sequence[float | None] = completion.get("entropy") or [None] * len(tokens)
     for token, a, e in zip(tokens, advantages, entropies, strict=True):
-        # an advantage of 2 standard deviations, an entropy of 2 nats: as strong as it gets
+        # the strongest colour stands for an advantage of 2 and more, or an entropy of 2 nats and more
         style = f"--a:{min(1.0, abs(a) / 2):.2g}" + ("" if e is None else f";--e:{min(1.0, e / 2):.2g}")
         title = f"advantage {a:+.2f}" + ("" if e is None else f", entropy {e:.2f}")
         kind = "u" if a > 0 else "d" if a < 0 else "z"
@@ -120,7 +123,7 @@ def reward_text(sample: Record) -> str:
 
 
 def text_of(prompt: str | Sequence[Record]) -> str:
-    """The last message of a chat."""
+    """The prompt as text; of a chat, its last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 

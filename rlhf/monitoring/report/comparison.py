@@ -1,7 +1,7 @@
-"""Several runs on one page: what each came to, their curves over each other, and which settings differ.
+"""The comparison of several runs on one HTML page: outcomes, curves, settings that differ, completions.
 
-Runs that differ in nothing but seed and run folder are one line: the mean, and a band from the least to the
-greatest of them.
+Runs that differ only in `SAME_EXPERIMENT` settings (seed, run folder) are one curve: their mean, and a band
+from the smallest to the largest of their values.
 """
 
 from __future__ import annotations
@@ -27,29 +27,30 @@ from rlhf.monitoring.report.style import STYLE
 from rlhf.monitoring.report.verdict import verdict
 from rlhf.monitoring.run_folder import RunFolder, RunFolderError, flat_settings
 
-UNSAID = ("run_dir", "monitor", "checkpoint")
-"""Settings that make no difference."""
-ASIDE = ("seed", *UNSAID)
-"""Settings that make no other experiment."""
+NO_EFFECT = ("run_dir", "monitor", "checkpoint")
+"""Settings that do not change what a run learns; the table of differing settings leaves them out."""
+SAME_EXPERIMENT = ("seed", *NO_EFFECT)
+"""Settings that may differ within one experiment: runs that differ in nothing else share a curve."""
 MARK = '<meta name="generator" content="rlhf report">'
+"""The line by which an earlier comparison is recognised; only such a file is overwritten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One run folder, read."""
+    """What was read from a run folder."""
 
     name: str
     settings: dict[str, Any]
-    """By dotted key."""
+    """The value of each setting, by its dotted key."""
     steps: list[dict[str, float]]
     evaluations: list[dict[str, Any]]
     groups: list[dict[str, Any]]
-    """Some of its completions, oldest first."""
+    """Some of the recorded groups, oldest first."""
 
     @property
     def experiment(self) -> tuple[tuple[str, str], ...]:
-        """The same for runs that differ in seed and folder only."""
-        kept = {k: v for k, v in self.settings.items() if k.split(".")[0] not in ASIDE}
+        """The settings that define the experiment: equal for runs that differ in `SAME_EXPERIMENT` only."""
+        kept = {k: v for k, v in self.settings.items() if k.split(".")[0] not in SAME_EXPERIMENT}
         return tuple(sorted((k, json.dumps(v, sort_keys=True)) for k, v in kept.items()))
 
 
@@ -57,29 +58,39 @@ Runs = Sequence[Run]
 
 
 def write_comparison(folders: Sequence[Path], target: Path) -> None:
-    """Writes the page. Raises RunFolderError: a folder holds no run, or `target` is another file."""
+    """Writes the page.
+
+    Raises RunFolderError when a folder holds no run, when `target` exists and is no earlier comparison, or
+    when the folder of `target` does not exist.
+    """
     if target.exists() and not (target.is_file() and MARK in target.read_text(errors="replace")[:4000]):
-        raise RunFolderError(f"{target} is there and is no earlier comparison; nothing was overwritten")
+        raise RunFolderError(
+            f"{target} exists and is not an earlier comparison; nothing was overwritten, name another file"
+        )
     if not target.parent.is_dir():
-        raise RunFolderError(f"there is no folder {target.parent} to write {target.name} in")
+        raise RunFolderError(
+            f"there is no folder {target.parent} to write {target.name} in; create it, or name another file"
+        )
     write_atomically(target, render([read_run(folder, folders) for folder in folders]))
 
 
-def read_run(folder: Path, among: Sequence[Path] = ()) -> Run:
-    """Its name is the last part of its path, or all of it where another folder has that too."""
+def read_run(folder: Path, compared: Sequence[Path] = ()) -> Run:
+    """Reads a run folder. The run is named by the last part of its path, or by all of it if another folder in
+    `compared` has the same last part. Raises RunFolderError when the folder holds no run.
+    """
     run = RunFolder(folder)
     if not run.metrics.is_file() and not run.evaluations.is_file():
         raise RunFolderError(f"{folder} holds no run: there is neither metrics.jsonl nor eval.json")
-    alone = [other.resolve().name for other in among].count(folder.resolve().name) <= 1
+    is_unique = [other.resolve().name for other in compared].count(folder.resolve().name) <= 1
     text = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
     settings = cast(dict[str, Any], yaml.safe_load(text) or {})
-    name = folder.resolve().name if alone else str(folder)
+    name = folder.resolve().name if is_unique else str(folder)
     settings = dict(flat_settings(settings))
     return Run(name, settings, read_metrics(run), read_eval(run), read_groups(run.samples))
 
 
 def render(runs: Runs) -> str:
-    """One self-contained page."""
+    """The page, with everything it needs in one file."""
     groups = grouped(runs)
     names = [_label(group) for group in groups]
     title = " against ".join(names) if len(names) < 4 else f"{len(runs)} runs"
@@ -100,7 +111,7 @@ def render(runs: Runs) -> str:
 
 
 def grouped(runs: Runs) -> list[list[Run]]:
-    """Runs of one experiment together, in the order given. One without settings stands alone."""
+    """Groups of runs of one experiment, in the order given. A run without settings is a group of its own."""
     groups: dict[object, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.experiment or id(run), []).append(run)
@@ -108,7 +119,7 @@ def grouped(runs: Runs) -> list[list[Run]]:
 
 
 def band_of(label: str, runs: Runs, name: str) -> Band | None:
-    """The metric over steps that all runs of a group have measured; None when there are none."""
+    """The metric `name` at the steps at which all runs of a group have it; None if there is no such step."""
     series = [{int(s["step"]): s[name] for s in run.steps if name in s} for run in runs]
     return _band(label, series)
 
@@ -150,7 +161,7 @@ def _outcomes(groups: Sequence[Runs], names: Sequence[str]) -> str:
 def _facts(run: Run) -> list[str]:
     seconds = sum(s.get("time/step", 0.0) for s in run.steps)
     first, last = run.evaluations[:1], run.evaluations[1:][-1:]
-    said = verdict(run.evaluations, run.steps)
+    outcome = verdict(run.evaluations, run.steps).outcome
     return [
         str(int(run.steps[-1]["step"]) if run.steps else 0),
         f"{first[0]['accuracy']:.3f}" if first else "none",
@@ -159,13 +170,13 @@ def _facts(run: Run) -> list[str]:
         f"{seconds / 60:.1f}",
         ", ".join(f"{100 * share:.0f} %" for share in _split(run, seconds)),
         {"rose": "learned", "fell": "got worse", "unchanged": "no measurable change"}.get(
-            said.outcome, "not known"
+            outcome, "not known"
         ),
     ]
 
 
 def _split(run: Run, seconds: float) -> list[float]:
-    """Shares of the time of all steps."""
+    """The shares of rollout, reward, learn and sync in the seconds of all steps."""
     parts = ("time/rollout", "time/reward", "time/learn", "time/sync")
     return [sum(s.get(name, 0.0) for s in run.steps) / seconds for name in parts] if seconds else []
 
@@ -174,7 +185,11 @@ def _curves(groups: Sequence[Runs], names: Sequence[str]) -> str:
     drawn = [plots.bands(title, found) for title, found in _figures(groups, names)]
     legend = "".join(f"<span>{_swatch(i)} {escape(name)}</span>" for i, name in enumerate(names))
     several = any(len(group) > 1 for group in groups)
-    note = "Lines are means over seeds, bands from the least to the greatest." if several else ""
+    note = (
+        "Lines are means over the seeds, bands reach from the smallest to the largest value."
+        if several
+        else ""
+    )
     return (
         f'<h2>Curves</h2><p class="legend">{legend}</p>'
         + (f'<p class="note">{note}</p>' if note else "")
@@ -198,21 +213,24 @@ def _figures(groups: Sequence[Runs], names: Sequence[str]) -> Iterator[tuple[str
 def _if_any(
     title: str, found: Sequence[Band | None], groups: Sequence[Runs]
 ) -> Iterator[tuple[str, list[Band]]]:
-    """A run that did not measure it keeps its colour for the other figures."""
+    """A figure, unless no group has the metric. Groups without it get an empty curve, for the colours."""
     if any(found):
         yield title, [band or Band(groups[i][0].name, [], [], [], []) for i, band in enumerate(found)]
 
 
 def _differences(groups: Sequence[Runs], names: Sequence[str]) -> str:
-    every = [group[0].settings for group in groups]
-    keys = sorted({key for settings in every for key in settings if key.split(".")[0] not in UNSAID})
-    differing = [key for key in keys if len({json.dumps(s.get(key)) for s in every}) > 1]
+    all_settings = [group[0].settings for group in groups]
+    keys = sorted(
+        {key for settings in all_settings for key in settings if key.split(".")[0] not in NO_EFFECT}
+    )
+    differing = [key for key in keys if len({json.dumps(s.get(key)) for s in all_settings}) > 1]
     if len(groups) < 2 or not differing:
-        return '<h2>Settings</h2><p class="note">They differ in nothing but seeds and folders.</p>'
+        note = "The runs differ only in seed, run folder, monitoring or checkpoints."
+        return f'<h2>Settings</h2><p class="note">{note}</p>'
     head = "".join(f"<th>{_swatch(i)} {escape(name)}</th>" for i, name in enumerate(names))
     rows = "".join(
         f"<tr><td><code>{escape(key)}</code></td>"
-        + "".join(f"<td>{escape(_shown(settings, key))}</td>" for settings in every)
+        + "".join(f"<td>{escape(_shown(settings, key))}</td>" for settings in all_settings)
         + "</tr>"
         for key in differing
     )
@@ -223,7 +241,7 @@ def _differences(groups: Sequence[Runs], names: Sequence[str]) -> str:
 
 
 def _completions(runs: Runs) -> str:
-    """The last groups of each run."""
+    """The recorded groups of the last step of each run."""
     shown = [
         (run, [g for g in run.groups if g["step"] == run.groups[-1]["step"]]) for run in runs if run.groups
     ]
@@ -235,7 +253,7 @@ def _completions(runs: Runs) -> str:
 
 def _shown(settings: Mapping[str, Any], key: str) -> str:
     if key not in settings:
-        return "not there"
+        return "no such setting"
     value = settings[key]
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 

@@ -1,4 +1,4 @@
-"""RUN/report.html: one file with everything in it, for a light or dark, wide or narrow screen."""
+"""The page RUN/report.html: verdict, accuracy, plots of metrics, completions and configuration, as HTML."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ Steps = Sequence[Mapping[str, float]]
 Records = Sequence[Mapping[str, Any]]
 
 
+# buckets of the metrics budget/size_* and budget/solved_*, and their labels
 SOLVED = {"0": "0 %", "0_20": "to 20 %", "20_80": "to 80 %", "80_100": "below 100 %", "100": "100 %"}
 
 
 class Plot(NamedTuple):
-    """Curves of one figure: parts of a whole, or each by itself."""
+    """One figure: its title, and the metrics it shows as curves."""
 
     title: str
     names: tuple[str, ...]
     labels: tuple[str, ...] = ()
     whole: bool = True
+    """Whether several metrics are parts of a sum, to be stacked."""
     spread: str = ""
-    """Metric that is a margin around the only curve."""
+    """A metric that is drawn as a margin around the only curve."""
 
 
 PLOTS = (
@@ -36,19 +38,19 @@ PLOTS = (
     Plot("KL to the reference, nats a token", ("kl/ref",)),
     Plot("Entropy, nats a token", ("entropy",)),
     Plot("Length of completions, tokens", ("length/mean",)),
-    Plot("Share of completions cut at the limit", ("length/truncated",)),
+    Plot("Share of completions cut at the token limit", ("length/truncated",)),
     Plot("Norm of the gradient", ("grad_norm",)),
     Plot("Engine against learner (k3), nats a token", ("mismatch/k3",)),
     Plot("Share of tokens clipped", ("clip_fraction",)),
     Plot("Share of rollouts in groups whose rewards differ", ("budget/effective_ratio",)),
     Plot(
-        "Rollouts a prompt, by the share of them that was right",
+        "Rollouts of a prompt, by the share of them that was correct",
         tuple(f"budget/size_{bucket}" for bucket in SOLVED),
         tuple(SOLVED.values()),
         whole=False,
     ),
     Plot(
-        "Share of prompts, by the share of their rollouts that was right",
+        "Share of prompts, by the share of their rollouts that was correct",
         tuple(f"budget/solved_{bucket}" for bucket in SOLVED),
         tuple(SOLVED.values()),
     ),
@@ -58,15 +60,15 @@ PLOTS = (
 
 
 def render(
-    title: str, said: Verdict, *, evaluations: Records, steps: Steps, groups: Records, config: str
+    title: str, outcome: Verdict, *, evaluations: Records, steps: Steps, groups: Records, config: str
 ) -> str:
-    """The page. A plot whose metrics are missing is left out, and named; so are evaluations.
+    """The page. Plots whose metrics were not recorded are left out and listed by name.
 
-    `groups`: some of RUN/samples.jsonl, oldest first.
+    `groups`: some of the groups in RUN/samples.jsonl, oldest first.
     """
     sections = [
         f"<h1>{escape(title)}</h1>",
-        _verdict(said),
+        _verdict(outcome),
         _facts(steps),
         _accuracy(evaluations),
         _curves(steps, groups),
@@ -83,10 +85,10 @@ def render(
     )
 
 
-def _verdict(said: Verdict) -> str:
-    page = f'<p class="verdict {said.outcome}">{escape(said.sentence)}</p>'
-    if said.reasons:
-        items = "".join(f"<li>{escape(reason)}</li>" for reason in said.reasons)
+def _verdict(outcome: Verdict) -> str:
+    page = f'<p class="verdict {outcome.outcome}">{escape(outcome.sentence)}</p>'
+    if outcome.reasons:
+        items = "".join(f"<li>{escape(reason)}</li>" for reason in outcome.reasons)
         page += f'<ul class="reasons">{items}</ul>'
     return page
 
@@ -103,7 +105,7 @@ def _facts(steps: Steps) -> str:
         ]
     peaks = [values["memory/peak_gib"] for values in steps if "memory/peak_gib" in values]
     if peaks:
-        facts.append(f"{max(peaks):.1f} GiB at most")
+        facts.append(f"{max(peaks):.1f} GiB of memory at the peak")
     return f'<p class="note">{", ".join(facts)}</p>'
 
 
@@ -128,11 +130,11 @@ def _accuracy(evaluations: Records) -> str:
 
 
 def _evaluated(evaluations: Records) -> str:
-    """Each question once, with what the first and the last evaluation got for it."""
+    """Each prompt once, with the completions of the first and the last evaluation."""
     completions: dict[str, list[str]] = {}
     for e in [*evaluations[:1], *evaluations[1:][-1:]]:
         for sample in e["samples"]:
-            word = "right" if sample["right"] else "wrong"
+            word = "correct" if sample["right"] else "wrong"
             head = f'after step {e["step"]}: <span class="{word}">{word}</span>, {reward_text(sample)}'
             completions.setdefault(sample["prompt"], []).append(_completion(head, sample["completion"]))
     return _questions("Completions of held-out prompts", completions.items())
@@ -186,7 +188,7 @@ def _draw(plot: Plot, named: Sequence[tuple[str, str]], steps: Steps) -> str:
 
 
 def _lengths(groups: Records) -> list[str]:
-    """Of the recorded completions, those of the first half of the run against the second."""
+    """Histograms of the recorded completions' lengths in the first and in the second half of the run."""
     half = len(groups) // 2
     parts = [("first half", lengths_of(groups[:half])), ("second half", lengths_of(groups[half:]))]
     found = [(name, values) for name, values in parts if values]

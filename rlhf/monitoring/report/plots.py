@@ -1,4 +1,4 @@
-"""Curves as SVG inside a page: text stays text, and axes take the colour of the page, light or dark."""
+"""Figures of a report as SVG, drawn by matplotlib: curves, bands, stacks, histograms, intervals."""
 
 # the stubs of matplotlib leave the type of keyword arguments open
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -15,23 +15,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-# matplotlib knows no currentColor: this one is replaced in its output
+# a placeholder: matplotlib cannot write currentColor, so this colour is replaced by it in the SVG
 INK = "#123456"
 COLORS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#64748b")
 FEW = 40
+"""Curves with fewer steps than this get a mark at each."""
 
 Numbers = Sequence[float]
 
 
 def curve(title: str, steps: Numbers, values: Numbers) -> str:
-    """One line; its points are marked while they are few. NaN leaves a gap."""
+    """One curve. NaN leaves a gap."""
     figure, axes = _new_figure()
     axes.plot(steps, values, color=COLORS[0], marker="o" if len(steps) < FEW else "", markersize=3)
     return _as_html(figure, title)
 
 
 def lines(title: str, steps: Numbers, parts: Sequence[tuple[str, Numbers]]) -> str:
-    """Several named curves; NaN leaves a gap, which a mark on each side makes visible."""
+    """Several named curves. NaN leaves a gap."""
     figure, axes = _new_figure()
     marker = "o" if len(steps) < FEW else ""
     for color, (name, values) in zip(COLORS, parts, strict=False):
@@ -41,7 +42,7 @@ def lines(title: str, steps: Numbers, parts: Sequence[tuple[str, Numbers]]) -> s
 
 
 def spread(title: str, steps: Numbers, values: Numbers, margins: Numbers) -> str:
-    """A curve between value - margin and value + margin."""
+    """A curve and the area from value - margin to value + margin."""
     figure, axes = _new_figure()
     axes.plot(steps, values, color=COLORS[0], marker="o" if len(steps) < FEW else "", markersize=3)
     below = [value - margin for value, margin in zip(values, margins, strict=True)]
@@ -51,10 +52,10 @@ def spread(title: str, steps: Numbers, values: Numbers, margins: Numbers) -> str
 
 
 def histogram(title: str, parts: Sequence[tuple[str, Numbers]], *, unit: str) -> str:
-    """Shares of each named part over the same bins."""
+    """A histogram of each named part over the same bins, as shares of the part."""
     figure, axes = _new_figure()
     longest = max(max(values) for _, values in parts)
-    # a bin a value while there are few, or some bins would get two of them and others one
+    # one bin for each value while there are few values: bins of other widths would hold one or two of them
     count = int(longest) + 1 if longest < 20 else 20
     bins = [i - 0.5 if longest < 20 else longest * i / count for i in range(count + 1)]
     for color, (name, values) in zip(COLORS, parts, strict=False):
@@ -66,7 +67,7 @@ def histogram(title: str, parts: Sequence[tuple[str, Numbers]], *, unit: str) ->
 
 
 def stack(title: str, steps: Numbers, parts: Sequence[tuple[str, Numbers]]) -> str:
-    """Named parts on top of each other."""
+    """Named parts stacked on each other."""
     figure, axes = _new_figure()
     axes.stackplot(steps, [values for _, values in parts], labels=[name for name, _ in parts], colors=COLORS)
     _legend(axes, len(parts))
@@ -74,7 +75,7 @@ def stack(title: str, steps: Numbers, parts: Sequence[tuple[str, Numbers]]) -> s
 
 
 def intervals(title: str, steps: Numbers, values: Numbers, bounds: Sequence[tuple[float, float]]) -> str:
-    """Points with the bounds of each."""
+    """A curve whose points have error bars, from the lower to the upper bound of each."""
     figure, axes = _new_figure()
     below = [value - low for value, (low, _) in zip(values, bounds, strict=True)]
     above = [high - value for value, (_, high) in zip(values, bounds, strict=True)]
@@ -83,7 +84,7 @@ def intervals(title: str, steps: Numbers, values: Numbers, bounds: Sequence[tupl
 
 
 class Band(NamedTuple):
-    """A named curve with bounds, which are the curve itself where there is one run."""
+    """A curve of a group of runs: mean, smallest and largest value. With one run all three are equal."""
 
     label: str
     steps: Numbers
@@ -93,11 +94,11 @@ class Band(NamedTuple):
 
 
 def bands(title: str, curves: Sequence[Band]) -> str:
-    """Curves of several runs on one pair of axes, each in the colour of its place; no legend."""
+    """Curves of several groups of runs on the same axes, coloured by their order; without a legend."""
     figure, axes = _new_figure()
     for i, band in enumerate(curves):
         color = COLORS[i % len(COLORS)]
-        # beyond the colours there are, a broken line tells two runs apart
+        # when the colours are used up, dashed and dotted lines distinguish the runs
         style = ("-", "--", ":")[i // len(COLORS) % 3]
         marker = "o" if len(band.steps) < FEW else ""
         axes.plot(band.steps, band.mean, style, color=color, marker=marker, markersize=3)
@@ -127,7 +128,7 @@ def _legend(axes: Axes, columns: int) -> None:
 
 
 def _as_html(figure: Figure, title: str) -> str:
-    """The drawing as part of the page: its text is text, and takes the colour of the page."""
+    """The figure as SVG: text stays text, and text and axes take the colour of the page."""
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

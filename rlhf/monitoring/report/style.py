@@ -1,4 +1,4 @@
-"""How the pages of a report look: light or dark as the browser is, wide or narrow as the screen is."""
+"""The CSS of all report pages, for light and dark browsers, wide and narrow screens."""
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8882; }
@@ -24,5 +24,5 @@ blockquote { margin: .2rem 0 .6rem; padding: .4rem .8rem; background: var(--soft
 pre { padding: .8rem; background: var(--soft); overflow-x: auto; font-size: .9rem; }
 .wide { overflow-x: auto; } .legend span { margin-right: 1.5rem; white-space: nowrap; }
 .swatch { display: inline-block; width: 1.4rem; vertical-align: middle; }
-.right { color: #0ca678; } .wrong { color: #e5484d; } .note { opacity: .75; }
+.correct { color: #0ca678; } .wrong { color: #e5484d; } .note { opacity: .75; }
 """

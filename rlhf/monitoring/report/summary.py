@@ -1,13 +1,4 @@
-"""What a run came to: its evaluations, its closing summary, its report page.
-
-RUN/eval.json is a list, one object an evaluation, ordered by step:
-
-    {"step": 20, "accuracy": 0.93, "num_samples": 128, "ci_low": 0.87, "ci_high": 0.96,
-     "samples": [{"prompt": "What is 3 + 5?", "completion": "8", "reward": 1.0, "right": true}, ...]}
-
-`accuracy` is the share of right completions, `ci_low` and `ci_high` bound its 95% interval; `samples` has a
-few completions, of the same prompts each time, and not chosen by how they turned out.
-"""
+"""Writes RUN/report.html from the files of a run, and makes the text that a finished run prints."""
 
 from __future__ import annotations
 
@@ -20,15 +11,17 @@ from rlhf.monitoring.report.verdict import verdict
 from rlhf.monitoring.run_folder import RunFolder
 
 SHOWN = 3
+"""Completions in the text, of each of the two evaluations."""
 LINE = 100
+"""Characters of a line with a completion."""
 
 
 def write_report(run: RunFolder) -> None:
-    """Writes RUN/report.html from what the run folder holds; what is missing there is left out, and named.
+    """Writes RUN/report.html from the files of the run folder; the page names what is missing there.
 
-    Raises OSError when it cannot be written.
+    Raises OSError when it cannot be written, and ValueError when RUN/eval.json is malformed.
     """
-    # matplotlib takes its time to import, and only a run that has ended needs it
+    # importing matplotlib is slow, and only a finished run needs it
     from rlhf.monitoring.report.page import render
 
     evaluations, steps = read_eval(run), read_metrics(run)
@@ -44,7 +37,7 @@ def write_report(run: RunFolder) -> None:
 
 
 def closing_summary(run: RunFolder) -> str:
-    """What one wants to read when a run has ended: verdict, accuracy, a few completions, where things are."""
+    """The text that a finished run prints: verdict, accuracy, a few completions, run folder and report."""
     evaluations = read_eval(run)
     said = verdict(evaluations, read_metrics(run))
     lines = [said.sentence, *(f"  {reason}" for reason in said.reasons), ""]
@@ -61,13 +54,13 @@ def _sample_lines(samples: Sequence[Mapping[str, Any]]) -> list[str]:
     prompts = [_shorten(sample["prompt"], LINE // 2) for sample in samples]
     width = max(map(len, prompts), default=0)
     return [
-        f"  {'right' if sample['right'] else 'wrong'}  {prompt:<{width}}  ->  "
-        + _shorten(sample["completion"], LINE - width - 15)
+        f"  {'correct' if sample['right'] else 'wrong  '}  {prompt:<{width}}  ->  "
+        + _shorten(sample["completion"], LINE - width - 17)
         for prompt, sample in zip(prompts, samples, strict=True)
     ]
 
 
 def _shorten(text: str, length: int) -> str:
-    """One line of at most `length` characters."""
+    """`text` as one line of at most `length` characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"

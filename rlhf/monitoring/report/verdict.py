@@ -1,4 +1,4 @@
-"""Whether a run learned: what its evaluations and metrics allow one to say, and no more."""
+"""The verdict on a run: whether accuracy rose, by a 95% interval, and the warnings of its metrics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rlhf.monitoring.health import HealthWatch
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One sentence, and the reasons for it that the metrics give."""
+    """Whether accuracy rose, as a sentence, and the health warnings of the run's metrics as reasons."""
 
     outcome: Literal["rose", "fell", "unchanged", "unknown"]
     sentence: str
@@ -25,8 +25,8 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[flo
 
     With p1 in [l1, u1] before and p2 in [l2, u2] after, d = p2 - p1 lies in
     [d - sqrt((p2 - l2)^2 + (u1 - p1)^2), d + sqrt((u2 - p2)^2 + (p1 - l1)^2)]: Newcombe, Statistics in
-    Medicine 17 (1998), method 10. It takes the two evaluations as independent; where they are of the same
-    prompts, the interval is wider than it need be.
+    Medicine 17 (1998), method 10. It treats the two evaluations as independent; for the same prompts the
+    interval is therefore wider than necessary.
     """
     p1, l1, u1 = before["accuracy"], before["ci_low"], before["ci_high"]
     p2, l2, u2 = after["accuracy"], after["ci_low"], after["ci_high"]
@@ -35,9 +35,12 @@ def difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[flo
 
 
 def verdict(evaluations: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, float]]) -> Verdict:
-    """It learned only if the 95% interval of the difference of first and last evaluation excludes zero."""
+    """Compares the first and the last evaluation.
+
+    Accuracy "rose" or "fell" only if the 95% interval of the difference excludes 0.
+    """
     watch = HealthWatch()
-    reasons = tuple(text for values in steps for text in watch.look(values))
+    reasons = tuple(text for values in steps for text in watch.check(values))
     if len(evaluations) < 2:
         return Verdict("unknown", _by_training_reward(evaluations, steps), reasons)
     before, after = evaluations[0], evaluations[-1]
