@@ -1,4 +1,4 @@
-"""Learning from an offline set of mixed quality with noisy rewards: which weighting of it is best?
+"""Learning from an offline dataset of mixed quality with noisy rewards: which method is best?
 
     sft             supervised fine-tuning on every completion
     sft_best        on the best completion of each prompt only, by the noisy reward
@@ -6,23 +6,22 @@
     a_lol_ref_free  the same without the ratio
     awr             exp(standardised advantage), baseline the mean of the others of the prompt
 
-And what is ours and off by default, each beside what it changes (`ablations`):
+Additions of this project that are off by default, each next to the method it changes (`ablations`):
 
     awr_cold, awr_hot  awr at the temperatures 0.3 and 3
     awr_divergence     awr with a temperature for each prompt, picked by a head (divergence 0.5 nats)
-    best_own           rollouts, and the best of each prompt's own imitated
-    best_mixed         the best of own and data (our analogue of A2PR)
-    best_gated         the same, where it is above the prompt's value only
+    best_own           imitates the best of the policy's own rollouts of each prompt
+    best_mixed         imitates the best of rollouts and data together (our analogue of A2PR)
+    best_gated         the same, but only where the best is above the prompt's value
 
 All take the same number of steps and completions a step, from the same model, with the same learning rate
-and schedule. Then each model writes 8 completions of every held-out prompt at temperature 1: the mean
-reward (without noise), the share of different n-grams among all n-grams written, the mean length. The row
-`before` is the model that all start from.
+and schedule. Then each model samples 8 completions of every held-out prompt at temperature 1: the mean
+reward (without noise), the share of distinct n-grams among all n-grams sampled, the mean length. The row
+`before` is the model that all methods start from.
 
-`tiny`: a two-layer model, taught the task first; the set that it writes, and the runs, are of each seed anew.
-`ablations`: the same model and sets. `small`: SmolLM2-135M-Instruct on the set in examples/offline, one run a
-method.
-Every model that was trained is kept in `--runs` and not trained again. Run:
+`tiny`: a two-layer model that is taught the task first; each seed has its own dataset,
+sampled by that model, and its own runs. `ablations`: the same model and datasets. `small`:
+SmolLM2-135M-Instruct on the dataset in examples/offline, one run a method. Every model that was trained is kept in `--runs` and not trained again. Run:
 
     python -m benchmarks.advantage_weighted tiny --runs FOLDER --out FILE.json
     python -m benchmarks.advantage_weighted ablations --runs FOLDER --out FILE.json
@@ -98,7 +97,7 @@ LABELS = {
 
 
 def train(settings: Settings, run: Path) -> Path:
-    """One run to its end, and where its model is; one that was finished before is not repeated."""
+    """Trains one run to its end unless that was done before, and returns the folder of its model."""
     if not (run / "model").is_dir():
         quiet = {"run_dir": str(run), "monitor": {"sinks": [], "samples_per_step": 0}}
         Trainer(make_config(settings | quiet | {"checkpoint": {"every": 0, "resume": "auto"}})).run()
@@ -109,9 +108,9 @@ def train(settings: Settings, run: Path) -> Path:
 
 
 def base(model: Path, data: Path, *, steps: int, prompts: int, limit: int, lr: float) -> Settings:
-    """What all methods share. A prompt of the set has six completions.
+    """The settings that all methods share. Each prompt of the dataset has six completions.
 
-    A text may have more tokens than those it was made of: there is some room above `limit`.
+    Encoding a completion's text anew may give more tokens than were sampled, hence some room above `limit`.
     """
     return {
         "steps": steps,
@@ -135,7 +134,7 @@ Written = tuple[Row, list[list[int]], list[str]]
 
 
 def written(model: Path, questions: Sequence[Row], limit: int) -> list[Written]:
-    """Each held-out prompt with the completions that the model writes: tokens, and text."""
+    """Each held-out prompt with the completions that the model samples, as tokens and as text."""
     from transformers import AutoModelForCausalLM
 
     tokenizer: Any = load_tokenizer(str(model))
@@ -154,14 +153,14 @@ def written(model: Path, questions: Sequence[Row], limit: int) -> list[Written]:
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
-    """Different n-grams of words / all n-grams."""
+    """The number of distinct n-grams of words, divided by the number of all n-grams."""
     split = [text.lower().split() for text in texts]
     grams = [tuple(words[i : i + n]) for words in split for i in range(len(words) - n + 1)]
     return len(set(grams)) / max(1, len(grams))
 
 
 def measure(model: Path, data: Path, limit: int, keep: Path) -> dict[str, float]:
-    """What a model writes on held-out prompts; kept in the file `keep`, and read from there a second time."""
+    """The figures of a model on held-out prompts, kept in the file `keep` and read from there next time."""
     if keep.is_file():
         return json.loads(keep.read_text())
     questions = [json.loads(line) for line in (data / "eval.jsonl").read_text().splitlines()]
@@ -183,7 +182,7 @@ def measure(model: Path, data: Path, limit: int, keep: Path) -> dict[str, float]
 def compare(
     settings: Settings, model: Path, data: Path, runs: Path, seed: int, arms: Sequence[str]
 ) -> list[Settings]:
-    """Every method once; a row each, that of the model before first."""
+    """Runs every method once. Returns one row for each, after the row of the model before training."""
     limit = settings["rollout"]["max_completion_tokens"] - 16
     before = measure(model, data, limit, runs / f"before-{seed}.json")
     rows: list[Settings] = [{"arm": "before", "seed": seed} | before]
@@ -213,7 +212,7 @@ def tiny(options: argparse.Namespace) -> list[Settings]:
 
 
 def teaching(folder: Path, steps: int) -> Settings:
-    """Supervised steps on the lesson: no reward has a part in it."""
+    """Settings of the supervised steps by which the tiny model is taught; rewards are not used."""
     settings = base(folder / "random", folder, steps=steps, prompts=48, limit=16, lr=3e-3)
     settings["data"] |= {"train": str(folder / "lesson.jsonl"), "sampling": "completions"}
     settings["rollout"]["group_size"] = 1
@@ -231,7 +230,7 @@ def small(options: argparse.Namespace) -> list[Settings]:
 
 
 def plot(options: argparse.Namespace) -> None:
-    """Held-out reward against diversity: a point a run, a cross a mean."""
+    """Plots held-out reward against diversity: a point for each run, a cross for each mean."""
     count = len(options.results)
     figure, axes = plt.subplots(1, count, figsize=(5.2 * count, 4.2), squeeze=False)
     for axis, file in zip(axes[0], options.results, strict=True):

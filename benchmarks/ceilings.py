@@ -1,4 +1,4 @@
-"""What this machine can do at best: matrix products a second, bytes copied a second. Others are shares of it.
+"""The highest speed of this machine in matrix products and in copies; other benchmarks report shares of it.
 
 Random data (zeros run faster on some GPUs), the same buffers each time, medians of interleaved repeats.
 
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-# side of the square matrices, bytes of the buffer that is copied
+# the side of the square matrices, and the bytes of the buffer that is copied
 SIZES = {"cuda": (8192, 4 << 30), "cpu": (1024, 256 << 20)}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -45,7 +45,7 @@ def ceilings(device: str, repeats: int) -> dict[str, Any]:
         work[f"matmul_{name}_tflops"] = product, 2 * side**3 / 1e12
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    # read and written
+    # each byte is read and written
     work["copy_gb_per_second"] = partial(target.copy_, source), 2 * size / 1e9
     times: dict[str, list[float]] = {name: [] for name in work}
     for repeat in range(repeats + 2):

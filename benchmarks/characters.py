@@ -1,4 +1,4 @@
-"""A tokenizer with a token a character, for models that are made here."""
+"""A tokenizer with one token for each character, for the models that benchmarks create."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def tokenizer(characters: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Ids 0 and 1 are padding and the end of a text; of a chat it reads what was said, and nothing else."""
+    """Ids 0 and 1 are padding and end of sequence; the chat template keeps the contents of messages alone."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *characters])}
     backend = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")

@@ -1,12 +1,11 @@
-"""Everything that only a GPU can show, in pieces of at most 8 minutes; on a CPU the same, scaled down.
+"""All GPU benchmarks, in pieces of at most 8 minutes; on a CPU the same pieces, scaled down.
 
     make bench-gpu                                              # results in benchmarks/results/MACHINE
     python -m benchmarks.gpu --results FOLDER --work FOLDER [--seconds 540] [--only NAME ...]
 
-A piece that was finished is not run again, one that was stopped goes on where it can (benchmarks/pieces.py).
-The random-weight models and the runs are kept in the work folder. Nothing is fetched: TRL's side is measured
-where `--trl-python` names a Python that has it, the real model where `python -m rlhf.small_model` has made
-it.
+A finished piece is not run again, an interrupted one continues where it can (benchmarks/pieces.py). The
+models with random weights and the runs are kept in the work folder. Nothing is downloaded: TRL is measured
+if `--trl-python` names a Python that has it, the real model if `python -m rlhf.small_model` has made it.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from benchmarks.runs import machine
 from rlhf.small_model import small_model_path
 
 LIMIT = 480.0
-"""Seconds of the longest piece."""
+"""Seconds that the longest piece may take."""
 PEERS = ("flash-attn", "trl", "liger-kernel", "cut-cross-entropy", "verl")
 PACKAGES = ("torch", "triton", "transformers", *PEERS)
 
@@ -42,7 +41,7 @@ def test_pieces() -> list[Piece]:
 
 
 def token_stats_pieces(device: str) -> list[Piece]:
-    """The shapes that the kernels are designed for, a tensor-parallel shard and a small batch among them."""
+    """The shapes that the kernels are designed for, with a tensor-parallel shard and a small batch."""
     shapes = {
         "cuda": {
             "large": "16384,4096,128256",
@@ -62,7 +61,7 @@ def token_stats_pieces(device: str) -> list[Piece]:
 
 
 def learner_pieces(device: str, models: Path) -> list[Piece]:
-    """Prompts once a group against padded and packed rows: seconds and memory of an update."""
+    """Seconds and memory of an update: prompts packed once a group, against padded and packed rows."""
     if device == "cpu":
         work = ("--prompt", 48, "--groups", 1, "--length", 16, "--repeats", 1)
         return [Piece("learner_g8", module("learner", "--model", models / "tiny", *work), LIMIT)]
@@ -81,7 +80,7 @@ def learner_pieces(device: str, models: Path) -> list[Piece]:
 
 
 def step_pieces(device: str, work: Path, trl: str | None) -> list[Piece]:
-    """Whole steps of random-weight models, split by phase."""
+    """The seconds of whole steps of models with random weights, by phase."""
     shapes = ("0.5b", "1.5b") if device == "cuda" else ("tiny",)
     case = ("--case", "512:256", "--microbatch-tokens", 32768) if device == "cuda" else ("--case", "64:8")
     case += ("--ceilings", work / "ceilings.json", *(("--trl-python", trl) if trl else ()))
@@ -92,7 +91,7 @@ def step_pieces(device: str, work: Path, trl: str | None) -> list[Piece]:
 
 
 def learning_pieces(device: str, work: Path) -> list[Piece]:
-    """Does it learn: uniform against knapsack on the real model; two steps of it on a CPU."""
+    """Training runs of the real model with uniform and knapsack budgets; only two steps on a CPU."""
     model = small_model_path()
     arms = ("--arms", "uniform", "knapsack", "--seeds", 0, "--runs", work / "runs")
     if device == "cuda":

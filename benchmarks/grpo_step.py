@@ -1,9 +1,9 @@
-"""A whole GRPO step, this project's and that of TRL 1.16's GRPOTrainer: seconds, tokens, peak memory.
+"""A whole GRPO step of this project and of TRL 1.16's GRPOTrainer: seconds, tokens, peak memory.
 
 8 prompts (or `--prompts`) x 8 samples, a KL of 0.04 against a reference, one update, SmolLM2-135M in
 bfloat16, a reward that both compute in well under a millisecond. The model folder is copied with another
-end-of-sequence token, one that it never writes: every completion is cut at the limit, so both sides sample
-and learn from the same number of tokens, and what they counted is compared before anything is reported.
+end-of-sequence token, which the model never samples: every completion is cut at the limit, so both sides
+sample and learn from the same number of tokens. Their counts are compared before anything is reported.
 Each side is a process of its own; steps alternate, one side waiting while the other one works. Peak memory
 is that of the allocator on a GPU, else the largest resident size of the process. Without `--trl-python`
 this project runs alone. With `--ceilings` (of benchmarks/ceilings.py) the learner's share of bfloat16
@@ -11,10 +11,10 @@ matrix products is given: 6 FLOP a weight and learned token and 2 for the refere
 
     tandem   rlhf.trainer.Trainer, native engine; float32 master weights, so it holds more of them
     trl      GRPOTrainer at its fastest here: bfloat16 weights and optimizer, no gradient checkpointing, one
-             microbatch where memory allows (`--microbatch`); its rollouts by `generate`. As delivered it
-             gives freed memory back to the system at each step; with `--trl-keeps-memory` it does not
+             microbatch where memory allows (`--microbatch`); its rollouts by `generate`. By default it
+             returns freed memory to the system at each step; with `--trl-keeps-memory` it does not
 
-A run that was interrupted goes on where it stopped (delete the case in the file to repeat it). A case is
+An interrupted benchmark continues where it stopped (delete the case in the file to repeat it). A case is
 prompt tokens : new tokens.
 
 Run: `python -m benchmarks.grpo_step --model FOLDER --trl-python ENV/bin/python --case 46:32 --out F.json`.
@@ -45,9 +45,9 @@ ROOT = Path(__file__).parents[1]
 GROUP, KL_COEF, LR = 8, 0.04, 1e-6
 FILLER = "Here is some context. "
 UNUSED_TOKEN = 5
-"""Of SmolLM2's vocabulary: a marker of its pretraining data that no chat ever contains."""
+"""A token of SmolLM2's vocabulary: a marker of its pretraining data that no chat contains."""
 KEEPS_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**12)}
-"""To glibc what rlhf/allocator.py says to it: what was freed stays with the process."""
+"""Environment variables that make glibc keep freed memory in the process, as rlhf/devices.py does."""
 Record = dict[str, float]
 
 
@@ -138,7 +138,7 @@ class Side:
 
 
 def work(folder: Path, model: Path, prompt_tokens: int, prompts: int) -> Path:
-    """Writes prompts of about so many tokens, and the model that never ends; returns its folder."""
+    """Writes prompts of about `tokens` tokens, and a model that never ends; returns its folder."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     per_filler = len(tokenizer(FILLER).input_ids)
     with (folder / "prompts.jsonl").open("w") as file:
@@ -161,7 +161,7 @@ def work(folder: Path, model: Path, prompt_tokens: int, prompts: int) -> Path:
 
 
 def measure(case: str, options: argparse.Namespace, taken: dict[str, list[Record]]) -> None:
-    """Adds steps to `taken` until there are enough, one of each side in turn, and saves after each."""
+    """Adds measured steps to `taken` until there are enough, alternating sides, and saves after each step."""
     prompt_tokens, max_tokens = map(int, case.split(":"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -227,7 +227,7 @@ def summary(case: str, taken: dict[str, list[Record]], ceiling: float | None) ->
         found["times_faster"] = round(rows["trl"]["step_s"] / rows["tandem"]["step_s"], 2)
         found["share_of_peak"] = round(rows["tandem"]["peak_gib"] / rows["trl"]["peak_gib"], 2)
     if ceiling is not None:
-        # what is learned from, each prompt once a group: 6 of the policy, 2 of the reference
+        # FLOP a weight and learned token, each prompt once a group: 6 of the policy, 2 of the reference
         tokens = median("tandem", "completion_tokens") + median("tandem", "prompt_tokens") / GROUP
         flop = 8 * median("tandem", "weights") * tokens
         found["learner_share_of_ceiling"] = round(flop / median("tandem", "learn_s") / 1e12 / ceiling, 3)

@@ -1,7 +1,7 @@
-"""The other side of grpo_step.py: TRL's GRPOTrainer on the same work, run by a Python that has TRL 1.16.
+"""TRL's side of grpo_step.py: GRPOTrainer on the same work, run by a Python that has TRL 1.16.
 
 Each line "step" on standard input lets one optimizer step pass; its figures are one JSON line on standard
-output. Of rlhf nothing is imported.
+output. Nothing of rlhf is imported.
 """
 
 from __future__ import annotations

@@ -2,16 +2,16 @@
 
 Prompt i has difficulty d_i ~ N(0, 4.5^2) and is solved with probability sigmoid(skill - d_i); the skill rises
 in a straight line over the steps, the same for every rule, so that only the budgets differ. At the end about
-40 % of the groups are all right and 20 % all wrong, as the paper reports of late GRPO training
+40 % of the groups are all correct and 20 % all wrong, as the paper reports of late GRPO training
 (arXiv:2509.25849). Rules:
 
     uniform    8 rollouts for each of the 256 prompts of a step
-    knapsack   `allocate` on the rates a `SuccessTracker` has seen: an epoch late
-    prior      the same with a Beta(1, 1) prior, so rates are there after one visit and are never 0 or 1
+    knapsack   `allocate` on the rates that a `SuccessTracker` has seen, which are one epoch old
+    prior      the same with a Beta(1, 1) prior, so rates exist after one visit and are never 0 or 1
     probes     2 of the 8 rollouts first, the other 6 on the posterior after them, in every epoch
     oracle     `allocate` on the true rates
 
-What counts is the share of rollouts in groups with both outcomes.
+The result is the share of rollouts in groups with both outcomes.
 Run: `python -m benchmarks.knapsack --out FILE`.
 """
 
@@ -82,7 +82,7 @@ def simulate(rule: str, seed: int) -> dict[str, Any]:
 
 
 def draw(random: np.random.Generator, n: int, p: float) -> np.ndarray:
-    """Rewards of `n` rollouts."""
+    """Draws the rewards of `n` rollouts."""
     return (random.random(n) < p).astype(np.float32)
 
 

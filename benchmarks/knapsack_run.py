@@ -1,9 +1,9 @@
-"""Uniform against knapsack budgets in real runs of configs/knapsack.yaml, at equal rollouts: what is learned?
+"""Uniform and knapsack budgets in real runs of configs/knapsack.yaml, compared at equal numbers of rollouts.
 
-Every arm and seed is one run in a folder of its own; runs that are there already are not repeated. Reported
-over rollouts used: the share of rollouts in groups with both outcomes (`budget/effective_ratio`), the reward,
-and held-out accuracy before, during and after. The plot has the mean of the seeds and the range between them,
-the first two averaged over twelfths of the run.
+Every arm and seed is one run in a folder of its own; finished runs are not repeated. Reported against the
+number of rollouts: the share of rollouts in groups with both outcomes (`budget/effective_ratio`), the
+reward, and held-out accuracy before, during and after. The plot has the mean of the seeds and the range
+between them, the first two averaged over twelfths of the run.
 
     knapsack   rates of the last 16 samples, from 8 on, as in the paper: uniform until a prompt was seen
     prior      the same with a Beta(1, 1) prior
@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    # seed by seed, so that what is there when time runs out is comparable
+    # all arms of one seed before the next, so that the results are comparable if the time runs out
     runs = {(arm, seed): run_arm(arm, seed, options) for seed in options.seeds for arm in options.arms}
     results = {arm: [runs[arm, seed] for seed in options.seeds] for arm in options.arms}
     report = {

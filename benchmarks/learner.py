@@ -1,6 +1,6 @@
-"""What do a prompt packed once a group and a head without logits give? One update: seconds and peak memory.
+"""Seconds and peak memory of one update: prompts packed once a group, and a head that stores no logits.
 
-    padded, logits   a padded row a sequence; `lm_head(hidden).float()` of completion rows, autograd
+    padded, logits   one padded row for each sequence; `lm_head(hidden).float()` of completion rows, autograd
     padded           the same rows, `token_stats`
     packed           the same sequences end to end without padding, `token_stats`
     shared, logits   the prompt once a group; `lm_head(hidden).float()`, autograd
@@ -10,8 +10,8 @@ Groups of 8 completions of 64 tokens (`--size`, `--length`), bfloat16 with a flo
 reference, forward, backward and optimizer step. All contenders make the same update: before anything is
 reported their entropies and gradient norms are compared (within 2 %, the rounding of bfloat16). Each repeat
 runs every contender once in turn; peak memory is that of two updates in a process of its own, less what the
-model and its optimizer hold: of the allocator on a GPU, else the largest resident size. Freed memory is kept
-on a CPU, as in a run.
+model and its optimizer hold: of the allocator on a GPU, else the largest resident size. On a CPU
+freed memory is kept, as in a run.
 
 Run: `python -m benchmarks.learner --model MODEL_FOLDER --out benchmarks/results/MACHINE/learner.json`.
 """
@@ -56,7 +56,7 @@ LAYOUT: dict[str, Layout] = {"padded": "padded", "packed": "packed", "shared": "
 
 
 class WithLogits(Policy):
-    """The plain way: all logits of the completion rows at once, products in the weights' own precision."""
+    """The plain way: all logits of the completion rows at once, products in the dtype of the weights."""
 
     def statistics(
         self,
@@ -77,13 +77,13 @@ class WithLogits(Policy):
 
 
 class Contender:
-    """A way to compute updates. All share one model and one optimizer, or memory for four would be needed."""
+    """A way to compute updates. All share one model and one optimizer, to save memory."""
 
     def __init__(self, name: str, learner: Learner, experience: Experience) -> None:
         self.layout: Layout = LAYOUT[name.split(",")[0]]
         policy = learner.policy
         if name.endswith("logits"):
-            # a policy takes the attention it finds for the model's own
+            # a Policy assumes that the attention it finds is the model's own
             policy.layout = "padded"
             policy = WithLogits(policy.model, layout=self.layout)
         self.policy, self.learner, self.experience = policy, learner, experience
@@ -96,7 +96,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one update learns from."""
+    """The experience of one update."""
 
     model: str
     prompt: int
@@ -109,7 +109,7 @@ class Work:
 def contenders(names: Sequence[str], work: Work) -> dict[str, Contender]:
     world = World(0, 1, DEVICE)
     policy = load_policy(ModelConfig(path=work.model), work.model, world.device)
-    # so small that the weights stay where they are
+    # a learning rate so small that the weights hardly change
     section = LearnerConfig(lr=1e-12, microbatch_tokens=work.microbatch_tokens)
     optimizer = MasterAdamW(policy.model, torch.bfloat16, section, 100)
     algorithm = ALGORITHMS["grpo"](kl=KL())
@@ -145,7 +145,7 @@ def groups(work: Work, vocabulary: int) -> list[Group]:
 
 
 def check(first: dict[str, Metrics]) -> None:
-    """The same update, or nothing is reported."""
+    """Stops the benchmark unless all contenders make the same update."""
     for name in ("grad_norm", "entropy"):
         values = {who: metrics[name].value for who, metrics in first.items()}
         spread = max(values.values()) / min(values.values()) - 1
@@ -173,7 +173,7 @@ def seconds(names: Sequence[str], work: Work, repeats: int) -> dict[str, list[fl
 
 
 def peak_gib(name: str, work: Work) -> float:
-    """In a process of its own: what updates add to the loaded model and its optimizer."""
+    """The memory that updates add to the loaded model and its optimizer, measured in a new process."""
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in asdict(work).items()]
     command = [sys.executable, "-m", "benchmarks.learner", "--memory-of", name, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -184,7 +184,7 @@ def peak_gib(name: str, work: Work) -> float:
 
 def measure_memory(name: str, work: Work) -> float:
     contender = contenders([name], work)[name]
-    # the optimizer's moments are there before, not a part of an update
+    # the optimizer's moments are allocated first, so that they do not count as part of an update
     contender.learner.optimizer.step(0, contender.learner.world)
     if DEVICE.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -197,7 +197,7 @@ def measure_memory(name: str, work: Work) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
-    # the largest resident size counts from here, not from the loading
+    # from here on the largest resident size counts, so that loading does not count
     Path("/proc/self/clear_refs").write_text("5")
     resident = kib("VmRSS:")
     for _ in range(2):
@@ -264,7 +264,7 @@ def main() -> None:
 
 
 def save(path: Path, found: dict[str, Any]) -> None:
-    """After each prompt length: what was measured stays when the rest is interrupted."""
+    """Saves the results after each prompt length, so that they survive an interruption."""
     command = "python -m benchmarks.learner " + " ".join(sys.argv[1:])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"command": command, "machine": machine(), **found}, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""The tests marked `gpu`, counted; by themselves or under compute-sanitizer.
+"""Runs the tests marked `gpu` and counts them, plainly or under compute-sanitizer.
 
-Under the sanitizer run those of the kernels that write over their input, where a race or a write out of
-bounds would hide: `racecheck` looks for the one, `memcheck` for the other.
+Under the sanitizer only tests of kernels run that write over their input: there a race (found by
+`racecheck`) or a write out of bounds (found by `memcheck`) would be hidden.
 
 Run: `python -m benchmarks.marked_tests --out FILE.json [--sanitizer memcheck]`.
 """

@@ -1,11 +1,11 @@
-"""Two objectives in conflict, on scales of their own: does the weighted sum keep both, does GDPO?
+"""Two conflicting objectives on different scales: are both learned with the weighted sum, or with GDPO?
 
-A completion has 16 characters. Nobody has tuned the weights of the objectives: both are 1. Two tasks:
+A completion has 16 characters. The weights of the objectives are not tuned: both are 1. Two tasks:
 
     compromise  `points`: 100 for each letter a, 90 for each b, in the mean; `share_of_b`: 0 to 1.
-                What is best for one is worst for the other, but b is nearly as good for the first
+                The best for one is the worst for the other, but b is nearly as good as a for the first
     exclusive   `letters`: how many a, 0 to 16; `digits`: their share, 0 to 1.
-                Each character serves one side only, there is no compromise
+                Each character serves one objective only: there is no compromise
 
 Four arms, the same tiny random model, the same seeds:
 
@@ -16,14 +16,14 @@ Four arms, the same tiny random model, the same seeds:
 
 Expected of `compromise`: to `sum` an a is worth 100 and a b 91, so share_of_b is given up in the end. To
 `gdpo` the two are nearly the same for the points, and far apart for share_of_b: b, so 90 points and a share
-of 1. `balanced` is what a person who knows the ranges gets from the sum: 1 against 1.9, so b too.
+of 1. `balanced` is the weighted sum for someone who knows the ranges: 1 against 1.9, so b too.
 
 Expected of `exclusive`: `sum` is `letters` in all but name. Under `gdpo` the two z-scores cancel as soon as
 every character is one or the other; training should come to rest at a mixture, but nothing holds it there.
 `balanced` cancels exactly too.
 
-Expected of `bound`: the best answer to any multiplier is an end, all of one objective or all of the other, so
-the level swings around the bound, and the mean over the run is near it.
+Expected of `bound`: for any multiplier the optimum is an extreme, all of one objective or all of the other,
+so the level oscillates around the bound, and its mean over the run is near the bound.
 
     python -m benchmarks.objectives --runs runs/objectives --out benchmarks/results/<machine>/objectives.json
     python -m benchmarks.objectives --figure docs/objectives.png \
@@ -65,7 +65,7 @@ def digits(completions: list[str]) -> list[float]:
 
 
 def save_model(folder: Path) -> None:
-    """A random Llama of two layers that knows single characters."""
+    """Writes a Llama of two layers with random weights, whose tokens are single characters."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -95,7 +95,7 @@ def save_model(folder: Path) -> None:
 
 
 def run(task: str, arm: str, seed: int, steps: int, folder: Path) -> list[dict[str, Any]]:
-    """The records of one run; one that was finished before is not repeated."""
+    """The metrics of one run, which is trained unless that was done before."""
     from rlhf.trainer import Trainer
 
     one, other, span = TASKS[task]
@@ -159,7 +159,7 @@ def measure(folder: Path, seeds: int, steps: int) -> dict[str, Any]:
 
 
 def summarize(ends: list[float]) -> dict[str, Any]:
-    """Of the means over the last steps, one a seed."""
+    """Mean and spread, over the seeds, of the means over the last steps."""
     spread = statistics.stdev(ends) if len(ends) > 1 else 0.0
     return {"mean": statistics.mean(ends), "std": spread, "seeds": ends}
 

@@ -1,15 +1,15 @@
-"""An offline set of mixed quality: completions of a model at several temperatures, rewards with noise.
+"""Makes an offline dataset of mixed quality: completions at several temperatures, rewards with noise.
 
 The task: use three given words in one sentence; the reward is the share of them that is used, halved where
 the sentence does not end (examples/offline/reward.py). Of each prompt there are two completions at each of
-the temperatures 0.7, 1.0 and 1.3, good to nonsense. A fifth of the rewards is that of another completion of
-the set, drawn at random: noise that leaves their distribution as it is. Prompts of the held-out file use
-triples of words that the training file does not have.
+the temperatures 0.7, 1.0 and 1.3, from good ones to nonsense. A fifth of the rewards are replaced by that of
+another completion, drawn at random: noise that leaves their distribution unchanged. Prompts of the held-out
+file use triples of words that the training file does not have.
 
-`python -m benchmarks.offline_data --model MODEL_FOLDER --out examples/offline` writes the set that is
-shipped, from SmolLM2-135M-Instruct (3 minutes on one core).
+`python -m benchmarks.offline_data --model MODEL_FOLDER --out examples/offline` writes the set in
+the repository, from SmolLM2-135M-Instruct (3 minutes on one core).
 
-The tiny model of the seeds gets its words as tokens. It is taught first, by supervised steps on made-up
+The tiny model has one token for each word. It is taught first, by supervised steps on made-up
 sentences in which each word is a wanted one with a probability of 0, 0.2 or 0.5.
 """
 
@@ -66,7 +66,7 @@ def prompt_of(words: Sequence[str], *, chat: bool) -> Any:
 
 
 def sample(model: Path, wanted: list[list[str]], *, chat: bool, seed: int, max_tokens: int) -> list[Row]:
-    """`EACH` completions a temperature of each prompt, by the model's own rollout engine."""
+    """Samples `EACH` completions of each prompt at each temperature, by the native rollout engine."""
     from transformers import AutoModelForCausalLM
 
     tokenizer: Any = load_tokenizer(str(model))
@@ -128,7 +128,7 @@ def write_set(
 
 
 def lesson(count: int, seed: int) -> list[Row]:
-    """What the tiny model is taught: sentences of eight words and a stop, of three qualities."""
+    """The sentences that the tiny model is taught: eight words and a full stop, of three qualities."""
     rng = random.Random(seed)
     rows: list[Row] = []
     for _ in range(count):

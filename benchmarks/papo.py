@@ -1,14 +1,14 @@
-"""GRPO against PAPO_G at equal steps on a model that would rather guess than look: does it look more?
+"""GRPO and PAPO_G at equal steps, on a model that guesses rather than uses the image: does PAPO change that?
 
-The model, its pictures and its prejudice are those of benchmarks/small_looker.py. After each run the held-out
-prompts are scored without sampling: the share whose most probable answer is right and the mean probability of
-the right answer, for pictures that agree with the words and for pictures that contradict them, and the exact
-perception KL, KL(policy || policy with masked pictures), at the answer. Runs that are there are not repeated.
+The model, its images and its bias are those of benchmarks/small_looker.py. After each run the held-out
+prompts are scored without sampling: the share whose most probable answer is correct and the mean probability
+of the correct answer, for images that agree with the words and for images that contradict them, and the exact
+perception KL, KL(policy || policy with masked images), at the answer. Finished runs are not repeated.
 
     grpo        no perception term
     papo_g      perception.coef 0.02, as PAPO's 3B run
     entropies   the same with the double entropy loss, 0.05 each, as PAPO's 7B run
-    tenfold     perception.coef 0.2: what too much of it does
+    tenfold     perception.coef 0.2: the effect of too large a coefficient
 
 Run: `python -m benchmarks.papo --data FOLDER --runs FOLDER --out FILE.json --plot FILE.png`, with the data of
 `python -m benchmarks.small_looker FOLDER`.
@@ -49,7 +49,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "tenfold": {"coef": 0.2},
 }
 COLOURS = {"grpo": "#666666", "papo_g": "#1f77b4", "entropies": "#2ca02c", "tenfold": "#d62728"}
-# a square is a whole cell of the grid, or it would leave enough of a shape to tell its colour
+# a masked square is a whole cell of the grid: a smaller one would leave the colour of a shape visible
 MASK = {"patch": CELL, "ratio": 0.6}
 AT_ONCE = 60
 
@@ -79,7 +79,7 @@ def settings_of(arm: str, seed: int, options: argparse.Namespace) -> dict[str, A
 
 @torch.no_grad()
 def measure(model: Path, data: Path) -> dict[str, float]:
-    """Of the held-out prompts, by whether the picture agrees with the words."""
+    """Figures on the held-out prompts, separately where the image agrees with the words and where not."""
     tokenizer = load_tokenizer(str(model))
     processor = load_processor(str(model), tokenizer)
     policy = load_policy(ModelConfig(path=str(model)), str(model), torch.device("cpu"), processor)
@@ -92,7 +92,7 @@ def measure(model: Path, data: Path) -> dict[str, float]:
     found: dict[str, list[float]] = {}
     for first in range(0, len(held_out), AT_ONCE):
         prompts = held_out.prompts[first : first + AT_ONCE]
-        # the first token is the answer, and what is asked for stands where it is predicted
+        # the answer is the first token; its probability is at the position that predicts it
         answers = torch.tensor([tokenizer(p.columns["answer"])["input_ids"][0] for p in prompts])
         packed = pack(
             [torch.tensor(p.token_ids) for p in prompts],
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
-    # seeds outside: what is there after a while compares all arms
+    # all arms of one seed before the next, so that an interrupted benchmark compares all arms
     runs = {(seed, arm): run(arm, seed, options) for seed in options.seeds for arm in options.arms}
     results = {arm: [runs[seed, arm] for seed in options.seeds] for arm in options.arms}
     start = measure(options.data / "model", options.data)

@@ -1,8 +1,8 @@
-"""Work in pieces that can be interrupted: each a process with a deadline, its JSON written when it ends.
+"""Runs a benchmark in pieces that can be interrupted: each is a process with a deadline and a JSON file.
 
-    RESULTS/NAME.json           of a piece that came to its end; such a piece is not run again (delete it to)
+    RESULTS/NAME.json           the result of a finished piece, which is not run again until this is deleted
     RESULTS/bench-gpu.json      how every piece of the last call ended
-    WORK/NAME.json, NAME.log    what a piece itself writes; kept when it is stopped, so that it goes on there
+    WORK/NAME.json, NAME.log    what a piece itself writes; kept when it is stopped, so that it can continue
 
 A piece that fails, or is stopped at its deadline with all processes it started, is reported with its last
 line, and the next one runs. A piece that exits with `UNAVAILABLE` says that this machine lacks what it needs.
@@ -45,7 +45,7 @@ class State(StrEnum):
 class Piece:
     name: str
     command: tuple[str, ...]
-    """What follows the Python: `-m`, a module and its arguments."""
+    """The arguments of Python: `-m`, a module and its arguments."""
     deadline: float
     """Seconds."""
 
@@ -65,7 +65,7 @@ class Place:
     results: Path
     work: Path
     machine: Mapping[str, Any]
-    """Put into every result."""
+    """Facts that are put into every result."""
     environment: Mapping[str, str]
 
     def finished(self, name: str) -> bool:
@@ -74,7 +74,7 @@ class Place:
 
 
 def read_json(file: Path) -> Any:
-    """None where there is no file, or none that is JSON."""
+    """The contents of a JSON file; None where there is no file, or it is not JSON."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -82,7 +82,7 @@ def read_json(file: Path) -> Any:
 
 
 def run_pieces(pieces: Sequence[Piece], place: Place, *, seconds: float = float("inf")) -> list[Outcome]:
-    """Runs what is not there yet, in order; none is begun whose deadline lies beyond `seconds` from now."""
+    """Runs pieces without a result, in order, while their deadlines are within `seconds` from now."""
     place.results.mkdir(parents=True, exist_ok=True)
     place.work.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
@@ -103,7 +103,7 @@ def run_pieces(pieces: Sequence[Piece], place: Place, *, seconds: float = float(
 
 
 def run_piece(piece: Piece, place: Place) -> Outcome:
-    """Runs it whether its result is there or not."""
+    """Runs one piece, even if it has a result."""
     out, log = place.work / f"{piece.name}.json", place.work / f"{piece.name}.log"
     arguments = [str(out) if part == OUT else part for part in piece.command]
     start = time.monotonic()
@@ -122,7 +122,7 @@ def run_piece(piece: Piece, place: Place) -> Outcome:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            # whatever it started goes with it, also when it ended by itself or this process is interrupted
+            # its child processes are ended too, even if it ended by itself or this process is interrupted
             _kill_group(process)
     seconds = round(time.monotonic() - start, 1)
     result = read_json(out) if code == 0 else None
@@ -161,7 +161,7 @@ def _kill_group(process: subprocess.Popen[Any]) -> None:
 
 
 def exit_code(outcomes: Sequence[Outcome]) -> int:
-    """0 when nothing is left to do here, 1 when something failed, 2 when another call has to go on."""
+    """0 when every piece is done, 1 when something failed, 2 when another call is needed to finish."""
     states = {outcome.state for outcome in outcomes}
     if states & {State.FAILED, State.TIMED_OUT}:
         return 1

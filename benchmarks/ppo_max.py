@@ -1,8 +1,8 @@
-"""PPO-max against plain PPO in the same place: does the true score rise, and where does the KL go?
+"""PPO-max and plain PPO against the same reward model: does the true score rise, and how far does the KL go?
 
 First a reward model is trained on pairs that a rule made (configs/reward_model.yaml), then a policy against
-it by either algorithm (configs/ppo_max.yaml, configs/ppo.yaml: the same but for the algorithm). The rule
-itself is logged with weight 0. Runs that are there already are not repeated, those that were cut go on.
+it by either algorithm (configs/ppo_max.yaml, configs/ppo.yaml, which differ only in the algorithm). The rule
+itself is logged as an objective of weight 0. Finished runs are not repeated, interrupted ones are continued.
 
 Run: `python -m benchmarks.ppo_max --model MODEL_FOLDER --runs FOLDER --out FILE.json --plot FILE.png`.
 """
@@ -37,7 +37,7 @@ PARTS = ("reward/correct", "reward/short", "reward/polite")
 CRITIC = ("critic/explained_variance", "critic/loss")
 KEPT = (*CURVES, *PARTS, *CRITIC, "perplexity", "entropy", "kl/coef", "ratio/mean", "length/truncated")
 FEW = 3
-"""Steps of which the mean is reported, at the beginning and at the end."""
+"""The number of steps, at the beginning and at the end, whose mean is reported."""
 
 
 def reward_model(options: argparse.Namespace) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def summary(arm: str, seed: int, steps: Records, evaluations: Records) -> dict[s
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The page's table: means of the first and the last few steps; held-out share before and after."""
+    """The table of docs/ppo_max.md: means of first and last steps; held-out share before and after."""
     lines = [
         "| | true score | reward model | length | KL at the end, highest | held-out answers right |",
         "|---|---|---|---|---|---|",
@@ -114,7 +114,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(runs: dict[tuple[str, int], Records], target: float, file: Path) -> None:
-    """Thin: single seeds; thick: their mean, where there are several."""
+    """Draws single seeds as thin lines, and their mean, where there are several, as a thick one."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 5.6), layout="constrained", sharex=True)
     for axis, (name, label) in zip(axes.flat, CURVES.items(), strict=True):
         for number, (arm, title) in enumerate(ARMS.items()):
@@ -174,7 +174,7 @@ def main() -> None:
     print(json.dumps(learned), flush=True)  # noqa: T201
     runs: dict[tuple[str, int], Records] = {}
     rows: list[dict[str, Any]] = []
-    # seed by seed, so that what is there when time runs out is comparable
+    # all arms of one seed before the next, so that the results are comparable if the time runs out
     for seed in options.seeds:
         for arm in options.arms:
             steps, evaluations = run_arm(arm, seed, options)

@@ -1,4 +1,4 @@
-"""What does the quickstart learn, and how long does it take? configs/quickstart.yaml with several seeds.
+"""Accuracy and duration of configs/quickstart.yaml with several seeds.
 
 Run: `python -m benchmarks.quickstart --model MODEL_FOLDER --runs FOLDER --out FILE.json`.
 """

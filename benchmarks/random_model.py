@@ -1,7 +1,7 @@
-"""A model with random weights in the shape of a real one, for speed: what it says means nothing.
+"""Makes a model with random weights in the shape of a real one, for measurements of speed.
 
-The shapes of Qwen2.5-0.5B and -1.5B (their published configurations), and a tiny one that a CPU gets through.
-The tokenizer has a token a character, and fills the vocabulary with numbered ones.
+The shapes of Qwen2.5-0.5B and -1.5B (their published configurations), and a tiny one for CPUs.
+The tokenizer has one token for each character, and fills the vocabulary with numbered tokens.
 
 Run: `python -m benchmarks.random_model FOLDER --shape 0.5b`.
 """

@@ -1,9 +1,9 @@
-"""How busy are the workers of a reward? Samples a second against what as many workers could do at best.
+"""The efficiency of reward workers: samples a second, as a share of what as many workers could do at best.
 
 A reward of one millisecond, asleep or computing, on 1,000 samples. The ideal is the time that the function
-took by its own clock, inside the workers, divided by their number: what is left is the cost of the queue, of
-moving samples and answers, and of uneven ends. Fractions above 1 cannot be; computing rewards also compete
-with everything else that runs.
+took by its own clock, inside the workers, divided by their number: the rest is the cost of the queue, of
+moving samples and rewards, and of workers that finish at different times. The fraction cannot exceed 1;
+rewards that compute also compete with everything else that runs.
 
     python -m benchmarks.rewards --out benchmarks/results/<machine>/rewards.json
 """
@@ -55,7 +55,7 @@ def measure(function: str, workers: int, repeats: int) -> dict[str, float]:
     shares: list[float] = []
     processor: list[float] = []
     try:
-        # until every worker is up
+        # wait until every worker has started
         for _ in range(3):
             rewards.score(prompts, completions, texts, trainer_state={})
             time.sleep(0.5)
@@ -89,7 +89,7 @@ def main() -> None:
         function: {str(n): measure(function, n, options.repeats) for n in options.workers}
         for function in options.functions
     }
-    # what else ran: the ideal does not know of it
+    # the load by other processes, which the ideal does not account for
     place = machine() | {"load_average_before": load}
     text = json.dumps({"samples": SAMPLES, "repeats": options.repeats, "machine": place, **results}, indent=1)
     sys.stdout.write(text + "\n")

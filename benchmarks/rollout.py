@@ -1,4 +1,4 @@
-"""How many tokens a second does an engine sample? 8 prompts, groups of 8, at most 64 tokens, end of sequence.
+"""Tokens a second of each rollout engine: 8 prompts, groups of 8, at most 64 tokens, end of sequence.
 
     generate      `model.generate` at its best for this work: one left-padded batch of every prompt 8 times,
                   sdpa, no truncation of the distribution, no log-probs asked for
@@ -8,14 +8,15 @@
     vllm-server   one server of it on loopback
 
 All compute in bfloat16, one after the other in each repeat (the order alternates), with a new seed; those
-that are not at work stay loaded. `threads` of the result holds for all of them. A completion counts its
+that are idle stay loaded. `threads` of the result holds for all of them. A completion counts its
 tokens up to and including the end of sequence. Prompts have 46 tokens (a question) or 446 (the question
 after an irrelevant text). Before anything is timed, log-probs of the native engine are compared with
 forwards over the whole sequences: within 1e-4 in float32, in bfloat16 within 0.1 in the mean. It packs its
 weights anew in every repeat, as it does after every update; those of vLLM are given the weights once, and
 compared.
 
-A run that was interrupted goes on where it stopped. `load` of a repeat: the machine's, of everybody's work.
+An interrupted benchmark continues where it stopped. `load` of a repeat is the load average of the
+machine, with all other processes.
 
 Run: `python -m benchmarks.rollout --model MODEL_FOLDER --out benchmarks/results/MACHINE/rollout.json`.
 """
@@ -50,13 +51,13 @@ FILLER = {46: 0, 446: 80}
 """Prompt tokens (of SmolLM2's tokenizer) by repetitions of a sentence of five tokens."""
 
 Contender = Callable[[list[Prompt], int], int]
-"""Samples every group with a seed; the number of tokens sampled."""
+"""A function of a seed that samples every group and returns the number of sampled tokens."""
 Repeat = dict[str, dict[str, float]]
 """Tokens and seconds of each contender."""
 
 
 def prompts_of(tokenizer: Any, length: int) -> list[Prompt]:
-    """Additions, in the model's chat format."""
+    """Prompts that ask for a sum, in the model's chat format."""
     prompts: list[Prompt] = []
     for a in range(11, 11 + PROMPTS):
         filler = "Here is some context. " * FILLER[length]
@@ -76,7 +77,7 @@ def requests_of(prompts: list[Prompt], seed: int) -> list[RolloutRequest]:
 
 
 class Weights:
-    """Of the model, for an engine that has its own."""
+    """The weights of the model, for an engine that has its own copy."""
 
     def __init__(self, model: Any) -> None:
         self.module = model
@@ -86,7 +87,7 @@ class Weights:
 
 
 def engine_of(name: str, model: Any, eos: int) -> RolloutEngine:
-    """With room for the longest prompt."""
+    """An engine with room for the longest prompt."""
     longest = max(FILLER) + MAX_TOKENS
     engine = make_engine(name, model, eos_token_ids=[eos], kv_cache_gib=1.0, max_tokens=longest)
     engine.update_weights(Weights(model), 0)
@@ -124,14 +125,14 @@ def plain_generate(model: Any, eos: int) -> Contender:
             pad_token_id=eos,
         )[:, longest:]
         ended = (out == eos).int().cumsum(-1)
-        # a token counts unless an end of sequence came before it
+        # tokens after an end of sequence do not count
         return int(((ended == 0) | ((ended == 1) & (out == eos))).sum())
 
     return run
 
 
 def verify(model: Any, prompts: list[Prompt], eos: int, largest: float, mean: float) -> dict[str, float]:
-    """Differences of log-probs from those of whole forwards, nats. Raises SystemExit beyond the bounds."""
+    """Differences (nats) of log-probs between engine and forward passes. SystemExit beyond the bounds."""
     requests = requests_of(prompts[:2], 0)
     groups = [group[:3] for group in generate(NativeEngine(model, eos_token_ids=[eos]), requests)]
     errors = logprob_errors(model, requests, groups)
@@ -154,7 +155,7 @@ def contenders_of(names: list[str], model: Any, eos: int, close: ExitStack) -> d
 
 
 def one_repeat(contenders: dict[str, Contender], prompts: list[Prompt], repeat: int) -> Repeat:
-    """Every contender once, in an order that alternates."""
+    """Runs every contender once, in an order that alternates."""
     times: Repeat = {}
     for name in list(contenders)[:: -1 if repeat % 2 else 1]:
         start = time.perf_counter()
@@ -169,7 +170,7 @@ def one_repeat(contenders: dict[str, Contender], prompts: list[Prompt], repeat: 
 
 
 def summary(repeats: list[Repeat], prompt_tokens: int) -> list[dict[str, Any]]:
-    """One row a contender."""
+    """One row for each contender."""
     rates = {name: [r[name]["tokens"] / r[name]["seconds"] for r in repeats] for name in repeats[0]}
     rows: list[dict[str, Any]] = []
     for name, found in rates.items():
@@ -199,7 +200,7 @@ def parse() -> argparse.Namespace:
 
 
 def interrupted(out: Path | None, result: dict[str, Any]) -> dict[str, list[Repeat]]:
-    """The repeats of the same command on the same machine that did not come to its end."""
+    """The repeats that an interrupted call of the same command on the same machine has left."""
     if out is None or not out.exists():
         return {}
     found = json.loads(out.read_text())

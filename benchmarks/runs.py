@@ -1,4 +1,4 @@
-"""Training runs as measurements: start one if it is not there yet, read what it left, and where that was."""
+"""Training runs as measurements: trains a run unless it is finished, reads its metrics and evaluations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Records = list[dict[str, Any]]
 
 
 def train(config: Path, run: Path, settings: Sequence[str], *, done: str = "report.html") -> None:
-    """One `rlhf/train.py` run to its end; one that was finished before, and left `done`, is not repeated."""
+    """Trains one run to its end, unless it was finished before and left the file `done`."""
     if (run / done).is_file():
         return
     settings = [
@@ -41,7 +41,7 @@ def read(run: Path) -> tuple[Records, Records]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+    """The facts about this machine that figures depend on."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

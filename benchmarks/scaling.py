@@ -1,9 +1,9 @@
-"""How much faster several ranks are than one on this machine, and what they send each other.
+"""The speed of several ranks on this machine against one, and the bytes that they send each other.
 
-A random Llama of 5 million weights takes the same steps on 1, 2 and 4 ranks, replicated and in shards. Of a
-step the seconds by the clock and the processor seconds of all ranks are kept: where the machine has fewer
-cores than ranks, or is busy, only the second say what the distribution itself costs. Bytes are those that a
-ring would send, from the sizes of the tensors really handed to torch.distributed:
+A random Llama of 5 million weights takes the same steps on 1, 2 and 4 ranks, replicated and in shards. For
+each step, elapsed seconds and the processor seconds of all ranks are kept: where the machine has fewer cores
+than ranks, or is busy, only processor seconds show what the distribution itself costs. Bytes are those that
+a ring would send, from the sizes of the tensors really handed to torch.distributed:
 
     all_reduce      2 (n-1)/n of the tensor        reduce_scatter  (n-1)/n of the input
     all_gather      (n-1)/n of the output          objects         (n-1) times the pickle
@@ -58,7 +58,7 @@ def make_inputs(folder: Path) -> dict[str, Any]:
         "model": {"path": str(folder / "model"), "dtype": "float32"},
         "data": {"train": str(folder / "train.jsonl"), "max_prompt_tokens": 16},
         "reward": {"functions": [{"path": "rlhf.rewards.builtin:numeric_match", "workers": 1}]},
-        # entropy in the loss: a model that knows nothing still has something to learn from in every group
+        # an entropy bonus in the loss: so that a random model has a gradient in every group
         "algorithm": {"name": "grpo", "entropy_coef": 0.001, "kl": {"coef": 0.0}},
         "rollout": {"prompts_per_step": 16, "group_size": 8, "max_completion_tokens": 24},
         "learner": {"microbatch_tokens": 2048},
@@ -87,19 +87,19 @@ class Sent:
     def count_all(self) -> None:
         self.count("all_reduce", lambda n, tensor, *_, **__: 2 * (n - 1) / n * tensor.nbytes)
         self.count("all_gather_object", lambda n, _, value, **__: (n - 1) * len(pickle.dumps(value)))
-        # what FSDP2 calls
+        # the collectives that FSDP2 calls
         self.count("all_gather_single", lambda n, *a, **k: (n - 1) / n * _output(a, k))
         self.count("reduce_scatter_single", lambda n, *a, **k: (n - 1) * _output(a, k))
 
 
 def _output(arguments: tuple[Any, ...], named: dict[str, Any]) -> float:
-    """Bytes of the tensor that a collective writes, its first argument or named by its end."""
+    """Bytes of the tensor that a collective writes: its first argument, or a keyword argument."""
     tensors = [*arguments, *(t for name, t in named.items() if name.startswith("output"))]
     return float(tensors[0].nbytes)
 
 
 def one_rank(config: str, out: str) -> None:
-    """What torchrun starts: a run whose calls and processor seconds are counted."""
+    """The process that torchrun starts: a run whose collectives and processor seconds are counted."""
     from rlhf.cli import main
     from rlhf.trainer import Trainer
 
@@ -162,7 +162,7 @@ def measure(folder: Path, settings: dict[str, Any], mode: str, ranks: int) -> di
 
 
 def summary(results: list[dict[str, Any]], cores: int) -> list[dict[str, Any]]:
-    """Against one rank: speed-up by the clock, and the share of processor time that is not overhead."""
+    """Compared with one rank: speed-up in elapsed time, share of processor time that is not overhead."""
     one = results[0]
     for result in results:
         seconds, ranks = result["seconds"]["step"], result["ranks"]

@@ -1,7 +1,7 @@
-"""SIMULATED: what the model of memory and time (rlhf/estimate.py) says of many GPUs. Nothing is measured.
+"""SIMULATED: estimates of memory and time (rlhf/preflight/estimate.py) for many GPUs. Nothing is measured.
 
-A step's work is divided by what a GPU reaches, its bytes by what a link carries; neither overlaps the other.
-The rates are those of data sheets and a share of the matrix rate that is assumed, all of them arguments.
+The operations of a step are divided by the speed of a GPU, its bytes by the speed of a link, without overlap.
+The speeds are those of data sheets, times an assumed share for matrix products; all of them are arguments.
 
 Run: `python -m benchmarks.scaling_model --out FILE`.
 """
@@ -79,7 +79,7 @@ def simulate(folder: Path, mode: str, options: argparse.Namespace) -> list[dict[
     rows: list[dict[str, Any]] = []
     for ranks in RANKS:
         found = estimated(folder, mode, ranks, gpu)
-        # models are cut within a node, their copies lie on several
+        # models are sharded within a node and replicated over the nodes
         link = options.within if ranks <= PER_NODE else options.between
         seconds = found.seconds.step + found.gathered / (options.within * 1e9) + found.summed / (link * 1e9)
         one = rows[0]["seconds"] if rows else seconds

@@ -1,9 +1,9 @@
-"""A small model that half knows how to add, and problems from easy to hard: for comparisons with many seeds.
+"""Makes a small model that can partly add, and problems from easy to hard, for comparisons with many seeds.
 
-FOLDER/model is a Llama of about 0.7 million weights, a token a character, taught sums of one to three digits
-by supervised steps that stop early, so that some problems are nearly always right and others nearly never.
-FOLDER/train.jsonl and FOLDER/eval.jsonl hold problems of all kinds; none is in both, nor in the lessons.
-FOLDER/config.yaml trains it on them.
+FOLDER/model is a Llama of about 0.7 million weights, one token for each character, taught sums of one to
+three digits by supervised steps that stop early, so that some problems are nearly always solved and others
+nearly never. FOLDER/train.jsonl and FOLDER/eval.jsonl hold problems of all kinds; none is in both, nor in
+the lessons. FOLDER/config.yaml trains it on them.
 
 Run: `python -m benchmarks.small_adder FOLDER`.
 """
@@ -62,7 +62,7 @@ def teach(words: PreTrainedTokenizerFast, withheld: set[tuple[int, int]], lesson
         texts = [f"{a}+{b}={a + b}<end>" for a, b in pairs]
         batch = words(texts, return_tensors="pt", padding=True, padding_side="right")
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
-        # only the sum is learned
+        # the loss is over the sum only
         equals = words.convert_tokens_to_ids("=")
         labels[(batch.input_ids == equals).cumsum(-1) == 0] = -100
         loss = model(**batch, labels=labels).loss

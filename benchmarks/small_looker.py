@@ -1,9 +1,10 @@
-"""A small model that can look but would rather guess, and pictures that often agree with its guess.
+"""Makes a small vision model that prefers to guess from the words, and images that often agree with it.
 
-Each question names a thing of which most pictures show the usual: apples are red, wheels are four, the sun
-is at the top left. FOLDER/model is a Qwen2-VL of about 0.2 million weights, taught by supervised steps on
-pictures of which nine in ten show the usual, and stopped when it is right about two in five that do not.
-Three in four of FOLDER/train.jsonl do, and half of FOLDER/eval.jsonl: the other half contradicts the words.
+Each question names a thing that most images show in its usual form: apples are red, wheels are four,
+the sun is at the top left. FOLDER/model is a Qwen2-VL of about 0.2 million weights, taught by supervised
+steps on images of which nine in ten show the usual form, and stopped when it is correct about two in five of
+the others. Three in four images of FOLDER/train.jsonl show the usual form, and half of those of
+FOLDER/eval.jsonl; the other half contradicts the words.
 
 Run: `python -m benchmarks.small_looker FOLDER`.
 """
@@ -32,7 +33,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from rlhf.models.pretrained import load_tokenizer
 from rlhf.models.vision.processor import load_processor
 
-# a cell is one placeholder: 2 by 2 patches
+# a cell of the grid is one placeholder: 2 by 2 patches
 SIDE, CELL, PATCH = 16, 8, 4
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (235, 215, 50)}
 PLACES = ("topleft", "topright", "bottomleft", "bottomright")
@@ -44,7 +45,7 @@ USUAL = {
     "place": dict(zip(("sun", "moon", "shoe", "root"), PLACES, strict=True)),
 }
 LESSONS, BATCH, LR, ENOUGH = 600, 64, 3e-3, 0.4
-# of labels: a model that is never in doubt would sample a group of five equal answers
+# smoothing of labels: a model without any doubt would sample groups of five equal answers
 SMOOTHING = 0.2
 POOL = 1536
 TRAIN, HELD_OUT = 480, 360
@@ -58,7 +59,7 @@ Question = dict[str, Any]
 
 
 def draw(question: str, answer: str, rng: random.Random) -> Image.Image:
-    """Shapes in a grid of two by two; what the question does not ask for is random."""
+    """An image of shapes in a grid of two by two; what the question does not ask for is random."""
     colours, kinds = list(COLOURS.values()), ("box", "disc")
     count = COUNTS.index(answer) + 1 if question == "count" else 1
     cells = [PLACES.index(answer)] if question == "place" else rng.sample(range(4), count)
@@ -73,7 +74,7 @@ def draw(question: str, answer: str, rng: random.Random) -> Image.Image:
 
 
 def questions(count: int, seed: int, *, usual: float) -> list[Question]:
-    """A third of each kind; a share of `usual` shows what the words suggest."""
+    """Questions, a third of each kind; for a share `usual` the words suggest the correct answer."""
     rng = random.Random(seed)
     made: list[Question] = []
     for i in range(count):
@@ -139,7 +140,7 @@ def untaught(words: PreTrainedTokenizerFast) -> Qwen2VLForConditionalGeneration:
 
 
 def batch_of(items: Sequence[Question], processor: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Prompts, pictures and answers as the model takes them, all of one length; labels for answers alone."""
+    """Prompts, images and answers as model inputs, all of one length, with labels for the answers alone."""
     prompt = TEMPLATE_PREFIX + " {} answer {} <end>"
     texts = [prompt.format(item["text"], item["answer"]) for item in items]
     encoded = processor(text=texts, images=[item["picture"] for item in items], return_tensors="pt")
@@ -179,7 +180,7 @@ def teach(model: Qwen2VLForConditionalGeneration, processor: Any, lessons: int) 
 def accuracies(
     model: Any, inputs: dict[str, torch.Tensor], labels: torch.Tensor, agrees: torch.Tensor
 ) -> tuple[float, float]:
-    """Shares of right answers to pictures that agree with the words, and to those that contradict them."""
+    """Shares of correct answers for images that agree with the words, and for those that contradict them."""
     right = model(**inputs).logits[:, -3].argmax(-1) == labels[:, -2]
     return right[agrees].float().mean().item(), right[~agrees].float().mean().item()
 

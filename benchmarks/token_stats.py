@@ -1,16 +1,16 @@
-"""Log-probability and entropy with gradients: time, peak memory and error, beside everyone else's way.
+"""Log-probability and entropy with gradients: time, peak memory and error of this project and of others.
 
     python benchmarks/token_stats.py                                  # every shape of this device
     python benchmarks/token_stats.py --shape 512,576,49152 --dtype bf16 --out results.json
 
 Every contender gets the same hidden states `[N, H]`, head `[V, H]` and targets. On a CPU all work from
-fp32 logits: 16-bit inputs are converted first for those that would round their logits (TRL's runs as it is
-shipped, too). On a GPU all run as they are shipped, and the errors show who rounds. Timed is one forward
+fp32 logits: 16-bit inputs are converted first for those that would round their logits (TRL's is also run as
+it is). On a GPU all run as they are, and the errors show which of them round. Timed is one forward
 and one backward for given gradients of both statistics. Before anything is printed, ours are checked
 against float64, block by block of tokens.
 
-Peers are measured where they import; one that does not is named with the reason. They are installed
-beside the project, so that none of their dependencies comes along:
+Other projects are measured if they can be imported; one that cannot is listed with the reason. They are
+installed in a folder of their own, without their dependencies:
 
     pip install --no-deps --target PEERS trl==1.16.0 liger-kernel==0.8.5 cut-cross-entropy==25.1.1 verl==0.9.1
     PYTHONPATH=PEERS python benchmarks/token_stats.py
@@ -63,7 +63,7 @@ MIB = 2**20
 
 
 def tandem(memory: Memory) -> Callable[[str], Method]:
-    """This project's, in one of its memory modes."""
+    """The implementation of this project, in one of its memory modes."""
 
     def method(hidden: Tensor, weight: Tensor, targets: Tensor) -> Statistics:
         stats = token_stats(hidden, weight, targets, memory=memory, num_unmasked=len(targets))
@@ -74,7 +74,7 @@ def tandem(memory: Memory) -> Callable[[str], Method]:
 
 
 def eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Statistics:
-    """What one writes without thinking of memory."""
+    """The obvious implementation, with all logits in memory."""
     logprobs = torch.log_softmax((hidden @ weight.T).float(), -1)
     return logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
 
@@ -94,7 +94,7 @@ def compiled_chunks(device: str) -> Method:
 
 
 def widened(method: Method, device: str) -> Method:
-    """On a CPU with inputs converted to fp32, for a method that would round its logits to their precision."""
+    """On a CPU, a method on inputs converted to fp32, if it would round logits to the inputs' precision."""
     if device == "cuda":
         return method
     return lambda hidden, weight, targets: method(hidden.float(), weight.float(), targets)
@@ -119,7 +119,7 @@ def liger(device: str) -> Method:
 
 
 def cut_cross_entropy(device: str) -> Method:
-    """Apple's; log-probability alone. Its kernel needs a GPU, elsewhere its torch.compile form runs."""
+    """Apple's, without entropy. Its kernel needs a GPU; elsewhere its torch.compile form runs."""
     function = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     options = {"reduction": "none", "impl": "cce" if device == "cuda" else "torch_compile"}
 
@@ -144,7 +144,7 @@ def verl_triton(device: str) -> Method:
 
 
 def verl_module(name: str) -> Any:
-    """A file of verl by itself: its package imports a cluster scheduler, the file needs four functions."""
+    """Imports one file of verl alone: its package would import a cluster scheduler, which is not needed."""
     folders = [Path(p) / "verl" for p in sys.path if (Path(p) / "verl/version").exists()]
     if not folders:
         raise ModuleNotFoundError("No module named 'verl'")
@@ -189,7 +189,7 @@ class Problem:
     device: str
 
     def wait(self) -> None:
-        """Until a GPU has done what it was given."""
+        """Waits until a GPU has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -236,7 +236,7 @@ def run(method: Method, problem: Problem) -> tuple[dict[str, Tensor], float, flo
 
 
 def exact(problem: Problem, *, entropy: bool) -> dict[str, Tensor]:
-    """The same in float64, by definition, 128 tokens at a time."""
+    """The statistics and gradients by their definition, in float64, 128 tokens at a time."""
     weight = problem.weight.detach().double().requires_grad_()
     total = torch.zeros_like(weight)
     parts: dict[str, list[Tensor]] = {"logprob": [], "entropy": [], "d_hidden": []}
@@ -256,7 +256,7 @@ def exact(problem: Problem, *, entropy: bool) -> dict[str, Tensor]:
 
 
 def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
-    """Largest absolute error of a statistic, relative one (Frobenius) of a gradient."""
+    """Largest absolute error of each statistic, and relative error (Frobenius norm) of each gradient."""
     result = {}
     for name, value in found.items():
         if name.startswith("d_"):
@@ -294,7 +294,7 @@ def resident(name: str) -> int:
 
 
 def bare_gemms(problem: Problem, repeats: int) -> float:
-    """Fewest seconds of 2 N H V FLOP: the three matmuls over slices of the vocabulary, a third of them."""
+    """Fewest seconds of 2 N H V FLOP: a third of the time of three matmuls over slices of the vocabulary."""
     hidden, weight = problem.hidden.detach(), problem.weight.detach()
     if problem.device == "cpu":
         hidden, weight = hidden.float(), weight.float()
@@ -328,7 +328,7 @@ def bare_gemms(problem: Problem, repeats: int) -> float:
 def measure(
     problem: Problem, repeats: int, without: list[str], *, as_shipped: bool
 ) -> tuple[list[Results], dict[str, str]]:
-    """All rows, and why some are missing. Contenders take turns, each round starting one further."""
+    """The rows of all contenders, and why some are missing. They take turns; each round starts one later."""
     contenders = CONTENDERS | ({AS_SHIPPED: (trl, 8)} if as_shipped else {})
     missing = {name: "left out" for name in contenders if any(name.startswith(start) for start in without)}
     contenders = {name: value for name, value in contenders.items() if name not in missing}
@@ -373,7 +373,7 @@ def measure(
 
 
 def check(found: dict[str, dict[str, float]], problem: Problem) -> None:
-    """Refuse to go on where ours are wrong."""
+    """Stops the benchmark if the results of this project are wrong."""
     rounding = 2e-6 if problem.hidden.dtype is torch.float32 else 4e-3
     for name in (n for n in found if n.startswith("tandem")):
         for key, error in found[name].items():
@@ -386,7 +386,7 @@ def check(found: dict[str, dict[str, float]], problem: Problem) -> None:
 
 
 def verdict(rows: list[Results], device: str, shape: tuple[int, ...]) -> dict[str, bool]:
-    """What the project promises, and whether this run shows it; only of those that do the same work."""
+    """The claims of this project, and whether the results support them, among contenders of equal work."""
     by_name = {row["name"]: row for row in rows if row["name"] != AS_SHIPPED and "entropy" in row["errors"]}
     ours, again = by_name.pop("tandem"), by_name.pop("tandem, recompute")
     promises = {f"faster than {n}": ours["total_ms"] < row["total_ms"] for n, row in by_name.items()}
@@ -399,7 +399,7 @@ def verdict(rows: list[Results], device: str, shape: tuple[int, ...]) -> dict[st
 
 
 def report(rows: list[Results], missing: dict[str, str], promises: dict[str, bool]) -> None:
-    """The table, for people."""
+    """Prints the table of results."""
     titles = f"{'forward':>9}{'total ms':>9}{'spread':>14}{'MiB':>7}{'bare':>6}"
     print(f"{'':36}{titles}  error: statistics, gradients")
     for row in rows:
@@ -419,7 +419,7 @@ def report(rows: list[Results], missing: dict[str, str], promises: dict[str, boo
 
 
 def main() -> None:
-    """Measure the shapes asked for."""
+    """Measures the shapes that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--shape", action="append", help="N,H,V; may be repeated")

@@ -3,8 +3,8 @@
     estimate(config, inputs, world_size=8, machine=Machine.measured(...))
 
 Memory is the sum of what the run allocates; every part has a name and a setting that changes it. Time is the
-number of operations or bytes, divided by the measured speed of a matrix product or of a copy on this machine. A
-run does not reach these speeds, so the time is a lower bound. All completions are assumed to have
+number of operations or bytes, divided by the measured speed of a matrix product or of a copy on this machine.
+A run does not reach these speeds, so the time is a lower bound. All completions are assumed to have
 `rollout.max_completion_tokens` tokens.
 
 Not included: fragmentation in the allocator, reward workers, buffers of collectives.
