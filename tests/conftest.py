@@ -1,4 +1,4 @@
-"""Shapes and types are checked while tests run; tiny models of several families, without a network."""
+"""Fixtures: tiny models of several families; and checks of shapes and types while tests run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# read when transformers is imported, which is later: no test reaches for the network
+# transformers reads this when it is imported, which is later: no test uses the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 if find_spec("beartype"):
-    # of a list it checks one element, drawn from the generator that it binds when imported. With a generator
-    # of its own it leaves the global one to the tests, also where a thread in the background is checked
+    # beartype checks one random element of a list, drawn from the generator that it binds when imported. It
+    # gets its own one, so that checks, also those in background threads, do not advance the global generator
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(random, "getrandbits", random.Random(0).getrandbits)
         import_module("beartype")
-    # without the numeric tower an int would not do for a float
+    # without the numeric tower an int would be refused for a float
     install_import_hook("rlhf", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 torch.set_num_threads(1)
@@ -49,25 +49,25 @@ SIZES: dict[str, Any] = {
 OWN_SIZES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied": {"tie_word_embeddings": True},
-    # a head that does not learn can favour a token
+    # large weights, so that even an untrained head can favour a token
     "llama-sharp": {"initializer_range": 0.3},
-    # heads that vLLM's attention on a CPU takes
+    # a head size that vLLM's attention on a CPU supports
     "llama-wide": {"tie_word_embeddings": True, "hidden_size": 64, "head_dim": 32},
     "qwen2": {"tie_word_embeddings": True},
     "qwen2-untied": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": True, "head_dim": 16},
-    # embeddings scaled by the root of their size, norms around 1, heads of 256
+    # embeddings scaled by the root of their size, norm weights counted from 1, a head size of 256
     "gemma": {"head_dim": 256},
-    # a window in every layer
+    # sliding-window attention in every layer
     "mistral": {"sliding_window": 16},
-    # soft-capped logits, sliding and full attention in turn
+    # soft-capped logits, alternating sliding-window and full attention
     "gemma2": {
         "head_dim": 8,
         "query_pre_attn_scalar": 8,
         "sliding_window": 16,
         "final_logit_softcapping": 30.0,
     },
-    # sliding windows, full attention in the last layer, a rotary table for each kind
+    # sliding-window attention, full attention in the last layer, a rotary table for each of the two
     "gemma3_text": {
         "head_dim": 8,
         "query_pre_attn_scalar": 8,
@@ -81,18 +81,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
-        # not `keywords`: they hold the names of the folders too
+        # not `item.keywords`, which contains the names of folders too
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 def save_tiny_tokenizer(folder: Path) -> int:
-    """A token a character (ASCII), three special tokens, a chat template; returns the vocabulary's size."""
+    """A token for each ASCII character, three special ones, a chat template; returns the vocabulary size."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    # byte level, as the tokenizer classes of Qwen rebuild it: a space is written Ġ, a line end Ċ
+    # byte level, as Qwen's tokenizer classes rebuild it: a space is written Ġ, a line end Ċ
     characters = ["Ċ", "Ġ", *map(chr, range(33, 127))]
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *characters])}
     backend = Tokenizer(BPE(vocab=vocabulary, merges=[], unk_token="?"))
@@ -124,7 +124,7 @@ def save_tiny_model(folder: Path, shape: str) -> None:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny_model("llama")`, or another of `OWN_SIZES`: the folder of one, made once a session."""
+    """`tiny_model("llama")`: the folder of a tiny model of `OWN_SIZES`, made once in a test session."""
 
     @cache
     def folder(shape: str) -> Path:
@@ -137,5 +137,5 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tiny_model: Callable[[str], Path]) -> Path:
-    """A tiny Llama with its tokenizer (a token a character, chat template, 99 tokens)."""
+    """The folder of a tiny Llama and its tokenizer (99 tokens, one for each character; chat template)."""
     return tiny_model("llama")

@@ -1,4 +1,4 @@
-"""Functions run on several gloo ranks, in forked processes that have imported everything already."""
+"""Runs a function on several gloo ranks, in processes forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.faults.processes import free_port
 
 
 def together(ranks: int, work: Callable[..., None], *arguments: Any, patience: float = 240.0) -> None:
-    """Runs `work` on as many ranks; each exits with 0 if its assertions hold, within `patience` seconds."""
+    """Runs `work` on `ranks` ranks. Fails unless each exits with 0 within `patience` seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.faults.preloaded"])
     port = free_port()

@@ -1,4 +1,4 @@
-"""What several tests need: tiny policies in float64, hand-made groups, and a bandit-like task."""
+"""Helpers of several tests: tiny policies in float64, groups made by hand, and a bandit-like task."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ STEP: Metrics = {
     "memory/peak_gib": Max(3.5),
     "time/step": Mean(11.2),
 }
-"""What a step measures, as a display shows it."""
+"""The metrics of a step."""
 
 
 def bytes_held(thing: object) -> int:
-    """By the tensors among its attributes."""
+    """The bytes of the tensors among its attributes."""
     return sum(value.nbytes for value in vars(thing).values() if isinstance(value, torch.Tensor))
 
 
 class ExactRMSNorm(nn.Module):
-    """Hugging Face's norms compute in float32 whatever the model's type; this one keeps float64."""
+    """Hugging Face's norms compute in float32 whatever the dtype of the model; this one keeps float64."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
@@ -69,14 +69,14 @@ def policy_of(folder: Path, *, packing: str = "auto", dtype: torch.dtype = torch
 
 
 class ExactGemmaNorm(ExactRMSNorm):
-    """Gemma's weights are counted from 1."""
+    """Gemma's norm: its weights are counted from 1."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(x, (x.shape[-1],), 1.0 + self.weight, self.eps)
 
 
 def make_exact(model: nn.Module) -> None:
-    """Float64 throughout, the norms and the rotary table included."""
+    """Converts the model to float64, including the norms and the rotary table."""
     model.double()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -113,7 +113,7 @@ def trajectory(ids: list[int], reward: float | None, **changes: Any) -> Trajecto
 
 
 def random_groups(seed: int, *, sizes: list[int], vocabulary: int = 99, longest: int = 12) -> list[Group]:
-    """Ragged groups with random tokens and 0/1 rewards, at least one of each a group."""
+    """Groups of random tokens and lengths, with rewards 0 and 1, at least one of each in a group."""
     rng = random.Random(seed)
     groups: list[Group] = []
     for i, size in enumerate(sizes):
@@ -131,9 +131,9 @@ def learner_of(
     critic_trunk: Path | None = None,
     **section: Any,
 ) -> tuple[Learner, ExperienceBuilder]:
-    """Both at temperature 1, with everything else as in a run of one rank.
+    """A learner and an experience builder as in a run of one rank, at temperature 1.
 
-    A critic stands on the policy's trunk, or on one of its own from a folder.
+    A critic has the policy's trunk, or its own trunk from the folder `critic_trunk`.
     """
     settings = LearnerConfig.model_validate({"lr": 1e-3, "microbatch_tokens": 4096} | section)
     weights = next(policy.model.parameters()).dtype
@@ -170,7 +170,7 @@ def share_of_a(completions, **_):
 
 
 def bandit_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, Any]:
-    """A run whose reward is the share of the letter a: what a tiny random model can learn in seconds."""
+    """Settings of a run whose reward is the share of the letter a, which a tiny model learns in seconds."""
     (folder / "reward.py").write_text(REWARD)
     (folder / "train.jsonl").write_text("".join(f'{{"prompt": "say {i}:"}}\n' for i in range(40)))
     settings: dict[str, Any] = {
@@ -189,7 +189,7 @@ def bandit_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, 
 
 
 def reward_model_settings(folder: Path, model_dir: Path, **changes: Any) -> dict[str, Any]:
-    """The run of a reward model on FOLDER/train.jsonl and FOLDER/eval.jsonl."""
+    """Settings of a reward model's run on FOLDER/train.jsonl and FOLDER/eval.jsonl."""
     settings: dict[str, Any] = {
         "task": "reward_model",
         "run_dir": str(folder / "run"),
@@ -208,7 +208,7 @@ def reward_model_settings(folder: Path, model_dir: Path, **changes: Any) -> dict
 
 
 def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged, everything else is replaced."""
+    """The settings with changes: sections are merged, other values are replaced."""
     for key, value in changes.items():
         settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
     return settings
@@ -219,7 +219,7 @@ def train(settings: dict[str, Any]) -> None:
 
 
 def train_interrupted(settings: dict[str, Any], *, after: int) -> None:
-    """A run that gets Ctrl-C when it has made so many updates, and saves."""
+    """Trains until Ctrl-C arrives `after` updates, on which the run saves and ends."""
     updates, advance = 0, Buffer.advance
 
     def interrupted(self: Buffer, metrics: Metrics) -> None:
@@ -235,7 +235,7 @@ def train_interrupted(settings: dict[str, Any], *, after: int) -> None:
 
 
 def metrics_of(folder: Path) -> list[dict[str, Any]]:
-    """One record a step of the run that `bandit_settings(folder, ...)` describes."""
+    """The metrics of each step of the run of `bandit_settings(folder, ...)`."""
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -243,5 +243,5 @@ CLOCKS = ("time/", "throughput/", "memory/")
 
 
 def without_clocks(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What must be the same bit for bit in two runs of the same settings."""
+    """The metrics without times and memory: equal bit for bit in two runs with the same settings."""
     return [{k: v for k, v in record.items() if not k.startswith(CLOCKS)} for record in records]

@@ -1,4 +1,4 @@
-"""What a person meets on the command line: the plan of a run, or a sentence that says what is wrong."""
+"""The command line: the plan of a run, or a message that says what is wrong."""
 
 from __future__ import annotations
 
@@ -149,14 +149,12 @@ def test_a_resumed_run_says_what_has_changed(write, capsys):
 @pytest.mark.parametrize(
     ("name", "told"), [("grpo", True), ("rloo", True), ("reinforce_pp", False), ("ppo", False)]
 )
-def test_a_group_of_one_is_told_where_it_has_nothing_to_be_compared_with(
-    write, capsys, name: str, told: bool
-):
+def test_a_group_of_one_is_a_warning_where_completions_are_compared(write, capsys, name: str, told: bool):
     assert main(["check", write(), f"algorithm={name}", "rollout.group_size=1"]) == 0
     assert ("no reward is learned from" in capsys.readouterr().out) == told
 
 
-def test_an_option_that_is_a_setting_is_told_how_to_write_it(write, capsys):
+def test_an_option_that_is_a_setting_is_refused_with_the_way_to_write_it(write, capsys):
     with pytest.raises(SystemExit):
         main(["train", write(), "--steps", "5"])
     assert "unrecognized arguments: --steps; a setting is key=value, as steps=5" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A process keeps what it frees once it is told to, and gives it back when asked."""
+"""`keep_freed_memory` keeps freed memory in the process, `give_back_memory` returns it to the system."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library does as it likes")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be configured")
 def test_freed_memory_stays_until_it_is_given_back() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     as_delivered, kept, given_back = json.loads(done.stdout)

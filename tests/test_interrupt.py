@@ -1,4 +1,4 @@
-"""A signal is a request, a second one an order, and what comes at the same moment is still the first."""
+"""The first signal requests a stop, a later one ends the run; signals at the same moment count as one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of the house: who imports whom, how long a file may be, and that an import does no work."""
+"""The layout of the code: allowed imports, lengths of files and functions, imports without side effects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("rlhf", "kernels", "rollout", "algos")
 OPTIONAL = ("vllm", "triton", "flash_attn", "math_verify", "reasoning_gym", "peft", "wandb", "trackio")
 
-# from the ground up: a file imports its own folder and what stands above it in this list
+# a file may import its own package and those before it in this list
 ROOMS = (
     "rlhf.types",
     "rlhf.metrics",
@@ -52,7 +52,7 @@ ROOMS = (
     "rlhf.__main__",
     "rlhf.train",
 )
-# what others build upon imports less than its place in the list would allow
+# packages that may import less than their position in the list allows
 NARROW = {
     "rlhf.kernels": (),
     "rlhf.algos": ("rlhf.types", "rlhf.metrics", "rlhf.kernels"),
@@ -66,7 +66,7 @@ NARROW = {
     ),
     "rlhf.train": ("rlhf.cli",),
 }
-# offers the names that programs import, each when it is asked for
+# rlhf/__init__.py, which imports the public names when they are first used
 PACKAGE = "rlhf"
 
 
@@ -75,7 +75,7 @@ def files() -> list[Path]:
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Python files of a folder, links to other folders left out."""
+    """The Python files of a folder and its subfolders, without links to other folders."""
     for entry in folder.iterdir():
         if entry.suffix == ".py":
             yield entry
@@ -107,7 +107,7 @@ def imports(tree: ast.Module, *, inside_functions: bool) -> Iterator[str]:
 
 
 def at_module_level(body: list[ast.stmt]) -> Iterator[ast.AST]:
-    """What runs when the module is imported: `if TYPE_CHECKING` does not."""
+    """The statements that run when the module is imported; those under `if TYPE_CHECKING` do not."""
     for node in body:
         yield node
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
@@ -117,7 +117,7 @@ def at_module_level(body: list[ast.stmt]) -> Iterator[ast.AST]:
 
 
 def room(name: str) -> str:
-    """The folder of a module, or the module itself where it stands in rlhf/ alone."""
+    """The sub-package of a module, or the module itself where it is directly in rlhf/."""
     return ".".join(name.split(".")[:2])
 
 
@@ -138,7 +138,7 @@ def test_a_module_imports_its_own_room_and_those_below(name: str) -> None:
     assert {m for m in OURS[name] if room(m) not in allowed} == set()
 
 
-def test_no_file_imports_itself_by_way_of_others() -> None:
+def test_there_are_no_import_cycles() -> None:
     graph = {name: {m for m in found if m in MODULES} for name, found in OURS.items()}
     try:
         TopologicalSorter(graph).prepare()
@@ -147,7 +147,7 @@ def test_no_file_imports_itself_by_way_of_others() -> None:
 
 
 @pytest.mark.parametrize("folder", sorted({file.parent for file in MODULES.values()}))
-def test_a_folder_can_be_taken_in_at_a_glance(folder: Path) -> None:
+def test_a_folder_has_few_files(folder: Path) -> None:
     assert len(list(folder.glob("*.py"))) <= 18
 
 
@@ -171,7 +171,7 @@ def test_algorithms_are_functions_on_tensors(name: str) -> None:
     assert "torch.distributed" not in set(imports(TREES[name], inside_functions=True))
 
 
-# a file of Triton kernels cannot do without triton; it is imported by the function that runs one
+# files of Triton kernels need triton; they are imported only by the functions that run a kernel
 @pytest.mark.parametrize("name", [name for name in MODULES if "triton" not in name])
 def test_nothing_optional_is_imported_with_a_module(name: str) -> None:
     at_once = {m.split(".")[0] for m in imports(TREES[name], inside_functions=False)}

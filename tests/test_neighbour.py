@@ -1,4 +1,4 @@
-"""Living beside others: the standard library, the package `kernels`, and what an installation holds."""
+"""No clashes with the standard library or the package `kernels`, and the contents of a wheel."""
 
 from __future__ import annotations
 

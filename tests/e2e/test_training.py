@@ -1,4 +1,4 @@
-"""Whole runs of a two-layer model: each algorithm raises the reward; a stopped run goes on where it was."""
+"""Whole runs of a two-layer model: each algorithm raises the reward; a stopped run continues where it was."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_equals_one_never_stopped(
     (folders["stopped"] / "interrupted").touch()
     train(runs["straight"])
     train(runs["stopped"])
-    # a batch that is ahead is scored while the update before it runs
+    # a batch that is sampled ahead is scored during the update before it
     assert len(metrics_of(folders["stopped"])) in ((2, 3) if ahead else (3,))
     train(runs["stopped"] | {"checkpoint": {"resume": "auto", "export": True}})
     straight, stopped = (without_clocks(metrics_of(f)) for f in (folders["straight"], folders["stopped"]))
@@ -138,7 +138,7 @@ def test_a_run_stopped_in_the_middle_of_its_buffer_goes_on_with_the_next_update(
     assert stopped == straight and len(stopped) == 4
     assert [record["critic/warmup"] for record in stopped] == [1.0, 0.0, 0.0, 0.0]
     folders = [tmp_path / name / "run" for name in ("straight", "stopped")]
-    # the pass that measured the entropy of the step that was stopped is gone
+    # the entropies of the step that was stopped were measured by passes that are not saved
     assert len({re.sub(r', "entropy": [^]]*]', "", (f / "samples.jsonl").read_text()) for f in folders}) == 1
     last = [load(folder / "checkpoints" / "step_000004", device="cpu") for folder in folders]
     assert last[0].state == last[1].state

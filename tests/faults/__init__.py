@@ -1,1 +1,1 @@
-"""Runs that are killed, frozen, starved or lied to, in processes of their own."""
+"""Runs with faults (killed, frozen, out of memory or disk, damaged files), in processes of their own."""

@@ -1,4 +1,4 @@
-"""The runs that were never stopped, to which all others are compared."""
+"""The undisturbed runs to which all disturbed ones are compared."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Straight = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Straight:
-    """`straight(ranks, kind)`: what a run of that many ranks leaves when nothing happens to it."""
+    """`straight(ranks, kind)`: the result of an undisturbed run on that many ranks."""
 
     @cache
     def leaves(ranks: int, kind: str = "grpo") -> dict[str, Any]:

@@ -120,13 +120,13 @@ def damaged_and_resumed(
 def test_a_rank_that_is_stuck_is_named_with_what_it_does(
     tmp_path: Path, tiny_model_dir: Path, where: str, call: int, phase: str, rank: int
 ) -> None:
-    """It lives and says so, and waits for nobody: the other one waits for it, for as long as is set."""
+    """The stuck rank still gives signs of life, so the other rank waits for it until the timeout."""
     settings = settings_of(tmp_path, tiny_model_dir, distributed={"timeout": 30})
     fault = Fault(where, call, action="stall", rank=rank)
     both = launch(settings, tmp_path / "log", ranks=2, fault=fault)
     assert both[1 - rank].code == 3, both[1 - rank].said
     assert f"rank {rank} has been in {phase}" in both[1 - rank].said, both[1 - rank].said
-    # the stuck one is ended too, by its own watchdog
+    # the stuck rank is ended too, by its own watchdog
     assert both[rank].code == 3, both[rank].said
 
 
@@ -137,6 +137,6 @@ def test_a_frozen_rank_is_named(tmp_path: Path, tiny_model_dir: Path, rank: int)
     fault = Fault("rlhf.rollout.native.engine:NativeEngine._decode", 30, action="freeze", rank=rank)
     other = launch(settings, tmp_path / "log", ranks=2, fault=fault)[1 - rank]
     assert other.code == 3, other.said
-    # the first rank keeps the store that the others talk by
+    # rank 0 holds the store through which the ranks communicate
     named = "rank 1 has given no sign of life" if rank == 1 else "(rank 0, or its launcher) has not answered"
     assert named in other.said, other.said

@@ -1,4 +1,4 @@
-"""Where a run is killed: phase by phase, the calls at which it ends without a word."""
+"""The kill points of a run: for each phase, the calls at which its process is killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.faults.processes import EVERY, Fault, assert_same, launch, logged_ste
 
 Straight = Callable[..., dict[str, Any]]
 NOTICED: list[float] = []
-"""Seconds after which the others had ended too, where one of several ranks was killed."""
+"""Seconds from the kill of one rank until another rank had ended, for all kills on several ranks."""
 
 ALONE: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "load": [("rlhf.components:load_policy", (0, 1)), ("rlhf.learn.optimizer:MasterAdamW.__init__", (0,))],
@@ -29,7 +29,7 @@ ALONE: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     "backward": [("torch.autograd:backward", (0, 3, 6, 9))],
     "optimizer": [
         ("rlhf.learn.optimizer:MasterAdamW.apply", (0, 1, 7)),
-        # a score of weights: in the middle of an update
+        # the model has about 20 weights, so these are in the middle of an update
         ("rlhf.learn.master_weights:Master.update", (50, 75, 115)),
     ],
     "metrics": [
@@ -67,7 +67,7 @@ PPO_MAX = [
     Fault("rlhf.rollout.native.engine:NativeEngine._decode", 40),
     Fault("rlhf.learn.experience:ExperienceBuilder.build", 3),
     Fault("torch.autograd:backward", 5),
-    # policy and critic have an optimizer each: between the two
+    # policy and critic have an optimizer each: the kill is between their steps
     Fault("rlhf.learn.optimizer:MasterAdamW.apply", 4, after=True),
     Fault("rlhf.learn.optimizer:MasterAdamW.apply", 5, after=True),
     Fault("rlhf.checkpoints.store:save_file", 3),
@@ -87,7 +87,7 @@ SHARDED = [
 
 
 def alone() -> list[Fault]:
-    """On one rank; some calls are also struck when they have returned."""
+    """Kill points on one rank: before the calls, and after some of them have returned."""
     before = [Fault(where, call) for points in ALONE.values() for where, calls in points for call in calls]
     behind = [
         Fault(where, 1, after=True)
@@ -103,7 +103,7 @@ def alone() -> list[Fault]:
 
 
 def together() -> list[Fault]:
-    """On two ranks: each is the one that is killed; only the first of them saves."""
+    """Kill points on two ranks: each rank is killed in turn; only rank 0 saves."""
     points = [(where, call) for points in TOGETHER.values() for where, calls in points for call in calls]
     return [Fault(where, call, rank=rank) for rank in (0, 1) for where, call in points] + SAVING
 
@@ -111,7 +111,7 @@ def together() -> list[Fault]:
 def killed_and_resumed(
     folder: Path, model: Path, fault: Fault, ranks: int, straight: Straight, kind: str = "grpo"
 ) -> None:
-    """One kill and one resumption: the same result, and no step repeated that a checkpoint held."""
+    """Kills and resumes a run: the result is that of an undisturbed run, and no saved step is repeated."""
     settings = settings_of(folder, model, kind)
     killed = launch(settings, folder / "killed", ranks=ranks, fault=fault)
     assert killed[fault.rank].code == -9, f"it was not killed: {killed[fault.rank].said}"
@@ -127,7 +127,7 @@ def killed_and_resumed(
 
 
 def resumed(folder: Path, settings: dict[str, Any], ranks: int, expected: dict[str, Any]) -> str:
-    """Goes on with a run that was disturbed, to the result of one that was not; what it said."""
+    """Resumes a disturbed run, compares its result with the expected one, and returns its output."""
     ended = launch(settings, folder / "resumed", ranks=ranks)
     for rank in ended:
         assert rank.code == 0, rank.said

@@ -1,4 +1,4 @@
-"""Imported once by the process that all others are forked from."""
+"""Modules that are imported once, by the process from which the processes of the tests are forked."""
 
 import os
 
@@ -13,9 +13,9 @@ from rlhf.monitoring.report import plots
 torch.set_num_threads(1)
 
 
-def no_picture(*_: object) -> str:
+def no_figure(*_: object) -> str:
     return ""
 
 
-# two thirds of the time of such a small run would go into the pictures of its report
-plots.curve = plots.stack = no_picture
+# the figures of the report would take two thirds of the time of such a small run
+plots.curve = plots.stack = no_figure

@@ -30,7 +30,7 @@ from tests.support import bandit_settings, without_clocks
 
 Action = Literal["kill", "freeze", "stall", "term", "no space", "raise", "nan", "little memory"]
 SMALL_BLOCK = 1 << 16
-"""Bytes; the tensors of a call that is to run out of memory are larger."""
+"""Bytes; tensors of a call that has to run out of memory are larger than this."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Fault:
     call: int = 0
     action: Action = "kill"
     after: bool = False
-    """When the call has returned instead of before it. "little memory" and "nan" are of the call itself."""
+    """Whether the fault is after the call, not before it; "little memory" and "nan" are during the call."""
     rank: int = 0
 
     def __str__(self) -> str:
@@ -57,7 +57,7 @@ class Ended:
     """Exit status, or minus the number of the signal that ended it."""
     said: str
     at: float
-    """When, by the clock of the test."""
+    """When it ended, by `time.monotonic` of the test."""
 
 
 def launch(
@@ -101,7 +101,7 @@ def launch(
 
 
 def _ended(process: Any, log: str, at: float | None) -> Ended:
-    """Also of a process that has not ended."""
+    """The exit status and output of a process, even if it has not ended."""
     file = Path(log)
     said = file.read_text(errors="replace") if file.is_file() else ""
     return Ended(process.exitcode or 0, said, at or 0.0)
@@ -120,7 +120,7 @@ def _run_rank(
     limits: dict[str, int],
     log: str,
 ) -> None:
-    """In the forked process."""
+    """Runs one rank; called in the forked process."""
     with open(log, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -143,7 +143,7 @@ def _run_rank(
 
 
 def plant(fault: Fault) -> None:
-    """Wraps the function in the module or class that owns it."""
+    """Wraps the function of the fault, in the module or class that has it."""
     module_name, _, path = fault.where.partition(":")
     owner: Any = importlib.import_module(module_name)
     *parents, name = path.split(".")
@@ -188,11 +188,11 @@ def strike(action: Action) -> None:
 
 @contextmanager
 def little_memory() -> Generator[None]:
-    """While it lasts, no more memory is to be had than what is mapped already, and that is taken as well.
+    """While this context lasts, the process cannot allocate memory, except for small blocks.
 
-    What the allocator keeps of earlier phases is enough for the call on one machine and not on another, and
-    a limit that stayed would stop whatever comes next instead. So the free blocks are held meanwhile, all but
-    the small ones, of which Python and the error itself need some.
+    A limit on the address space alone is not enough: freed memory that the allocator keeps may suffice for
+    the call on some machines. So all free blocks are allocated too, except small ones, which Python and the
+    error need. The limit ends with the context, or it would stop whatever comes next instead of the call.
     """
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
@@ -218,11 +218,11 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "sharded": {"distributed": {"mode": "sharded"}},
 }
-"""What kinds of runs are disturbed, by what they differ in from the first."""
+"""Kinds of runs, by the settings in which they differ from the first."""
 
 
 def settings_of(folder: Path, model: Path, kind: str = "grpo", **changes: Any) -> dict[str, Any]:
-    """Five steps of two updates with a reference, evaluations, and a checkpoint every second step."""
+    """Settings: five steps of two updates, a reference, evaluations, a checkpoint every second step."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = bandit_settings(
         folder,
@@ -244,7 +244,7 @@ def settings_of(folder: Path, model: Path, kind: str = "grpo", **changes: Any) -
 
 
 def result(folder: Path) -> dict[str, Any]:
-    """All that a finished run leaves, clocks excepted, for comparison bit for bit."""
+    """Everything that a finished run leaves, except times, for a bit-for-bit comparison."""
     run = folder / "run"
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (newest,) = (run / "checkpoints").glob(f"step_{STEPS:06d}")

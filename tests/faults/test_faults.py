@@ -1,4 +1,4 @@
-"""What goes wrong is named, by whoever notices it first; no run hangs, and what was saved stays."""
+"""Faults are named by the process that notices them first; no run hangs, and no checkpoint is lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_rank_that_fails_ends_the_other_with_its_reason(tmp_path: Path, tiny_m
 def test_a_rank_that_dies_while_shards_are_saved_ends_the_one_that_needs_its_part(
     tmp_path: Path, tiny_model_dir: Path, straight: Straight, background: bool
 ) -> None:
-    """That one waits for a file, which no connection breaks; the process tells, long before silence does."""
+    """Rank 0 waits for a file, without a connection that could break; it sees that the process is gone."""
     settings = settings_of(tmp_path, tiny_model_dir, "sharded", checkpoint={"background": background})
     fault = Fault("rlhf.checkpoints.saver:write_atomically", 1, rank=1)
     waiting, killed = launch(settings, tmp_path / "log", ranks=2, fault=fault)
@@ -95,7 +95,7 @@ def test_a_full_disk_is_named_and_nothing_that_was_saved_is_lost(
     checkpoints = tmp_path / "run" / "checkpoints"
     assert not list(checkpoints.glob("*.tmp-*"))
     saved = latest(checkpoints)
-    # the second checkpoint is the one that meets the fault; with a limit it is already the first
+    # the fault is in the second checkpoint; with a limit on file sizes it is already in the first
     assert saved is None if fault is None else saved is not None and saved.name == "step_000002"
     resumed(tmp_path, settings, 1, straight(1))
 
@@ -112,7 +112,7 @@ def test_out_of_memory_says_which_setting_to_lower(tmp_path: Path, tiny_model_di
 
 
 def test_a_loss_that_is_not_a_number_changes_nothing(tmp_path: Path, tiny_model_dir: Path) -> None:
-    """Nor does its gradient: the update is left out and counted."""
+    """The update whose gradient is not finite is skipped and counted."""
     settings = settings_of(tmp_path, tiny_model_dir)
     fault = Fault("rlhf.algos.reduction:token_sum", 2, action="nan", after=True)
     (ended,) = launch(settings, tmp_path / "log", fault=fault)
@@ -161,7 +161,7 @@ def test_two_runs_in_one_folder_are_one_too_many(tmp_path: Path, tiny_model_dir:
 def test_a_folder_that_cannot_be_written_is_refused_before_weights_are_loaded(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
-    # a read-only folder would stop everybody but root
+    # a read-only folder would not stop root
     settings = settings_of(tmp_path, tiny_model_dir, run_dir="/proc/self/run")
     fault = Fault("rlhf.components:load_policy", 0, action="raise")
     (ended,) = launch(settings, tmp_path / "log", fault=fault)

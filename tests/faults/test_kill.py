@@ -1,4 +1,4 @@
-"""A few of the kills of `every_kill.py`, one a phase: the run goes on as if it had not been."""
+"""A few kills of `every_kill.py`, one for each phase: the resumed run equals one that was never killed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_killed_rank_ends_the_other_and_both_go_on_as_if_it_had_not_been(
 
 
 def test_make_runs_all_of_them() -> None:
-    """pytest leaves out a file of another name beside its folder, and says nothing."""
+    """pytest silently leaves out files that are not named test_*.py, unless the command names them."""
     root = Path(__file__).parents[2]
     makefile = (root / "Makefile").read_text()
     line = re.search(r"^test-faults:.*\n.* pytest (.*) \$\(ARGS\)$", makefile, re.MULTILINE)

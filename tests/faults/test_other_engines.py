@@ -1,4 +1,4 @@
-"""With an engine whose samples no seed brings back, a resumed run asks for the same prompts and budgets."""
+"""With an engine that ignores seeds, a resumed run still requests the same prompts and budgets."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Unseeded(NativeEngine):
 """
 COIN = """
 def coin(completions, prompts, **_):
-    # a coin for samples of odd prompts, nothing for those of even ones: what is seen of them differs
+    # random rewards for odd prompts, 0 for even ones, so that their success rates differ
     odd = [int("".join(filter(str.isdigit, str(prompt)))) % 2 for prompt in prompts]
     return [float(is_odd and sum(map(ord, text)) % 2) for is_odd, text in zip(odd, completions)]
 """
 
 
 def asked(folder: Path) -> list[list[tuple[str, int]]]:
-    """Prompts and budgets of each rollout; the probes of the weight sync and evaluations are left out."""
+    """The prompts and budgets of each rollout, without evaluations and the probes of the weight sync."""
     found = [json.loads(line) for line in (folder / "asked.jsonl").read_text().splitlines()]
     return [[(name, n) for name, n in one] for one in found if len(one) == 4]
 
@@ -43,7 +43,7 @@ def test_prompts_and_budgets_of_a_step_that_was_killed_are_asked_for_again(
     (tmp_path / "coin.py").write_text(COIN)
     changes: dict[str, Any] = {
         "rollout": {"engine": f"{tmp_path}/engine.py:Unseeded", "group_size": 8},
-        # known from the first visit on, and every prompt is visited again within the run
+        # rates are known from the first visit on, and every prompt is visited again within the run
         "budget": {"rule": "knapsack", "prior": 1.0, "high": 16},
         "reward": {"functions": [{"path": f"{tmp_path}/coin.py:coin"}]},
         "checkpoint": {"every": 1},

@@ -1,4 +1,4 @@
-"""Several runs on one page: seeds are one band, settings that differ are named, nothing is lost silently."""
+"""The comparison of runs: seeds share a band, differing settings are listed, nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_only_steps_that_all_seeds_have_are_drawn(folders: list[Path]) -> None:
     assert band is not None and list(band.steps) == [1, 2, 3]
 
 
-def test_the_page_says_what_came_of_each_run_and_what_was_set_otherwise(folders: list[Path]) -> None:
+def test_the_page_shows_the_outcome_of_each_run_and_the_settings_that_differ(folders: list[Path]) -> None:
     page = Page(render([read_run(folder) for folder in folders]))
     assert page.open == []
     assert "slow-0 and 1 more seeds" in page.text and "learner.lr" in page.text and "1e-06" in page.text
@@ -76,7 +76,7 @@ def test_a_comparison_replaces_its_own_page_and_no_other_file(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["RUN", "RUN"], "not with itself"),
+        (["RUN", "RUN"], "must be different folders"),
         (["EMPTY"], "holds no run"),
         (["RUN", "--out", "x.html"], "for comparisons"),
     ],

@@ -1,4 +1,4 @@
-"""A run that goes on without learning is told so, once, with what to do."""
+"""A run that does not learn gets one warning, which says what to do."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def told(steps: Sequence[Mapping[str, float]], patience: int = 3) -> list[str]:
         ({"grad_norm": 0.0}, "no parameter changes"),
     ],
 )
-def test_a_run_that_does_nothing_is_told_once_and_what_to_do(dead: dict[str, float], advice: str) -> None:
+def test_a_run_that_does_nothing_is_warned_once_with_what_to_do(dead: dict[str, float], advice: str) -> None:
     alive, idle = HEALTHY, HEALTHY | dead
     assert told([alive] * 10) == []
     assert told([alive, idle, idle, alive, idle]) == []
@@ -50,25 +50,25 @@ def test_a_reward_that_differs_between_steps_is_not_constant() -> None:
     assert told(steps) == []
 
 
-def test_a_run_where_nothing_ever_ended_is_told_of_its_end_of_sequence() -> None:
+def test_a_run_where_no_completion_ever_ended_is_warned_about_its_end_of_sequence() -> None:
     said = told([HEALTHY | {"length/truncated": 1.0}] * 8)
     assert len(said) == 1 and "no completion of this run has ended by itself" in said[0]
 
 
-def test_the_pattern_of_a_collapse_is_told_and_any_two_of_its_three_signs_are_not() -> None:
+def test_a_collapse_is_reported_and_any_two_of_its_three_signs_are_not() -> None:
     before = HEALTHY | {"length/mean": 20.0, "perplexity": 3.0, "kl/ref": 0.02}
     signs = {"length/mean": 40.0, "perplexity": 1.5, "kl/ref": 0.5}
     said = told([before] * 5 + [before | signs] * 5)
     assert len(said) == 1 and "a pattern that the reward function favours without being better" in said[0]
     for sign in signs:
         assert told([before] * 5 + [before | {k: v for k, v in signs.items() if k != sign}] * 5) == []
-    # steps of a warm-up, without a perplexity, are no beginning
+    # steps of the critic's warm-up have no perplexity and do not count as first steps
     assert len(told([HEALTHY] * 4 + [before] * 5 + [before | signs] * 5)) == 1
-    # without a reference nothing is known of the KL
+    # without a reference there is no KL to compare
     assert told([HEALTHY | {"perplexity": 3.0, "length/mean": 20.0}] * 5 + [before | signs] * 5) == []
 
 
-def test_a_resumed_run_is_held_against_its_own_beginning(
+def test_a_resumed_run_is_compared_with_its_own_first_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = HEALTHY | {"length/mean": 20.0, "perplexity": 3.0, "kl/ref": 0.02}

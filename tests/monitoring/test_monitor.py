@@ -1,4 +1,4 @@
-"""What a run records and what a person sees of it; nothing of it may stop the run."""
+"""What the monitor records and shows; none of its failures may stop the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.support import STEP
 
 
 class Heard(SilentDisplay):
-    """A display that remembers what was said."""
+    """A display that keeps the notes and warnings it gets."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -54,7 +54,7 @@ def test_a_step_is_one_line_of_averages(tmp_path: Path) -> None:
 
 
 class Clock:
-    """Time passes when it is told to."""
+    """A clock that moves only when the test says so."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
@@ -104,14 +104,14 @@ def test_an_evaluation_and_a_checkpoint_are_timed_outside_of_the_step(
     assert second == {"step": 2, "time/learn": 1.5, "time/step": 1.5}
 
 
-def test_a_time_that_is_given_counts(tmp_path: Path) -> None:
+def test_a_time_that_is_given_replaces_the_measured_one(tmp_path: Path) -> None:
     with monitor(tmp_path) as m:
         m.phase("learn")
         m.log(1, {"time/learn": Mean(2.5)})
         assert lines(tmp_path / "metrics.jsonl")[0]["time/learn"] == 2.5
 
 
-def test_samples_hold_what_a_person_asks_of_a_completion(tmp_path: Path) -> None:
+def test_samples_hold_text_rewards_and_tokens_of_each_completion(tmp_path: Path) -> None:
     with monitor(tmp_path, samples=2) as m:
         m.samples(3, [group("a"), group("b", content=[{"role": "user", "content": "größer?"}]), group("c")])
         m.learned(None)
@@ -155,7 +155,7 @@ def group(prompt_id: str, content: Any = "What is 3 + 5?") -> Group:
 
 
 class Failing:
-    """A sink whose service is gone from the second step on."""
+    """A sink whose service is unreachable from the second step on."""
 
     failures = (ConnectionError,)
 
@@ -211,7 +211,7 @@ def test_a_sink_that_fails_while_closing_does_not_hide_the_runs_own_error(tmp_pa
 
 @contextmanager
 def files_no_larger_than(limit: int) -> Iterator[None]:
-    """The nearest thing to a full disk that needs no rights."""
+    """Limits the size of files, which is like a full disk and needs no privileges."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -225,7 +225,7 @@ def test_lines_that_a_full_disk_refused_are_written_when_there_is_room_again(tmp
     with monitor(tmp_path, display=heard) as m:
         m.log(1, STEP)
         size = (tmp_path / "metrics.jsonl").stat().st_size
-        # room for a part of the next line: what was written of it must not stay
+        # only a part of the next line fits: that part must not stay in the file
         with files_no_larger_than(size + 20):
             m.log(2, STEP)
             m.log(3, STEP)
@@ -286,7 +286,7 @@ def test_tensorboard_gets_every_finite_value(tmp_path: Path) -> None:
 
     run = RunFolder(tmp_path)
     for first in (1, 2):
-        # the second run resumes behind step 1, and hides the first one's step 2
+        # the second run resumes after step 1, and hides step 2 of the first run
         with monitor(tmp_path, sinks=[make_sink("tensorboard", run, {})]) as m:
             for step in range(first, 4):
                 m.log(step, {"reward/mean": Mean(step + first / 10), "grad_norm": Mean(math.nan)})
@@ -308,7 +308,7 @@ def test_a_sink_that_is_not_installed_is_a_clear_error_before_training(
         Monitor.start(RunFolder(tmp_path), sinks=[name], total_steps=1, samples_per_step=0, settings={})
 
 
-def test_a_finding_reaches_the_person(tmp_path: Path) -> None:
+def test_a_finding_is_shown_as_a_warning(tmp_path: Path) -> None:
     heard = Heard()
     with monitor(tmp_path, display=heard) as m:
         for step in range(1, 9):

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a panel on a terminal, a line a step anywhere else."""
+"""The display of a run in progress: a panel on a terminal, one line for each step elsewhere."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_time_left_follows_the_pace_of_the_last_steps(monkeypatch: pytest.Mo
 
 
 def screen(width: int, steps: int, phase: str | None = None) -> str:
-    """What the panel looks like on a terminal of that width."""
+    """The text of the panel on a terminal of the given width."""
     console = Console(file=io.StringIO(), width=width, height=30, force_terminal=True, color_system=None)
     panel = Panels(Progress("runs/quickstart", 40), console)
     for step in range(1, steps + 1):
@@ -69,7 +69,7 @@ def screen(width: int, steps: int, phase: str | None = None) -> str:
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
-def test_the_panel_fits_its_terminal_and_says_it_all(width: int) -> None:
+def test_the_panel_fits_its_terminal_and_shows_every_metric(width: int) -> None:
     picture = screen(width, steps=30, phase="rollout")
     rows = picture.splitlines()
     assert all(len(row) == width for row in rows) and len(rows) <= 12

@@ -1,4 +1,4 @@
-"""What is said of a run is what its evaluations allow, no more; the page holds all of it in one file."""
+"""The verdict claims no more than the evaluations support; the page holds everything in one file."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_the_page_shows_completions_of_training(run: RunFolder) -> None:
 
 
 class Page(HTMLParser):
-    """Tags in order, those that are open, and the text outside of drawings."""
+    """Parses a page: its tags in order, those left open, and the text outside of figures."""
 
     VOID = ("meta", "!doctype", "input")
 

@@ -1,4 +1,4 @@
-"""The report as a browser shows it: nothing sticks out, dark is dark, colours can be chosen."""
+"""The report in a real browser: nothing overflows, dark mode is dark, tokens can be coloured."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 def make_run(folder: Path, level: float = 0.1) -> RunFolder:
-    """A run with all that a page shows: steps, evaluations, completions with long words and long lines."""
+    """A run with everything that a page shows: steps, evaluations, completions with long words and lines."""
     folder.mkdir(parents=True)
     run = RunFolder(folder)
     entries = []
@@ -114,7 +114,7 @@ def chromium(*arguments: str, folder: Path) -> str:
 
 
 def look(page: Path, folder: Path, *, width: int, dark: bool) -> dict[str, Any]:
-    """What the browser says of a page in a frame of this width."""
+    """What the browser measures of a page in a frame of the given width."""
     probe = folder / "probe.html"
     probe.write_text(PROBE.replace("PAGE", page.as_uri()).replace("WIDTH", str(width)))
     options = [DARK] if dark else []

@@ -1,4 +1,4 @@
-"""One process owns a run folder, nothing is overwritten unasked, and a resumed stream has each step once."""
+"""One process owns a run folder, nothing is overwritten by accident, a resumed run logs each step once."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_run_that_failed_before_its_first_step_may_be_started_again(tmp_path: 
 def test_a_folder_of_other_things_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("of another program")
     with (
-        pytest.raises(RunFolderError, match="none of a run"),
+        pytest.raises(RunFolderError, match="not those of a run"),
         RunFolder(tmp_path).claim(config="", resume=True),
     ):
         pass

@@ -1,4 +1,4 @@
-"""RUN/samples.jsonl: what was sampled, token by token, with what the learner made of each token."""
+"""RUN/samples.jsonl: the sampled tokens, with their advantages and entropies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_entropies_of_all_tokens_average_to_the_metric_of_the_first_pass(
             assert len(completion["entropy"]) == len(completion["tokens"]) == completion["num_tokens"]
             text = re.sub(r"<\|\w+\|>", "", "".join(completion["tokens"]))
             assert text == completion["text"]
-        # a group whose rewards are all equal teaches nothing: no pass was made of it
+        # a group whose rewards are all equal is skipped, so that there is no forward pass of it
         assert all(c["advantage"] == 0 for c in shown if "entropy" not in c)
 
 

@@ -1,4 +1,4 @@
-"""W&B and trackio themselves, where they are installed: each run has its own record and continues it."""
+"""The real W&B and trackio, where they are installed: each run has its own record there and continues it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# two runs of one name in folders of one name; the first goes on after the second
+# two runs with the same name in folders with the same name; the first is resumed after the second
 LOGGED = """
 import sys
 from pathlib import Path

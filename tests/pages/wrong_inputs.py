@@ -1,4 +1,4 @@
-"""The mistakes of docs/errors.md: how each is made, and the command that meets it."""
+"""The mistakes listed in docs/errors.md: for each the files, the command and a title."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def nothing(_: Path) -> None:
-    """The command alone is wrong."""
+    """Changes no files: only the command is wrong."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Wrong:
     title: str
     command: str
     given: str = ""
-    """What the files hold, where it is not the usual."""
+    """The contents of the files where they are not the usual ones, as the page describes them."""
     prepare: Callable[[Path], None] = nothing
 
 

@@ -1,4 +1,4 @@
-"""What a run will take, said before it starts, is what it then takes."""
+"""The estimates of `rlhf check` agree with what is then allocated."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def bytes_of(found: Estimate, name: str) -> int:
 
 def test_a_model_is_counted_without_its_weights(tiny_model: Callable[[str], Path]):
     sizes = model_sizes(str(tiny_model("qwen2")), torch.bfloat16)
-    # queries, keys, values and output 32 x (32 + 16 + 16 + 32), three of 32 x 64
+    # queries, keys, values and output 32 x (32 + 16 + 16 + 32), and three matrices of 32 x 64
     layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64
     assert sizes.matrices == 2 * layer and sizes.head == 99 * 32
     assert sizes.weights == sum(
@@ -50,7 +50,7 @@ def test_a_model_is_counted_without_its_weights(tiny_model: Callable[[str], Path
 
 @pytest.mark.parametrize("shape", ["llama", "qwen3", "gemma"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_a_layer_keeps_is_counted_as_it_is(
+def test_the_activations_that_a_layer_keeps_are_counted_exactly(
     tiny_model: Callable[[str], Path], shape: str, dtype: torch.dtype
 ):
     policy = policy_of(tiny_model(shape), packing="packed")
@@ -100,7 +100,9 @@ def test_weights_and_optimizer_take_what_they_are_said_to(tmp_path: Path, tiny_m
     assert bytes_of(found, "AdamW") == held
 
 
-def test_four_ranks_share_what_learns_and_each_holds_what_samples(tmp_path: Path, tiny_model_dir: Path):
+def test_four_ranks_share_the_learner_and_each_holds_a_copy_that_samples(
+    tmp_path: Path, tiny_model_dir: Path
+):
     one = estimated(tmp_path, tiny_model_dir)
     four = estimated(tmp_path, tiny_model_dir, ranks=4, distributed={"mode": "sharded"})
     for name in ("AdamW", "policy: gradients"):

@@ -1,4 +1,4 @@
-"""A reward model of four ratings, trained here, gives a run its four objectives (multi-objective GRPO)."""
+"""A reward model trained on four ratings gives a run its four objectives (multi-objective GRPO)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WEIGHTS = {"politeness": 0.25, "meaningfulness": 0.25, "actionability": 0.25, "s
 
 @pytest.fixture
 def raters(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
-    """The folder of a model that has seen ratings of four kinds, some of them missing."""
+    """The folder of a reward model that was trained on four kinds of ratings, some of them missing."""
     folder = tmp_path_factory.mktemp("raters")
     rows = [
         {

@@ -1,4 +1,4 @@
-"""A reward model of a tiny model: the loss is cut-invariant, it learns a rule, and others can load it."""
+"""A tiny reward model: its gradient does not depend on microbatches, it learns a rule, others can load it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support import ALONE, metrics_of, policy_of, reward_model_settings, w
 
 
 def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
-    """Better is what has more of the letter a."""
+    """Pairs in which the better completion has more of the letter a."""
     return [
         {"prompt": f"say {i}:", "chosen": "a" * (1 + i % 4) + "b", "rejected": "b" * (1 + i % 5) + "c"}
         for i in range(first, first + count)
@@ -172,7 +172,7 @@ def test_it_learns_a_rule_and_transformers_gives_the_same_scores(tmp_path: Path,
 
 
 def as_reward(model: Path, examples: list[Example]) -> torch.Tensor:
-    """What the reward function says of the same completions, one group a pair; every second one was cut."""
+    """Rewards of the same completions by the reward function, one group a pair; every second one is cut."""
     spec = RewardSpec("reward_model", params={"model": str(model)}, batch="step", timeout=60.0)
     rewards = Rewards([spec], ())
     completions: list[list[Completion]] = []
@@ -211,7 +211,7 @@ def test_a_run_that_was_cut_short_goes_on_as_if_it_had_not_been(tmp_path: Path, 
         folder.mkdir()
     made = [settings(f, tiny_model_dir, steps=6, checkpoint={"export": False}) for f in folders]
     RewardModelTrainer(make(made[0])).run()
-    # the schedule is that of all six steps
+    # the learning-rate schedule is that of all six steps
     short = RewardModelTrainer(make(made[1]))
     short.config = replace_steps(short.config, 3)
     short.run()
