@@ -21,7 +21,8 @@ reward (without noise), the share of distinct n-grams among all n-grams sampled,
 
 `tiny`: a two-layer model that is taught the task first; each seed has its own dataset, sampled by that model,
 and its own runs. `ablations`: the same model and datasets. `small`: SmolLM2-135M-Instruct on the dataset in
-examples/offline, one run a method. Every model that was trained is kept in `--runs` and not trained again. Run:
+examples/offline, one run a method. Every model that was trained is kept in `--runs` and not trained again.
+Run:
 
     python -m benchmarks.advantage_weighted tiny --runs FOLDER --out FILE.json
     python -m benchmarks.advantage_weighted ablations --runs FOLDER --out FILE.json
