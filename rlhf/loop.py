@@ -32,6 +32,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from rlhf.checkpoints.saver import Saver
 from rlhf.checkpoints.stateful import Cursor, Stateful
+from rlhf.compute_dtype import config_with, in_words, slowness, with_dtype
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
 from rlhf.devices import give_back_memory
@@ -67,10 +68,10 @@ class Loop(ABC, Generic[Settings]):
 
     def __init__(self, config: Settings, *, timeout: float) -> None:
         """`timeout`: seconds that a rank waits for the others before it fails."""
-        self.config, self.timeout = config, timeout
-        self.folder = RunFolder(Path(config.run_dir).expanduser())
+        self.folder, self.timeout = RunFolder(Path(config.run_dir).expanduser()), timeout
         # read now: `record` replaces the file
         self._settings_before = self.folder.settings()
+        self.config = with_dtype(config, earlier=self._settings_before)
         self.cursor = Cursor()
         self.place = "start"
         """What the run is doing, for error messages: a phase, with its step once weights are loaded."""
@@ -164,12 +165,16 @@ class Loop(ABC, Generic[Settings]):
         """Joins the ranks, claims the run folder, loads everything and resumes. Raises what `run` does."""
         with (
             self.run_resources(),
-            world(self.timeout) as ranks,
+            self._joined() as ranks,
             self.record(ranks) as monitor,
             ExitStack() as training,
         ):
             monitor.on_phase = lambda phase: self._enter_phase(phase, ranks)
             with monitor.phase("load"):
+                dtype = self.config.model.dtype
+                monitor.note(f"the model computes in {in_words(dtype, ranks.device)}")
+                if warning := slowness(dtype, ranks.device):
+                    monitor.warn(warning)
                 stateful = self.build(ranks, monitor)
                 saver = Saver(self.folder.checkpoints, self.config.checkpoint, ranks, timeout=self.timeout)
                 interrupt = Interrupt(monitor.warn, alone=ranks.size == 1)
@@ -182,6 +187,13 @@ class Loop(ABC, Generic[Settings]):
                 yield self._running
             finally:
                 self._running = None
+
+    @contextmanager
+    def _joined(self) -> Generator[World]:
+        """All ranks, computing in the type that the first one has chosen."""
+        with world(self.timeout) as ranks:
+            self.config = config_with(self.config, ranks.gather(self.config.model.dtype)[0])
+            yield ranks
 
     def agree_to_stop(self) -> None:
         """Raises Interrupted on every rank when any of them was asked to stop. Every rank has to call it,

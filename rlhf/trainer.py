@@ -36,7 +36,7 @@ class Trainer(Loop[Config]):
     def __init__(self, config: Config) -> None:
         """Reads and checks everything except weights. Raises ValueError for bad input."""
         super().__init__(config, timeout=config.distributed.timeout)
-        self.inputs = load_inputs(config, world_size=world_size())
+        self.inputs = load_inputs(self.config, world_size=world_size())
         self._components: Components | None = None
 
     @property

@@ -29,6 +29,7 @@ ROOMS = (
     "rlhf.kernels",
     "rlhf.algos",
     "rlhf.config",
+    "rlhf.compute_dtype",
     "rlhf.sandbox",
     "rlhf.distributed",
     "rlhf.rollout",

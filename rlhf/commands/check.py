@@ -10,8 +10,10 @@ from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.compute_dtype import slowness, with_dtype
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
+from rlhf.devices import this_device
 from rlhf.distributed.world import world_size
 from rlhf.inputs import Inputs
 from rlhf.monitoring.run_folder import RunFolder
@@ -33,6 +35,8 @@ def run_check(
 
     Raises ValueError for everything that a run would refuse before it loads weights.
     """
+    earlier = RunFolder(Path(config.run_dir).expanduser()).settings()
+    config = with_dtype(config, earlier=earlier)
     if isinstance(config, RewardModelConfig):
         from rlhf.reward_model.trainer import RewardModelTrainer
         from rlhf.reward_model.trainer import describe as describe_reward_model
@@ -44,6 +48,8 @@ def run_check(
         with closing(inputs.rewards):
             yield from describe(config, inputs, world_size=ranks)
             yield from truncation(config, inputs)
+    if slow := slowness(config.model.dtype, this_device()):
+        yield f"warning      {slow}"
     yield from _run_folder(config)
     if every_setting:
         yield from ("", "every setting in force:", "", *config.to_yaml().splitlines())

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from rlhf.compute_dtype import in_words, resolve_dtype
 from rlhf.kernels.backend import why_not_triton
 from rlhf.rollout.vllm.in_process import VERSIONS
 
@@ -69,6 +70,8 @@ def run_doctor() -> Iterator[str]:
 def _devices() -> Iterator[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield f"cpu          {cores} cores, torch uses {torch.get_num_threads()} threads"
+    on_cpu = torch.device("cpu")
+    yield f"             models compute in {in_words(resolve_dtype('auto', on_cpu), on_cpu)}"
     if not torch.cuda.is_available():
         why = (
             "this torch is a build without CUDA"

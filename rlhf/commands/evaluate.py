@@ -16,6 +16,7 @@ from rich.progress import track
 from rlhf.collect.sampler import Sampler
 from rlhf.commands.source import Source, find_source, load_weights
 from rlhf.components import engine_starter
+from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import make_config
 from rlhf.config.overrides import apply_override, read_settings
 from rlhf.config.run import Config
@@ -96,7 +97,7 @@ def run_evaluation(request: Request) -> Iterator[str]:
     if request.out is not None and Path(request.out).exists():
         raise ConfigError(f"--out: {request.out} exists already; nothing was overwritten, name another file")
     source = find_source(request.source)
-    config = evaluation_config(request, source)
+    config = with_dtype(evaluation_config(request, source))
     ks = _ks(request, config.eval.samples)
     inputs = load_inputs(config)
     with closing(inputs.rewards):

@@ -53,9 +53,10 @@ class ModelConfig(Section):
     folder or, with a network, a name on the hub."""
     reference: str | None = None
     """Frozen model that the KL terms compare the policy with; not given: the policy as it is at the start."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Number type that the model computes in. The optimizer's master copy of the weights is always
-    float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type that policy, reference, critic and engine compute in; the optimizer's master weights
+    are always float32. `auto`: bfloat16 on a GPU, on a CPU the faster of the two, which a short measurement
+    finds. RUN/config.yaml has the type that was chosen, and a resumed run keeps it."""
     packing: Literal["auto", "shared_prefix", "packed", "padded"] = "auto"
     """How a group goes through the model. `shared_prefix`: its prompt once, all completions behind it.
     `packed`: sequences end to end, each with its prompt. `padded`: each sequence in a padded row. `auto`: the

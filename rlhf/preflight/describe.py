@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from rlhf.algos.algorithm import Algorithm
+from rlhf.compute_dtype import in_words
 from rlhf.config.checks import return_candidates
 from rlhf.config.run import Config
 from rlhf.devices import this_device
@@ -77,8 +78,8 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
     lora = config.model.lora
     adapter = "" if lora is None else f", LoRA of rank {lora.rank}"
     yield (
-        f"model        {config.model.path} ({inputs.model.model_type}), computed in {config.model.dtype}"
-        f"{adapter}"
+        f"model        {config.model.path} ({inputs.model.model_type}), computes in "
+        f"{in_words(config.model.dtype, this_device())}{adapter}"
     )
     if reference and lora is not None and config.model.reference is None:
         reference = "the model with its adapter switched off"

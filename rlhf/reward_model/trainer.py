@@ -16,9 +16,11 @@ import torch
 
 from rlhf.checkpoints import store
 from rlhf.checkpoints.stateful import Stateful
+from rlhf.compute_dtype import in_words
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.section import ConfigError
 from rlhf.data.pairs import load_examples
+from rlhf.devices import this_device
 from rlhf.distributed.world import World, world_size
 from rlhf.files import write_atomically
 from rlhf.learn.optimizer import MasterAdamW
@@ -106,7 +108,8 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
 def describe(trainer: RewardModelTrainer) -> Iterator[str]:
     """What a run of this config will do: the lines that `rlhf check` prints."""
     config = trainer.config
-    yield f"model        {config.model.path}, computed in {config.model.dtype}"
+    dtype = in_words(config.model.dtype, this_device())
+    yield f"model        {config.model.path}, computes in {dtype}"
     yield f"scores       {', '.join(config.score.objectives)}, from {config.score.kind}"
     yield f"data         {len(trainer.train)} examples, {len(trainer.held_out)} held out"
     batch = config.batch
