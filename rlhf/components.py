@@ -38,7 +38,7 @@ from rlhf.rewards.constraints import Constraints
 from rlhf.rewards.success import is_correct
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.factory import make_engine
-from rlhf.sync.on_demand import EngineOnDemand, SyncOnDemand
+from rlhf.sync.engine_on_demand import EngineOnDemand, SyncOnDemand
 from rlhf.sync.weight_sync import Sync, WeightSync, choose_probe_prompt
 
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rlhf.checkpoints.plain import group_of, group_state, metrics_from, metrics_state
+from rlhf.checkpoints.serialization import group_of, group_state, metrics_from, metrics_state
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
 from rlhf.collect.collector import Collected, Pending
 from rlhf.collect.staleness import mask_stale_tokens

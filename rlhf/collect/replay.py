@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rlhf.checkpoints.plain import group_of, group_state
+from rlhf.checkpoints.serialization import group_of, group_state
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
 from rlhf.collect.collector import Collected, Pending
 from rlhf.collect.offline import GroupSource

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import track
 
 from rlhf.collect.sampler import Sampler
-from rlhf.commands.source import Source, find_source, load_weights
+from rlhf.commands.model_source import Source, find_source, load_weights
 from rlhf.components import engine_starter
 from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import make_config

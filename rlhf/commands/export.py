@@ -9,7 +9,7 @@ import torch
 
 from rlhf.checkpoints import store as checkpoint
 from rlhf.checkpoints.stateful import CheckpointError
-from rlhf.commands.source import find_source, load_weights
+from rlhf.commands.model_source import find_source, load_weights
 from rlhf.config.load import load_config
 from rlhf.models.pretrained import load_tokenizer
 from rlhf.models.vision.processor import load_processor

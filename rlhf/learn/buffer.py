@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.checkpoints.plain import metrics_from, metrics_state, pack_images, unpack_images
+from rlhf.checkpoints.serialization import metrics_from, metrics_state, pack_images, unpack_images
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
 from rlhf.metrics import Metrics, merge
 from rlhf.torch_typed import integers

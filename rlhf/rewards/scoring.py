@@ -27,7 +27,7 @@ from rlhf.rewards.plugin import ALWAYS_GIVEN, RewardSpec, name_apart
 from rlhf.rewards.workers.batch import Batch, BatchScores
 from rlhf.rewards.workers.cache import ScoreCache
 from rlhf.rewards.workers.pool import Call, Failure, Outcome, RewardError, WorkerPool
-from rlhf.rewards.workers.values import Scores
+from rlhf.rewards.workers.return_values import Scores
 from rlhf.types import Completion, Group, Prompt, Trajectory
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 from rlhf.rewards.builtin import completion_text
-from rlhf.rewards.workers.values import run_now
+from rlhf.rewards.workers.return_values import run_now
 
 PASSED_ON = ("data_source", "extra_info")
 

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.commands.evaluate import Request, evaluation_config, measure
-from rlhf.commands.source import Source, find_source
+from rlhf.commands.model_source import Source, find_source
 from tests.support import group
 
 RIGHT = """

@@ -14,7 +14,7 @@ import torch
 
 from rlhf.algos.algorithm import KL, Mismatch
 from rlhf.algos.table import ALGORITHMS
-from rlhf.checkpoints.plain import group_of, group_state
+from rlhf.checkpoints.serialization import group_of, group_state
 from rlhf.config.checks import return_candidates
 from rlhf.config.load import make_config
 from rlhf.config.rollout import RolloutConfig

@@ -13,7 +13,8 @@ from PIL import Image as pil
 
 from rlhf.data.prompts import load_prompts
 from rlhf.models.pretrained import load_tokenizer
-from rlhf.models.vision.images import ImageError, masked, noise, open_picture, separate_pictures, stored
+from rlhf.models.vision.images import ImageError, noise, open_picture, separate_pictures, stored
+from rlhf.models.vision.masking import mask_patches
 from rlhf.types import Images, Mask, Prompt
 from tests.vision.support import HIGH, OTHER, WIDE, processor_of, prompt_of
 from tests.vision_models import FAMILIES
@@ -131,19 +132,19 @@ def test_what_is_wrong_with_a_picture_is_told_with_its_line(tmp_path: Path, tiny
 
 def test_a_mask_blackens_whole_patches_at_its_ratio_and_is_a_function_of_its_seed() -> None:
     white = pil.new("RGB", (100 * 14 + 5, 70 * 14), (255, 255, 255))
-    hidden = np.asarray(masked(white, Mask(14, 0.6, seed=1), number=0))
+    hidden = np.asarray(mask_patches(white, Mask(14, 0.6, seed=1), number=0))
     patches = hidden[:, : 100 * 14].reshape(70, 14, 100, 14, 3).swapaxes(1, 2).reshape(7000, -1)
     assert set(np.unique(patches.max(1) - patches.min(1))) == {0}
     # four deviations of a mean of 7000 draws
     assert abs((patches[:, 0] == 0).mean() - 0.6) < 4 * (0.24 / 7000) ** 0.5
     again, other, second = (
-        np.asarray(masked(white, Mask(14, 0.6, seed), number=n)) for seed, n in ((1, 0), (2, 0), (1, 1))
+        np.asarray(mask_patches(white, Mask(14, 0.6, seed), number=n)) for seed, n in ((1, 0), (2, 0), (1, 1))
     )
     assert (again == hidden).all()
     assert (other != hidden).any()
     assert (second != hidden).any()
-    assert (np.asarray(masked(white, Mask(14, 0.0, 1), number=0)) == 255).all()
-    assert (np.asarray(masked(white, Mask(14, 1.0, 1), number=0)) == 0).all()
+    assert (np.asarray(mask_patches(white, Mask(14, 0.0, 1), number=0)) == 255).all()
+    assert (np.asarray(mask_patches(white, Mask(14, 1.0, 1), number=0)) == 0).all()
 
 
 def test_a_patch_of_the_mask_is_a_patch_of_the_model_however_large_the_picture(tiny_vlm: Folder) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.checkpoints.plain import pack_images, unpack_images
+from rlhf.checkpoints.serialization import pack_images, unpack_images
 from rlhf.cli import main
 from rlhf.config.load import make_config
 from rlhf.learn.buffer import Buffer

@@ -21,7 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.models.pretrained import ModelError, load_model_config, local_or_hub
-from rlhf.models.vision.images import ImageError, masked, open_picture, separate_pictures
+from rlhf.models.vision.images import ImageError, open_picture, separate_pictures
+from rlhf.models.vision.masking import mask_patches
 from rlhf.types import Image, Images
 
 FAMILIES = {
@@ -164,7 +165,7 @@ class Processor:
         pictures = [open_picture(source) for source in images.sources]
         if images.mask is None:
             return pictures
-        return [masked(self._resized(p), images.mask, number=i) for i, p in enumerate(pictures)]
+        return [mask_patches(self._resized(p), images.mask, number=i) for i, p in enumerate(pictures)]
 
     def _resized(self, picture: pil.Image) -> pil.Image:
         """The image in the size that the model's processor gives it, so that masked patches stay sharp.

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.rewards.workers.cache import ScoreCache
 from rlhf.rewards.workers.pool import Failure, Outcome
-from rlhf.rewards.workers.values import Scores
+from rlhf.rewards.workers.return_values import Scores
 from rlhf.types import Completion, Prompt
 
 

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.rewards.workers.values import Scores
+from rlhf.rewards.workers.return_values import Scores
 
 
 class ScoreCache:

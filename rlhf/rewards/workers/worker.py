@@ -25,7 +25,7 @@ from typing import Any
 
 from rlhf.rewards.plugin import Reward, RewardSpec, load_reward
 from rlhf.rewards.workers.progress import Progress
-from rlhf.rewards.workers.values import WrongReturn, is_finite, read_scores, read_values, run_now
+from rlhf.rewards.workers.return_values import WrongReturn, is_finite, read_scores, read_values, run_now
 
 SEND_SECONDS = 0.02
 """How long an answer may wait, so that several are sent together."""
