@@ -69,6 +69,17 @@ def test_a_link_leads_somewhere(page: Path) -> None:
             )
 
 
+# of whoever reads the page: a run, a file of their own
+THEIRS = ("RUN/", "ADDER/", "runs/", "path/", "my/")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_a_file_that_a_page_names_is_there(page: Path) -> None:
+    named = set(re.findall(r"(?<![\w./-])[\w.-]+(?:/[\w.-]+)+\.(?:py|yaml)\b", page.read_text()))
+    ours = {name for name in named if not name.startswith(THEIRS)}
+    assert sorted(name for name in ours if not (ROOT / name).exists() | (page.parent / name).exists()) == []
+
+
 def test_the_tree_of_the_readme_has_every_folder_and_no_other() -> None:
     tree = (ROOT / "README.md").read_text().partition("## The tree")[2].split("```")[1]
     named = re.findall(r"^(?:  )?(\w+)/ ", tree, re.MULTILINE)
