@@ -1,10 +1,10 @@
-"""Writes questions for capitals (train, eval) and preference pairs made by a rule (pairs_train, pairs_eval).
+"""Writes questions for capitals (train, eval) and preference pairs that a rule made (pairs_train, pairs_eval).
 
     python examples/capitals/make_data.py
 
-The better answer of a pair has the higher score by `rule.py`: correct, short and polite, a third each.
-Answers are put together from phrases, good and bad ones (wrong city, rambling without an end, nonsense). A
-quarter of the countries is held out from training, of the reward model and of the policy alike.
+The chosen answer of a pair has the higher score by `rule.py`: a third each for correct, short and polite.
+Answers are put together from good and bad phrases (wrong city, rambling without an end, nonsense). A
+quarter of the countries is held out from the training of both the reward model and the policy.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a good answer is, as a rule: correct, short and polite, a third each.
+"""The rule that scores an answer: a third each for correct, short and polite.
 
-It made the preference pairs, so it is the truth that a reward model of them can be held against.
+It chose the preference pairs, so a reward model trained on them can be compared with it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ MOST_WORDS = 16
 
 
 def is_correct(text: str, answer: str, others: Sequence[str]) -> bool:
-    """Names the capital and no other one."""
+    """The text names the capital and no other capital."""
     return answer in text and not any(other in text for other in others if other != answer)
 
 
 def is_short(text: str) -> bool:
-    """At most 16 words, and an end."""
+    """The text has at most 16 words and ends with a full stop or an exclamation mark."""
     return len(text.split()) <= MOST_WORDS and text.rstrip().endswith((".", "!"))
 
 
@@ -33,7 +33,7 @@ def true_score(text: str, answer: str, others: Sequence[str]) -> float:
 def rule(
     completions: Sequence[Any], answer: Sequence[str], others: Sequence[Sequence[str]]
 ) -> list[dict[str, float]]:
-    """As a reward function: the score and its three parts."""
+    """The rule as a reward function: the score and its three parts."""
     texts = [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
     return [
         {

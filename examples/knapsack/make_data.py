@@ -3,7 +3,7 @@
     pip install reasoning-gym==0.1.25      # the `gym` extra
     python examples/knapsack/make_data.py
 
-A question that stands in train.jsonl does not stand in eval.jsonl.
+No question is in both files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SEED = 0
 
 
 def questions(task: str) -> Iterator[dict[str, Any]]:
-    """Every question of a task once, in the order of its generator."""
+    """Every question of a task once, in the order in which reasoning-gym generates them."""
     name, settings = TASKS[task]
     seen: set[str] = set()
     for entry in reasoning_gym.create_dataset(name, size=1000, seed=SEED, **settings):

@@ -1,4 +1,4 @@
-"""The reward of the words task: how many of the wanted words the completion uses, and whether it ends."""
+"""The reward of the words task: how many of the given words a completion uses, and whether it ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def words_used(completions: Sequence[Any], words: Sequence[Sequence[str]]) -> list[float]:
-    """The share of `words` in the completion, halved where it does not end like a sentence."""
+    """The share of `words` that is in the completion, halved where it does not end like a sentence."""
     texts = [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
     return [one(text, wanted) for text, wanted in zip(texts, words, strict=True)]
 

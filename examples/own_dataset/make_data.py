@@ -1,9 +1,9 @@
-"""Makes a dataset three ways: jsonl, parquet, and a saved folder of the `datasets` library.
+"""Makes a dataset in three forms: jsonl, parquet, and a saved folder of the `datasets` library.
 
     python examples/own_dataset/make_data.py FOLDER
 
-A row needs a prompt: plain text, or a list of chat messages, which the model's chat template writes out.
-Every further column is handed to the reward functions by its name, here `answer` and `level`.
+A row needs a prompt: plain text, or a list of chat messages, to which the model's chat template is applied.
+Every further column, here `answer` and `level`, is handed to the reward functions by its name.
 """
 
 from __future__ import annotations

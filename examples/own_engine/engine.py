@@ -1,7 +1,8 @@
-"""A rollout engine of one's own: the least that the protocol (rollout/engine.py) asks for.
+"""A rollout engine of your own: a minimal implementation of the protocol in rollout/engine.py.
 
-It computes the whole sequence anew for each token, so it is slow, and right: the log-probs it reports are of
-the distribution it samples from, which the probe after every weight sync checks against the learner.
+It computes the whole sequence again for each token, so it is slow but simple. The log-probs that it reports
+are those of the distribution that it samples from; the probe after every weight sync compares them with the
+learner's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rlhf.types import Completion, FinishReason, VersionSpan
 
 
 class SlowEngine:
-    """Holds the learner's own module, so an update of the weights is there already."""
+    """Holds the learner's own module, so updated weights are there without being sent."""
 
     def __init__(self, model: nn.Module, *, eos_token_ids: Sequence[int]) -> None:
         self.model: Any = model
@@ -30,18 +31,18 @@ class SlowEngine:
         self.waiting += requests
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
-        """The group of one request; [] when none is left."""
+        """The group of one request; [] when no request is left."""
         if not self.waiting:
             return []
         request = self.waiting.pop(0)
-        # the learner computes its attention another way, and finds its module as it left it
+        # the learner uses another attention; `sampling_mode` restores the module afterwards
         with sampling_mode(self.model, "sdpa"):
             return [self._sample(request, index) for index in range(request.params.n)]
 
     def _sample(self, request: RolloutRequest, index: int) -> Completion:
         params, stop = request.params, self.eos_token_ids.union(request.params.stop_token_ids)
         assert not params.truncates, "this engine does not truncate"
-        # a seed for each sample: what it draws does not depend on what else is sampled
+        # a seed for each sample, so that its tokens do not depend on what else is sampled
         generator = torch.Generator().manual_seed(params.seed + index)
         tokens: list[int] = []
         logprobs: list[float] = []
@@ -70,7 +71,7 @@ class SlowEngine:
         return SyncReport(version=version, seconds=0.0, bytes=0)
 
     def pause(self, mode: PauseMode) -> None:
-        """Between two polls nothing is being decoded: what waits is given up, or goes on waiting."""
+        """Between two polls nothing is being decoded: waiting requests are dropped, or go on waiting."""
         if mode == "abort":
             self.waiting.clear()
 

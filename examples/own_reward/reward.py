@@ -1,4 +1,4 @@
-"""Two rewards: a number a completion, and several objectives at once."""
+"""Two rewards: a function that returns one number per completion, and a class with several objectives."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from typing import Any
 def close(
     completions: Sequence[Any], answer: Sequence[int | None], scale: float = 5.0, **_: Any
 ) -> list[float | None]:
-    """1 for the right number, less the further off it is, 0 without one; None where the row has no answer.
+    """1 for the correct number, less the further off the number is, 0 without a number.
 
-    `answer` is a column of the dataset, `scale` a parameter of the config. What a function does not name
-    comes in `**_`. None means "does not apply": the sample gets its reward from the other functions, or none.
+    `answer` is a column of the dataset, `scale` a parameter from the config. `**_` takes the columns that the
+    function does not name. It returns None ("does not apply") where the row has no answer: the sample then
+    gets its reward from the other functions.
     """
     return [
-        None if right is None else _nearness(_number(completion), right, scale)
-        for completion, right in zip(completions, answer, strict=True)
+        None if correct is None else _nearness(_number(completion), correct, scale)
+        for completion, correct in zip(completions, answer, strict=True)
     ]
 
 
 class Terse:
-    """A class is made once in each worker, so what it loads is loaded once."""
+    """One object is made in each worker, so whatever its constructor loads is loaded once."""
 
     def __init__(self, limit: int = 3) -> None:
         self.limit = limit
 
     def __call__(self, completions: Sequence[Any], **_: Any) -> list[dict[str, float]]:
-        """Several objectives: each appears as `reward/<name>`, with a weight of its own if given one."""
+        """Several objectives: each appears as `reward/<name>` and may have its own weight in the config."""
         return [
             {"short": float(len(_text(c)) <= self.limit), "plain": float(_text(c).isalnum())}
             for c in completions
@@ -35,7 +36,7 @@ class Terse:
 
 
 def _text(completion: Any) -> str:
-    """A chat prompt has a list of messages as completion, a plain prompt has text."""
+    """The completion of a chat prompt is a list of messages, that of a plain prompt is text."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
@@ -44,5 +45,5 @@ def _number(completion: Any) -> int | None:
     return int(digits[-6:]) if digits else None
 
 
-def _nearness(said: int | None, right: int, scale: float) -> float:
-    return 0.0 if said is None else 1.0 / (1.0 + abs(said - right) / scale)
+def _nearness(said: int | None, correct: int, scale: float) -> float:
+    return 0.0 if said is None else 1.0 / (1.0 + abs(said - correct) / scale)

@@ -2,8 +2,8 @@
 
     python examples/quickstart/make_data.py
 
-A quarter of the unordered pairs is held out, so 3 + 5 and 5 + 3 never stand on both sides: the evaluation
-asks what training never showed.
+A quarter of the unordered pairs is held out, so 3 + 5 and 5 + 3 are always in the same file: the evaluation
+asks only what training never showed.
 """
 
 from __future__ import annotations
