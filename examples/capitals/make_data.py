@@ -1,4 +1,4 @@
-"""Writes questions for capitals (train, eval) and preference pairs that a rule made (pairs_train, pairs_eval).
+"""Writes questions for capitals (train, eval) and preference pairs made by a rule (pairs_train, pairs_eval).
 
     python examples/capitals/make_data.py
 

@@ -1,8 +1,8 @@
 """An algorithm of your own: a function whose keyword arguments are its settings.
 
 An algorithm is made of parts (docs/algorithms.md). This one replaces two parts of GRPO: the advantage is the
-share of its group that a completion beats minus the share that beats it, and the surrogate pulls the ratio back
-to 1 smoothly.
+share of its group that a completion beats minus the share that beats it, and the surrogate pulls the ratio
+back to 1 smoothly.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NO_KL = KL()
 
 
 def by_rank(*, rank_width: float = 0.2, kl: KL = NO_KL) -> Algorithm:
-    """GRPO that uses only the order of the rewards: an outlier has no more influence than any other winner."""
+    """GRPO that uses only the order of the rewards: an outlier counts no more than any other winner."""
     if rank_width <= 0:
         raise ValueError(f"rank_width must be above 0, got {rank_width}")
     return replace(grpo(kl=kl), advantage=per_sequence(beaten), surrogate=partial(parabola, width=rank_width))
