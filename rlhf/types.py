@@ -287,9 +287,9 @@ class PerceptionBatch:
     """Of the term's coefficients, in this step."""
 
 
-@dataclass(frozen=True, slots=True)
-class Experience:
-    """All that one step learns from: the trajectory tokens of every group, end to end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedGroups:
+    """The trajectory tokens of several groups, end to end, and what the samplers and the data know of them.
 
     Two groups of prompts `p q` and `r`, with completions `a b`, `c` and `d e`:
 
@@ -301,30 +301,36 @@ class Experience:
     """
 
     prompts: tuple[Tensor, ...]
-    token_ids: Tensor
-    sequence: Tensor
-    positions: Tensor
-    turn: Tensor
-    group: Tensor
-    loss_mask: Tensor
-    rollout_logprobs: Tensor
-    old_logprobs: Tensor | None
-    """None: there is one update a step, and the first pass of the learner, detached, stands for it."""
-    ref_logprobs: Tensor | None
-    """None: no reference is needed, or the learner's own passes give them (exact KL)."""
-    advantages: Tensor
+    token_ids: Tensor  # int64 [N]
+    sequence: Tensor  # int64 [N]
+    positions: Tensor  # int64 [N]
+    turn: Tensor  # int64 [N]
+    group: Tensor  # int64 [S]
+    loss_mask: Tensor  # bool [N]
+    rollout_logprobs: Tensor  # fp32 [N]
     recorded: Tensor | None = None
     """bool `[N]`: where `rollout_logprobs` is known (it is 0.0 elsewhere). None: everywhere."""
-    correct: Tensor | None = None
-    """bool `[S]`: completions that solve their prompt; None: the algorithm does not ask."""
-    critic: CriticTargets | None = None
-    perception: PerceptionInputs | None = None
-    images: tuple[Images | None, ...] = ()
-    """Of each group's prompt; empty where no prompt has any."""
     numbers: Tensor | None = None
-    """int64 `[P]`: of each group among those of all ranks; None: there are no others."""
+    """int64 `[P]`: the number of each group among the groups of all ranks. None: no rank has other groups."""
+    images: tuple[Images | None, ...] = ()
+    """The images of each group's prompt; empty where no prompt has any."""
     candidates: Candidates | None = None
     """What each token was drawn from; every log-prob of the learner is then renormalised over the same."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience(PackedGroups):
+    """All that one step learns from: packed groups, and what models and rewards say of their tokens."""
+
+    old_logprobs: Tensor | None
+    """fp32 `[N]`. None: there is one update a step, and the learner's first pass, detached, stands for it."""
+    ref_logprobs: Tensor | None
+    """fp32 `[N]`. None: no reference is needed, or the learner's own passes give them (exact KL)."""
+    advantages: Tensor  # fp32 [N]
+    correct: Tensor | None = None
+    """bool `[S]`: completions that solve their prompt. None: the algorithm does not ask."""
+    critic: CriticTargets | None = None
+    perception: PerceptionInputs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,14 +20,14 @@ from rlhf.config.model import ModelConfig
 from rlhf.distributed.world import World
 from rlhf.learn.buffer import Buffer
 from rlhf.learn.critic import Critic
-from rlhf.learn.experience import ExperienceBuilder
+from rlhf.learn.experience import ExperienceBuilder, fields_of, pack_groups
 from rlhf.learn.learner import Learner
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Max, Mean, Metrics, Sum
 from rlhf.models.loading import load_policy
 from rlhf.models.policy import Policy
 from rlhf.trainer import Trainer
-from rlhf.types import FinishReason, Group, Prompt, Trajectory, VersionSpan
+from rlhf.types import Experience, FinishReason, Group, Prompt, Trajectory, VersionSpan
 
 ALONE = World(0, 1, torch.device("cpu"))
 STEP: Metrics = {
@@ -121,6 +121,13 @@ def random_groups(seed: int, *, sizes: list[int], vocabulary: int = 99, longest:
         prompt = [rng.randrange(3, vocabulary) for _ in range(rng.randint(1, longest))]
         groups.append(group(f"p{i}", prompt, ids, [float(k % 2) for k in range(size)]))
     return groups
+
+
+def unscored(groups: list[Group]) -> Experience:
+    """The groups, packed, with advantages of 0: what buffers and records need, made without a model."""
+    packed = pack_groups(groups, device=ALONE.device)
+    advantages = torch.zeros_like(packed.rollout_logprobs)
+    return Experience(**fields_of(packed), old_logprobs=None, ref_logprobs=None, advantages=advantages)
 
 
 def learner_of(

@@ -8,7 +8,8 @@ when it has a critic.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,16 @@ from rlhf.models.packing import microbatches
 from rlhf.models.policy import Policy
 from rlhf.models.sharding import in_step
 from rlhf.torch_typed import numbers
-from rlhf.types import AdvantageInputs, Candidates, Experience, FinishReason, Group, Trajectory, is_learnable
+from rlhf.types import (
+    AdvantageInputs,
+    Candidates,
+    Experience,
+    FinishReason,
+    Group,
+    PackedGroups,
+    Trajectory,
+    is_learnable,
+)
 
 
 class ExperienceBuilder:
@@ -78,47 +88,31 @@ class ExperienceBuilder:
         step: int = 0,
         group_numbers: Sequence[int] | None = None,
     ) -> Experience:
-        """Packs what can be learned from: trajectories with tokens and a reward, of groups that have any.
+        """Packs and scores what can be learned from: trajectories with tokens and a reward.
 
-        `group_numbers`: numbers of the groups among those of all ranks, where there are others.
+        `group_numbers`: the number of each group among those of all ranks, where other ranks have groups.
         """
-        learnable = [replace(g, trajectories=tuple(filter(is_learnable, g.trajectories))) for g in groups]
-        experience = pack_groups(
-            [g for g in learnable if g.trajectories],
-            device=self.world.device,
-            drop_truncated=self.algorithm.drop_truncated,
-        )
-        if group_numbers is not None:
-            present = [n for n, g in zip(group_numbers, learnable, strict=True) if g.trajectories]
-            experience = replace(experience, numbers=torch.tensor(present, dtype=torch.long))
-        values = None
-        if self.keep_old or self.critic is not None:
-            old, values = self._before_update(experience)
-            experience = replace(experience, old_logprobs=old)
-        # an exact KL has the reference in every pass of the learner, which gives its log-probs too
-        if self.reference is not None and not self.algorithm.needs_exact_kl:
-            experience = replace(experience, ref_logprobs=self._logprobs(self.reference, experience))
+        present = [i for i, group in enumerate(groups) if any(map(is_learnable, group.trajectories))]
+        groups = [_learnable(groups[i]) for i in present]
+        packed = self._pack(groups, None if group_numbers is None else [group_numbers[i] for i in present])
+        old_logprobs, values = self._before_update(packed)
+        ref_logprobs = self._ref_logprobs(packed)
+        perception = None
         if self.masked_passes is not None:
             perception = self.masked_passes.inputs(
-                experience, step=step, temperature=self.temperature, budget=self.microbatch_tokens
+                packed, step=step, temperature=self.temperature, budget=self.microbatch_tokens
             )
-            experience = replace(experience, perception=perception)
-        penalty = torch.zeros_like(experience.rollout_logprobs)
-        if self.kl_in_reward:
-            assert experience.old_logprobs is not None and experience.ref_logprobs is not None
-            penalty = self.algorithm.token_penalty(experience.old_logprobs, experience.ref_logprobs, kl_coef)
-            penalty = penalty.masked_fill(~experience.loss_mask, 0.0)
-        trajectories = [t for g in learnable for t in g.trajectories]
-        inputs = replace(self._scores(learnable, experience, penalty), values=values)
-        if self.algorithm.critic is not None:
-            experience = replace(experience, critic=self.algorithm.critic.targets(inputs))
-        if self.algorithm.imitation_coef and self.is_correct is not None:
-            correct = torch.tensor([self.is_correct(t) for t in trajectories], dtype=torch.bool)
-            experience = replace(experience, correct=correct.to(self.world.device))
-        advantages = self.algorithm.advantage(inputs)
-        if self.advantage_clip is not None:
-            advantages = advantages.clamp(-self.advantage_clip, self.advantage_clip)
-        return replace(experience, advantages=advantages)
+        penalty = self._token_penalty(packed, old_logprobs, ref_logprobs, kl_coef)
+        inputs = replace(self._advantage_inputs(groups, packed, penalty), values=values)
+        return Experience(
+            **fields_of(packed),
+            old_logprobs=old_logprobs,
+            ref_logprobs=ref_logprobs,
+            perception=perception,
+            critic=None if self.algorithm.critic is None else self.algorithm.critic.targets(inputs),
+            correct=self._correct(groups),
+            advantages=self._advantages(inputs),
+        )
 
     def weights(self, groups: Sequence[Group]) -> list[float]:
         """The largest advantage of each trajectory, all of them one batch; 0 for one that has no reward."""
@@ -135,19 +129,29 @@ class ExperienceBuilder:
 
         No model is asked: a KL in the reward, which needs one, is left out.
         """
-        learnable = [replace(g, trajectories=tuple(filter(is_learnable, g.trajectories))) for g in groups]
-        experience = pack_groups(
-            [g for g in learnable if g.trajectories],
+        groups = [_learnable(g) for g in groups if any(map(is_learnable, g.trajectories))]
+        packed = self._pack(groups)
+        return self._advantage_inputs(groups, packed, torch.zeros_like(packed.rollout_logprobs))
+
+    def _pack(self, groups: Sequence[Group], group_numbers: Sequence[int] | None = None) -> PackedGroups:
+        return pack_groups(
+            groups,
             device=self.world.device,
+            group_numbers=group_numbers,
             drop_truncated=self.algorithm.drop_truncated,
         )
-        return self._scores(learnable, experience, torch.zeros_like(experience.rollout_logprobs))
+
+    def _ref_logprobs(self, packed: PackedGroups) -> Tensor | None:
+        # an exact KL has the reference in every pass of the learner, which gives its log-probs too
+        if self.reference is None or self.algorithm.needs_exact_kl:
+            return None
+        return self._logprobs(self.reference, packed)
 
     @torch.no_grad()
-    def _logprobs(self, policy: Policy, experience: Experience) -> Tensor:
-        result = torch.zeros_like(experience.rollout_logprobs)
-        groups = range(len(experience.prompts))
-        micros = microbatches(experience, groups, self.microbatch_tokens, layout=policy.layout)
+    def _logprobs(self, policy: Policy, packed: PackedGroups) -> Tensor:
+        result = torch.zeros_like(packed.rollout_logprobs)
+        groups = range(len(packed.prompts))
+        micros = microbatches(packed, groups, self.microbatch_tokens, layout=policy.layout)
         for micro in in_step(micros, policy.model, self.world):
             if micro is None:
                 policy.dummy_pass()
@@ -158,16 +162,18 @@ class ExperienceBuilder:
         return result
 
     @torch.no_grad()
-    def _before_update(self, experience: Experience) -> tuple[Tensor | None, Tensor | None]:
+    def _before_update(self, packed: PackedGroups) -> tuple[Tensor | None, Tensor | None]:
         """Log-probs of the policy, if they are kept, and values of the critic, if there is one.
 
         One pass serves both where they share a trunk.
         """
-        old = torch.zeros_like(experience.rollout_logprobs) if self.keep_old else None
-        values = None if self.critic is None else torch.zeros_like(experience.rollout_logprobs)
+        if not self.keep_old and self.critic is None:
+            return None, None
+        old = torch.zeros_like(packed.rollout_logprobs) if self.keep_old else None
+        values = None if self.critic is None else torch.zeros_like(packed.rollout_logprobs)
         own = self.critic is not None and self.critic.own
-        groups = range(len(experience.prompts))
-        micros = microbatches(experience, groups, self.microbatch_tokens, layout=self.policy.layout)
+        groups = range(len(packed.prompts))
+        micros = microbatches(packed, groups, self.microbatch_tokens, layout=self.policy.layout)
         for micro in in_step(micros, self.policy.model, self.world):
             if micro is None:
                 self._dummy_pass(policy=not own or old is not None)
@@ -189,7 +195,32 @@ class ExperienceBuilder:
         if self.critic is not None and self.critic.own:
             self.critic.dummy_pass()
 
-    def _scores(self, groups: Sequence[Group], experience: Experience, penalty: Tensor) -> AdvantageInputs:
+    def _token_penalty(
+        self, packed: PackedGroups, old_logprobs: Tensor | None, ref_logprobs: Tensor | None, kl_coef: float
+    ) -> Tensor:
+        """What a KL in the reward takes off each token `[N]`; zeros where there is none."""
+        if not self.kl_in_reward:
+            return torch.zeros_like(packed.rollout_logprobs)
+        assert old_logprobs is not None and ref_logprobs is not None
+        penalty = self.algorithm.token_penalty(old_logprobs, ref_logprobs, kl_coef)
+        return penalty.masked_fill(~packed.loss_mask, 0.0)
+
+    def _correct(self, groups: Sequence[Group]) -> Tensor | None:
+        """bool `[S]`: which completions are imitated; None where the algorithm imitates none."""
+        if self.is_correct is None or not self.algorithm.imitation_coef:
+            return None
+        correct = [self.is_correct(t) for g in groups for t in g.trajectories]
+        return torch.tensor(correct, dtype=torch.bool).to(self.world.device)
+
+    def _advantages(self, inputs: AdvantageInputs) -> Tensor:
+        advantages = self.algorithm.advantage(inputs)
+        if self.advantage_clip is None:
+            return advantages
+        return advantages.clamp(-self.advantage_clip, self.advantage_clip)
+
+    def _advantage_inputs(
+        self, groups: Sequence[Group], packed: PackedGroups, penalty: Tensor
+    ) -> AdvantageInputs:
         trajectories = [t for g in groups for t in g.trajectories]
         # the same objectives on every rank, though one may have seen only some of them
         seen = self.world.gather(sorted({name for t in trajectories for name in t.objectives}))
@@ -210,19 +241,26 @@ class ExperienceBuilder:
                 len(rewards), len(names)
             ),
             objective_weights=torch.tensor([weights.get(name, 1.0) for name in names], device=device),
-            group=experience.group,
+            group=packed.group,
             token_penalty=penalty,
-            sequence=experience.sequence,
-            loss_mask=experience.loss_mask,
+            sequence=packed.sequence,
+            loss_mask=packed.loss_mask,
             prompt_values=of_prompts(self.prompt_values),
             temperature_factors=of_prompts(self.temperature_factors),
             all_sum=self.world.all_sum,
         )
 
 
-def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated: bool = False) -> Experience:
-    """The tensors of groups whose trajectories all have tokens; advantages are zeros, nothing is scored yet.
+def pack_groups(
+    groups: Sequence[Group],
+    *,
+    device: torch.device,
+    group_numbers: Sequence[int] | None = None,
+    drop_truncated: bool = False,
+) -> PackedGroups:
+    """The tensors of groups whose trajectories all have tokens; the groups' rewards have no part in it.
 
+    `group_numbers`: the number of each group among those of all ranks, where other ranks have groups.
     `drop_truncated` takes trajectories that were cut at their limit out of the loss mask.
     """
     trajectories = [t for g in groups for t in g.trajectories]
@@ -244,7 +282,7 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
     logprobs = torch.tensor(stated, dtype=torch.float32)
     recorded = ~torch.tensor(unknown).repeat_interleave(lengths).to(device) if any(unknown) else None
     images = tuple(g.prompt.pictures for g in groups)
-    return Experience(
+    return PackedGroups(
         prompts=tuple(torch.tensor(g.prompt.token_ids, device=device) for g in groups),
         token_ids=torch.tensor(token_ids, dtype=torch.long, device=device),
         sequence=torch.arange(len(trajectories)).repeat_interleave(lengths).to(device),
@@ -253,13 +291,21 @@ def pack_groups(groups: Sequence[Group], *, device: torch.device, drop_truncated
         group=torch.arange(len(groups)).repeat_interleave(sizes).to(device),
         loss_mask=torch.tensor(mask, dtype=torch.bool, device=device),
         rollout_logprobs=logprobs.to(device),
-        old_logprobs=None,
-        ref_logprobs=None,
-        advantages=torch.zeros_like(logprobs, device=device),
         recorded=recorded,
+        numbers=None if group_numbers is None else torch.tensor(group_numbers, dtype=torch.long),
         images=images if any(images) else (),
         candidates=_candidates(trajectories, device),
     )
+
+
+def fields_of(packed: PackedGroups) -> dict[str, Any]:
+    """The fields of `packed` by name: what an Experience of the same tokens begins with."""
+    return {f.name: getattr(packed, f.name) for f in fields(PackedGroups)}
+
+
+def _learnable(group: Group) -> Group:
+    """The group without the trajectories that nothing can be learned from."""
+    return replace(group, trajectories=tuple(filter(is_learnable, group.trajectories)))
 
 
 def _candidates(trajectories: Sequence[Trajectory], device: torch.device) -> Candidates | None:

@@ -19,7 +19,7 @@ from rlhf.distributed.world import derive_seed
 from rlhf.models.packing import Microbatch, Packed, microbatches
 from rlhf.models.policy import Policy
 from rlhf.torch_typed import integers
-from rlhf.types import Experience, Images, Mask, PerceptionBatch, PerceptionInputs
+from rlhf.types import Experience, Images, Mask, PackedGroups, PerceptionBatch, PerceptionInputs
 
 
 class MaskedPasses:
@@ -40,22 +40,22 @@ class MaskedPasses:
 
     @torch.no_grad()
     def inputs(
-        self, experience: Experience, *, step: int, temperature: float, budget: int
+        self, packed: PackedGroups, *, step: int, temperature: float, budget: int
     ) -> PerceptionInputs | None:
         """What the policy says of the same tokens before the update; None where no prompt has pictures.
 
         `budget`: tokens of a microbatch.
         """
-        if not experience.images:
+        if not packed.images:
             return None
-        seeing = [g for g, images in enumerate(experience.images) if images is not None]
-        logprobs = torch.zeros_like(experience.rollout_logprobs)
-        has_image = torch.zeros_like(experience.loss_mask)
-        for micro in microbatches(experience, seeing, budget, layout=self.policy.layout):
+        seeing = [g for g, images in enumerate(packed.images) if images is not None]
+        logprobs = torch.zeros_like(packed.rollout_logprobs)
+        has_image = torch.zeros_like(packed.loss_mask)
+        for micro in microbatches(packed, seeing, budget, layout=self.policy.layout):
             has_image[micro.index] = True
             if self.term.gradient == "policy":
-                packed = self.masked(micro.packed, step)
-                logprobs[micro.index] = self._logprobs(packed, temperature).to(logprobs.dtype)
+                masked = self.masked(micro.packed, step)
+                logprobs[micro.index] = self._logprobs(masked, temperature).to(logprobs.dtype)
         return PerceptionInputs(logprobs, has_image, torch.tensor(step))
 
     def batch(

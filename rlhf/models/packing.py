@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rlhf.torch_typed import integers
-from rlhf.types import Candidates, Experience, Images
+from rlhf.types import Candidates, Images, PackedGroups
 
 Layout = Literal["shared_prefix", "packed", "padded"]
 """How a forward pass lays out groups:
@@ -129,7 +129,7 @@ class Unit:
     """Tokens in the forward pass: the prompt once and the completions of all these sequences."""
 
 
-def cut(experience: Experience, groups: Sequence[int], budget: int, *, share: bool) -> list[Unit]:
+def cut(experience: PackedGroups, groups: Sequence[int], budget: int, *, share: bool) -> list[Unit]:
     """Cuts groups into units of at most `budget` tokens each.
 
     A larger group is cut between sequences, and its prompt is repeated in each unit. Without `share`, every
@@ -187,7 +187,7 @@ def fill_rows(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
 
 
 def microbatches(
-    experience: Experience, groups: Sequence[int], budget: int, *, layout: Layout = "shared_prefix"
+    experience: PackedGroups, groups: Sequence[int], budget: int, *, layout: Layout = "shared_prefix"
 ) -> Iterator[Microbatch]:
     """Packs the given groups of an experience for forward passes of at most `budget` tokens.
 
@@ -210,7 +210,7 @@ def microbatches(
         yield Microbatch(packed, index)
 
 
-def _lengths(experience: Experience) -> list[int]:
+def _lengths(experience: PackedGroups) -> list[int]:
     """Completion tokens of each of the S sequences."""
     return integers(torch.bincount(experience.sequence, minlength=len(experience.group)))
 

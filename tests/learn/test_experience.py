@@ -18,12 +18,12 @@ from tests.support import group, learner_of, policy_of, trajectory
 
 def test_two_groups_become_the_tensors_of_the_worked_example():
     groups = [group("x", [7, 8], [[1, 2], [3]], [1.0, 0.0]), group("y", [9], [[4, 5]], [1.0])]
-    experience = pack_groups(groups, device=torch.device("cpu"))
-    assert [p.tolist() for p in experience.prompts] == [[7, 8], [9]]
-    assert experience.token_ids.tolist() == [1, 2, 3, 4, 5]
-    assert experience.sequence.tolist() == [0, 0, 1, 2, 2]
-    assert experience.positions.tolist() == [2, 3, 2, 1, 2]
-    assert experience.group.tolist() == [0, 0, 1]
+    packed = pack_groups(groups, device=torch.device("cpu"))
+    assert [p.tolist() for p in packed.prompts] == [[7, 8], [9]]
+    assert packed.token_ids.tolist() == [1, 2, 3, 4, 5]
+    assert packed.sequence.tolist() == [0, 0, 1, 2, 2]
+    assert packed.positions.tolist() == [2, 3, 2, 1, 2]
+    assert packed.group.tolist() == [0, 0, 1]
 
 
 def test_the_kl_coefficient_that_is_reported_is_the_one_the_step_learned_with():
@@ -64,9 +64,9 @@ def test_tool_tokens_keep_their_place_and_their_mask(tiny_model_dir: Path):
         [5, 6, 7, 8, 9], 1.0, loss_mask=(True, True, False, False, True), turns=(0, 0, 0, 0, 1)
     )
     groups = [Group(Prompt("x", (3,), "x"), (two_turns, trajectory([4], 0.0)))]
-    experience = pack_groups(groups, device=torch.device("cpu"))
-    assert experience.loss_mask.tolist() == [True, True, False, False, True, True]
-    assert experience.turn.tolist() == [0, 0, 0, 0, 1, 0]
+    packed = pack_groups(groups, device=torch.device("cpu"))
+    assert packed.loss_mask.tolist() == [True, True, False, False, True, True]
+    assert packed.turn.tolist() == [0, 0, 0, 0, 1, 0]
 
 
 def test_a_kl_in_the_reward_lowers_the_advantage_of_what_left_the_reference(tiny_model_dir: Path):

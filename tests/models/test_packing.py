@@ -50,23 +50,22 @@ def test_bins_hold_every_unit_once_and_overflow_only_when_a_unit_is_alone(costs:
 def test_microbatches_hold_every_token_once_and_never_cut_a_sequence(
     seed: int, sizes: list[int], budget: int
 ):
-    experience = pack_groups(random_groups(seed, sizes=sizes), device=ALONE.device)
-    micros = list(microbatches(experience, range(len(sizes)), budget))
+    packed = pack_groups(random_groups(seed, sizes=sizes), device=ALONE.device)
+    micros = list(microbatches(packed, range(len(sizes)), budget))
     index = torch.cat([m.index for m in micros])
-    assert index.sort().values.tolist() == list(range(len(experience.token_ids)))
+    assert index.sort().values.tolist() == list(range(len(packed.token_ids)))
     for micro in micros:
-        assert micro.packed.targets.tolist() == experience.token_ids[micro.index].tolist()
+        assert micro.packed.targets.tolist() == packed.token_ids[micro.index].tolist()
         assert (
-            micro.packed.positions[micro.packed.rows].tolist()
-            == (experience.positions[micro.index] - 1).tolist()
+            micro.packed.positions[micro.packed.rows].tolist() == (packed.positions[micro.index] - 1).tolist()
         )
-    owners = [set(experience.sequence[m.index].tolist()) for m in micros]
-    assert sum(map(len, owners)) == len(experience.group)
+    owners = [set(packed.sequence[m.index].tolist()) for m in micros]
+    assert sum(map(len, owners)) == len(packed.group)
 
 
 def test_a_group_larger_than_the_budget_is_cut_between_sequences():
-    experience = pack_groups(random_groups(3, sizes=[6]), device=ALONE.device)
-    units = cut(experience, [0], budget=20, share=True)
+    packed = pack_groups(random_groups(3, sizes=[6]), device=ALONE.device)
+    units = cut(packed, [0], budget=20, share=True)
     assert len(units) > 1
     assert [u.first for u in units[1:]] == [u.last for u in units[:-1]]
 
@@ -80,9 +79,9 @@ def test_padded_bins_hold_the_budget_with_their_padding(costs: list[int], budget
 
 
 def test_where_prompts_are_not_shared_every_sequence_pays_for_its_own():
-    experience = pack_groups(random_groups(3, sizes=[4, 2]), device=ALONE.device)
-    units = cut(experience, [0, 1], budget=1000, share=False)
+    packed = pack_groups(random_groups(3, sizes=[4, 2]), device=ALONE.device)
+    units = cut(packed, [0, 1], budget=1000, share=False)
     assert [u.last - u.first for u in units] == [1] * 6
-    lengths = torch.bincount(experience.sequence).tolist()
-    prompts = [len(experience.prompts[g]) for g in experience.group.tolist()]
+    lengths = torch.bincount(packed.sequence).tolist()
+    prompts = [len(packed.prompts[g]) for g in packed.group.tolist()]
     assert [u.cost for u in units] == [p + n for p, n in zip(prompts, lengths, strict=True)]

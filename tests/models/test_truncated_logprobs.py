@@ -28,7 +28,7 @@ from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.native.engine import NativeEngine
 from rlhf.sync.weight_sync import WeightSync
 from rlhf.types import Candidates, Completion, Group, Prompt, Trajectory
-from tests.support import ALONE, bandit_settings, learner_of, metrics_of, policy_of, train
+from tests.support import ALONE, bandit_settings, learner_of, metrics_of, policy_of, train, unscored
 
 Folder = Callable[[str], Path]
 CUT: dict[str, Any] = {"top_k": 12, "top_p": 0.8, "min_p": 0.02}
@@ -55,8 +55,7 @@ def sampled(policy: Policy, engine: Any = NativeEngine, **settings: Any) -> list
 
 
 def packed_of(groups: list[Group]) -> Packed:
-    experience = pack_groups(groups, device=ALONE.device)
-    (micro,) = microbatches(experience, range(len(groups)), 10_000)
+    (micro,) = microbatches(pack_groups(groups, device=ALONE.device), range(len(groups)), 10_000)
     return micro.packed
 
 
@@ -192,7 +191,7 @@ def test_a_saved_group_keeps_its_candidates(tiny_model: Folder) -> None:
 
 
 def test_a_saved_experience_keeps_its_candidates(tiny_model: Folder) -> None:
-    experience = pack_groups(sampled(policy_of(tiny_model("llama-sharp"))), device=ALONE.device)
+    experience = unscored(sampled(policy_of(tiny_model("llama-sharp"))))
     buffer, again = Buffer(), Buffer()
     buffer.fill(experience, {})
     saved: Any = buffer.tensors()

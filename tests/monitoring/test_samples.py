@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlhf.monitoring.samples import ShownGroups, TokenTexts
-from tests.support import bandit_settings, group, metrics_of, random_groups, train
+from tests.support import bandit_settings, group, metrics_of, random_groups, train, unscored
 
 
 @pytest.mark.parametrize("learner", [{}, {"epochs": 2, "minibatches": 2}], ids=["one_update", "four_updates"])
@@ -42,14 +42,11 @@ def test_what_was_not_learned_from_has_no_advantage_and_shifts_no_other() -> Non
         def decode(self, token_ids: list[int]) -> str:
             return f"<{token_ids[0]}>"
 
-    from rlhf.learn.experience import pack_groups
     from rlhf.types import is_learnable
 
     shown = group("p", [1], [[5, 6], [7], [8, 9]], [1.0, None, 0.0])
     learned = [t for t in shown.trajectories if is_learnable(t)]
-    experience = pack_groups(
-        [type(shown)(shown.prompt, tuple(learned)), *random_groups(0, sizes=[2])], device=torch.device("cpu")
-    )
+    experience = unscored([type(shown)(shown.prompt, tuple(learned)), *random_groups(0, sizes=[2])])
     experience.advantages[:4] = torch.tensor([1.0, 1.0, -0.5, -1.0])
     entropy = torch.full_like(experience.advantages, 0.25)
     entropy[2] = torch.nan

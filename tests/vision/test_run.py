@@ -12,12 +12,11 @@ from rlhf.checkpoints.serialization import pack_images, unpack_images
 from rlhf.cli import main
 from rlhf.config.load import make_config
 from rlhf.learn.buffer import Buffer
-from rlhf.learn.experience import pack_groups
 from rlhf.models.pretrained import load_model
 from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
 from rlhf.types import Group, Images
-from tests.support import metrics_of, train, trajectory
+from tests.support import metrics_of, train, trajectory, unscored
 from tests.vision.support import HIGH, WIDE, mixed_prompts, picture_settings, processor_of
 
 Folder = Callable[[str], Path]
@@ -59,7 +58,7 @@ def test_a_critic_of_its_own_is_refused_for_it_sees_nothing(tmp_path: Path, tiny
 def test_the_buffer_of_an_interrupted_step_keeps_its_pictures(tiny_vlm: Folder) -> None:
     prompts = mixed_prompts(processor_of(tiny_vlm("qwen2_vl")))
     groups = [Group(p, (trajectory([5, 6], 1.0),)) for p in prompts]
-    experience = pack_groups(groups, device=torch.device("cpu"))
+    experience = unscored(groups)
     buffer, other = Buffer(), Buffer()
     buffer.fill(experience, {})
     other.load(buffer.state(), buffer.tensors())
