@@ -43,6 +43,7 @@ from rlhf.distributed.world import World
 from rlhf.kernels.token_stats import TokenStats
 from rlhf.learn.experience import ExperienceBuilder
 from rlhf.learn.learner import Learner
+from rlhf.learn.models import Models
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Metrics
 from rlhf.models.loading import load_policy
@@ -113,16 +114,9 @@ def contenders(names: Sequence[str], work: Work) -> dict[str, Contender]:
     section = LearnerConfig(lr=1e-12, microbatch_tokens=work.microbatch_tokens)
     optimizer = MasterAdamW(policy.model, torch.bfloat16, section, 100)
     algorithm = ALGORITHMS["grpo"](kl=KL())
-    builder = ExperienceBuilder(
-        policy,
-        None,
-        algorithm,
-        world,
-        temperature=1.0,
-        microbatch_tokens=work.microbatch_tokens,
-        keep_old=False,
-    )
-    learner = Learner(policy, None, algorithm, optimizer, world, section, temperature=1.0)
+    models = Models(algorithm=algorithm, policy=policy)
+    builder = ExperienceBuilder(models, world, section, temperature=1.0)
+    learner = Learner(models, optimizer, world, section, temperature=1.0)
     experience = builder.build(groups(work, policy.head.module.weight.shape[0]), kl_coef=0.0)
     return {name: Contender(name, learner, experience) for name in names}
 

@@ -1,4 +1,4 @@
-"""Every part of a run, built from its settings. The trainer is the loop over them."""
+"""Every component of a run, built from its settings: models, engine, collector, learner and the rest."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from rlhf.inputs import Inputs
 from rlhf.learn.buffer import Buffer
 from rlhf.learn.controllers import KLCoefficient
 from rlhf.learn.critic import Critic, critic_section
-from rlhf.learn.experience import ExperienceBuilder
+from rlhf.learn.experience import AdvantageContext, ExperienceBuilder
 from rlhf.learn.learner import Learner
+from rlhf.learn.models import Models
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.learn.perception import MaskedPasses
 from rlhf.learn.perception_watch import PerceptionWatch
@@ -42,10 +43,13 @@ from rlhf.sync.engine_on_demand import EngineOnDemand, SyncOnDemand
 from rlhf.sync.weight_sync import Sync, WeightSync, choose_probe_prompt
 
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
+"""`rollout.sync_tolerance`, in nats, where none is set: by `model.dtype`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
+    """What the trainer's loop calls, and what its checkpoints save."""
+
     policy: Policy
     engine: RolloutEngine
     sampler: Sampler
@@ -62,24 +66,23 @@ class Components:
     stateful: dict[str, Stateful]
     """What a checkpoint holds, by name."""
     preparations: list[Callable[[], str]]
-    """What is done once, before the first step; each says what came out."""
+    """Run once each, in this order, before the first step; each returns a line that says what came out."""
 
 
 def build_components(config: Config, inputs: Inputs, world: World) -> Components:
-    """Loads weights. Raises ModelError."""
-    sharding = Sharding.of(config.distributed, _dtype(config), world)
-    policy, reference = _models(config, inputs, world, sharding)
-    critic = _critic(config, inputs, sharding or world.device, policy)
+    """Loads the weights of all models. Raises ModelError."""
+    models = _models(config, inputs, world)
+    policy, critic = models.policy, models.critic
     optimizer = MasterAdamW(policy.model, _dtype(config), config.learner, config.steps)
     if config.model.gradient_checkpointing:
-        for trunk in (policy, critic.trunk) if critic is not None and critic.own else (policy,):
-            trunk.checkpoint_activations()
+        _checkpoint_activations(models)
     budgets = Budgets(config.budget, config.reward, config.rollout.group_size, world)
     constraints = Constraints(config.reward.constraints, inputs.rewards, world)
     perception_watch = PerceptionWatch(config.perception)
     engine, sync, sampler = _rollout(config, inputs, world, policy)
-    sources = Sources(config, inputs, world, reference or policy, sampler)
-    experience, learner = _learning((policy, reference, critic), optimizer, sources, constraints)
+    sources = Sources(config, inputs, world, models.reference or policy, sampler)
+    experience = _experience_builder(models, sources, constraints)
+    learner = _learner(config, inputs, world, models, optimizer)
     rollouts = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
     collector = sources.collector(rollouts, experience)
     kl, buffer = KLCoefficient(inputs.algorithm.kl), Buffer()
@@ -115,12 +118,25 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
     )
 
 
-def _models(
-    config: Config, inputs: Inputs, world: World, sharding: Sharding | None
-) -> tuple[Policy, Policy | None]:
+def _models(config: Config, inputs: Inputs, world: World) -> Models:
+    """Loads the models that the algorithm needs. Raises ModelError."""
+    sharding = Sharding.of(config.distributed, _dtype(config), world)
+    if sharding is None:
+        policy, reference = _whole_models(config, inputs, world)
+    else:
+        policy, reference = _sharded_models(config, inputs, world, sharding)
+    return Models(
+        algorithm=inputs.algorithm,
+        policy=policy,
+        reference=reference,
+        critic=_critic(config, inputs, sharding or world.device, policy),
+        perception=MaskedPasses.of(config, policy),
+    )
+
+
+def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Policy | None]:
+    """Policy and reference, each as a whole on this rank's device."""
     section = config.model
-    if sharding is not None:
-        return _sharded_models(config, inputs, world, sharding)
     policy = load_policy(section, section.path, world.device, inputs.processor)
     if section.lora is not None:
         policy.add_adapter(section.lora, seed=config.seed)
@@ -139,6 +155,7 @@ def _models(
 def _sharded_models(
     config: Config, inputs: Inputs, world: World, sharding: Sharding
 ) -> tuple[Policy, Policy | None]:
+    """Policy and reference, each in shards; an engine in this process samples from a whole `replica`."""
     section = config.model
     policy = load_sharded_policy(section, section.path, sharding, trains=True)
     if not config.rollout.elsewhere:
@@ -148,13 +165,6 @@ def _sharded_models(
         return policy, None
     path = section.reference or section.path
     return policy, load_sharded_policy(section, path, sharding, trains=False)
-
-
-def _pretraining(config: Config, inputs: Inputs, world: World, policy: Policy) -> Pretraining | None:
-    if config.ptx.path is None:
-        return None
-    budget = config.learner.microbatch_tokens
-    return Pretraining(inputs.texts, config.ptx, policy, world, seed=config.seed, budget=budget)
 
 
 def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, policy: Policy) -> Critic | None:
@@ -167,9 +177,16 @@ def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, pol
     return Critic.on_own_trunk(path, device, _dtype(config), section, config.steps)
 
 
+def _checkpoint_activations(models: Models) -> None:
+    models.policy.checkpoint_activations()
+    if models.critic is not None and models.critic.own:
+        models.critic.trunk.checkpoint_activations()
+
+
 def _rollout(
     config: Config, inputs: Inputs, world: World, policy: Policy
 ) -> tuple[RolloutEngine, Sync, Sampler]:
+    """The engine, what sends it the policy's weights, and what samples prompts with it."""
     section = config.rollout
     policy.merge()
     tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
@@ -192,10 +209,10 @@ def _rollout(
 def engine_starter(
     config: Config, inputs: Inputs, model: PreTrainedModel, *, lora_rank: int = 0, ranks: World | None = None
 ) -> Callable[[], RolloutEngine]:
-    """Makes the engine of `rollout.engine` for `model`, which it holds or is sent the weights of.
+    """A function that starts the engine `rollout.engine`, which holds `model` or is sent its weights.
 
-    `lora_rank`: of an adapter that is sent by itself; 0: there is none, or it is merged. `ranks`: those that
-    share servers.
+    `lora_rank`: rank of an adapter that is sent to the engine by itself; 0: there is none, or it is merged
+    into the weights. `ranks`: the ranks that share the engine's servers.
     """
     section = config.rollout
     return partial(
@@ -213,45 +230,31 @@ def engine_starter(
     )
 
 
-def _learning(
-    models: tuple[Policy, Policy | None, Critic | None],
-    optimizer: MasterAdamW,
-    sources: Sources,
-    constraints: Constraints,
-) -> tuple[ExperienceBuilder, Learner]:
-    policy, reference, critic = models
-    config, inputs, world = sources.config, sources.inputs, sources.world
-    algorithm, section, temperature = inputs.algorithm, config.learner, config.rollout.temperature
-    masked_passes = MaskedPasses.of(config, policy)
-    experience = ExperienceBuilder(
-        policy,
-        reference,
-        algorithm,
-        world,
-        temperature=temperature,
-        microbatch_tokens=section.microbatch_tokens,
-        keep_old=section.epochs * section.minibatches > 1,
-        advantage_clip=config.budget.advantage_clip if config.budget.rule == "knapsack" else None,
+def _experience_builder(models: Models, sources: Sources, constraints: Constraints) -> ExperienceBuilder:
+    config = sources.config
+    context = AdvantageContext(
         objective_weights=constraints.weights,
-        critic=critic,
-        is_correct=lambda trajectory: is_correct(trajectory, config.reward),
-        masked_passes=masked_passes,
         prompt_values=sources.prompt_values,
         temperature_factors=sources.temperature_factors,
+        is_correct=lambda trajectory: is_correct(trajectory, config.reward),
+        advantage_clip=config.budget.advantage_clip if config.budget.rule == "knapsack" else None,
     )
-    learner = Learner(
-        policy,
-        reference,
-        algorithm,
-        optimizer,
-        world,
-        section,
-        temperature=temperature,
-        critic=critic,
-        pretraining=_pretraining(config, inputs, world, policy),
-        masked_passes=masked_passes,
-    )
-    return experience, learner
+    temperature = config.rollout.temperature
+    return ExperienceBuilder(models, sources.world, config.learner, context, temperature=temperature)
+
+
+def _learner(config: Config, inputs: Inputs, world: World, models: Models, optimizer: MasterAdamW) -> Learner:
+    section, temperature, pretraining = config.learner, config.rollout.temperature, None
+    if config.ptx.path is not None:
+        pretraining = Pretraining(
+            inputs.texts,
+            config.ptx,
+            models.policy,
+            world,
+            seed=config.seed,
+            budget=section.microbatch_tokens,
+        )
+    return Learner(models, optimizer, world, section, temperature=temperature, pretraining=pretraining)
 
 
 def _dtype(config: Config) -> torch.dtype:

@@ -20,9 +20,11 @@ from rlhf.config.model import ModelConfig
 from rlhf.distributed.world import World
 from rlhf.learn.buffer import Buffer
 from rlhf.learn.critic import Critic
-from rlhf.learn.experience import ExperienceBuilder, fields_of, pack_groups
+from rlhf.learn.experience import AdvantageContext, ExperienceBuilder, fields_of, pack_groups
 from rlhf.learn.learner import Learner
+from rlhf.learn.models import Models
 from rlhf.learn.optimizer import MasterAdamW
+from rlhf.learn.perception import MaskedPasses
 from rlhf.metrics import Max, Mean, Metrics, Sum
 from rlhf.models.loading import load_policy
 from rlhf.models.policy import Policy
@@ -136,6 +138,7 @@ def learner_of(
     reference: Policy | None = None,
     *,
     critic_trunk: Path | None = None,
+    perception: MaskedPasses | None = None,
     **section: Any,
 ) -> tuple[Learner, ExperienceBuilder]:
     """A learner and an experience builder as in a run of one rank, at temperature 1.
@@ -153,20 +156,12 @@ def learner_of(
     elif algorithm.critic is not None:
         critic = Critic.on_policy_trunk(policy, settings, total_steps=10)
     optimizer = MasterAdamW(policy.model, weights, settings, total_steps=10)
-    learner = Learner(
-        policy, reference, algorithm, optimizer, ALONE, settings, temperature=1.0, critic=critic
+    models = Models(
+        algorithm=algorithm, policy=policy, reference=reference, critic=critic, perception=perception
     )
-    builder = ExperienceBuilder(
-        policy,
-        reference,
-        algorithm,
-        ALONE,
-        temperature=1.0,
-        microbatch_tokens=settings.microbatch_tokens,
-        keep_old=settings.epochs * settings.minibatches > 1,
-        critic=critic,
-        is_correct=lambda trajectory: trajectory.reward == 1.0,
-    )
+    learner = Learner(models, optimizer, ALONE, settings, temperature=1.0)
+    context = AdvantageContext(is_correct=lambda trajectory: trajectory.reward == 1.0)
+    builder = ExperienceBuilder(models, ALONE, settings, context, temperature=1.0)
     return learner, builder
 
 

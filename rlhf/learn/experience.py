@@ -8,17 +8,16 @@ when it has a critic.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.algos.algorithm import Algorithm
+from rlhf.config.learner import LearnerConfig
 from rlhf.distributed.world import World
 from rlhf.learn.controllers import RewardScaler
-from rlhf.learn.critic import Critic
-from rlhf.learn.perception import MaskedPasses
+from rlhf.learn.models import Models
 from rlhf.models.packing import microbatches
 from rlhf.models.policy import Policy
 from rlhf.models.sharding import in_step
@@ -35,50 +34,49 @@ from rlhf.types import (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdvantageContext:
+    """What a run knows, beside the rewards of a step, when it computes advantages."""
+
+    objective_weights: Callable[[], Mapping[str, float]] = dict
+    """Weights of the objectives in force, the same on all ranks; an objective not among them has weight 1."""
+    prompt_values: Mapping[str, float] | None = None
+    """V(prompt) by the prompt's id; empty until it has been learned. None: the algorithm does not ask."""
+    temperature_factors: Mapping[str, float] | None = None
+    """Factor of the temperature by the prompt's id, as for `prompt_values`."""
+    is_correct: Callable[[Trajectory], bool] | None = None
+    """Whether a completion solves its prompt, for an algorithm that imitates correct completions."""
+    advantage_clip: float | None = None
+    """Advantages are clamped to plus and minus this. None: they are not."""
+
+
 class ExperienceBuilder:
-    """`keep_old`: the log-probs of the policy before its first update are needed (several updates a step)."""
+    """Makes the Experience of a step from its scored groups, with the passes without gradient."""
 
     def __init__(
         self,
-        policy: Policy,
-        reference: Policy | None,
-        algorithm: Algorithm,
+        models: Models,
         world: World,
+        section: LearnerConfig,
+        context: AdvantageContext | None = None,
         *,
         temperature: float,
-        microbatch_tokens: int,
-        keep_old: bool,
-        advantage_clip: float | None = None,
-        objective_weights: Callable[[], Mapping[str, float]] = dict,
-        prompt_values: Mapping[str, float] | None = None,
-        temperature_factors: Mapping[str, float] | None = None,
-        critic: Critic | None = None,
-        is_correct: Callable[[Trajectory], bool] | None = None,
-        masked_passes: MaskedPasses | None = None,
     ) -> None:
-        """`objective_weights` of the reward functions, the same on all ranks; an objective not among them has
-        weight 1.
+        """`temperature`: that of the rollouts; log-probs are computed at the same.
 
-        `prompt_values` and `temperature_factors` by the prompt's id, when the algorithm has a use for them.
-        `critic`: of an algorithm that has one. `is_correct`: for one that imitates correct completions.
-        `masked_passes`: for one with a perception term.
+        `context` may be left out where the algorithm asks for nothing in it.
         """
-        assert (masked_passes is None) == (algorithm.perception is None)
-        self.masked_passes = masked_passes
-        assert (critic is None) == (algorithm.critic is None)
-        assert is_correct is not None or not algorithm.imitation_coef
-        self.critic, self.is_correct = critic, is_correct
+        algorithm, context = models.algorithm, AdvantageContext() if context is None else context
+        assert context.is_correct is not None or not algorithm.imitation_coef
+        assert context.prompt_values is not None or not algorithm.needs_prompt_value
+        assert context.temperature_factors is not None or algorithm.prompt_temperature is None
+        self.models, self.algorithm, self.world, self.context = models, algorithm, world, context
+        self.policy, self.critic = models.policy, models.critic
+        self.temperature, self.microbatch_tokens = temperature, section.microbatch_tokens
         self.scaler = RewardScaler(algorithm.reward_scaling, world.all_sum)
-        assert reference is not None or not algorithm.needs_reference
-        assert prompt_values is not None or not algorithm.needs_prompt_value
-        assert temperature_factors is not None or algorithm.prompt_temperature is None
-        self.policy, self.reference, self.algorithm, self.world = policy, reference, algorithm, world
-        self.temperature, self.microbatch_tokens = temperature, microbatch_tokens
         self.kl_in_reward = algorithm.kl.coef > 0 and algorithm.kl.placement == "reward"
-        self.keep_old = keep_old or self.kl_in_reward
-        self.advantage_clip, self.objective_weights = advantage_clip, objective_weights
-        self.prompt_values = prompt_values if algorithm.needs_prompt_value else None
-        self.temperature_factors = None if algorithm.prompt_temperature is None else temperature_factors
+        # the second update of a step compares the policy with what it was before the first
+        self.needs_old = section.epochs * section.minibatches > 1 or self.kl_in_reward
 
     def build(
         self,
@@ -98,8 +96,8 @@ class ExperienceBuilder:
         old_logprobs, values = self._before_update(packed)
         ref_logprobs = self._ref_logprobs(packed)
         perception = None
-        if self.masked_passes is not None:
-            perception = self.masked_passes.inputs(
+        if self.models.perception is not None:
+            perception = self.models.perception.inputs(
                 packed, step=step, temperature=self.temperature, budget=self.microbatch_tokens
             )
         penalty = self._token_penalty(packed, old_logprobs, ref_logprobs, kl_coef)
@@ -143,9 +141,10 @@ class ExperienceBuilder:
 
     def _ref_logprobs(self, packed: PackedGroups) -> Tensor | None:
         # an exact KL has the reference in every pass of the learner, which gives its log-probs too
-        if self.reference is None or self.algorithm.needs_exact_kl:
+        reference = self.models.reference
+        if reference is None or self.algorithm.needs_exact_kl:
             return None
-        return self._logprobs(self.reference, packed)
+        return self._logprobs(reference, packed)
 
     @torch.no_grad()
     def _logprobs(self, policy: Policy, packed: PackedGroups) -> Tensor:
@@ -167,9 +166,9 @@ class ExperienceBuilder:
 
         One pass serves both where they share a trunk.
         """
-        if not self.keep_old and self.critic is None:
+        if not self.needs_old and self.critic is None:
             return None, None
-        old = torch.zeros_like(packed.rollout_logprobs) if self.keep_old else None
+        old = torch.zeros_like(packed.rollout_logprobs) if self.needs_old else None
         values = None if self.critic is None else torch.zeros_like(packed.rollout_logprobs)
         own = self.critic is not None and self.critic.own
         groups = range(len(packed.prompts))
@@ -207,34 +206,37 @@ class ExperienceBuilder:
 
     def _correct(self, groups: Sequence[Group]) -> Tensor | None:
         """bool `[S]`: which completions are imitated; None where the algorithm imitates none."""
-        if self.is_correct is None or not self.algorithm.imitation_coef:
+        is_correct = self.context.is_correct
+        if is_correct is None or not self.algorithm.imitation_coef:
             return None
-        correct = [self.is_correct(t) for g in groups for t in g.trajectories]
+        correct = [is_correct(t) for g in groups for t in g.trajectories]
         return torch.tensor(correct, dtype=torch.bool).to(self.world.device)
 
     def _advantages(self, inputs: AdvantageInputs) -> Tensor:
-        advantages = self.algorithm.advantage(inputs)
-        if self.advantage_clip is None:
-            return advantages
-        return advantages.clamp(-self.advantage_clip, self.advantage_clip)
+        advantages, limit = self.algorithm.advantage(inputs), self.context.advantage_clip
+        return advantages if limit is None else advantages.clamp(-limit, limit)
 
     def _advantage_inputs(
         self, groups: Sequence[Group], packed: PackedGroups, penalty: Tensor
     ) -> AdvantageInputs:
         trajectories = [t for g in groups for t in g.trajectories]
+        algorithm, context, device = self.algorithm, self.context, self.world.device
         # the same objectives on every rank, though one may have seen only some of them
         seen = self.world.gather(sorted({name for t in trajectories for name in t.objectives}))
-        names = sorted({name for part in seen for name in part})
-        rewards = [self.algorithm.shape_reward(_reward(t), sum(t.loss_mask)) for t in trajectories]
+        names = sorted({name for of_rank in seen for name in of_rank})
+        rewards = [algorithm.shape_reward(_reward(t), sum(t.loss_mask)) for t in trajectories]
         objectives = [[t.objectives.get(name, float("nan")) for name in names] for t in trajectories]
-        weights, device = self.objective_weights(), self.world.device
+        weights = context.objective_weights()
 
-        def of_prompts(known: Mapping[str, float] | None) -> Tensor | None:
-            # empty as long as they are being learned
-            if not known:
+        def by_sequence(by_prompt: Mapping[str, float] | None) -> Tensor | None:
+            # empty until it has been learned, for which the data is scored as here
+            if not by_prompt:
                 return None
-            return torch.tensor([known[g.prompt.id] for g in groups for _ in g.trajectories], device=device)
+            return torch.tensor(
+                [by_prompt[g.prompt.id] for g in groups for _ in g.trajectories], device=device
+            )
 
+        values, factors = context.prompt_values, context.temperature_factors
         return AdvantageInputs(
             rewards=self.scaler(torch.tensor(rewards, dtype=torch.float32, device=device)),
             objectives=torch.tensor(objectives, dtype=torch.float32, device=device).view(
@@ -245,8 +247,8 @@ class ExperienceBuilder:
             token_penalty=penalty,
             sequence=packed.sequence,
             loss_mask=packed.loss_mask,
-            prompt_values=of_prompts(self.prompt_values),
-            temperature_factors=of_prompts(self.temperature_factors),
+            prompt_values=by_sequence(values) if algorithm.needs_prompt_value else None,
+            temperature_factors=None if algorithm.prompt_temperature is None else by_sequence(factors),
             all_sum=self.world.all_sum,
         )
 

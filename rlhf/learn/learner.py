@@ -12,45 +12,45 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rlhf.algos.algorithm import Algorithm, LossOutput
+from rlhf.algos.algorithm import LossOutput
 from rlhf.algos.value import explained_variance
 from rlhf.config.learner import LearnerConfig
 from rlhf.distributed.world import World
-from rlhf.learn.critic import Critic, Warmup
+from rlhf.learn.critic import Warmup
 from rlhf.learn.dealing import minibatch_of
+from rlhf.learn.models import Models
 from rlhf.learn.optimizer import MasterAdamW, step_together
-from rlhf.learn.perception import MaskedPasses
 from rlhf.learn.pretraining import Pretraining
 from rlhf.metrics import Max, Mean, Metrics, Sum, merge
 from rlhf.models.packing import Microbatch, microbatches
-from rlhf.models.policy import Policy
 from rlhf.models.sharding import in_step
 from rlhf.torch_typed import integers, run_numbers
 from rlhf.types import Counts, CriticTargets, Experience, LossInputs
 
 
 class Learner:
+    """Updates the policy, and the critic where there is one, from the Experience of a step."""
+
     def __init__(
         self,
-        policy: Policy,
-        reference: Policy | None,
-        algorithm: Algorithm,
+        models: Models,
         optimizer: MasterAdamW,
         world: World,
         section: LearnerConfig,
         *,
         temperature: float,
-        critic: Critic | None = None,
         pretraining: Pretraining | None = None,
-        masked_passes: MaskedPasses | None = None,
     ) -> None:
-        assert (masked_passes is None) == (algorithm.perception is None)
-        self.masked_passes = masked_passes
-        self.pretraining = pretraining
-        assert (critic is None) == (algorithm.critic is None)
-        self.critic, self.warmup = critic, Warmup(algorithm.critic)
-        self.policy, self.algorithm, self.optimizer, self.world = policy, algorithm, optimizer, world
-        self.reference = reference if algorithm.needs_exact_kl else None
+        """`temperature`: that of the rollouts; log-probs are computed at the same.
+
+        `pretraining` adds the gradient of its texts to every update.
+        """
+        algorithm = models.algorithm
+        self.algorithm, self.optimizer, self.world = algorithm, optimizer, world
+        self.policy, self.critic, self.perception = models.policy, models.critic, models.perception
+        # only an exact KL compares with the reference again in every pass
+        self.reference = models.reference if algorithm.needs_exact_kl else None
+        self.pretraining, self.warmup = pretraining, Warmup(algorithm.critic)
         self.section, self.temperature = section, temperature
         exact = () if self.reference is None else ("kl", "ref_logprob")
         self.want = ("logprob", "entropy", *exact)
@@ -181,8 +181,8 @@ class Learner:
             recorded=None if experience.recorded is None else experience.recorded[index],
             correct=None if experience.correct is None else experience.correct[experience.sequence[index]],
             perception=None
-            if self.masked_passes is None
-            else self.masked_passes.batch(experience, micro, hidden, temperature=self.temperature),
+            if self.perception is None
+            else self.perception.batch(experience, micro, hidden, temperature=self.temperature),
         )
 
     def _minibatch(self, experience: Experience, part: int, *, seed: int, step: int, epoch: int) -> list[int]:

@@ -17,9 +17,11 @@ from rlhf.algos.imitation import IMITATION
 from rlhf.collect.offline import Draws, OfflineCollector, OfflineData, Sampling
 from rlhf.collect.sampler import Hooks
 from rlhf.config.data import DataConfig
+from rlhf.config.learner import LearnerConfig
 from rlhf.data.completions import OfflineDataset, load_offline
 from rlhf.distributed.world import World
-from rlhf.learn.experience import ExperienceBuilder
+from rlhf.learn.experience import AdvantageContext, ExperienceBuilder
+from rlhf.learn.models import Models
 from rlhf.models.pretrained import load_tokenizer
 from rlhf.types import FinishReason
 from tests.support import ALONE, learner_of, policy_of
@@ -122,17 +124,10 @@ def collector(
     data: OfflineDataset, sampling: Sampling, policy_dir: Path, world: World = ALONE
 ) -> OfflineCollector:
     """A collector with value 0.5 for every prompt that draws six completions a step."""
-    policy = policy_of(policy_dir)
-    experience = ExperienceBuilder(
-        policy,
-        None,
-        IMITATION["a_lol_ref_free"](),
-        ALONE,
-        temperature=1.0,
-        microbatch_tokens=512,
-        keep_old=False,
-        prompt_values={g.prompt.id: 0.5 for g in data.groups},
-    )
+    models = Models(algorithm=IMITATION["a_lol_ref_free"](), policy=policy_of(policy_dir))
+    section = LearnerConfig(lr=1e-3, microbatch_tokens=512)
+    context = AdvantageContext(prompt_values={g.prompt.id: 0.5 for g in data.groups})
+    experience = ExperienceBuilder(models, ALONE, section, context, temperature=1.0)
     return OfflineCollector(OfflineData(data, None, ALONE), Draws(sampling, 6, seed=3), experience, world)
 
 

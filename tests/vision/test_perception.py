@@ -123,11 +123,8 @@ def experience_of(
     policy: Policy, algorithm: Algorithm, *, step: int = 0, **section: Any
 ) -> tuple[Learner, Experience]:
     """Two groups with pictures and one without."""
-    learner, builder = learner_of(policy, replace(algorithm, perception=None), **section)
-    if algorithm.perception is not None:
-        masked_passes = masked_passes_of(policy, algorithm)
-        for part in (learner, builder):
-            part.algorithm, part.masked_passes = algorithm, masked_passes
+    passes = None if algorithm.perception is None else masked_passes_of(policy, algorithm)
+    learner, builder = learner_of(policy, algorithm, perception=passes, **section)
     assert policy.vision is not None
     samples = [[5, 6, 7], [8], [9, 10, 4, 11]]
     groups = [
@@ -215,8 +212,7 @@ def test_the_sampled_estimator_has_the_exact_kl_as_its_mean_and_both_its_gradien
     assert policy.vision is not None
     prompt = mixed_prompts(policy.vision.processor)[0]
     group = Group(prompt, tuple(trajectory([i], 0.0) for i in range(vocabulary)))
-    builder = learner_of(policy, replace(algorithm, perception=None))[1]
-    builder.algorithm, builder.masked_passes = algorithm, masked_passes
+    _, builder = learner_of(policy, algorithm, perception=masked_passes)
     experience = builder.build([group], kl_coef=0.0)
     micro = next(microbatches(experience, [0], 4096))
     batch = masked_passes.batch(experience, micro, policy.hidden(micro.packed), temperature=1.0)
@@ -247,9 +243,9 @@ def test_a_policy_that_sees_nothing_new_has_no_term(tiny_vlm: Folder) -> None:
     policy = seeing_policy(tiny_vlm("qwen2_vl"), dtype=torch.float64)
     algorithm = algorithm_of(coef=1.0)
     learner, experience = experience_of(policy, algorithm)
-    assert learner.masked_passes is not None
-    learner.masked_passes.section = PerceptionConfig(ratio=0.0)
-    perception = learner.masked_passes.inputs(experience, step=0, temperature=1.0, budget=4096)
+    assert learner.perception is not None
+    learner.perception.section = PerceptionConfig(ratio=0.0)
+    perception = learner.perception.inputs(experience, step=0, temperature=1.0, budget=4096)
     still = replace(experience, perception=perception, advantages=torch.zeros_like(experience.advantages))
     gradients = gradients_of(learner, still, [0, 1, 2])
     # the masked log-probs are kept in float32
