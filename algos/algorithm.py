@@ -110,6 +110,38 @@ class LossOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which of the sampled groups and completions are learned from (DAPO, arXiv:2503.14476)."""
+
+    keep: Callable[[Group], bool] = keep_all
+    """Whether the algorithm accepts a group, by its rewards before `shape_reward`."""
+    refill: int = 0
+    """How many more rounds of sampling may replace the groups that were not accepted."""
+    drop_truncated: bool = False
+    """Completions cut at the length limit are compared, but not learned from (overlong filtering)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromData:
+    """What an algorithm asks of completions that come from data, so that nobody recorded their log-probs."""
+
+    pointwise: bool = False
+    """The weight of a completion does not depend on the others of its group: it may be drawn without them."""
+    anchor: Literal["old", "reference"] = "old"
+    """What the ratio compares the policy with: itself before the update, or the reference, which stands for
+    whatever made the completions (A-LoL)."""
+    needs_prompt_value: bool = False
+    """Rewards are compared with a frozen value of the prompt (`AdvantageInputs.prompt_values`)."""
+    prompt_temperature: PromptTemperature | None = None
+    """When given, each prompt has a temperature of its own (`AdvantageInputs.temperature_factors`)."""
+    silent_at_zero: bool = True
+    """A token whose advantage is 0 has no policy gradient."""
+
+
+EVERYTHING = Selection()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Algorithm:
     """Everything in which one method differs from another.
 
@@ -124,46 +156,58 @@ class Algorithm:
     kl: KL = NO_KL
     mismatch: Mismatch = TOKEN_TIS
     entropy_coef: float = 0.0
-    """Above 0 a high entropy is rewarded."""
-    critic: CriticLoss | None = None
-    """What values are for and how they are learned; None: there is no critic."""
-    reward_scaling: RewardScaling = RAW
-    """How rewards, after `shape_reward`, are scaled by those of all steps so far."""
-    perception: Perception | None = None
-    """What looking at the pictures of a prompt is worth; it goes with any algorithm."""
+    """Weight of the entropy, which is rewarded where this is above 0."""
     imitation_coef: float = 0.0
-    """Of the negative log-likelihood of completions that are right (VAPO's positive-example loss)."""
-    cautions: tuple[str, ...] = ()
-    """What its paper advises against in these settings; told when a run starts."""
+    """Weight of the negative log-likelihood of correct completions (VAPO's positive-example loss)."""
+    critic: CriticLoss | None = None
+    """What values are for and how they are learned. None: there is no critic."""
+    perception: Perception | None = None
+    """The terms for prompts with images (PAPO); they go with any algorithm."""
     shape_reward: Callable[[float, int], float] = unshaped
     """Reward and completion length in tokens -> the reward that is compared."""
-    keep: Callable[[Group], bool] = keep_all
-    """Which groups are learned from, by their rewards before `shape_reward`."""
-    refill: int = 0
-    """How many more rounds of sampling may replace the groups that were not kept."""
-    drop_truncated: bool = False
-    """Completions cut at the length limit are compared, but not learned from (overlong filtering)."""
-    anchor: Literal["old", "reference"] = "old"
-    """What the ratio compares the policy with: itself before the update, or the reference, which stands for
-    whatever made completions that nobody recorded log-probs of (A-LoL)."""
-    imitates: bool = False
-    """May learn from completions of any origin; otherwise they must be the policy's own."""
-    pointwise: bool = False
-    """What a completion weighs does not depend on the others of its group: it may come without them."""
-    needs_prompt_value: bool = False
-    """Rewards are compared with a frozen value of the prompt (`AdvantageInputs.prompt_values`)."""
-    prompt_temperature: PromptTemperature | None = None
-    """When given, each prompt has a temperature of its own (`AdvantageInputs.temperature_factors`)."""
-    silent_at_zero: bool = True
-    """A token whose advantage is 0 has no policy gradient."""
+    reward_scaling: RewardScaling = RAW
+    """How rewards, after `shape_reward`, are scaled by those of all steps so far."""
+    selection: Selection = EVERYTHING
+    """Which of the sampled groups and completions are learned from."""
+    from_data: FromData | None = None
+    """For an algorithm that may learn from data. None: only completions of the policy itself will do."""
+    cautions: tuple[str, ...] = ()
+    """What its paper advises against in these settings; printed when a run starts."""
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl.coef > 0 or self.anchor == "reference"
+        return self.kl.coef > 0 or self._anchored_at_reference
 
     @property
     def needs_exact_kl(self) -> bool:
         return self.kl.coef > 0 and self.kl.estimator == "exact"
+
+    @property
+    def pointwise(self) -> bool:
+        """Whether a completion may be learned from without the others of its group."""
+        return self.from_data is not None and self.from_data.pointwise
+
+    @property
+    def needs_prompt_value(self) -> bool:
+        return self.from_data is not None and self.from_data.needs_prompt_value
+
+    @property
+    def prompt_temperature(self) -> PromptTemperature | None:
+        return None if self.from_data is None else self.from_data.prompt_temperature
+
+    @property
+    def _anchored_at_reference(self) -> bool:
+        return self.from_data is not None and self.from_data.anchor == "reference"
+
+    def learns_at_zero(self, kl_coef: float) -> bool:
+        """Whether a token whose advantage is 0 has a gradient, from another term of the loss."""
+        return (
+            self.critic is not None
+            or self.imitation_coef != 0
+            or self.entropy_coef != 0
+            or (kl_coef != 0 and self.kl.placement == "loss")
+            or (self.from_data is not None and not self.from_data.silent_at_zero)
+        )
 
     def token_penalty(self, old_logprobs: Tensor, ref_logprobs: Tensor, kl_coef: float) -> Tensor:
         """What the KL takes off each token's reward `[N]`; only with `kl.placement` "reward"."""
@@ -201,12 +245,12 @@ class Algorithm:
             loss = loss + self.imitation_coef * _imitation(batch)
         metrics = _report(batch, policy.detach(), ratio.detach(), weight, tokens.metrics)
         if self.perception is not None and batch.perception is not None:
-            looking, more = self.perception.loss(batch, reduce)
-            loss, metrics = loss + looking, metrics | more
+            terms, more = self.perception.loss(batch, reduce)
+            loss, metrics = loss + terms, metrics | more
         return LossOutput(loss, metrics)
 
     def _anchor_logprobs(self, batch: LossInputs) -> Tensor:
-        if self.anchor == "old":
+        if not self._anchored_at_reference:
             return batch.old_logprobs
         assert batch.ref_logprobs is not None
         return batch.ref_logprobs

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rlhf.algos import surrogate
 from rlhf.algos.advantage import Advantage, group_center, leave_one_out, to_tokens, whiten, without_penalty
-from rlhf.algos.algorithm import KL, NO_KL, Algorithm, Mismatch
+from rlhf.algos.algorithm import KL, NO_KL, Algorithm, FromData, Mismatch
 from rlhf.algos.critic import CriticLoss
 from rlhf.algos.prompt_temperature import PromptTemperature
 from rlhf.algos.ratio import product_ratio, token_ratio
@@ -39,6 +39,7 @@ from rlhf.types import AdvantageInputs
 
 NO_MISMATCH = Mismatch("none")
 AWR_CRITIC = CriticLoss(lam=0.95, value_clip=None)
+A_LOL = FromData(pointwise=True, anchor="reference", needs_prompt_value=True)
 
 Baseline = Literal["none", "group_mean", "leave_one_out", "prompt_value"]
 Compare = Callable[[AdvantageInputs], Tensor]
@@ -161,7 +162,7 @@ def sft(
         ratio=token_ratio,
         surrogate=surrogate.reinforce,
         reduction=token_mean,
-        imitates=True, pointwise=True,
+        from_data=FromData(pointwise=True),
         kl=kl, mismatch=mismatch, entropy_coef=entropy_coef,
     )
 
@@ -172,8 +173,9 @@ def best_of(
 ) -> Algorithm:
     """Supervised fine-tuning on the best of each group if it is above `baseline` (A2PR's, 2405.19909)."""
     return replace(
-        sft(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef), pointwise=False,
-        advantage=best_of_group(COMPARE[baseline]), needs_prompt_value=baseline == "prompt_value",
+        sft(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef),
+        advantage=best_of_group(COMPARE[baseline]),
+        from_data=FromData(needs_prompt_value=baseline == "prompt_value"),
     )
 
 
@@ -199,7 +201,8 @@ def r_lol(
 ) -> Algorithm:
     """A-LoL with the reward in place of the advantage, arXiv:2305.14718."""
     base = a_lol(clip=clip, kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
-    return replace(base, advantage=positive_part(without_penalty), needs_prompt_value=False)
+    return replace(base, advantage=positive_part(without_penalty),
+                   from_data=replace(A_LOL, needs_prompt_value=False))
 
 
 def a_lol(
@@ -208,7 +211,7 @@ def a_lol(
     """Advantage-leftover-lunch RL: a completion is one action, arXiv:2305.14718."""
     base = a_lol_ref_free(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     weight = partial(surrogate.cispo, low=clip, high=clip)
-    return replace(base, ratio=product_ratio, anchor="reference", surrogate=weight)
+    return replace(base, ratio=product_ratio, surrogate=weight, from_data=A_LOL)
 
 
 def a_lol_seq(
@@ -223,7 +226,8 @@ def a_lol_ref_free(
 ) -> Algorithm:
     """A-LoL without a ratio, and so without a reference, arXiv:2305.14718."""
     base = weighted_bc(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
-    return replace(base, advantage=positive_part(above_prompt_value), needs_prompt_value=True)
+    return replace(base, advantage=positive_part(above_prompt_value),
+                   from_data=FromData(pointwise=True, needs_prompt_value=True))
 
 
 def a_lol_kl(
@@ -232,8 +236,9 @@ def a_lol_kl(
 ) -> Algorithm:
     """Reference-free A-LoL plus `ratio_penalty` log(policy / reference) of the data, arXiv:2305.14718."""
     base = a_lol_ref_free(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
-    return replace(base, ratio=token_ratio, anchor="reference", silent_at_zero=ratio_penalty == 0.0,
-                   surrogate=partial(surrogate.reinforce_against, coef=ratio_penalty))
+    return replace(base, ratio=token_ratio,
+                   surrogate=partial(surrogate.reinforce_against, coef=ratio_penalty),
+                   from_data=replace(A_LOL, silent_at_zero=ratio_penalty == 0.0))
 
 
 def awr(
@@ -245,9 +250,9 @@ def awr(
     weigh, compare = Exponential(temperature, max_weight, standardize, normalize), COMPARE[baseline]
     base = sft(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     picked = None if divergence is None else PromptTemperature(divergence, weigh.exponents(compare))
-    return replace(base, advantage=weigh.by_sequence(compare),
-                   pointwise=baseline in POINTWISE, needs_prompt_value=baseline == "prompt_value",
-                   prompt_temperature=picked)
+    data = FromData(pointwise=baseline in POINTWISE, needs_prompt_value=baseline == "prompt_value",
+                    prompt_temperature=picked)
+    return replace(base, advantage=weigh.by_sequence(compare), from_data=data)
 
 
 def awr_token(

@@ -20,7 +20,7 @@ from rlhf.algos.advantage import (
     reinforce_pp_advantage,
     reinforce_pp_baseline_advantage,
 )
-from rlhf.algos.algorithm import KL, NO_KL, TOKEN_TIS, Algorithm, Mismatch
+from rlhf.algos.algorithm import KL, NO_KL, TOKEN_TIS, Algorithm, Mismatch, Selection
 from rlhf.algos.critic import RAW, CriticLoss, RewardScaling, constrained
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.ratio import sequence_ratio, token_ratio
@@ -86,8 +86,8 @@ def dapo(
     base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
                 kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     shape = overlong(max_tokens, max_tokens // 5 if overlong_cache is None else overlong_cache)
-    return replace(base, reduction=token_mean, shape_reward=shape,
-                   keep=keep_mixed, refill=refill, drop_truncated=drop_truncated)
+    selection = Selection(keep=keep_mixed, refill=refill, drop_truncated=drop_truncated)
+    return replace(base, reduction=token_mean, shape_reward=shape, selection=selection)
 
 
 def gspo(

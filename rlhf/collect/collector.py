@@ -61,21 +61,21 @@ class Collector:
         accepted: list[Group] = []
         sampled: list[Group] = []
         parts: list[Metrics] = []
-        for _ in range(1 + self.algorithm.refill):
+        for _ in range(1 + self.algorithm.selection.refill):
             missing = self.world.gather(wanted - len(accepted))
             if not any(missing):
                 break
             draws, position = self._draws(position, missing)
             groups, metrics = self._rollout(draws, hooks)
             sampled += groups
-            accepted += [g for g in groups if self.algorithm.keep(g)]
+            accepted += [g for g in groups if self.algorithm.selection.keep(g)]
             parts.append(metrics)
         metrics = merge(parts) | {"rollout/groups": Sum(float(len(accepted)))} | self.sampler.measured()
         return Collected(accepted, sampled, position, metrics)
 
     def begin(self, position: int, hooks: Hooks) -> Pending:
         """Like `collect`, but waits for rewards only if they decide what is sampled next."""
-        if self.algorithm.refill or self.budgets.probes:
+        if self.algorithm.selection.refill or self.budgets.probes:
             return Pending(collected=self.collect(position, hooks))
         wanted = self.world.gather(self.world.share(self.sampler.section.prompts_per_step))
         draws, position = self._draws(position, wanted)
@@ -88,7 +88,7 @@ class Collector:
             groups, metrics = self.sampler.rewards.gather(scorings)
             metrics |= measured
             groups = _with_draws(groups, draws)
-            accepted = [g for g in groups if self.algorithm.keep(g)]
+            accepted = [g for g in groups if self.algorithm.selection.keep(g)]
             metrics = metrics | length_metrics(groups) | {"rollout/groups": Sum(float(len(accepted)))}
             return Collected(accepted, groups, position, metrics)
 

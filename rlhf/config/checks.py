@@ -73,7 +73,7 @@ def _from_data(config: Config, algorithm: Algorithm) -> Iterator[str]:
             f"algorithm.mismatch.kind is {algorithm.mismatch.kind}, but the dataset's completions have no "
             "log-probs, so no mismatch can be corrected: set it to none"
         )
-    if (offline or data.offline_steps or data.mix) and not algorithm.imitates:
+    if (offline or data.offline_steps or data.mix) and algorithm.from_data is None:
         yield (
             f"algorithm {name} compares the policy with the one that sampled, but the dataset's completions "
             "have no log-probs; learn from them with sft, best_of, awr, a_lol or one of their variants"
@@ -106,7 +106,7 @@ def _replay(config: Config, algorithm: Algorithm) -> Iterator[str]:
             "replay.groups_per_step learns from tokens of older policies, but rollout.ahead = 1 takes these "
             "out of the loss: set one of the two to 0"
         )
-    if algorithm.mismatch.kind == "none" and not algorithm.imitates:
+    if algorithm.mismatch.kind == "none" and algorithm.from_data is None:
         yield (
             "replay.groups_per_step needs a correction, but algorithm.mismatch.kind is none: tokens of older "
             "policies would count as the policy's own; token_tis is the usual kind"

@@ -136,7 +136,7 @@ class ExperienceBuilder:
             groups,
             device=self.world.device,
             group_numbers=group_numbers,
-            drop_truncated=self.algorithm.drop_truncated,
+            drop_truncated=self.algorithm.selection.drop_truncated,
         )
 
     def _ref_logprobs(self, packed: PackedGroups) -> Tensor | None:

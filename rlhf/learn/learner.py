@@ -208,13 +208,7 @@ class Learner:
     ) -> tuple[list[int], int]:
         """Those with a gradient, and the tokens of the others; the device is asked once for all of them."""
         algorithm, mask = self.algorithm, experience.loss_mask
-        everywhere = (
-            self.critic is not None
-            or algorithm.imitation_coef
-            or algorithm.entropy_coef
-            or (kl_coef and algorithm.kl.placement == "loss")
-            or not algorithm.silent_at_zero
-        )
+        everywhere = algorithm.learns_at_zero(kl_coef)
         telling = mask if everywhere else mask & (experience.advantages != 0)
         group, zeros = experience.group[experience.sequence], mask.new_zeros(len(experience.prompts)).long()
         counts = integers(torch.cat([zeros.index_add(0, group, m.long()) for m in (mask, telling)]))

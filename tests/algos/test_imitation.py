@@ -91,8 +91,8 @@ def test_the_penalty_of_a_lol_kl_is_added_whatever_the_advantage():
     logprobs = f64(*LOGPROBS).requires_grad_()
     loss_of(algorithm, 0.2, 0.5, logprobs).backward()
     torch.testing.assert_close(logprobs.grad, f64(0.1, 0.1, 0.1))
-    assert not algorithm.silent_at_zero
-    assert IMITATION["a_lol_kl"]().silent_at_zero
+    assert algorithm.learns_at_zero(0.0)
+    assert not IMITATION["a_lol_kl"]().learns_at_zero(0.0)
 
 
 @pytest.mark.parametrize("name", A_LOL)
@@ -143,7 +143,7 @@ def test_where_the_policy_is_the_reference_a_lol_is_its_reference_free_form(
 def test_only_those_with_a_ratio_or_a_kl_need_a_reference():
     needs = {name for name, build in IMITATION.items() if build().needs_reference}
     assert needs == {"a_lol", "a_lol_seq", "a_lol_kl", "r_lol"}
-    assert all(build().imitates for build in IMITATION.values())
+    assert all(build().from_data for build in IMITATION.values())
     assert {n for n, build in IMITATION.items() if build().needs_prompt_value} == {*A_LOL, "a_lol_kl"}
     assert IMITATION["awr"](baseline="prompt_value").needs_prompt_value
 
@@ -230,7 +230,7 @@ def test_weights_of_tokens_are_those_of_their_own_advantages():
     deviation = f64(1.0, 0.0, -2.0).std()
     torch.testing.assert_close(standard[0], ((1 + 1 / 3) / deviation).exp())
     assert plain.critic is critic
-    assert plain.imitates and not plain.needs_reference
+    assert plain.from_data is not None and not plain.needs_reference
 
 
 @given(

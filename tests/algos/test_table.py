@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from rlhf.algos import surrogate
-from rlhf.algos.algorithm import KL, Algorithm, Mismatch
+from rlhf.algos.algorithm import KL, Algorithm, Mismatch, Selection
 from rlhf.algos.critic import CriticLoss, RewardScaling
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.ratio import sequence_ratio
 from rlhf.algos.reduction import sequence_mean_constant, token_mean
-from rlhf.algos.shaping import keep_all, keep_mixed
+from rlhf.algos.shaping import keep_mixed
 from rlhf.algos.table import ALGORITHMS, cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, rloo, sapo
 from rlhf.types import AdvantageInputs
 
@@ -61,8 +61,8 @@ def test_defaults_are_those_of_the_papers():
         required = {"max_tokens": 8} if name in ("dr_grpo", "dapo", "cispo") else {}
         built = build(**required, **({"clip_high": 5.0} if name == "cispo" else {}))
         # imitation does not ask who made a completion
-        assert built.mismatch == (Mismatch("none") if built.imitates else Mismatch("token_tis")), name
-        assert built.imitates or built.mismatch.bounds == (0.0, 2.0), name
+        assert built.mismatch == (Mismatch("none") if built.from_data else Mismatch("token_tis")), name
+        assert built.from_data or built.mismatch.bounds == (0.0, 2.0), name
 
 
 def test_the_upper_bound_of_cispo_was_never_published_and_must_be_given():
@@ -80,11 +80,11 @@ def test_the_punished_stretch_of_dapo_is_a_fifth_as_in_the_paper():
 def test_relatives_share_what_they_do_not_change():
     base, tokens = grpo(), torch.tensor([0, 1, 1])
     long = dapo(max_tokens=100)
-    assert (base.keep, long.keep, long.refill) == (keep_all, keep_mixed, 9)
+    assert (base.selection, long.selection) == (Selection(), Selection(keep=keep_mixed, refill=9))
     assert long.reduction is token_mean
     assert gspo().ratio is sequence_ratio
     assert gspo().reduction is base.reduction
-    assert cispo(max_tokens=100, clip_high=5.0).keep is keep_mixed
+    assert cispo(max_tokens=100, clip_high=5.0).selection.keep is keep_mixed
     constant = dr_grpo(max_tokens=100).reduction
     assert isinstance(constant, partial)
     assert constant.func is sequence_mean_constant
