@@ -1,17 +1,17 @@
 """An algorithm is a value: advantage x ratio x surrogate x reduction x KL x extra terms.
 
     loss = reduce(w_t * surrogate_t) + kl_coef * reduce(kl_t) - entropy_coef * reduce(entropy_t)
-           + imitation_coef * mean of -logprob over the tokens of right completions
-           + the perception terms of prompts with pictures (`rlhf.algos.perception`)
+           + imitation_coef * mean of -logprob over the tokens of correct completions
+           + the perception terms of prompts with images (`rlhf.algos.perception`)
 
-and for a critic, if there is one, critic.coef * reduce(value_loss_t); with w_t the weight for the mismatch
-between learner and engine, a constant. Differences from the papers: 1. that weight, which most papers leave
-out, is on by default (token_tis, 2); 2. it does not multiply the KL, the entropy, nor what is imitated.
+and, if there is a critic, + critic.coef * reduce(value_loss_t). w_t is the weight for the mismatch between
+learner and engine, a constant. Differences from the papers: 1. that weight, which most papers leave out, is
+on by default (token_tis, 2); 2. it multiplies neither the KL nor the entropy nor the imitation term.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,27 +26,28 @@ from rlhf.algos.perception import Perception
 from rlhf.algos.prompt_temperature import PromptTemperature
 from rlhf.algos.ratio import CORRECTIONS, Ratio, mismatch_k3
 from rlhf.algos.reduction import Reduction
-from rlhf.algos.shaping import keep_all, unshaped
+from rlhf.algos.shaping import EVERYTHING, Selection, unshaped
 from rlhf.algos.surrogate import Surrogate
 from rlhf.metrics import ExpMean, Max, Mean, Metrics
-from rlhf.types import Counts, CriticTargets, Group, LossInputs
+from rlhf.types import Counts, CriticTargets, LossInputs
 
 ESTIMATORS = {"k1": estimators.k1, "k2": estimators.k2, "k3": estimators.k3, "k3+": estimators.k3_plus}
 
 
 @dataclass(frozen=True, slots=True)
 class KL:
-    """What staying near the reference is worth, and how the distance is measured (`rlhf.algos.kl`)."""
+    """The KL from the reference model: its weight, its estimator and its place (`rlhf.algos.kl`)."""
 
     coef: float = 0.0
-    """0: no reference model is loaded."""
+    """Weight of the KL; 0: no reference model is loaded."""
     estimator: Literal["k1", "k2", "k3", "k3+", "exact"] = "k3"
+    """`k1` to `k3+` estimate the KL from the sampled tokens; `exact` sums over the whole vocabulary."""
     placement: Literal["loss", "reward"] = "loss"
-    """In the loss it has a gradient; in the reward it is taken off each token before any advantage."""
+    """In the loss the KL has a gradient; in the reward it is subtracted token by token, before advantages."""
     target: float | None = None
-    """Nats a token; when given, a controller moves the coefficient so that the KL stays near it."""
+    """KL in nats a token; when given, a controller moves the coefficient so that the KL stays near it."""
     horizon: int = 10_000
-    """Trajectories over which the controller acts."""
+    """Trajectories over which the controller acts: a longer horizon moves the coefficient more slowly."""
 
     def __post_init__(self) -> None:
         if self.coef < 0:
@@ -66,7 +67,7 @@ class KL:
 
     @property
     def controller(self) -> AdaptiveKL | None:
-        """The adaptive controller at its start, if the coefficient is to move."""
+        """The adaptive controller at its start; None where the coefficient is constant."""
         return None if self.target is None else AdaptiveKL(self.coef, self.target, self.horizon)
 
 
@@ -77,9 +78,11 @@ class Mismatch:
     kind: Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mask", "geometric", "k2", "k3"] = (
         "token_tis"
     )
+    """How the weight of a token's loss comes from old policy / engine (`CORRECTIONS`); `none`: it is 1."""
     low: float | None = None
-    """None: the usual bound of the kind."""
+    """Lower bound of the ratio, or of what the kind computes from it; None: the usual one of the kind."""
     high: float | None = None
+    """Upper bound, as `low`."""
 
     def __post_init__(self) -> None:
         low, high = self.bounds
@@ -88,12 +91,12 @@ class Mismatch:
 
     @property
     def bounds(self) -> tuple[float, float]:
-        """Low and high, the usual ones where none was given."""
+        """Lower and upper bound, each the usual one of the kind where none was given."""
         _, low, high = CORRECTIONS[self.kind]
         return low if self.low is None else self.low, high if self.high is None else self.high
 
     def weight(self, log_ratio: Tensor, mask: Tensor, sequence: Tensor) -> Tensor:
-        """The weight of each token's loss `[N]`, from log old policy - log engine."""
+        """The weight of each token's loss `[N]`, from log_ratio = log old policy - log engine `[N]`."""
         return CORRECTIONS[self.kind][0](log_ratio, mask, sequence, *self.bounds).detach()
 
 
@@ -107,18 +110,6 @@ class LossOutput:
 
     loss: Tensor
     metrics: Metrics
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Which of the sampled groups and completions are learned from (DAPO, arXiv:2503.14476)."""
-
-    keep: Callable[[Group], bool] = keep_all
-    """Whether the algorithm accepts a group, by its rewards before `shape_reward`."""
-    refill: int = 0
-    """How many more rounds of sampling may replace the groups that were not accepted."""
-    drop_truncated: bool = False
-    """Completions cut at the length limit are compared, but not learned from (overlong filtering)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,9 +127,6 @@ class FromData:
     """When given, each prompt has a temperature of its own (`AdvantageInputs.temperature_factors`)."""
     silent_at_zero: bool = True
     """A token whose advantage is 0 has no policy gradient."""
-
-
-EVERYTHING = Selection()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,22 +198,25 @@ class Algorithm:
         )
 
     def token_penalty(self, old_logprobs: Tensor, ref_logprobs: Tensor, kl_coef: float) -> Tensor:
-        """What the KL takes off each token's reward `[N]`; only with `kl.placement` "reward"."""
+        """What the KL subtracts from each token's reward, `[N]`; only with `kl.placement` "reward"."""
         assert self.kl.placement == "reward"
         return kl_coef * ESTIMATORS[self.kl.estimator](old_logprobs, ref_logprobs).detach()
 
     def value_loss(
         self, values: Tensor, targets: CriticTargets, mask: Tensor, sequence: Tensor, counts: Counts
     ) -> LossOutput:
-        """The critic's share of an update's loss, of one microbatch; all `[N]`, `values` with gradient."""
+        """The critic's loss of one microbatch, as its share of the whole update's loss.
+
+        `values`, `mask` and `sequence` are `[N]`; `values` carry gradient.
+        """
         assert self.critic is not None
         values = values.masked_fill(~mask, 0.0)
         targets = CriticTargets(*(x.masked_fill(~mask, 0.0) for x in (targets.values, targets.returns)))
         loss = self.reduction(self.critic.loss(values, targets), mask, sequence, counts)
-        return LossOutput(self.critic.coef * loss, _report_values(values, targets, mask, loss, counts))
+        return LossOutput(self.critic.coef * loss, _critic_metrics(values, targets, mask, loss, counts))
 
     def loss(self, batch: LossInputs) -> LossOutput:
-        """The loss of one microbatch, as its share of the whole update's loss: shares add up."""
+        """The policy's loss of one microbatch, as its share of the whole update's loss: shares add up."""
         batch = _silence(batch)
         mask, sequence = batch.loss_mask, batch.sequence
 
@@ -233,7 +224,8 @@ class Algorithm:
             return self.reduction(x, mask, sequence, batch.counts)
 
         ratio = self.ratio(batch.logprobs, self._anchor_logprobs(batch), mask, sequence)
-        weight = self.mismatch.weight(_log_mismatch(batch), mask, sequence)
+        mismatch = _log_mismatch(batch)
+        weight = self.mismatch.weight(mismatch, mask, sequence)
         tokens = self.surrogate(batch.logprobs, ratio, batch.advantages)
         policy = reduce(weight * tokens.loss)
         loss = policy
@@ -243,7 +235,7 @@ class Algorithm:
             loss = loss - self.entropy_coef * reduce(batch.entropy)
         if self.imitation_coef:
             loss = loss + self.imitation_coef * _imitation(batch)
-        metrics = _report(batch, policy.detach(), ratio.detach(), weight, tokens.metrics)
+        metrics = _policy_metrics(batch, policy, ratio, mismatch, weight, tokens.metrics)
         if self.perception is not None and batch.perception is not None:
             terms, more = self.perception.loss(batch, reduce)
             loss, metrics = loss + terms, metrics | more
@@ -264,14 +256,14 @@ class Algorithm:
 
 
 def _imitation(batch: LossInputs) -> Tensor:
-    """-logprob, mean over the tokens of right completions of the whole update (VAPO, arXiv:2504.05118)."""
+    """-logprob, mean over the tokens of correct completions of the whole update (VAPO, arXiv:2504.05118)."""
     assert batch.correct is not None
-    wanted = batch.loss_mask & batch.correct
-    return -batch.logprobs.masked_fill(~wanted, 0.0).sum() / max(batch.counts.correct_tokens, 1)
+    imitated = batch.loss_mask & batch.correct  # [N]
+    return -batch.logprobs.masked_fill(~imitated, 0.0).sum() / max(batch.counts.correct_tokens, 1)
 
 
 def _silence(batch: LossInputs) -> LossInputs:
-    """Zeros outside the loss mask: what stands there, NaN even, reaches neither the loss nor a gradient."""
+    """Zeros outside the loss mask, so that no value there, not even NaN, reaches the loss or a gradient."""
 
     def quiet(x: Tensor) -> Tensor:
         return x.masked_fill(~batch.loss_mask, 0.0)
@@ -295,26 +287,40 @@ def _log_mismatch(batch: LossInputs) -> Tensor:
 
 
 @torch.no_grad()
-def _report_values(
+def _critic_metrics(
     values: Tensor, targets: CriticTargets, mask: Tensor, loss: Tensor, counts: Counts
 ) -> Metrics:
-    sums = [x.masked_fill(~mask, 0.0).sum() for x in (values, targets.returns)]
-    at_once = torch.stack([mask.sum().to(loss.dtype), loss.detach(), *sums]).cpu()
-    count, total, value, returns = (float(x) for x in at_once.unbind())
+    """Metrics of the critic's loss in one microbatch; `loss` is a number, the others are `[N]`."""
+    [read] = _transfer(
+        {
+            "tokens": mask.sum().to(loss.dtype),
+            "loss": loss.detach(),
+            "values": values.masked_fill(~mask, 0.0).sum(),
+            "returns": targets.returns.masked_fill(~mask, 0.0).sum(),
+        }
+    )
     return {
         # shares of an update's loss add up to it, and their weights to 1
-        "critic/loss": Mean(total, count / max(counts.tokens, 1)),
-        "critic/values": Mean(value, count),
-        "critic/returns": Mean(returns, count),
+        "critic/loss": Mean(read["loss"], read["tokens"] / max(counts.tokens, 1)),
+        "critic/values": Mean(read["values"], read["tokens"]),
+        "critic/returns": Mean(read["returns"], read["tokens"]),
     }
 
 
 @torch.no_grad()
-def _report(
-    batch: LossInputs, policy: Tensor, ratio: Tensor, weight: Tensor, extra: dict[str, Tensor]
+def _policy_metrics(
+    batch: LossInputs,
+    policy: Tensor,
+    ratio: Tensor,
+    mismatch: Tensor,
+    weight: Tensor,
+    extra: Mapping[str, Tensor],
 ) -> Metrics:
-    """Metrics of one microbatch; all numbers leave the device in one transfer."""
-    mismatch = _log_mismatch(batch)
+    """Metrics of the policy's loss in one microbatch; `policy` is that loss, the other tensors are `[N]`.
+
+    `mismatch` is log old policy - log engine, `weight` the correction for it, `extra` the surrogate's own.
+    """
+    policy, ratio = policy.detach(), ratio.detach()
     means = {
         "entropy": batch.entropy,
         "perplexity": -batch.logprobs,
@@ -330,24 +336,39 @@ def _report(
         means["kl/ref"] = estimators.k3(batch.logprobs, batch.ref_logprobs)
     if batch.exact_kl is not None:
         means["kl/exact"] = batch.exact_kl
-    largest = {"ratio/max": ratio, "mismatch/ratio_max": mismatch.clamp(-20.0, 20.0).exp()}
-    mask = batch.loss_mask
-    # only where an engine's log-prob is known is there anything to say about it
-    sampled = mask if batch.recorded is None else mask & batch.recorded
-    masks = {name: sampled if name.startswith("mismatch/") else mask for name in (*means, *largest)}
-    sums = [x.to(ratio.dtype).masked_fill(~masks[name], 0.0).sum() for name, x in means.items()]
-    tops = [x.masked_fill(~masks[name], 0.0).max() for name, x in largest.items()]
-    sizes = [mask.sum().to(ratio.dtype), sampled.sum().to(ratio.dtype)]
-    at_once = torch.stack([*sizes, policy, *sums, *tops]).cpu()
-    count, engines, loss, *numbers = (float(x) for x in at_once.unbind())
+    maxima = {"ratio/max": ratio, "mismatch/ratio_max": mismatch.clamp(-20.0, 20.0).exp()}
+    # the mismatch is known only where an engine's log-prob is
+    unmasked = batch.loss_mask
+    recorded = unmasked if batch.recorded is None else unmasked & batch.recorded
+
+    def masked(name: str, x: Tensor) -> Tensor:
+        return x.masked_fill(~(recorded if _is_mismatch(name) else unmasked), 0.0)
+
+    dtype = ratio.dtype
+    read, sums, tops = _transfer(
+        {"loss": policy, "unmasked": unmasked.sum().to(dtype), "recorded": recorded.sum().to(dtype)},
+        {name: masked(name, x.to(dtype)).sum() for name, x in means.items()},
+        {name: masked(name, x).max() for name, x in maxima.items()},
+    )
     metrics: Metrics = {
-        name: Mean(total, engines if masks[name] is sampled else count)
-        for name, total in zip(means, numbers, strict=False)
+        name: Mean(total, read["recorded" if _is_mismatch(name) else "unmasked"])
+        for name, total in sums.items()
     }
-    metrics |= {name: Max(top) for name, top in zip(largest, numbers[len(means) :], strict=True)}
-    if count and not engines:
-        metrics = {name: value for name, value in metrics.items() if masks[name] is not sampled}
-    metrics["perplexity"] = ExpMean(numbers[list(means).index("perplexity")], count)
+    metrics |= {name: Max(top) for name, top in tops.items()}
+    if read["unmasked"] and not read["recorded"]:
+        metrics = {name: value for name, value in metrics.items() if not _is_mismatch(name)}
+    metrics["perplexity"] = ExpMean(sums["perplexity"], read["unmasked"])
     # shares of an update's loss add up to it, and their weights to 1
-    metrics["loss/policy"] = Mean(loss, count / max(batch.counts.tokens, 1))
+    metrics["loss/policy"] = Mean(read["loss"], read["unmasked"] / max(batch.counts.tokens, 1))
     return metrics
+
+
+def _is_mismatch(name: str) -> bool:
+    return name.startswith("mismatch/")
+
+
+def _transfer(*scalars: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """The same as numbers: all of them leave the device in one transfer."""
+    stacked = torch.stack([x for named in scalars for x in named.values()]).cpu()
+    values = iter(float(x) for x in stacked.unbind())
+    return [{name: next(values) for name in named} for named in scalars]

@@ -8,6 +8,7 @@ paper writes "accuracy".
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from rlhf.types import Group
 
@@ -42,3 +43,18 @@ def keep_all(group: Group) -> bool:
 def keep_mixed(group: Group) -> bool:
     """True for groups whose rewards differ: the others have no advantage (dynamic sampling)."""
     return len(set(group.rewards)) > 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which of the sampled groups and completions are learned from (DAPO, arXiv:2503.14476)."""
+
+    keep: Callable[[Group], bool] = keep_all
+    """Whether the algorithm accepts a group, by its rewards before `shape_reward`."""
+    refill: int = 0
+    """How many more rounds of sampling may replace the groups that were not accepted."""
+    drop_truncated: bool = False
+    """Completions cut at the length limit are compared, but not learned from (overlong filtering)."""
+
+
+EVERYTHING = Selection()

@@ -20,7 +20,7 @@ from rlhf.algos.advantage import (
     reinforce_pp_advantage,
     reinforce_pp_baseline_advantage,
 )
-from rlhf.algos.algorithm import KL, NO_KL, TOKEN_TIS, Algorithm, Mismatch, Selection
+from rlhf.algos.algorithm import KL, NO_KL, TOKEN_TIS, Algorithm, Mismatch
 from rlhf.algos.critic import RAW, CriticLoss, RewardScaling, constrained
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.ratio import sequence_ratio, token_ratio
@@ -30,7 +30,7 @@ from rlhf.algos.reduction import (
     sequence_mean_token_sum,
     token_mean,
 )
-from rlhf.algos.shaping import keep_mixed, overlong
+from rlhf.algos.shaping import Selection, keep_mixed, overlong
 
 GRPO_KL = KL(coef=0.04)
 RLOO_KL = KL(coef=0.03, estimator="k1", placement="reward")

@@ -1,7 +1,8 @@
 """Experience -> minibatches -> microbatches -> loss -> backward -> clip -> step.
 
 A minibatch is one update, a microbatch one forward and backward pass. The loss of a microbatch is a sum
-divided by the counts of the whole minibatch over all ranks, so how it is cut changes nothing but memory.
+divided by the counts of the whole minibatch over all ranks, so microbatches of another size change nothing
+but memory.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Learner:
         exact = () if self.reference is None else ("kl", "ref_logprob")
         self.want = ("logprob", "entropy", *exact)
         self.entropy: Tensor | None = None
-        """`[N]` of the last experience, as its first pass found it; NaN where no pass was made."""
+        """`[N]`: entropies of the last experience, from its first pass; NaN for tokens without a pass."""
 
     def update(self, experience: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
         """All updates of one step. Groups without signal skip the forward and count in every denominator."""
@@ -64,41 +65,42 @@ class Learner:
         )
 
     def before(self, experience: Experience) -> Metrics:
-        """What is known of the experience before the first update."""
+        """Metrics that are known before the first update: of the advantages and of the critic's values."""
         return _advantage_metrics(experience) | _value_metrics(experience, self.world)
 
     def updates(
         self, experience: Experience, *, step: int, seed: int, kl_coef: float, done: int = 0
     ) -> Iterator[Metrics]:
-        """The updates of one step, one by one, from the one after the first `done`."""
-        parts = self.section.minibatches
+        """Makes the updates of one step, one a metrics; the first `done` of them were made before."""
+        minibatches = self.section.minibatches
         self.entropy = torch.full_like(experience.advantages, torch.nan)
-        for update in range(done, self.section.epochs * parts):
-            epoch, part = divmod(update, parts)
-            groups = self._minibatch(experience, part, seed=seed, step=step, epoch=epoch)
-            number = step * self.section.epochs * parts + update
+        for update in range(done, self.section.epochs * minibatches):
+            epoch, index = divmod(update, minibatches)
+            groups = self._minibatch(experience, index, seed=seed, step=step, epoch=epoch)
+            # counted over the whole run
+            number = step * self.section.epochs * minibatches + update
             yield merge(self._update_once(experience, groups, number=number, step=step, kl_coef=kl_coef))
 
     def _update_once(
         self, experience: Experience, groups: list[int], *, number: int, step: int, kl_coef: float
     ) -> list[Metrics]:
-        learned, skipped = self._with_signal(experience, groups, kl_coef)
+        learned, skipped_tokens = self._with_signal(experience, groups, kl_coef)
         if not self._any_rank(bool(learned)):
             return [{"update/no_signal": Sum(1.0 / self.world.size)}]
         counts = self.counts(experience, groups)
-        parts = self.accumulate(experience, learned, counts, kl_coef)
+        metrics = self.accumulate(experience, learned, counts, kl_coef)
         if self.policy_learns:
-            # of what is skipped it is 0
-            parts.append({"loss/policy": Mean(0.0, skipped / max(counts.tokens, 1))})
+            # skipped groups add loss 0 over their tokens
+            metrics.append({"loss/policy": Mean(0.0, skipped_tokens / max(counts.tokens, 1))})
         if self.pretraining is not None and self.policy_learns:
-            parts.append(self.pretraining.accumulate(number))
-        return [*parts, self._step(step)]
+            metrics.append(self.pretraining.accumulate(number))
+        return [*metrics, self._step(step)]
 
     def accumulate(
         self, experience: Experience, groups: list[int], counts: Counts, kl_coef: float
     ) -> list[Metrics]:
-        """Adds the gradient of these groups' share of an update's loss, microbatch by microbatch."""
-        parts: list[Metrics] = []
+        """Adds up the gradient of these groups' share of an update's loss; metrics of each microbatch."""
+        metrics: list[Metrics] = []
         micros = microbatches(experience, groups, self.section.microbatch_tokens, layout=self.policy.layout)
         for micro in in_step(micros, self.policy.model, self.world):
             if micro is None:
@@ -106,13 +108,13 @@ class Learner:
                 continue
             outputs = self._losses(experience, micro, counts, kl_coef)
             torch.autograd.backward([output.loss for output in outputs])
-            parts += [output.metrics for output in outputs]
-        return parts
+            metrics += [output.metrics for output in outputs]
+        return metrics
 
     def _losses(
         self, experience: Experience, micro: Microbatch, counts: Counts, kl_coef: float
     ) -> list[LossOutput]:
-        """Of the policy, unless it is frozen, and of the critic, if there is one."""
+        """Losses of the policy, unless it is frozen, and of the critic, if there is one."""
         hidden, outputs = None, list[LossOutput]()
         if self.policy_learns:
             hidden = self.policy.hidden(micro.packed)
@@ -127,7 +129,11 @@ class Learner:
         return outputs
 
     def _dummy_pass(self) -> list[Tensor]:
-        """The passes of `_losses` with nothing in them."""
+        """The passes of `_losses` with nothing in them: losses of 0 that depend on every weight.
+
+        A rank whose microbatches are used up makes them as long as another rank, which shares the weights'
+        shards, still has some.
+        """
         dummies = [self.policy.dummy_pass(self.reference)] if self.policy_learns else []
         if self.critic is not None and (self.critic.own or not self.policy_learns):
             dummies.append(self.critic.dummy_pass())
@@ -139,7 +145,7 @@ class Learner:
         return self.warmup.over
 
     def _step(self, step: int) -> Metrics:
-        """The schedule of the policy begins when it begins to learn."""
+        # the schedule of the policy begins when the policy begins to learn
         self.optimizer.begins = self.warmup.steps
         optimizers = {"lr": (self.optimizer, step)} if self.policy_learns else {}
         if self.critic is not None:
@@ -160,8 +166,9 @@ class Learner:
         logprobs, entropy = statistics.logprob, statistics.entropy
         assert logprobs is not None and entropy is not None
         if self.entropy is not None:
-            seen = self.entropy[index]
-            self.entropy[index] = torch.where(seen.isnan(), entropy.detach().to(seen.dtype), seen)
+            # later passes of the step see a policy that has been updated: the first pass stays
+            first = self.entropy[index]
+            self.entropy[index] = torch.where(first.isnan(), entropy.detach().to(first.dtype), first)
         old, ref = experience.old_logprobs, statistics.ref_logprob
         if experience.ref_logprobs is not None:
             ref = experience.ref_logprobs[index]
@@ -185,57 +192,70 @@ class Learner:
             else self.perception.batch(experience, micro, hidden, temperature=self.temperature),
         )
 
-    def _minibatch(self, experience: Experience, part: int, *, seed: int, step: int, epoch: int) -> list[int]:
-        """The groups of this rank in the `part`-th minibatch of one pass; all ranks shuffle alike."""
+    def _minibatch(
+        self, experience: Experience, index: int, *, seed: int, step: int, epoch: int
+    ) -> list[int]:
+        """The groups of this rank in minibatch `index` of an epoch."""
+        # shuffled by their numbers among the groups of all ranks, so every rank finds the same minibatches
         numbers = list(range(len(experience.prompts)))
         if experience.numbers is not None:
             numbers = integers(experience.numbers)
         total = 1 + max(self.world.gather(max(numbers, default=-1)))
-        parts = minibatch_of(total, self.section.minibatches, seed=seed, step=step, epoch=epoch)
-        return [group for group, number in enumerate(numbers) if parts[number] == part]
+        minibatches = minibatch_of(total, self.section.minibatches, seed=seed, step=step, epoch=epoch)
+        return [group for group, number in enumerate(numbers) if minibatches[number] == index]
 
     def counts(self, experience: Experience, groups: list[int]) -> Counts:
-        """The denominators of an update from these groups of this rank, and those of the other ranks."""
-        group, chosen = experience.group, torch.tensor(groups, dtype=torch.long, device=self.world.device)
-        valid = torch.bincount(experience.sequence[experience.loss_mask], minlength=len(group))
-        valid = valid * torch.isin(group, chosen)
-        correct = valid[:0] if experience.correct is None else valid[experience.correct]
-        totals = self.world.all_sum(torch.stack([valid.sum(), (valid > 0).sum(), correct.sum()]))
-        return Counts(*integers(totals))
+        """The denominators of an update, which these groups of this rank and those of other ranks make up."""
+        chosen = torch.tensor(groups, dtype=torch.long, device=self.world.device)
+        num_sequences = len(experience.group)
+        unmasked = torch.bincount(experience.sequence[experience.loss_mask], minlength=num_sequences)  # [S]
+        unmasked = unmasked * torch.isin(experience.group, chosen)
+        correct = unmasked[:0] if experience.correct is None else unmasked[experience.correct]
+        sums = torch.stack([unmasked.sum(), (unmasked > 0).sum(), correct.sum()])
+        tokens, sequences, correct_tokens = integers(self.world.all_sum(sums))
+        return Counts(tokens=tokens, sequences=sequences, correct_tokens=correct_tokens)
 
     def _with_signal(
         self, experience: Experience, groups: list[int], kl_coef: float
     ) -> tuple[list[int], int]:
-        """Those with a gradient, and the tokens of the others; the device is asked once for all of them."""
-        algorithm, mask = self.algorithm, experience.loss_mask
-        everywhere = algorithm.learns_at_zero(kl_coef)
-        telling = mask if everywhere else mask & (experience.advantages != 0)
-        group, zeros = experience.group[experience.sequence], mask.new_zeros(len(experience.prompts)).long()
-        counts = integers(torch.cat([zeros.index_add(0, group, m.long()) for m in (mask, telling)]))
-        tokens, told = counts[: len(zeros)], counts[len(zeros) :]
-        seen = [algorithm.perception is not None and any(experience.images[g : g + 1]) for g in groups]
-        learned = [g for g, looks in zip(groups, seen, strict=True) if (tokens if looks else told)[g]]
-        return learned, sum(tokens[g] for g in groups) - sum(tokens[g] for g in learned)
+        """Those of `groups` that have a gradient, and the number of unmasked tokens in the others."""
+        mask = experience.loss_mask  # [N]
+        at_zero = self.algorithm.learns_at_zero(kl_coef)
+        signal = mask if at_zero else mask & (experience.advantages != 0)  # [N]
+        group = experience.group[experience.sequence]  # [N]
+        zeros = mask.new_zeros(len(experience.prompts), dtype=torch.long)  # [P]
+        sums = torch.cat([zeros.index_add(0, group, tokens.long()) for tokens in (mask, signal)])  # [2 P]
+        # the device is asked once for all groups
+        counts = integers(sums)
+        num_unmasked, num_signal = counts[: len(zeros)], counts[len(zeros) :]
+
+        def has_gradient(g: int) -> bool:
+            # the perception terms have one in every unmasked token behind an image, whatever the advantages
+            perceives = self.perception is not None and any(experience.images[g : g + 1])
+            return (num_unmasked if perceives else num_signal)[g] > 0
+
+        learned = [g for g in groups if has_gradient(g)]
+        return learned, sum(num_unmasked[g] for g in groups) - sum(num_unmasked[g] for g in learned)
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.world.all_sum(torch.tensor(int(flag), device=self.world.device)).item())
 
 
 def _advantage_metrics(experience: Experience) -> Metrics:
-    """Share of sequences whose advantages are all zero: they teach nothing."""
+    """Largest advantage, and the share of sequences whose advantages are all zero: they teach nothing."""
     informative = torch.bincount(
         experience.sequence, weights=(experience.advantages != 0).double(), minlength=len(experience.group)
     )
     largest = experience.advantages.abs().max().item() if len(experience.advantages) else 0.0
-    zero = int((informative == 0).sum())
+    num_zero = int((informative == 0).sum())
     return {
-        "advantage/zero_fraction": Mean(float(zero), float(len(experience.group))),
+        "advantage/zero_fraction": Mean(float(num_zero), float(len(experience.group))),
         "advantage/abs_max": Max(largest),
     }
 
 
 def _value_metrics(experience: Experience, world: World) -> Metrics:
-    """How much the critic knew before it learned from this experience."""
+    """Share of the returns' variance that the critic explained before it learned from this experience."""
     if experience.critic is None:
         return {}
     share = explained_variance(

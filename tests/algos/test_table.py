@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from rlhf.algos import surrogate
-from rlhf.algos.algorithm import KL, Algorithm, Mismatch, Selection
+from rlhf.algos.algorithm import KL, Algorithm, Mismatch
 from rlhf.algos.critic import CriticLoss, RewardScaling
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.ratio import sequence_ratio
 from rlhf.algos.reduction import sequence_mean_constant, token_mean
-from rlhf.algos.shaping import keep_mixed
+from rlhf.algos.shaping import Selection, keep_mixed
 from rlhf.algos.table import ALGORITHMS, cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, rloo, sapo
 from rlhf.types import AdvantageInputs
 
