@@ -66,7 +66,7 @@ class Components:
     stateful: dict[str, Stateful]
     """What a checkpoint holds, by name."""
     preparations: list[Callable[[], str]]
-    """Run once each, in this order, before the first step; each returns a line that says what came out."""
+    """Run once each, in this order, before the first step; each returns a line about its result."""
 
 
 def build_components(config: Config, inputs: Inputs, world: World) -> Components:

@@ -7,7 +7,7 @@ Sizes have letters, everywhere in the project:
     N  tokens, packed end to end (never padded)      P  prompts of one step
     S  sequences (trajectories)                      G  completions of one prompt (may differ per prompt)
     V  vocabulary                                    H  hidden size
-    K  objectives of a reward
+    K  objectives of a reward                        T  tokens of a forward pass, prompts included
 
 Names (one word, one meaning):
 
@@ -56,12 +56,12 @@ class VersionSpan:
 
 
 Image = str | bytes
-"""Where a picture is: the absolute path of a file, or what such a file holds."""
+"""An image: the absolute path of its file, or the bytes of such a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """Squares of `patch` pixels, each made black with probability `ratio`, drawn from `seed` (PAPO)."""
+    """Squares of `patch` x `patch` pixels, each made black with probability `ratio`, by `seed` (PAPO)."""
 
     patch: int
     ratio: float
@@ -70,7 +70,7 @@ class Mask:
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """The pictures of one prompt, in the order of their placeholders, and what of them is to be hidden."""
+    """The images of one prompt, in the order of their placeholders, and the mask that hides some patches."""
 
     prompt_id: str
     sources: tuple[Image, ...]
@@ -88,19 +88,20 @@ class Prompt:
     """Unique within the run: file name and line number."""
     token_ids: tuple[int, ...]
     content: Messages
-    """As the dataset has it: plain text or chat messages. Rewards receive this."""
+    """The prompt as the dataset has it, plain text or chat messages. Rewards receive this."""
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    """Every further column of the dataset, for rewards."""
+    """All other columns of the dataset, which rewards receive too."""
     images: tuple[Image, ...] | None = None
-    """In the order of their placeholders, which `token_ids` holds as often as the model needs."""
+    """In the order of their placeholders, of which `token_ids` holds as many as the model needs."""
 
     @property
     def pictures(self) -> Images | None:
+        """The images with the prompt's id; None where there are none."""
         return None if not self.images else Images(self.id, self.images)
 
 
 def leaves_out(top_p: float, top_k: int, min_p: float) -> bool:
-    """Whether sampling with these truncates: some tokens cannot be drawn."""
+    """Whether sampling with these settings truncates, so that some tokens cannot be drawn."""
     return top_p < 1 or top_k > 0 or min_p > 0
 
 
@@ -108,14 +109,14 @@ def leaves_out(top_p: float, top_k: int, min_p: float) -> bool:
 class Candidates:
     """The tokens that truncated sampling (top-k, top-p, min-p) left to draw each of N tokens from.
 
-    Token by token and end to end, 4 bytes each, the drawn one first: `Candidates((7, 3, 5, 9), (3, 1))` says
-    that 7 was drawn from 7, 3 and 5, and 9 was the only one left. A size of 0: nothing was truncated.
+    The candidates of all tokens stand end to end, the drawn one first: `Candidates((7, 3, 5, 9), (3, 1))`
+    says that 7 was drawn from 7, 3 and 5, and that 9 was the only candidate. Size 0: nothing was truncated.
     """
 
     ids: Tensor
-    """int32 `[M]`, M the sum of the sizes."""
+    """int32 `[M]`, with M the sum of the sizes."""
     sizes: Tensor
-    """int64 `[N]`"""
+    """int64 `[N]`: the number of candidates of each token."""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Candidates):
@@ -124,30 +125,31 @@ class Candidates:
 
     @property
     def everywhere(self) -> bool:
-        """Whether every token was drawn from a few."""
+        """Whether sampling was truncated at every token."""
         return bool((self.sizes > 0).all())
 
     @classmethod
     def of(cls, tokens: Sequence[Sequence[int] | Tensor]) -> Candidates:
-        """The candidates ids of each token."""
+        """From the candidates of each token, one sequence of ids a token."""
         none = torch.empty(0, dtype=torch.int32)
         ids = torch.cat([none, *(torch.as_tensor(ids, dtype=torch.int32) for ids in tokens)])
         return cls(ids, torch.tensor([len(ids) for ids in tokens], dtype=torch.long))
 
     def each(self) -> list[Tensor]:
-        """Inverse of `of`."""
+        """The candidates of each token: the inverse of `of`."""
         sizes: Any = self.sizes
         return list(torch.split(self.ids, sizes.tolist()))
 
     @classmethod
-    def join(cls, parts: Sequence[Candidates]) -> Candidates:
-        """End to end."""
-        ids = torch.cat([torch.empty(0, dtype=torch.int32), *(part.ids for part in parts)])
-        return cls(ids, torch.cat([torch.empty(0, dtype=torch.long), *(part.sizes for part in parts)]))
+    def join(cls, several: Sequence[Candidates]) -> Candidates:
+        """All of them end to end."""
+        ids = torch.cat([torch.empty(0, dtype=torch.int32), *(c.ids for c in several)])
+        return cls(ids, torch.cat([torch.empty(0, dtype=torch.long), *(c.sizes for c in several)]))
 
     def take(self, index: Tensor) -> Candidates:
-        """Those of the tokens at `index`."""
+        """The candidates of the tokens at `index`, in that order."""
         sizes = self.sizes[index]
+        # added to the place in the result, this gives the place in `ids`
         starts = (self.sizes.cumsum(0) - self.sizes)[index] - (sizes.cumsum(0) - sizes)
         total = int(sizes.sum())
         places = torch.arange(total, device=sizes.device) + starts.repeat_interleave(sizes, output_size=total)
@@ -166,15 +168,15 @@ class Completion:
 
     prompt_id: str
     index: int
-    """Position in its group, `0 .. n-1`."""
+    """Place in its group, `0 .. n-1`."""
     token_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...] | None
-    """One a token, of the distribution really sampled from (temperature, top-p, top-k applied); an engine
-    always gives them. None: no engine made this completion, it was read from a file."""
+    """One a token, in the distribution really sampled from (temperature, top-p and top-k applied). Engines
+    always give them. None: no engine made this completion, it was read from a file."""
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
     candidates: Candidates | None = None
-    """What each token was drawn from, when the request asked for it and truncates."""
+    """The tokens that each token was drawn from, if the request asked for them and sampling was truncated."""
 
     def __post_init__(self) -> None:
         if self.rollout_logprobs is not None:
@@ -197,7 +199,7 @@ class Trajectory:
     loss_mask: tuple[bool, ...]
     turns: tuple[int, ...]
     rollout_logprobs: tuple[float, ...] | None
-    """0.0 where `loss_mask` is False. None: nobody recorded them, as for data that came from elsewhere."""
+    """0.0 where `loss_mask` is False. None: nobody recorded them, as for completions from a dataset."""
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
     text: str
@@ -205,7 +207,7 @@ class Trajectory:
     """Weighted sum of the objectives. None: no function gave a number, the trajectory is not learned from."""
     objectives: Mapping[str, float] = field(default_factory=dict[str, float])
     candidates: Candidates | None = None
-    """None: nothing was truncated, or the learner scores the whole vocabulary all the same."""
+    """None: sampling was not truncated, or the learner's log-probs are over the whole vocabulary anyway."""
 
     @classmethod
     def single_turn(
@@ -234,7 +236,7 @@ class Group:
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
     draw: int = -1
-    """The place of its prompt in the run's order; -1: it is not of a run."""
+    """The place of its prompt in the order in which the run draws prompts; -1 outside a run."""
 
     @property
     def rewards(self) -> list[float]:
@@ -244,47 +246,49 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Denominators of one update, summed over every rank and microbatch."""
+    """Denominators of one update, summed over all ranks and microbatches."""
 
     tokens: int
-    """Tokens with `loss_mask`."""
+    """Unmasked tokens: those where `loss_mask` is True."""
     sequences: int
-    """Sequences with at least one such token."""
+    """Sequences with at least one unmasked token."""
     correct_tokens: int = 0
-    """Of the tokens, those in completions that are right; counted for an algorithm that imitates them."""
+    """Unmasked tokens of correct completions; counted for an algorithm that imitates those."""
 
 
 @dataclass(frozen=True, slots=True)
 class CriticTargets:
-    """What the value function learns from. Both fp32 `[N]`."""
+    """What the value function learns from, each fp32 `[N]`."""
 
     values: Tensor
+    """Values before the update."""
     returns: Tensor
+    """What the values are to become."""
 
 
 @dataclass(frozen=True, slots=True)
 class PerceptionInputs:
-    """What the perception term is computed from; text-only samples have no part in it."""
+    """What the perception terms of a step are computed from; text-only samples have no part in them."""
 
     masked_logprobs: Tensor
-    """fp32 `[N]`: of the same tokens given the masked pictures, before the update; zeros where each pass of
-    the learner makes its own."""
+    """fp32 `[N]`: log-probs of the same tokens given the masked images, before the update; zeros where each
+    pass of the learner computes its own."""
     has_image: Tensor
-    """bool `[N]`"""
+    """bool `[N]`: tokens whose prompt has an image."""
     step: Tensor
-    """int64, one number: what the masks are drawn from, with the run's seed and the prompt."""
+    """int64, a scalar: the masks are drawn from it, the run's seed and the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class PerceptionBatch:
-    """What the perception term sees of one microbatch. All `[N]`."""
+    """What the perception terms see of one microbatch. Tensors are `[N]`."""
 
     masked_logprobs: Tensor
     has_image: Tensor
     exact_kl: Tensor | None
-    """KL(policy || policy without the picture) of the whole vocabulary; gradient into the former alone."""
+    """KL(policy || policy given the masked image) over the whole vocabulary; gradient into the former alone."""
     scale: float = 1.0
-    """Of the term's coefficients, in this step."""
+    """Factor of all coefficients of the terms in this step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -335,26 +339,24 @@ class Experience(PackedGroups):
 
 @dataclass(frozen=True, slots=True)
 class AdvantageInputs:
-    """What an advantage function sees: scored sequences of whole groups, and their tokens.
+    """What an advantage function sees: scored sequences of whole groups, and their tokens."""
 
-    `rewards` `[S]`, `objectives` `[S, K]`, `group` `[S]` (0..P-1, contiguous), `token_penalty` `[N]` (what a
-    KL in the reward takes off each token, zeros without one), `sequence` `[N]`, `loss_mask` `[N]`, `values`
-    `[N]` or None. `all_sum` adds a tensor up over the ranks (the identity on one rank).
-    """
-
-    rewards: Tensor
-    objectives: Tensor
-    objective_weights: Tensor
-    group: Tensor
-    token_penalty: Tensor
-    sequence: Tensor
-    loss_mask: Tensor
+    rewards: Tensor  # [S]
+    objectives: Tensor  # [S, K]
+    objective_weights: Tensor  # [K]
+    group: Tensor  # [S], 0 .. P-1, contiguous
+    token_penalty: Tensor  # [N]
+    """What a KL in the reward subtracts from each token; zeros without one."""
+    sequence: Tensor  # [N]
+    loss_mask: Tensor  # [N]
     values: Tensor | None = None
+    """`[N]`: the critic's values before the update."""
     prompt_values: Tensor | None = None
     """`[S]`: the frozen value of each sequence's prompt, when the algorithm asks for it."""
     temperature_factors: Tensor | None = None
-    """`[S]`: the factor of its prompt's temperature, when the algorithm asks for it."""
+    """`[S]`: the factor of the temperature of each sequence's prompt, when the algorithm asks for it."""
     all_sum: Callable[[Tensor], Tensor] = lambda t: t
+    """Adds a tensor up over the ranks: the identity on one rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,9 +365,9 @@ class LossInputs:
 
     logprobs: Tensor
     entropy: Tensor
-    """Of the whole vocabulary, in nats; with gradient if the algorithm's entropy coefficient is not 0."""
+    """Over the whole vocabulary, in nats; with gradient if the algorithm's entropy coefficient is not 0."""
     exact_kl: Tensor | None
-    """KL(policy || reference) of the whole vocabulary, when the algorithm asks for it."""
+    """KL(policy || reference) over the whole vocabulary, when the algorithm asks for it."""
     old_logprobs: Tensor
     rollout_logprobs: Tensor
     ref_logprobs: Tensor | None
@@ -376,14 +378,14 @@ class LossInputs:
     turn: Tensor
     counts: Counts
     kl_coef: float
-    """The coefficient in force (an adaptive controller moves it)."""
+    """The coefficient in force: an adaptive controller may move it from step to step."""
     recorded: Tensor | None = None
     """bool: where `rollout_logprobs` is known; None: everywhere. Elsewhere no mismatch is corrected."""
     correct: Tensor | None = None
-    """bool `[N]`: tokens of completions that are right, for an algorithm that imitates them."""
+    """bool: tokens of correct completions, for an algorithm that imitates those."""
     perception: PerceptionBatch | None = None
 
 
 def is_learnable(trajectory: Trajectory) -> bool:
-    """Whether it has what a loss needs: tokens and a reward."""
+    """Whether a trajectory has what a loss needs: tokens and a reward."""
     return trajectory.reward is not None and len(trajectory.token_ids) > 0
