@@ -114,7 +114,7 @@ class LossOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FromData:
-    """What an algorithm asks of completions that come from data, so that nobody recorded their log-probs."""
+    """What an algorithm that may learn from data asks of completions whose log-probs nobody recorded."""
 
     pointwise: bool = False
     """The weight of a completion does not depend on the others of its group: it may be drawn without them."""

@@ -1,20 +1,20 @@
-"""Imitation of completions that are already there: what each weighs, from A-LoL to weighted regression.
+"""Algorithms that imitate completions of any origin, each with a weight: SFT, best of, A-LoL, AWR and others.
 
-All of them are `-weight * logprob`, with a weight that is never negative: nothing is unlearned, so it does
-not matter who made the completions.
+The loss of each is `-weight * logprob`, with a weight that is never negative: no completion is made less
+likely, so it does not matter what made the completions.
 
     sft                1                                r_lol          max(R, 0) * ratio to the reference
     best_of            1 for the best of its group      a_lol          max(R - V, 0) * ratio to the reference
     weighted_bc        max(R, 0)                        awr            min(exp(A / temperature), max_weight)
     r_gold             max(R, 0) * max(p, 0.1)
 
-The functions here turn scored sequences `[S]` into such weights; those in the table are at the end.
+The functions here turn scored sequences `[S]` into such weights; the algorithms are at the end.
 
 Differences from the papers and codes: 1. A-LoL's ratios are those of `rlhf.algos.ratio`, its clip CISPO's; 2.
-the reward baselines (R-LoL, weighted behaviour cloning, reward GOLD) take a negative reward for 0; 3. AWR's
+the reward baselines (R-LoL, weighted behaviour cloning, reward GOLD) count a negative reward as 0; 3. AWR's
 standardisation is over sequences, unbiased, and its weights have the mean 1 over the completions of an
-experience unless `normalize` is off; 4. `awr` has the advantage of the whole completion, where the paper has
-TD(lambda); `awr_token` has that, and the critic learns along with the policy, not before it.
+experience unless `normalize` is off; 4. `awr` uses the advantage of the whole completion, where the paper
+uses TD(lambda); `awr_token` uses that, and its critic learns along with the policy, not before it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Compare = Callable[[AdvantageInputs], Tensor]
 
 
 def above_prompt_value(inputs: AdvantageInputs) -> Tensor:
-    """R - V(prompt), V frozen (A-LoL, arXiv:2305.14718)."""
+    """R - V(prompt), with V frozen (A-LoL, arXiv:2305.14718)."""
     assert inputs.prompt_values is not None, "the algorithm needs prompt values"
     return without_penalty(inputs) - inputs.prompt_values
 
@@ -66,7 +66,7 @@ def alike(inputs: AdvantageInputs) -> Tensor:
 
 
 def positive_part(compare: Compare) -> Advantage:
-    """max(A, 0), A by `compare`, for all tokens of a sequence."""
+    """max(A, 0) for all tokens of a sequence, with A from `compare`."""
 
     def advantage(inputs: AdvantageInputs) -> Tensor:
         return to_tokens(compare(inputs).nan_to_num(nan=0.0).clamp(min=0.0), inputs)
@@ -75,14 +75,15 @@ def positive_part(compare: Compare) -> Advantage:
 
 
 def best_of_group(compare: Compare) -> Advantage:
-    """1 for the best of each group (the first of equals) if its A, by `compare`, is above 0; else 0."""
+    """1 for the best of each group (the first of equals) if its A, from `compare`, is above 0; else 0."""
 
     def advantage(inputs: AdvantageInputs) -> Tensor:
         rewards = without_penalty(inputs).nan_to_num(nan=-torch.inf)
         index = torch.arange(len(rewards), device=rewards.device)
         top = torch.full_like(rewards, -torch.inf).scatter_reduce(0, inputs.group, rewards, "amax")
-        candidate = torch.where(rewards == top[inputs.group], index, len(rewards))
-        first = torch.full_like(index, len(rewards)).scatter_reduce(0, inputs.group, candidate, "amin")
+        # of sequences with their group's top reward the index, of all others one past the last
+        place = torch.where(rewards == top[inputs.group], index, len(rewards))
+        first = torch.full_like(index, len(rewards)).scatter_reduce(0, inputs.group, place, "amin")
         best = (first[inputs.group] == index) & (compare(inputs) > 0)
         return to_tokens(best.to(rewards.dtype), inputs)
 
@@ -96,9 +97,9 @@ class Exponential:
     temperature: float
     max_weight: float
     standardize: bool
-    """A minus its mean, divided by its standard deviation, over what all ranks have, first."""
+    """First A is centred and divided by its standard deviation, over the sequences of all ranks."""
     normalize: bool
-    """Divided by the mean weight, which makes the learning rate independent of the temperature."""
+    """Weights are divided by their mean, which makes the learning rate independent of the temperature."""
 
     def __post_init__(self) -> None:
         if self.temperature <= 0 or self.max_weight <= 0:
@@ -107,8 +108,10 @@ class Exponential:
             )
 
     def by_sequence(self, compare: Compare) -> Advantage:
-        """One weight for all tokens of a sequence; `inputs.temperature_factors`, if given, multiply the
-        temperature."""
+        """One weight for all tokens of a sequence.
+
+        `inputs.temperature_factors`, if given, multiply the temperature.
+        """
         exponents = self.exponents(compare)
 
         def advantage(inputs: AdvantageInputs) -> Tensor:
@@ -121,7 +124,7 @@ class Exponential:
         return advantage
 
     def by_token(self, compare: Advantage) -> Advantage:
-        """For each token by its own A."""
+        """A weight for each token, from the token's own A."""
 
         def advantage(inputs: AdvantageInputs) -> Tensor:
             exponent = self._exponent(compare(inputs), inputs.loss_mask, inputs.all_sum)
@@ -131,7 +134,7 @@ class Exponential:
         return advantage
 
     def exponents(self, compare: Compare) -> Compare:
-        """A / temperature of each sequence, A standardised if it is to be."""
+        """A / temperature of each sequence, with A standardised if `standardize`."""
         return lambda inputs: self._exponent(compare(inputs), ~inputs.rewards.isnan(), inputs.all_sum)
 
     def _exponent(self, compared: Tensor, known: Tensor, all_sum: Callable[[Tensor], Tensor]) -> Tensor:
@@ -156,7 +159,7 @@ def _mean(x: Tensor, mask: Tensor, all_sum: Callable[[Tensor], Tensor]) -> Tenso
 def sft(
     *, kl: KL = NO_KL, mismatch: Mismatch = NO_MISMATCH, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """Supervised fine-tuning: every completion alike, whatever its reward."""
+    """Supervised fine-tuning: every completion has weight 1, whatever its reward."""
     return Algorithm(
         advantage=positive_part(alike),
         ratio=token_ratio,
@@ -171,7 +174,7 @@ def best_of(
     *, baseline: Baseline = "none",
     kl: KL = NO_KL, mismatch: Mismatch = NO_MISMATCH, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """Supervised fine-tuning on the best of each group if it is above `baseline` (A2PR's, 2405.19909)."""
+    """Fine-tuning on the best of each group if it is above `baseline` (as A2PR, arXiv:2405.19909)."""
     return replace(
         sft(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef),
         advantage=best_of_group(COMPARE[baseline]),
@@ -191,7 +194,7 @@ def r_gold(
     *, floor: float = 0.1,
     kl: KL = NO_KL, mismatch: Mismatch = NO_MISMATCH, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """GOLD with the reward of the completion (arXiv:2009.07839, as a baseline of 2305.14718)."""
+    """GOLD with the completion's reward (arXiv:2009.07839; a baseline of arXiv:2305.14718)."""
     base = weighted_bc(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     return replace(base, surrogate=partial(surrogate.gold, floor=floor))
 

@@ -1,7 +1,8 @@
-"""Every algorithm by name. The keyword arguments of these functions are the settings of `algorithm:`.
+"""The table of all algorithms by name: functions whose keyword arguments are the settings of `algorithm:`.
 
-A default is the paper's value, else that of the authors' code; a setting without a default must be given.
-Where an algorithm is another one but for a part, the code says so. docs/algorithms.md has the formulas.
+A default is the paper's value, or else that of the authors' code; a setting without a default must be given.
+An algorithm that differs from another in some parts only is written as that one with these parts replaced.
+docs/algorithms.md has the formulas.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def dapo(
     clip_low: float = 0.2, clip_high: float = 0.28, clip_dual: float | None = 10.0,
     kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """GRPO with unequal bounds, mean over tokens, mixed groups only, long ones punished, arXiv:2503.14476."""
+    """GRPO: unequal bounds, mean over tokens, mixed groups only, overlong penalty, arXiv:2503.14476."""
     base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
                 kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     shape = overlong(max_tokens, max_tokens // 5 if overlong_cache is None else overlong_cache)
@@ -132,7 +133,7 @@ def reinforce_pp(
     *, clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | None = None,
     kl: KL = REINFORCE_PP_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """PPO with the whitened reward-to-go for an advantage and no group, arXiv:2501.03262."""
+    """PPO with the whitened reward-to-go as the advantage, without groups, arXiv:2501.03262."""
     base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
                 kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     return replace(base, advantage=reinforce_pp_advantage, reduction=token_mean)
@@ -142,7 +143,7 @@ def reinforce_pp_baseline(
     *, clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | None = None,
     kl: KL = REINFORCE_PP_BASELINE_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """REINFORCE++ with the group's mean for a baseline, arXiv:2501.03262."""
+    """REINFORCE++ with the group's mean as the baseline, arXiv:2501.03262."""
     base = reinforce_pp(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
                         kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     return replace(base, advantage=reinforce_pp_baseline_advantage)
@@ -152,9 +153,9 @@ def gdpo(
     *, clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | None = None,
     kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """GRPO with every objective of the reward normalised by itself, arXiv:2601.05242."""
+    """GRPO with each objective of the reward normalised separately, arXiv:2601.05242."""
     if kl.coef and kl.placement == "reward":
-        raise ValueError("gdpo compares single objectives, a KL is none of them: kl.placement must be loss")
+        raise ValueError("gdpo normalises objectives, and a KL is not one: kl.placement must be loss")
     base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
                 kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     return replace(base, advantage=gdpo_advantage)
@@ -165,7 +166,7 @@ def ppo(
     advantage_clip: float | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
     kl: KL = PPO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """Proximal policy optimization with a critic, arXiv:1707.06347, as it is used for language models."""
+    """Proximal policy optimization with a critic, as language models use it, arXiv:1707.06347."""
     base = grpo(clip_low=clip_low, clip_high=clip_high, kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     clash = (whiten or advantage_clip is not None) and critic.value_clip is not None
     advantage = constrained(critic.advantages, whitened=whiten, clip=advantage_clip)
@@ -178,7 +179,7 @@ def ppo_max(
     advantage_clip: float | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
     kl: KL = PPO_MAX_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """PPO that constrains the reward by its history, not the advantage, arXiv:2307.04964."""
+    """PPO that scales rewards by their running moments and leaves advantages raw, arXiv:2307.04964."""
     base = ppo(critic=critic, reward_scaling=reward_scaling, whiten=whiten, advantage_clip=advantage_clip,
                clip_low=clip_low, clip_high=clip_high, kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     if base.cautions:
@@ -191,7 +192,7 @@ def vapo(
     clip_low: float = 0.2, clip_high: float = 0.28,
     kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
-    """PPO: critic taught first, by whole returns; lambda by length; right ones imitated, arXiv:2504.05118."""
+    """PPO: critic warm-up, lambda by length, plus NLL of correct completions, arXiv:2504.05118."""
     base = ppo(critic=critic, whiten=whiten, clip_low=clip_low, clip_high=clip_high,
                kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
     return replace(base, imitation_coef=imitation_coef)

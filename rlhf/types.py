@@ -286,7 +286,7 @@ class PerceptionBatch:
     masked_logprobs: Tensor
     has_image: Tensor
     exact_kl: Tensor | None
-    """KL(policy || policy given the masked image) over the whole vocabulary; gradient into the former alone."""
+    """KL(policy || policy given the masked image), whole vocabulary; gradient into the former alone."""
     scale: float = 1.0
     """Factor of all coefficients of the terms in this step."""
 

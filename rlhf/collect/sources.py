@@ -1,4 +1,4 @@
-"""Where a run's completions come from: rollouts, data, or both; built from the settings."""
+"""Builds what a step collects its completions from: rollouts, replay, data, or several of these."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from rlhf.models.policy import Policy
 
 
 class Sources:
-    """The data of a run and what is learned of its prompts before it starts, where there is any."""
+    """A run's data, and the values and temperatures of its prompts, where the algorithm needs them."""
 
     def __init__(
         self, config: Config, inputs: Inputs, world: World, frozen: Policy, sampler: Sampler
     ) -> None:
-        """`frozen`: the reference, or the policy, which is the reference as long as nothing is learned."""
+        """`frozen`: the reference, or the policy before its first update, which is the same."""
         self.config, self.inputs, self.world, self.frozen = config, inputs, world, frozen
         self.data: OfflineData | None = None
         self.values: PromptValues | None = None
         self.temperature_factors: dict[str, float] = {}
-        """Factors of temperatures by the prompt's id; empty until they are prepared or loaded."""
+        """Factors of temperatures by the prompt's id; empty until `preparations` have run or were loaded."""
         self.stateful: dict[str, Stateful] = {}
         self.preparations: list[Callable[[], str]] = []
-        """What is done once, before the first step, in this order; each says what came out."""
+        """Run once each, in this order, before the first step; each returns a line about its result."""
         if inputs.offline is not None:
             rewards = inputs.rewards if config.data.reward_column is None else None
             self.data = OfflineData(inputs.offline, rewards, world)
@@ -76,11 +76,14 @@ class Sources:
 
     @property
     def prompt_values(self) -> dict[str, float] | None:
-        """By the prompt's id; empty until they are prepared or loaded."""
+        """V(prompt) by the prompt's id; empty until `preparations` have run or were loaded."""
         return None if self.values is None else self.values.values
 
     def collector(self, rollouts: GroupSource, experience: ExperienceBuilder) -> GroupSource:
-        """What a step is collected from: `rollouts`, with all that the settings put beside or before them."""
+        """What a step is collected from: `rollouts`, with what the settings put beside them or before them.
+
+        With `data.mode` offline there are no rollouts: data takes their place.
+        """
         config = self.config
         if self.inputs.algorithm.prompt_temperature is not None:
             self._add_prompt_temperature(self.inputs.algorithm.prompt_temperature, experience)

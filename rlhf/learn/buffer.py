@@ -1,7 +1,7 @@
-"""The experience of the step under way, and how far its updates have come.
+"""The experience of the current step and the number of updates made from it, saved with a checkpoint.
 
 A step samples once and makes `learner.epochs * learner.minibatches` updates from what it sampled. A run
-that is stopped between two of them is saved with this buffer and goes on with the next one, bit for bit.
+that is stopped between two of them is saved with this buffer and resumes with the next one, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from rlhf.types import Candidates, CriticTargets, Experience, PerceptionInputs
 
 NESTED = {"critic": CriticTargets, "perception": PerceptionInputs, "candidates": Candidates}
 OLD_NAMES = {"kept": "candidates", "right": "correct"}
-"""Fields that checkpoints made before these names call otherwise."""
+"""Earlier names of fields of an Experience, which stand in checkpoints that were written under them."""
 
 
 class Buffer(Stateful):
-    """Filled once a step, emptied when its last update is done."""
+    """Filled once a step, and emptied when the last update of the step is done."""
 
     def __init__(self) -> None:
         self.experience: Experience | None = None
         self.updates = 0
-        """Made from this experience so far."""
+        """Updates made from this experience so far."""
         self.metrics: Metrics = {}
-        """Of the rollouts and of those updates."""
+        """Metrics of the rollouts and of those updates."""
 
     def fill(self, experience: Experience, metrics: Metrics) -> None:
         self.experience, self.updates, self.metrics = experience, 0, metrics
@@ -42,7 +42,7 @@ class Buffer(Stateful):
         self.updates, self.metrics = self.updates + 1, merge([self.metrics, metrics])
 
     def empty(self) -> Metrics:
-        """Forgets the experience; everything that was measured."""
+        """Forgets the experience; returns all metrics of the step."""
         metrics = self.metrics
         self.experience, self.updates, self.metrics = None, 0, {}
         return metrics
@@ -55,12 +55,12 @@ class Buffer(Stateful):
         x = self.experience
         if x is None:
             return {}
-        plain = _tensors(x, "") | {
+        saved = _tensors(x, "") | {
             "prompt_lengths": torch.tensor([len(p) for p in x.prompts], dtype=torch.long),
             "prompts": torch.cat([*x.prompts, x.token_ids[:0]]),
         }
-        plain |= {f"images.{name}": tensor for name, tensor in pack_images(x.images).items()}
-        return {"experience": {name: tensor.clone() for name, tensor in plain.items()}}
+        saved |= {f"images.{name}": tensor for name, tensor in pack_images(x.images).items()}
+        return {"experience": {name: tensor.clone() for name, tensor in saved.items()}}
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         self.updates = state["updates"]
@@ -74,8 +74,8 @@ class Buffer(Stateful):
         values: dict[str, Any] = {f.name: None for f in fields(Experience)}
         values["prompts"] = tuple(prompt.clone() for prompt in prompts)
         for name, kind in NESTED.items():
-            parts = {k.removeprefix(f"{name}."): t for k, t in saved.items() if k.startswith(f"{name}.")}
-            values[name] = kind(**parts) if parts else None
+            own = {k.removeprefix(f"{name}."): t for k, t in saved.items() if k.startswith(f"{name}.")}
+            values[name] = kind(**own) if own else None
         packed = {k.removeprefix("images."): t for k, t in saved.items() if k.startswith("images.")}
         values["images"] = unpack_images(packed)
         values |= {name: tensor for name, tensor in saved.items() if "." not in name}
@@ -83,13 +83,16 @@ class Buffer(Stateful):
 
 
 def _current_name(name: str) -> str:
-    """The dotted name of a saved tensor, whose first part an earlier version may have called otherwise."""
+    """The dotted name of a saved tensor, with the present name of the field that it begins with."""
     first, dot, rest = name.partition(".")
     return OLD_NAMES.get(first, first) + dot + rest
 
 
 def _tensors(owner: Any, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a dataclass and of the dataclasses in it, by dotted name; tuples and None left out."""
+    """The tensors of a dataclass and of the dataclasses in it, by dotted name.
+
+    Fields that are tuples or None are left out.
+    """
     found: dict[str, Tensor] = {}
     for f in fields(owner):
         value = getattr(owner, f.name)

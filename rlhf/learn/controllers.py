@@ -1,4 +1,4 @@
-"""Numbers that follow the run from step to step: the KL coefficient, the scale of rewards."""
+"""Numbers that adapt from step to step and are saved with the run: KL coefficient, scale of rewards."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class KLCoefficient(Stateful):
         self.value, self._controller = kl.coef, kl.controller
 
     def adapt(self, metrics: Metrics) -> Metrics:
-        """Moves it for the next step, if there is a target and this one measured a KL."""
+        """Moves the coefficient for the next step, if there is a target and this step measured a KL.
+
+        The metric is the coefficient that this step learned with.
+        """
         observed = metrics["kl/ref"].value if "kl/ref" in metrics else math.nan
         if self._controller is None or not math.isfinite(observed):
             return {}
@@ -39,13 +42,13 @@ class KLCoefficient(Stateful):
 
 
 class RewardScaler(Stateful):
-    """Rewards scaled by the mean and deviation of all of the run so far, those of the step included."""
+    """Rewards scaled by the mean and deviation of all rewards of the run so far, this step's included."""
 
     def __init__(self, scaling: RewardScaling, all_sum: Callable[[Tensor], Tensor]) -> None:
         self.scaling, self.all_sum, self.moments = scaling, all_sum, RunningMoments()
 
     def __call__(self, rewards: Tensor) -> Tensor:
-        """`[S]` of this rank -> the same. Every rank calls it, with rewards or without."""
+        """The scaled rewards of this rank, `[S]` as given. Every rank calls it, even one without rewards."""
         if self.scaling.has_memory:
             self.moments = self.moments.update(rewards, all_sum=self.all_sum)
         return self.scaling.apply(rewards, self.moments)

@@ -1,11 +1,12 @@
-"""The critic: a value for every token the policy is about to choose, and how it learns beside the policy.
+"""The critic: trunk, value head and optimizer, and its warm-up before the policy learns.
 
-V(s_t) = w . h_t, with h_t the hidden state that the log-prob of token t is computed from too. The trunk below
-the head is a model of its own, or the policy's: packing, shared prompts and checkpoints are the same.
+It gives a value for every token that the policy is about to choose: V(s_t) = w . h_t, with h_t the
+hidden state that the log-prob of token t is computed from too. The trunk below the head is a model of its
+own, or the policy's: packing, shared prompts and checkpoints are the same.
 
 Differences from PPO-max's code (arXiv:2307.04964): 1. policy and critic have an optimizer each; their
-gradients are still clipped by one norm over both; 2. the critic can be taught before the policy moves, which
-the paper advises and its code leaves out; 3. a head with no reward model to come from starts at 0.
+gradients are still clipped by one norm over both; 2. the critic can learn before the policy does, which the
+paper advises and its code leaves out; 3. a head that is not loaded from a reward model starts at 0.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ from rlhf.models.sharding import Sharding
 
 
 class Critic(Stateful):
-    """A trunk, a value head on it, and their optimizer; `own` is False where the trunk is the policy's."""
+    """A trunk, a value head on it, and their optimizer.
+
+    `own` is False where the trunk is the policy's; the optimizer then has the head alone.
+    """
 
     def __init__(self, trunk: Trunk, head: nn.Linear, optimizer: MasterAdamW, *, own: bool) -> None:
         self.trunk, self.head, self.optimizer, self.own = trunk, head, optimizer, own
@@ -51,9 +55,9 @@ class Critic(Stateful):
         section: LearnerConfig,
         total_steps: int,
     ) -> Critic:
-        """On a device, or in shards.
+        """A critic from the model at `path`, as a whole on a device, or in shards.
 
-        Raises ModelError: there is no model at `path`, or it is a reward model of several scores.
+        Raises ModelError: there is no model at `path`, or it is a reward model that gives several scores.
         """
         trunk, weight = load_trunk(path, device)
         head = value_head(trunk.model, weight, trunk.model.device)
@@ -66,9 +70,10 @@ class Critic(Stateful):
         return cls(trunk, head, MasterAdamW(both, dtype, section, total_steps), own=True)
 
     def values(self, packed: Packed, policy_hidden: Tensor | None) -> Tensor:
-        """fp32 `[N]`. `policy_hidden`: the policy's states of `packed`, where a pass has computed them.
+        """The value of each token, fp32 `[N]`.
 
-        Without them (the policy is frozen) a shared trunk is frozen too, and the head alone learns.
+        `policy_hidden`: the policy's hidden states of `packed`, where a pass has computed them. Without them
+        (the policy is frozen) a trunk shared with the policy is frozen too, and the head alone learns.
         """
         if self.own:
             return scores(self.head, self.trunk.hidden(packed))[:, 0]
@@ -78,7 +83,10 @@ class Critic(Stateful):
         return scores(self.head, policy_hidden)[:, 0]
 
     def dummy_pass(self) -> Tensor:
-        """A zero that depends on every weight: the pass of a sharded rank that has nothing to compute."""
+        """A zero that depends on every weight.
+
+        A rank with nothing to compute makes this pass, because a sharded model needs all ranks in each pass.
+        """
         return self.values(least(self.head.weight.device), None).sum() * 0.0
 
     def state(self) -> dict[str, Any]:
@@ -92,7 +100,7 @@ class Critic(Stateful):
 
 
 class Warmup(Stateful):
-    """The steps at the start of a run in which the critic learns and the policy is frozen."""
+    """Counts the steps at the start of a run in which the critic learns and the policy is frozen."""
 
     def __init__(self, critic: CriticLoss | None) -> None:
         self.limit = 0 if critic is None else critic.warmup_steps
@@ -100,7 +108,7 @@ class Warmup(Stateful):
         self.steps, self.over = 0, self.limit == 0
 
     def adapt(self, metrics: Metrics) -> Metrics:
-        """After each step: ends the warm-up when it is long enough, or the critic good enough."""
+        """After each step: ends the warm-up once it is long enough, or the critic explains enough."""
         if self.limit == 0:
             return {}
         if not self.over:
@@ -120,5 +128,5 @@ class Warmup(Stateful):
 
 
 def critic_section(section: CriticConfig, learner: LearnerConfig) -> LearnerConfig:
-    """The learner's settings with the critic's own in their place."""
+    """The learner's settings, with learning rate and eps replaced by those of the critic."""
     return learner.model_copy(update={"lr": section.lr, "eps": section.eps})

@@ -1,8 +1,7 @@
-"""Scored groups -> Experience: everything the loss needs, complete, before the first gradient.
+"""Scored groups -> packed groups -> Experience: all that the loss needs, before the first gradient.
 
-The passes without gradient happen here: `old_logprobs` when more than one update is made from the same
-experience (or a KL goes into the reward), `ref_logprobs` when the algorithm compares with a reference, values
-when it has a critic.
+The passes without gradient happen here: `old_logprobs` when a step makes several updates (or a KL goes into
+the reward), `ref_logprobs` when the algorithm compares with a reference, values when it has a critic.
 """
 
 from __future__ import annotations
@@ -113,7 +112,7 @@ class ExperienceBuilder:
         )
 
     def weights(self, groups: Sequence[Group]) -> list[float]:
-        """The largest advantage of each trajectory, all of them one batch; 0 for one that has no reward."""
+        """The largest advantage of each trajectory, all of them as one batch; 0 for one without a reward."""
         inputs = self.scores(groups)
         advantages = self.algorithm.advantage(inputs).masked_fill(~inputs.loss_mask, -torch.inf)
         largest = torch.full_like(inputs.rewards, -torch.inf, dtype=advantages.dtype).scatter_reduce(
@@ -123,9 +122,9 @@ class ExperienceBuilder:
         return [next(found) if is_learnable(t) else 0.0 for g in groups for t in g.trajectories]
 
     def scores(self, groups: Sequence[Group]) -> AdvantageInputs:
-        """What advantages are made of, for those that can be learned from, as one batch.
+        """What advantages are computed from, for all learnable trajectories as one batch.
 
-        No model is asked: a KL in the reward, which needs one, is left out.
+        No model makes a pass for it: a KL in the reward, which would need one, is left out.
         """
         groups = [_learnable(g) for g in groups if any(map(is_learnable, g.trajectories))]
         packed = self._pack(groups)
@@ -162,7 +161,7 @@ class ExperienceBuilder:
 
     @torch.no_grad()
     def _before_update(self, packed: PackedGroups) -> tuple[Tensor | None, Tensor | None]:
-        """Log-probs of the policy, if they are kept, and values of the critic, if there is one.
+        """Log-probs of the policy, if `needs_old`, and values of the critic, if there is one, each `[N]`.
 
         One pass serves both where they share a trunk.
         """
@@ -170,6 +169,7 @@ class ExperienceBuilder:
             return None, None
         old = torch.zeros_like(packed.rollout_logprobs) if self.needs_old else None
         values = None if self.critic is None else torch.zeros_like(packed.rollout_logprobs)
+        # a critic on its own trunk does not need the policy's hidden states
         own = self.critic is not None and self.critic.own
         groups = range(len(packed.prompts))
         micros = microbatches(packed, groups, self.microbatch_tokens, layout=self.policy.layout)
@@ -260,7 +260,7 @@ def pack_groups(
     group_numbers: Sequence[int] | None = None,
     drop_truncated: bool = False,
 ) -> PackedGroups:
-    """The tensors of groups whose trajectories all have tokens; the groups' rewards have no part in it.
+    """Packs groups whose trajectories all have tokens; their rewards are not needed.
 
     `group_numbers`: the number of each group among those of all ranks, where other ranks have groups.
     `drop_truncated` takes trajectories that were cut at their limit out of the loss mask.
@@ -306,12 +306,12 @@ def fields_of(packed: PackedGroups) -> dict[str, Any]:
 
 
 def _learnable(group: Group) -> Group:
-    """The group without the trajectories that nothing can be learned from."""
+    """The group with its learnable trajectories only."""
     return replace(group, trajectories=tuple(filter(is_learnable, group.trajectories)))
 
 
 def _candidates(trajectories: Sequence[Trajectory], device: torch.device) -> Candidates | None:
-    """What their tokens were drawn from; None where nothing was truncated."""
+    """The candidates of all tokens; None where sampling was truncated nowhere."""
     if all(t.candidates is None for t in trajectories):
         return None
     return Candidates.join([t.candidates or Candidates.of([()] * len(t.token_ids)) for t in trajectories]).to(

@@ -1,13 +1,13 @@
-"""A weight as the optimizer has it: its float32 master, its gradient, AdamW's moments.
+"""Float32 master weights in two 16-bit halves, with their gradients and AdamW's moments.
 
-The model computes with the master rounded to bfloat16, which is nearly the upper half of its bits. So the
-lower half is kept beside the weight, and the two are the master, in 4 bytes in place of 6:
+The model computes with the master rounded to bfloat16, which is nearly the upper half of the master's bits.
+So only the lower half is stored beside the weight; together they are the master, in 4 bytes instead of 6:
 
     bits(master) = bits(weight) * 2^16 + lower,   lower from -2^15 to 2^15 - 1
 
-(as Split-SGD-BF16, arXiv:2005.04680, which cuts where this rounds). A master exactly halfway between two
-bfloat16 numbers, one in 65,536, has its last bit taken off, since its `lower` would be one of two. The
-master exists as a whole for a piece of the weight at a time, while that is updated.
+(as Split-SGD-BF16, arXiv:2005.04680, which truncates where this rounds). A master exactly halfway between two
+bfloat16 numbers, one in 65,536, has its last bit set to 0, because its `lower` would not be unique. During an
+update the masters of only a piece of the weight at a time exist as a whole.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from rlhf.distributed.shards import as_shard, is_sharded, own_rows
 from rlhf.torch_typed import adamw, after_gradient, norm, pieces
 
 ON_CPU, ELSEWHERE = 1 << 17, 1 << 24
-"""Elements that are updated at a time: in the cache of a core, and enough to keep a GPU busy."""
+"""Elements that are updated at a time: what fits a CPU core's cache, and enough to keep a GPU busy."""
 
 
 @dataclass(slots=True, eq=False)
 class Moments:
-    """Of AdamW, of the master's shape, and the number of updates they are the mean of."""
+    """AdamW's moments, of the master's shape, and the number of updates that went into them."""
 
     first: Tensor
     second: Tensor
@@ -36,9 +36,10 @@ class Moments:
 
 
 class Master:
-    """Of `weight`, which is float32 and becomes `dtype`; of a sharded one, this rank's rows as they are.
+    """Master of `weight`, which is given in float32 and becomes `dtype`.
 
-    A weight that is of the `dtype` already is its own master.
+    A weight that has that `dtype` already is its own master; so is a sharded weight, of which each rank
+    updates its own rows.
     """
 
     def __init__(self, weight: nn.Parameter, dtype: torch.dtype) -> None:
@@ -47,7 +48,7 @@ class Master:
         if not self.is_sharded:
             weight.data = weight.data.contiguous()
         self.gradient: Tensor | None = None
-        """After `collect`, and of a weight in 16 bits already while backward passes add to it."""
+        """There after `collect`; for a weight in 16 bits also before it, while backward passes add to it."""
         self._lower: Tensor | None = None
         if not self.is_sharded and weight.dtype != dtype:
             assert (weight.dtype, dtype) == (torch.float32, torch.bfloat16), "no other halves are known"
@@ -61,23 +62,23 @@ class Master:
 
     @property
     def shape(self) -> torch.Size:
-        """Of what this rank holds."""
+        """Shape of the rows that this rank holds."""
         return own_rows(self.weight).shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the master."""
+        """Type of the master."""
         return self.weight.dtype if self._lower is None else torch.float32
 
     def value(self) -> Tensor:
-        """The master: a tensor of its own where it is in halves."""
+        """The master: a new tensor where it is stored in halves, else the weight's own."""
         if self._lower is None:
             return own_rows(self.weight).detach()
         return joined(self.weight.detach(), self._lower)
 
     @torch.no_grad()
     def set(self, value: Tensor) -> None:
-        """Makes it the master, and the weight its rounded one."""
+        """Sets the master to `value`, and the weight to `value` rounded."""
         if self._lower is None:
             self.value().copy_(value)
             return
@@ -85,7 +86,7 @@ class Master:
             split(whole, weight, lower)
 
     def collect(self) -> None:
-        """What backward passes have left becomes the gradient; zeros where they left nothing."""
+        """Makes what backward passes have accumulated the gradient; zeros where there was none."""
         if self._lower is None:
             gradient, self.weight.grad = self.weight.grad, None
             self.gradient = None if gradient is None else own_rows(gradient)
@@ -93,25 +94,26 @@ class Master:
             self.gradient = torch.zeros_like(own_rows(self.weight))
 
     def widened(self) -> Tensor:
-        """The gradient, which is in float32 from here on."""
+        """The gradient, converted to float32 where it was not."""
         assert self.gradient is not None
         if self._lower is not None:
             self.gradient = self.gradient.float()
         return self.gradient
 
     def norm(self) -> Tensor:
-        """Of the gradient, in float32 at least."""
+        """Norm of the gradient, computed in float32 at least."""
         assert self.gradient is not None
         return norm(self.gradient)
 
     @torch.no_grad()
     def update(self, factor: Tensor, lr: float, section: LearnerConfig) -> None:
-        """AdamW with the gradient times `factor`."""
+        """One step of AdamW with the gradient times `factor`."""
         assert self.gradient is not None
         first, second = self.moments.first, self.moments.second
         held = (self.value(),) if self._lower is None else (self.weight.detach(), self._lower)
-        for gradient, mean, square, *parts in self._pieces(self.gradient.contiguous(), first, second, *held):
-            whole = parts[0] if self._lower is None else joined(*parts)
+        stored = (self.gradient.contiguous(), first, second, *held)
+        for gradient, mean, square, *halves in self._pieces(*stored):
+            whole = halves[0] if self._lower is None else joined(*halves)
             scaled = gradient.to(whole.dtype) * factor
             adamw(
                 whole,
@@ -125,14 +127,14 @@ class Master:
                 weight_decay=section.weight_decay,
             )
             if self._lower is not None:
-                split(whole, *parts)
+                split(whole, *halves)
         self.moments.step += 1
 
     def saved(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """What a checkpoint needs of it: the master and its moments, in shards where the weight is."""
+        """What a checkpoint saves: the master and its moments, in shards where the weight is sharded."""
         value = self.weight.detach() if self.is_sharded else self.value()
         if self._lower is not None:
-            # joined on a GPU, but not all of them there at once
+            # the joined masters of all weights would not fit beside the model on a GPU
             value = value.cpu()
         first, second = (
             as_shard(m, self.weight) if self.is_sharded else m
@@ -141,7 +143,10 @@ class Master:
         return value, {"step": self.moments.step, "exp_avg": first, "exp_avg_sq": second}
 
     def _take_gradient(self, weight: Tensor) -> None:
-        """The first one stays in the weight's own type, in which it loses nothing; more make it float32."""
+        """Takes the gradient that a backward pass has left on the weight, and adds it up.
+
+        A single gradient loses nothing in the weight's own type; a sum of several is kept in float32.
+        """
         gradient, weight.grad = weight.grad, None
         assert gradient is not None
         if self.gradient is None:
@@ -150,7 +155,7 @@ class Master:
             self.gradient = self.gradient.float().add_(gradient)
 
     def _pieces(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
-        """The same part of each, one after the other."""
+        """Pieces of the flattened tensors: the same elements of each of them at a time."""
         size = ON_CPU if self.weight.device.type == "cpu" else ELSEWHERE
         count = tensors[0].numel()
         sizes = [size] * (count // size) + [count % size] * bool(count % size)
@@ -167,5 +172,5 @@ def split(master: Tensor, weight: Tensor, lower: Tensor) -> None:
     bits = master.view(torch.int32)
     bits = bits - bits.bitwise_and(0xFFFF).eq_(0x8000)
     weight.copy_(bits.view(torch.float32))
-    # the conversion keeps the last 16 bits
+    # copying to int16 keeps the last 16 bits
     lower.copy_(bits)

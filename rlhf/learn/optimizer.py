@@ -1,8 +1,9 @@
-"""AdamW on a float32 master copy; the model itself computes in bfloat16.
+"""AdamW on float32 master weights: gradients over the ranks, clipping, the schedule, what is saved.
 
 A bfloat16 weight has 8 bits: at a learning rate of 1e-6 nearly every update would be rounded away. So the
-optimizer owns float32 masters (master.py), gradients of all microbatches are added up in float32, and the
-model's weights are the masters, rounded, which the engine samples from as well. In float32 they are one.
+optimizer owns float32 masters (`learn/master_weights.py`) and adds up the gradients of all microbatches in
+float32. The model's weights, which the engine samples from as well, are the masters rounded to bfloat16; in a
+model that computes in float32, weights and masters are the same tensors.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from rlhf.metrics import Max, Mean, Metrics, Sum
 
 
 class MasterAdamW(Stateful):
-    """Casts `model` (given in float32) to `dtype`, keeps the masters of what learns and updates both."""
+    """Casts `model` (given in float32) to `dtype`, keeps masters of what learns, and updates both."""
 
     def __init__(
         self, model: nn.Module, dtype: torch.dtype, section: LearnerConfig, total_steps: int
     ) -> None:
         self.section, self.total_steps = section, total_steps
         self.begins = 0
-        """The step of the first update, with which the schedule begins."""
+        """The step of the first update, at which the schedule begins."""
         named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         self.masters = {name: Master(weight, dtype) for name, weight in named}
         for parameter in model.parameters():
@@ -47,26 +48,32 @@ class MasterAdamW(Stateful):
         return step_together({"lr": (self, step)}, world)
 
     def lr(self, step: int) -> float:
-        """In force at a step, counted from 0."""
+        """Learning rate in force at a step; steps count from 0."""
         return self.section.lr * lr_factor(step - self.begins, self.section, self.total_steps - self.begins)
 
     def gather(self, world: World) -> Tensor:
-        """Adds the gradients up over the ranks; their norm. FSDP has added up those of sharded weights."""
+        """Adds the gradients up over the ranks and returns their norm, a scalar.
+
+        FSDP has already added up the gradients of sharded weights.
+        """
         for master in self.masters.values():
             master.collect()
         whole = [master for master in self.masters.values() if not master.is_sharded]
         if world.size > 1:
             world.sum_gradients([master.widened() for master in whole])
         norm = _norm(whole)
-        rows = [master for master in self.masters.values() if master.is_sharded]
-        if not rows:
+        sharded = [master for master in self.masters.values() if master.is_sharded]
+        if not sharded:
             return norm
-        # every row lies on as many ranks as there are replicas
-        squares = world.all_sum(_norm(rows).square()) / replicas_of(rows[0].weight)
+        # every row lies on as many ranks as there are replicas, so the sum counts it that often
+        squares = world.all_sum(_norm(sharded).square()) / replicas_of(sharded[0].weight)
         return (norm.square() + squares).sqrt()
 
     def apply(self, step: int, norm: Tensor) -> bool:
-        """Clips the gathered gradients, as if `norm` were theirs, and updates unless it is not finite."""
+        """Clips the gathered gradients, with `norm` for their norm, and updates; returns whether it did.
+
+        There is no update if `norm` is not finite.
+        """
         finite = math.isfinite(norm.item())
         factor = (self.section.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         for master in self.masters.values():
@@ -76,7 +83,7 @@ class MasterAdamW(Stateful):
         return finite
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Everything a checkpoint needs: the masters, and the moments and update counts of each."""
+        """What a checkpoint saves: the masters, and the moments and the number of updates of each."""
         masters: dict[str, Tensor] = {}
         moments: dict[str, Tensor] = {}
         for name, master in self.masters.items():
@@ -86,7 +93,7 @@ class MasterAdamW(Stateful):
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
-        """Inverse of `tensors`. Raises CheckpointError when they are of another model."""
+        """Inverse of `tensors`. Raises CheckpointError when names or shapes are those of another model."""
         saved, moments = tensors["model"], tensors["optimizer"]
         if set(saved) != set(self.masters):
             odd = sorted(set(saved) ^ set(self.masters))[:3]
@@ -99,7 +106,7 @@ class MasterAdamW(Stateful):
                 raise CheckpointError(f"{name}: checkpoint {list(value.shape)}, model {list(master.shape)}")
             master.set(value)
             if f"{name}/step" not in moments:
-                # saved before the first update, by a version that made moments with it
+                # earlier versions made moments with the first update; this was saved before it
                 continue
             master.moments.step.copy_(moments[f"{name}/step"])
             master.moments.first.copy_(rows_like(moments, f"{name}/exp_avg", master.weight))
@@ -107,20 +114,20 @@ class MasterAdamW(Stateful):
 
 
 def _norm(masters: Sequence[Master]) -> Tensor:
-    """Of all their gradients together."""
+    """Norm of all their gradients together."""
     return nn.utils.get_total_norm([master.norm() for master in masters])
 
 
 def step_together(optimizers: Mapping[str, tuple[MasterAdamW, int]], world: World) -> Metrics:
-    """One update of several parts, clipped by one norm over all; made of all of them or of none.
+    """One update by several optimizers, clipped by one norm over all gradients; all of them update or none.
 
-    By the name under which its learning rate is reported, each comes with its own count of steps.
+    `optimizers`: by the name under which its learning rate is reported, each with its own count of steps.
     """
     norms = [optimizer.gather(world) for optimizer, _ in optimizers.values()]
     norm = norms[0] if len(norms) == 1 else torch.stack(norms).square().sum().sqrt()
-    # the norm is one: all of them find it finite, or none does
-    made = [optimizer.apply(step, norm) for optimizer, step in optimizers.values()]
-    finite = all(made)
+    # all optimizers are given the same norm: all find it finite, or none does
+    updated = [optimizer.apply(step, norm) for optimizer, step in optimizers.values()]
+    finite = all(updated)
     metrics: Metrics = {name: Max(optimizer.lr(step)) for name, (optimizer, step) in optimizers.items()}
     metrics["update/skipped"] = Sum(0.0 if finite else 1.0 / world.size)
     return metrics | ({"grad_norm": Mean(norm.item())} if finite else {})
@@ -129,8 +136,8 @@ def step_together(optimizers: Mapping[str, tuple[MasterAdamW, int]], world: Worl
 def lr_factor(step: int, section: LearnerConfig, total_steps: int) -> float:
     """Linear warm-up over the first `warmup_steps`, then the schedule; `step` counts from 0.
 
-    `inverse_sqrt` is that of PPO-max (arXiv:2307.04964, its code): max(step / W, 0.1) up to W, sqrt(W / step)
-    from there on.
+    `inverse_sqrt` is the schedule of PPO-max (arXiv:2307.04964, its code), with W for `warmup_steps`:
+    max(step / W, 0.1) up to W, sqrt(W / step) from there on.
     """
     warmup = section.warmup_steps
     if section.schedule == "inverse_sqrt":

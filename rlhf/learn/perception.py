@@ -1,8 +1,8 @@
-"""Perception in a run: hiding patches of the pictures of a step, and what the policy says without them.
+"""The policy's passes over images with patches made black, for the perception terms of the loss (PAPO).
 
-The mask of a prompt's pictures is a function of the run's seed, the step and the prompt, so nothing of it is
-stored, and a resumed run draws the same. One mask a prompt and step serves its whole group, whose completions
-go on sharing the prompt.
+The mask of a prompt's images is a function of the run's seed, the step and the prompt, so nothing of it is
+stored, and a resumed run draws the same. In one step a prompt has one mask for its whole group, so that the
+completions still share the prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rlhf.types import Experience, Images, Mask, PackedGroups, PerceptionBatch, 
 
 
 class MaskedPasses:
-    """The passes over masked pictures that the perception term needs."""
+    """The passes over masked images that the perception terms need."""
 
     def __init__(
         self, policy: Policy, term: Perception, section: PerceptionConfig, *, seed: int, steps: int
@@ -32,7 +32,7 @@ class MaskedPasses:
 
     @classmethod
     def of(cls, config: Config, policy: Policy) -> MaskedPasses | None:
-        """None: the config gives no weight to perception."""
+        """The passes of a run; None where the config gives no weight to perception."""
         term = config.perception.term
         if term is None:
             return None
@@ -42,16 +42,17 @@ class MaskedPasses:
     def inputs(
         self, packed: PackedGroups, *, step: int, temperature: float, budget: int
     ) -> PerceptionInputs | None:
-        """What the policy says of the same tokens before the update; None where no prompt has pictures.
+        """Log-probs of the same tokens given the masked images; None where no prompt has images.
 
+        They are computed before the update, and only where the terms do not need them with gradient.
         `budget`: tokens of a microbatch.
         """
         if not packed.images:
             return None
-        seeing = [g for g, images in enumerate(packed.images) if images is not None]
+        with_images = [g for g, images in enumerate(packed.images) if images is not None]
         logprobs = torch.zeros_like(packed.rollout_logprobs)
         has_image = torch.zeros_like(packed.loss_mask)
-        for micro in microbatches(packed, seeing, budget, layout=self.policy.layout):
+        for micro in microbatches(packed, with_images, budget, layout=self.policy.layout):
             has_image[micro.index] = True
             if self.term.gradient == "policy":
                 masked = self.masked(micro.packed, step)
@@ -61,9 +62,9 @@ class MaskedPasses:
     def batch(
         self, experience: Experience, micro: Microbatch, hidden: Tensor, *, temperature: float
     ) -> PerceptionBatch | None:
-        """What the loss of one microbatch needs; None where none of its prompts has pictures.
+        """What the loss of one microbatch needs; None where none of its prompts has images.
 
-        `hidden`: the policy's own states of it, with gradient.
+        `hidden` `[N, H]`: the policy's hidden states given the images as they are, with gradient.
         """
         given = experience.perception
         if given is None or not micro.packed.images:
@@ -74,17 +75,17 @@ class MaskedPasses:
             logprobs = self._logprobs(self.masked(micro.packed, step), temperature)
         if self.term.estimator == "exact":
             with torch.no_grad():
-                blind = self.policy.hidden(self.masked(micro.packed, step))
-            exact = self.policy.divergence(micro.packed, hidden, blind, temperature=temperature)
+                masked_hidden = self.policy.hidden(self.masked(micro.packed, step))
+            exact = self.policy.divergence(micro.packed, hidden, masked_hidden, temperature=temperature)
         return PerceptionBatch(logprobs, given.has_image[micro.index], exact, self.scale(step))
 
     def scale(self, step: int) -> float:
-        """Of all three coefficients: from 1 at the first step straight to `final_share` at the last."""
+        """Factor of all three coefficients: linear from 1 at the first step to `final_share` at the last."""
         progress = step / max(1, self.steps - 1)
         return 1.0 + (self.section.final_share - 1.0) * min(1.0, progress)
 
     def masked(self, packed: Packed, step: int) -> Packed:
-        """The same tokens after pictures with patches made black."""
+        """The same tokens, with patches of their prompts' images made black."""
         return replace(packed, images=tuple(self._mask(images, step) for images in packed.images))
 
     def _mask(self, images: Images | None, step: int) -> Images | None:

@@ -1,8 +1,9 @@
-"""Early signs that the perception KL is hacked: it grows because completions lose touch with their prompts.
+"""Five signs of KL hacking: the perception KL grows because completions lose touch with their prompts.
 
 PAPO (arXiv:2507.06448) names the signs and one number: in the collapsed 7B run the KL's variance over tokens
-was 8.4 times what it is in a healthy one. The other bounds are ours, rules of thumb. The last `watch_steps`
-steps are compared with as many at the start of the run, and with as many just before them.
+was 8.4 times that of a healthy run. The other bounds are rules of thumb of this project. The last
+`perception.watch_steps` steps are compared with as many steps at the start of the run, and with as many just
+before them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from rlhf.config.perception import PerceptionConfig
 from rlhf.metrics import Max, Metrics
 
 Values = Mapping[str, float]
+"""Metrics by name, each the mean over some steps."""
 VARIANCE_OF_A_COLLAPSE = 8.4
 WATCHED = (
     "perception/kl",
@@ -26,52 +28,53 @@ WATCHED = (
 )
 
 
-def _sharp(first: Values, before: Values, last: Values) -> bool:
+def _kl_doubled(first: Values, before: Values, last: Values) -> bool:
     return last["perception/kl"] >= 2.0 * max(first["perception/kl"], before["perception/kl"])
 
 
-def _varies(first: Values, before: Values, last: Values) -> bool:
-    then, now = (v["perception/kl_squared"] - v["perception/kl"] ** 2 for v in (first, last))
-    return then > 0 and now >= VARIANCE_OF_A_COLLAPSE * then
+def _kl_varies(first: Values, before: Values, last: Values) -> bool:
+    # variance = mean of squares - square of the mean
+    at_first, now = (v["perception/kl_squared"] - v["perception/kl"] ** 2 for v in (first, last))
+    return at_first > 0 and now >= VARIANCE_OF_A_COLLAPSE * at_first
 
 
-def _clips(first: Values, before: Values, last: Values) -> bool:
+def _more_clipped(first: Values, before: Values, last: Values) -> bool:
     name = "clip_fraction/high"
     return first.get(name, 0.0) < before.get(name, 0.0) < last.get(name, 0.0)
 
 
-def _scatters(first: Values, before: Values, last: Values) -> bool:
+def _entropies_up(first: Values, before: Values, last: Values) -> bool:
     return all(
         last[name] >= 1.5 * first[name] for name in ("perception/entropy", "perception/masked_entropy")
     )
 
 
-def _fails(first: Values, before: Values, last: Values) -> bool:
+def _reward_halved(first: Values, before: Values, last: Values) -> bool:
     return last["reward/mean"] < 0.5 * max(first["reward/mean"], before["reward/mean"])
 
 
 SIGNS: dict[str, Callable[[Values, Values, Values], bool]] = {
-    "the perception KL has doubled": _sharp,
-    f"its variance over tokens is {VARIANCE_OF_A_COLLAPSE} times that of the first steps": _varies,
-    "more and more tokens are clipped at the upper bound": _clips,
-    "the entropies with and without the picture are up by a half": _scatters,
-    "the reward has fallen by half": _fails,
+    "the perception KL has doubled": _kl_doubled,
+    f"its variance over tokens is {VARIANCE_OF_A_COLLAPSE} times that of the first steps": _kl_varies,
+    "more and more tokens are clipped at the upper bound": _more_clipped,
+    "the entropies with and without the image are up by a half": _entropies_up,
+    "the reward has fallen by half": _reward_halved,
 }
 
 
 class PerceptionWatch(Stateful):
-    """Looks at every step; `stops` where as many signs as the config allows show at once."""
+    """Counts the signs after every step; `stops` is True once as many show as `perception.stop_at_signs`."""
 
     def __init__(self, section: PerceptionConfig) -> None:
         self.active = section.term is not None
         self.patience, self.limit = section.watch_steps, section.stop_at_signs
         self.steps: list[dict[str, float]] = []
-        """The first few, and the last twice as many."""
-        self.told = False
+        """Watched metrics of the first `watch_steps` steps, and of the last twice as many."""
+        self.warned = False
         self.stops = False
 
     def look(self, metrics: Metrics) -> tuple[Metrics, list[str]]:
-        """After each step: how many signs show, and what there is to tell, once a run."""
+        """After each step: the number of signs as a metric, and warnings, each given once in a run."""
         if not self.active or "perception/kl" not in metrics:
             return {}, []
         self.steps.append({name: metrics[name].value for name in WATCHED if name in metrics})
@@ -79,8 +82,8 @@ class PerceptionWatch(Stateful):
             del self.steps[self.patience]
         shown = self.signs()
         texts: list[str] = []
-        if len(shown) >= 2 and not self.told:
-            self.told = True
+        if len(shown) >= 2 and not self.warned:
+            self.warned = True
             texts.append(
                 f"the perception KL may be hacked: {'; '.join(shown)}. Lower perception.coef, or raise "
                 "perception.entropy_coef and perception.masked_entropy_coef"
@@ -91,7 +94,7 @@ class PerceptionWatch(Stateful):
         return {"perception/signs": Max(float(len(shown)))}, texts
 
     def signs(self) -> list[str]:
-        """Those that show now; none before three times `watch_steps` steps."""
+        """The signs that show now; none before three times `watch_steps` steps have been made."""
         n = self.patience
         if len(self.steps) < 3 * n:
             return []
@@ -99,11 +102,11 @@ class PerceptionWatch(Stateful):
         return [text for text, holds in SIGNS.items() if holds(first, before, last)]
 
     def state(self) -> dict[str, Any]:
-        return {"steps": self.steps, "told": self.told, "stops": self.stops}
+        return {"steps": self.steps, "told": self.warned, "stops": self.stops}
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         self.steps = [dict(step) for step in state["steps"]]
-        self.told, self.stops = state["told"], state["stops"] and self.limit is not None
+        self.warned, self.stops = state["told"], state["stops"] and self.limit is not None
 
 
 def _mean(steps: list[dict[str, float]]) -> dict[str, float]:

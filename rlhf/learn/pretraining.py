@@ -1,14 +1,14 @@
-"""Text that the policy must not forget: its likelihood is added to every update (PPO-ptx).
+"""PPO-ptx: adds the negative log-likelihood of texts, which the policy is not to forget, to every update.
 
     loss += ptx.coef * mean of -logprob over the tokens of `ptx.samples` texts
 
     text           {"text": "..."}                          every token but the first is learned
-    completions    {"prompt": ..., "completion": "..."}     the completion is, and its end; the prompt is not
+    completions    {"prompt": ..., "completion": "..."}     the completion and its end token are learned
 
-Which texts an update takes depends on the seed and its number alone, so there is nothing to save.
+Which texts an update takes depends only on the seed and the update's number, so nothing has to be saved.
 
-Differences from PPO-max (arXiv:2307.04964): 1. the paper mixes with a weight that it does not state and its
-code has it off, so the weight must be given; 2. the mean is over all tokens of the update, of all ranks.
+Differences from PPO-max (arXiv:2307.04964): 1. the paper does not state the weight, and its code sets it to
+0, so the weight must be given; 2. the mean is over all tokens of the update, on all ranks.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rlhf.models.sharding import in_step
 
 
 class Pretraining:
-    """Adds the gradient of the texts' loss to that of an update."""
+    """Adds the gradient of the texts' loss to the gradient of an update."""
 
     def __init__(
         self,
@@ -47,18 +47,18 @@ class Pretraining:
         self.seed, self.budget = derive_seed(seed, "ptx") % 2**32, budget
 
     def accumulate(self, update: int) -> Metrics:
-        """`update`: its number, from 0, over the whole run."""
+        """Adds the gradient for one update; `update` is its number in the whole run, from 0."""
         draw = order(self.seed, len(self.texts), update * self.samples, self.samples)
         total = sum(len(self.texts[i].learned) for i in draw)
         mine = [self.texts[i] for i in draw[self.world.rank :: self.world.size]]
         units = [Unit(i, 0, 1, text.tokens) for i, text in enumerate(mine)]
-        parts: list[Metrics] = [{"ptx/loss": Mean(0.0, 0.0)}]
+        metrics: list[Metrics] = [{"ptx/loss": Mean(0.0, 0.0)}]
         for several in in_step(fill(units, self.budget), self.policy.model, self.world):
             if several is None:
                 torch.autograd.backward([self.policy.dummy_pass()])
                 continue
-            parts.append(self._one_pass([mine[unit.group] for unit in several], total))
-        return merge(parts)
+            metrics.append(self._one_pass([mine[unit.group] for unit in several], total))
+        return merge(metrics)
 
     def _one_pass(self, texts: Sequence[Text], total: int) -> Metrics:
         device = self.policy.model.device

@@ -1,8 +1,7 @@
-"""The factor of each prompt's temperature, picked by a head on the reference's states of the prompt.
+"""The factor of each prompt's temperature, computed by a head on the reference's states of the prompt.
 
 The head is fitted once, before the first step: it minimises the dual of `algos/prompt_temperature.py` on
-the groups of the data. A group by itself would name its own optimum; the head says what prompts like it
-have in common.
+the groups of the data. Each group has an optimum of its own; a head generalises over similar prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from rlhf.types import Prompt
 
 
 class PromptTemperatures(PromptNumbers):
-    """`values[prompt.id]` is the factor."""
+    """Factors of temperatures: `values[prompt.id]` multiplies the algorithm's temperature."""
 
     what = "temperature"
 
@@ -38,31 +37,32 @@ class PromptTemperatures(PromptNumbers):
         *,
         seed: int,
     ) -> None:
-        """`exponents`: advantage / temperature of the data's completions `[G]`, by the prompt's id."""
+        """`exponents`: advantage / temperature of a prompt's completions in the data, `[G]` by prompt id."""
         super().__init__(section, policy, prompts, world, seed=seed)
         self.temperature, self.exponents = temperature, exponents
 
     def _learn(self) -> str:
-        """Raises ValueError when no prompt of the data has two completions with a reward."""
+        """Fits the head. Raises ValueError when no prompt of the data has two completions with a reward."""
         known = self.exponents()
         chosen = self._some([p for p in self.prompts if p.id in known])
         if not chosen:
             raise ValueError(
                 "no prompt of the data has two completions with a reward, so no temperature can be picked"
             )
-        parts = [known[p.id] for p in chosen]
-        padded = nn.utils.rnn.pad_sequence(parts, batch_first=True)
-        sizes = torch.tensor([len(part) for part in parts], device=padded.device)
-        there = torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]
+        groups = [known[p.id] for p in chosen]
+        padded = nn.utils.rnn.pad_sequence(groups, batch_first=True)  # [P, G]
+        sizes = torch.tensor([len(group) for group in groups], device=padded.device)  # [P]
+        there = torch.arange(padded.shape[1], device=padded.device) < sizes[:, None]  # [P, G]
         dual = self.temperature.dual
 
         def loss(shares: Tensor, places: list[int]) -> Tensor:
             return dual(factor_of(shares), padded[places], there[places])
 
         reached = self._fit(chosen, loss, max_value=1.0)
+        # the head gives shares of 0 to 1, which stand for factors on a logarithmic scale
         shares = torch.tensor(list(self.values.values()))
         self.values.update(zip(self.values, numbers(factor_of(shares)), strict=True))
-        fixed = float(dual(torch.ones(len(parts), device=padded.device), padded, there).mean())
+        fixed = float(dual(torch.ones(len(groups), device=padded.device), padded, there).mean())
         factors = sorted(self.values.values())
         return (
             f"temperatures of {len(factors)} prompts, {factors[0]:.2f} to {factors[-1]:.2f} times the "

@@ -1,12 +1,12 @@
-"""V(prompt): what a completion of a prompt is expected to get, learned once, before the first step (A-LoL).
+"""V(prompt), the expected reward of a prompt's completions: fitted once, before the first step (A-LoL).
 
-A small head on the frozen reference's hidden states of the prompt: one learned query attends to them, a
-linear layer and a sigmoid make a number of 0 to `max_value`. It is fitted to one reward a prompt: of a greedy
-completion of the reference, or the mean reward that the data has for the prompt.
+V is a small head on the frozen reference's hidden states of the prompt: one learned query attends to them,
+and a linear layer and a sigmoid make a number of 0 to `max_value`. It is fitted to one reward a prompt: that
+of a greedy completion of the reference, or the mean reward that the data has for the prompt.
 
 Differences from A-LoL's code (arXiv:2305.14718, its `ValueHeadAttention`): 1. padding is masked out of the
 attention; 2. the prompts are those of the training set (at most `max_prompts` of them), not of a development
-set: their completions in the data are not looked at; 3. the values are computed once, for every prompt.
+set, and their completions in the data are not used; 3. the values are computed once, for every prompt.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from rlhf.types import Prompt
 HEADS = 8
 DROPOUT = 0.1
 BATCH = 16
-WORSE = 1.2
-"""Times the squared error of a constant at which the values of prompts are called bad."""
+BAD_FIT = 1.2
+"""A warning says that the values are bad where their squared error is this many times that of a constant."""
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ Targets = Callable[[Sequence[Prompt]], list[float | None]]
 """One reward for each prompt; None where there is none."""
 
 Loss = Callable[[Tensor, list[int]], Tensor]
-"""What a head says of some prompts, and their places among all -> a loss of each."""
+"""The head's outputs for some prompts `[P]`, and the places of those among all -> their losses `[P]`."""
 
 
 class ValueHead(nn.Module):
@@ -56,7 +56,7 @@ class ValueHead(nn.Module):
         self.linear = nn.Linear(dim, 1)
 
     def forward(self, states: Float[Tensor, "P T H"], mask: Bool[Tensor, "P T"]) -> Float[Tensor, " P"]:
-        """`mask` is True on the tokens of each prompt; what stands elsewhere, NaN even, has no part."""
+        """`mask` is True on the tokens of each prompt; values elsewhere, even NaN, have no effect."""
         states = self.dropout(states.masked_fill(~mask[..., None], 0.0))
         query = self.query.expand(len(states), 1, -1)
         pooled, _ = self.attention(query, states, states, key_padding_mask=~mask, need_weights=False)
@@ -65,7 +65,7 @@ class ValueHead(nn.Module):
 
 @torch.no_grad()
 def prompt_states(policy: Policy, prompts: Sequence[Prompt]) -> list[Tensor]:
-    """The last hidden states `[T, H]` of each prompt's tokens, in float32."""
+    """The last layer's hidden states of each prompt's tokens, `[T, H]` in float32."""
     device = policy.head.module.weight.device
     ids = [torch.tensor(p.token_ids, device=device) for p in prompts]
     # a prompt as the completion of its own first token: the row that predicts token t + 1 is that of token t
@@ -74,7 +74,7 @@ def prompt_states(policy: Policy, prompts: Sequence[Prompt]) -> list[Tensor]:
 
 
 def padded_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """States `[P, T, H]`, zeros behind each prompt, and where they are its own `[P, T]`."""
+    """States `[P, T, H]`, padded with zeros behind each prompt, and a mask `[P, T]` of the tokens."""
     lengths = torch.tensor([len(s) for s in states], device=states[0].device)
     padded = nn.utils.rnn.pad_sequence(list(states), batch_first=True)
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
@@ -83,10 +83,13 @@ def padded_states(states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 def fit(
     head: ValueHead, states: Sequence[Tensor], loss: Loss, section: PromptValueConfig, seed: int
 ) -> float:
-    """Adam on the mean of `loss`; leaves the head as after the epoch with the lowest mean, returns that."""
+    """Fits the head with Adam on the mean of `loss`; returns the lowest mean of an epoch.
+
+    The head keeps the weights that it had after that epoch.
+    """
     adam = _adam(head, section.lr)
     best, best_state = float("inf"), {k: v.clone() for k, v in head.state_dict().items()}
-    # only dropout draws here, and what it draws is the same whatever was drawn before
+    # only dropout draws random numbers here; the seed makes them the same whatever was drawn before
     with seeded(seed, states[0].device):
         for epoch in range(section.epochs):
             total = 0.0
@@ -124,15 +127,15 @@ class PromptNumbers(Stateful):
         *,
         seed: int,
     ) -> None:
-        """`policy`: the frozen reference, or the policy while it still is the reference."""
+        """`policy`: the frozen reference, or the policy before its first update, which is the same."""
         self.section, self.policy, self.prompts = section, policy, prompts
         self.world, self.seed = world, derive_seed(seed, self.what)
         self.values: dict[str, float] = {}
 
     def prepare(self) -> str:
-        """Fits a head and computes all numbers. Says how well.
+        """Fits a head and computes all numbers; returns a line that says how well it fits.
 
-        Those that a checkpoint brought back stay: the policy may be another by now.
+        Numbers that were loaded from a checkpoint stay, because the policy may have changed since.
         """
         if self.values:
             return f"{self.what}s of {len(self.values)} prompts are those of the checkpoint"
@@ -142,14 +145,14 @@ class PromptNumbers(Stateful):
         raise NotImplementedError
 
     def _fit(self, prompts: Sequence[Prompt], loss: Loss, *, max_value: float) -> float:
-        """Fills `values` with those of a head fitted on `prompts`."""
+        """Fits a head on `prompts` and fills `values` with its outputs for all prompts; the mean loss."""
         with seeded(self.seed):
             head = ValueHead(self.policy.head.module.in_features, max_value=max_value)
         device = self.policy.head.module.weight.device
         batches = [prompts[i : i + BATCH] for i in range(0, len(prompts), BATCH)]
         states = [s for batch in batches for s in prompt_states(self.policy, batch)]
         result = fit(head.to(device), states, loss, self.section, self.seed)
-        # the same on every rank, whatever its device made of it
+        # those of rank 0 on every rank: other devices may round differently
         self.values.update(self.world.gather(self._values_by(head))[0])
         return result
 
@@ -163,7 +166,7 @@ class PromptNumbers(Stateful):
         return values
 
     def _some(self, prompts: Sequence[Prompt]) -> list[Prompt]:
-        """At most `max_prompts` of them, drawn by the seed."""
+        """At most `max_prompts` of the prompts, drawn by the seed."""
         count = min(len(prompts), self.section.max_prompts)
         return [prompts[i] for i in order(self.seed, len(prompts), 0, count)]
 
@@ -175,7 +178,7 @@ class PromptNumbers(Stateful):
 
 
 class PromptValues(PromptNumbers):
-    """V(prompt), fitted to `targets` by the squared error."""
+    """V(prompt), fitted to `targets` with the squared error."""
 
     what = "value"
 
@@ -193,7 +196,7 @@ class PromptValues(PromptNumbers):
         self.targets = targets
 
     def _learn(self) -> str:
-        """Raises ValueError for targets out of range."""
+        """Fits the head. Raises ValueError for targets out of range, or where there is none."""
         chosen = self._some(self.prompts)
         found = [(p, t) for p, t in zip(chosen, self.targets(chosen), strict=True) if t is not None]
         if not found:
@@ -212,7 +215,7 @@ class PromptValues(PromptNumbers):
         error = self._fit([p for p, _ in found], squared_error, max_value=largest)
         constant = float(wanted.var(correction=0))
         values = self.values.values()
-        if error > WORSE * constant:
+        if error > BAD_FIT * constant:
             log.warning(
                 "values of prompts are further from the rewards they were learned from than their mean is "
                 "(squared error %.4f, of the mean %.4f): lower prompt_value.lr, which is %g",
