@@ -1,12 +1,12 @@
-"""Attention that also returns its log-sum-exp, so that two parts of one context can be merged.
+"""Attention over one part of the keys, with its log-sum-exp, and the merge of two parts into the whole.
 
-A query that sees a prompt and the tokens sampled after it attends to each part on its own; with
-`lse = logsumexp(scores)` of a part,
+A query attends to the prompt and to the tokens sampled after it separately; with
+`lse = logsumexp(scores)` of each part,
 
     out = (e^lse1 out1 + e^lse2 out2) / (e^lse1 + e^lse2) = out2 + sigmoid(lse1 - lse2) (out1 - out2)
 
-is the attention over both (the merge of FlashAttention and of cascade inference). Keys of a prompt are
-thus read once for all the completions that share it.
+is the attention over both parts (the merge used in FlashAttention and in cascade inference). The keys of
+a prompt are therefore read once for all completions that share it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ def attend(
     scale: float,
     bias: Float[Tensor, "B 1 1 L"] | None = None,
 ) -> tuple[Heads, LogSumExp]:
-    """softmax(scale q k^T + bias) v and the log-sum-exp (nats) of its scores.
+    """softmax(scale q k^T + bias) v, and the log-sum-exp (nats) of its scores.
 
-    The one place where the implementation is chosen: torch's flash kernel on a CPU, plain matrix products
-    elsewhere.
+    Runs torch's flash attention kernel on a CPU and plain matrix products (`attend_reference`) elsewhere.
     """
     if query.device.type == "cpu":
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -47,7 +46,7 @@ def attend_reference(
     scale: float,
     bias: Float[Tensor, "B 1 1 L"] | None = None,
 ) -> tuple[Heads, LogSumExp]:
-    """What `attend` means, in float32 matrix products."""
+    """The definition of `attend`, in float32 matrix products."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.float().repeat_interleave(repeats, 1) for x in (key, value))
     scores = query.float() @ key.mT * scale
@@ -58,5 +57,5 @@ def attend_reference(
 
 
 def merge(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> Tensor:
-    """Attention over the union of two sets of keys."""
+    """Attention over the union of two disjoint sets of keys, from the output and log-sum-exp of each."""
     return torch.lerp(out2, out1, torch.sigmoid(lse1 - lse2)[..., None].to(out1.dtype))

@@ -1,4 +1,4 @@
-"""Which implementation of a kernel serves a call: resolved once, and an impossible choice says why."""
+"""Chooses the implementation of a kernel (reference, tiled or Triton) for the tensors of a call."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Resolved: TypeAlias = Literal["reference", "tiled", "triton"]
 
 
 def resolve(backend: str, tensor: Tensor, *, offered: tuple[str, ...]) -> Resolved:
-    """Turn `backend` into one that can run on `tensor`'s device and dtype.
+    """The implementation that runs for `backend` on `tensor`'s device and dtype.
 
-    `offered` are the implementations the kernel has. `auto` is Triton on a GPU that has it, else the
-    best plain PyTorch one: `tiled` where it is offered, `reference` otherwise.
+    `offered` are the implementations that the kernel has. `auto` is Triton for CUDA tensors where Triton can
+    run, otherwise plain PyTorch: `tiled` where it is offered, else `reference`.
 
-    Raises ValueError when the name is unknown or the choice cannot run here; the message says why.
+    Raises ValueError if the name is unknown or that backend cannot run here; the message says why.
     """
     if backend not in get_args(Backend) or backend not in ("auto", *offered):
         raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(('auto', *offered))}")
@@ -34,7 +34,7 @@ def resolve(backend: str, tensor: Tensor, *, offered: tuple[str, ...]) -> Resolv
 
 
 def why_not_triton(tensor: Tensor) -> str | None:
-    """The reason why Triton cannot run on this tensor, or None when it can."""
+    """The reason why Triton cannot run on this tensor, or None if it can."""
     if tensor.dtype is torch.float64:
         return "keeps fp32 statistics and would lose the precision of float64 inputs"
     if importlib.util.find_spec("triton") is None:

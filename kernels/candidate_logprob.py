@@ -1,11 +1,13 @@
-"""Log-prob of each token among the few that truncated sampling left: only their rows of the head are read.
+"""Log-prob of each sampled token among its candidates, the tokens that truncated sampling left.
 
-With a_k = softcap * tanh(scale * (h . W_k + b_k) / softcap) / temperature and y one of its candidates S,
+With a_k = softcap * tanh(scale * (h . W_k + b_k) / softcap) / temperature, S the candidates of a token and
+y in S the sampled one,
 
     log p(y | S) = a_y - log sum_{k in S} exp(a_k)
 
-which is log p(y) - log p(S) of the whole distribution, without its normaliser: M dot products instead of
-N * V, with M the candidates of all N. Both directions are deterministic, on a GPU too.
+This equals log p(y) - log p(S) over the whole vocabulary, but needs no sum over the vocabulary: only the
+candidates' rows of the LM head are read, M dot products instead of N * V, where M is the number of
+candidates of all N tokens together. Forward and backward are deterministic, on a GPU too.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WORKSPACE_BYTES = 64 << 20
+"""Memory for the gathered rows of hidden states and of the head."""
 
 _torch: Any = torch
 
@@ -33,11 +36,13 @@ def candidate_logprob(
     logit_scale: float = 1.0,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Tensor:
-    """`[N]` log-probs, nats, of the first candidate of each token among all of them; 0 where there are none.
+    """Log-probs `[N]`, in nats: each token's first candidate (the sampled token) among all its candidates.
 
-    Shapes: hidden `[N, H]`, weight `[V, H]`, ids `[M]` integers end to end, sizes `[N]` with sum M, bias
-    `[V]`. Computed and returned in fp32 (float64 for float64 inputs), with gradients to hidden, weight and
-    bias. Raises ValueError for shapes that do not fit.
+    A token without candidates gets 0. Shapes: hidden `[N, H]`, weight `[V, H]`, bias `[V]`; ids `[M]` are
+    the candidates of all tokens end to end, and sizes `[N]`, with sum M, how many each token has. Computed
+    and returned in fp32 (float64 for float64 inputs), with gradients to hidden, weight and bias.
+
+    Raises ValueError if the shapes do not fit each other.
     """
     if sizes.shape != hidden.shape[:1] or hidden.shape[1] != weight.shape[1] or ids.ndim != 1:
         raise ValueError(
@@ -64,28 +69,28 @@ def candidate_logprob_reference(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> Tensor:
-    """What `candidate_logprob` means: every logit, minus infinity for what is no candidate, log-softmax."""
+    """The definition of `candidate_logprob`: log-softmax over all logits, -inf for all but the candidates."""
     logits = logit_scale * F.linear(hidden, weight, bias)
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     found: list[Tensor] = []
     segments = _torch.split(ids.long(), _torch.Tensor.tolist(sizes))
-    for row, ids in zip(logits / temperature, segments, strict=True):
-        out = torch.ones_like(row, dtype=torch.bool)
-        out[ids] = False
-        logprobs = row.masked_fill(out, float("-inf")).log_softmax(-1)
-        found.append(logprobs[ids[0]] if len(ids) else row.sum() * 0.0)
+    for row, candidates in zip(logits / temperature, segments, strict=True):
+        excluded = torch.ones_like(row, dtype=torch.bool)
+        excluded[candidates] = False
+        logprobs = row.masked_fill(excluded, float("-inf")).log_softmax(-1)
+        found.append(logprobs[candidates[0]] if len(candidates) else row.sum() * 0.0)
     return torch.stack(found)
 
 
 def _first_of_each(scores: Tensor, sizes: Tensor) -> Tensor:
-    """Log-softmax of every segment of `scores` `[M]`, its first entry; 0 for an empty one.
+    """The first entry of the log-softmax of each segment of `scores` `[M]`, as `[N]`; 0 for an empty segment.
 
-    It is -softplus(logsumexp of the others - the first): exact for a token that is nearly certain, too.
+    Computed as -softplus(logsumexp of the others - the first), which is exact for a nearly certain token too.
     """
     count = len(scores)
     owner = _owner(sizes, count)
-    # one place more, for the tokens without candidates
+    # tokens without candidates point to one extra, padded place at the end
     first = torch.where(sizes > 0, sizes.cumsum(0) - sizes, count)
     drawn = F.pad(scores, (0, 1))[first]
     is_first = torch.zeros(count + 1, dtype=torch.bool, device=scores.device)
@@ -100,12 +105,12 @@ def _first_of_each(scores: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _owner(sizes: Tensor, count: int) -> Tensor:
-    """`[M]`: the token that each candidate belongs to."""
+    """The index of the token that each candidate belongs to, `[M]`."""
     return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=count)
 
 
 class _Scores(torch.autograd.Function):
-    """h . W_k + b_k of every candidate `[M]`."""
+    """h . W_k + b_k for every candidate, `[M]`."""
 
     @staticmethod
     def forward(
@@ -119,7 +124,7 @@ class _Scores(torch.autograd.Function):
     ) -> Tensor:
         precise = torch.promote_types(hidden.dtype, torch.float32)
         owner = _owner(sizes, len(ids))
-        # two rows as they are and two in full precision
+        # a candidate needs two gathered rows in the inputs' dtype and two in full precision
         step = max(1, workspace_bytes // (4 * 4 * hidden.shape[1]))
         pieces = zip(torch.split(owner, step), torch.split(ids, step), strict=True)
         parts: list[Tensor] = [
@@ -134,15 +139,15 @@ class _Scores(torch.autograd.Function):
         (grad,) = grads
         hidden, weight, bias, ids, sizes = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # each row of the head is summed up once, in full precision, however often it is a candidate
+        # the gradient of each row of the head is summed once, in full precision, over all its occurrences
         found: tuple[Tensor, Tensor] = _torch.unique(ids, return_inverse=True)
         rows, place = found
-        of_hidden = of_weight = of_bias = None
+        grad_hidden = grad_weight = grad_bias = None
         if needs_hidden:
             offsets = sizes.cumsum(0) - sizes
             table = weight[rows].to(grad.dtype)
-            of_hidden = F.embedding_bag(place, table, offsets, mode="sum", per_sample_weights=grad)
-            of_hidden = of_hidden.to(hidden.dtype)
+            grad_hidden = F.embedding_bag(place, table, offsets, mode="sum", per_sample_weights=grad)
+            grad_hidden = grad_hidden.to(hidden.dtype)
         order = place.argsort(stable=True)
         counts = torch.bincount(place, minlength=len(rows))
         offsets = counts.cumsum(0) - counts
@@ -151,11 +156,11 @@ class _Scores(torch.autograd.Function):
             summed = F.embedding_bag(
                 owner, hidden.to(grad.dtype), offsets, mode="sum", per_sample_weights=grad[order]
             )
-            of_weight = torch.zeros_like(weight).index_copy_(0, rows, summed.to(weight.dtype))
+            grad_weight = torch.zeros_like(weight).index_copy_(0, rows, summed.to(weight.dtype))
         if needs_bias and bias is not None:
-            of_bias = torch.zeros_like(bias)
-            # of nothing at all there is no reduction
+            grad_bias = torch.zeros_like(bias)
+            # segment_reduce does not accept empty input
             if len(rows):
                 summed = torch.segment_reduce(grad[order], "sum", lengths=counts)
-                of_bias.index_copy_(0, rows, summed.to(bias.dtype))
-        return of_hidden, of_weight, of_bias, None, None, None
+                grad_bias.index_copy_(0, rows, summed.to(bias.dtype))
+        return grad_hidden, grad_weight, grad_bias, None, None, None

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation over packed sequences."""
+"""Generalised advantage estimation (GAE) over packed sequences."""
 
 from rlhf.kernels.gae.api import Gae, gae
 

@@ -1,4 +1,4 @@
-"""The entry point of the advantage scan."""
+"""`gae`, the entry point of generalised advantage estimation: checks arguments and picks a backend."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlhf.kernels.gae import reference
 
 
 class Gae(NamedTuple):
-    """Per token `[N]`, 0 where the loss mask is 0; `returns` are advantages plus values."""
+    """Advantages and returns (advantages plus values) per token, `[N]`; 0 where the loss mask is 0."""
 
     advantages: Tensor
     returns: Tensor
@@ -28,17 +28,17 @@ def gae(
     lam: float | Tensor = 0.95,
     backend: backends.Backend = "auto",
 ) -> Gae:
-    """Advantages of packed sequences (arXiv:1506.02438), right to left within each:
+    """Advantages and returns of packed sequences by GAE (arXiv:1506.02438), right to left in each sequence:
 
         delta_t = r_t + gamma V_next - V_t        A_t = delta_t + gamma lam_t A_next
 
     where "next" is the next token of the same sequence whose loss mask is 1; after the last one both V
-    and A are 0. Tokens of mask 0 (a tool's words) are skipped, their rewards and values not read:
-    inserting them anywhere changes nothing.
+    and A are 0. Tokens whose mask is 0 (such as a tool's output) are skipped and their rewards and values not
+    read: inserting such tokens changes nothing.
 
-    rewards, values: float `[N]`, one unit. sequence: integer `[N]`, equal for the tokens of a sequence,
-    which lie next to each other. loss_mask: bool (or 0/1) `[N]`. lam: a number or `[N]`. Nothing here is
-    differentiable.
+    rewards, values: float `[N]`, in the same unit. sequence: integer `[N]`, the same number for all tokens
+    of a sequence, which lie next to each other. loss_mask: bool (or 0/1) `[N]`. lam: a number or `[N]`. The
+    result has no gradients.
 
     Raises ValueError for shapes or precisions that do not fit, or a backend that cannot run here.
     """

@@ -1,9 +1,9 @@
 # pyright: basic
 # Triton's own language is not typed, and no_type_check keeps import hooks from wrapping its functions.
-"""The advantages as one associative scan: x -> d + c x, composed from right to left.
+"""GAE as one associative scan in Triton: the maps x -> d + c x composed from right to left.
 
-PyTorch works out c and d of every token, without waiting for the GPU; one program scans them a block at
-a time from the last to the first and carries the advantage over from block to block.
+PyTorch computes c and d of every token, without waiting for the GPU; one program scans them block by block,
+from the last to the first, and carries the advantage from block to block.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LAUNCH: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
 @no_type_check
 @triton.jit
 def _compose(c_right, d_right, c_left, d_left):
-    # a reversed scan hands the right neighbour first
+    # a reversed scan passes the right neighbour as the first operand
     return c_right * c_left, d_left + c_left * d_right
 
 
 @no_type_check
 @triton.jit
 def scan_kernel(d_ptr, c_ptr, out_ptr, count, BLOCK: tl.constexpr):
-    """out[t] = d[t] + c[t] * out[t + 1], with 0 after the last; fp32, one program for all."""
+    """out[t] = d[t] + c[t] * out[t + 1], with 0 after the last token; fp32, one program for all tokens."""
     lane = tl.arange(0, BLOCK)
     carry = 0.0
     blocks = tl.cdiv(count, BLOCK)
@@ -53,7 +53,7 @@ def advantages(
     gamma: float,
     lam: float | Tensor,
 ) -> Tensor:
-    """Advantages `[N]`, 0 where the mask is; see `gae` for the formula."""
+    """Advantages `[N]`, 0 where the mask is 0; see `gae` for the formula."""
     count = len(rewards)
     out = torch.empty(count, dtype=torch.float32, device=rewards.device)
     if not count:
@@ -67,10 +67,10 @@ def advantages(
 def coefficients(
     rewards: Tensor, values: Tensor, sequence: Tensor, mask: Tensor, gamma: float, lam: float | Tensor
 ) -> tuple[Tensor, Tensor]:
-    """d and c of every token: a masked one passes on what comes from its right, if of its sequence."""
+    """d and c of every token; a masked token passes on the advantage to its right within its sequence."""
     count = len(rewards)
     position = torch.arange(count, device=rewards.device)
-    # the first kept token at or after each place, found from the right
+    # position of the first unmasked token at or after each position
     at_or_after = torch.where(mask, position, count).flip(0).cummin(0).values.flip(0)
     following = torch.cat([at_or_after[1:], at_or_after.new_full((1,), count)])
     there = following.clamp(max=count - 1)

@@ -1,4 +1,4 @@
-"""The entry point: checks its arguments, picks a backend and a memory mode, drops what is masked."""
+"""`token_stats`, the entry point: checks the arguments and picks a backend and a memory mode."""
 
 from __future__ import annotations
 
@@ -38,32 +38,33 @@ def token_stats(
     num_unmasked: int | None = None,
     backend: backends.Backend = "auto",
 ) -> TokenStats:
-    """Statistics of each token's distribution, from last hidden states and LM head, in one pass.
+    """Statistics of each token's next-token distribution, from last hidden states and LM head, in one pass.
 
     With a = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature and
-    p = softmax(a), and u, q the same of the reference model (same temperature, softcap and scale):
+    p = softmax(a), and with u, q the same for the reference model (same temperature, softcap and scale):
 
         logprob = log p[target]      entropy = -sum p log p      logsumexp = log sum exp(a)
         kl = sum p log(p / q)        kl_reverse = sum q log(q / p)        ref_logprob = log q[target]
 
     all in nats, over the whole vocabulary, from fp32 logits whatever the inputs' precision (float64
-    inputs give float64 statistics). Every one has gradients to `hidden`, `weight` and `bias`, in any mix;
-    the reference has none, and `ref_logprob` therefore none at all. Differentiating twice is an error.
+    inputs give float64 statistics). The loss may combine any of them: all have gradients to `hidden`,
+    `weight` and `bias`, except `ref_logprob`, since the reference model gets no gradients. Differentiating
+    twice is an error.
 
     Shapes: hidden `[N, H]`, weight `[V, H]`, targets `[N]` integers, bias `[V]`, temperature a number or
     `[N]`, ref_hidden `[N, H']`, ref_weight `[V, H']`, ref_bias `[V]`. Without `ref_weight` the reference
     shares the policy's head, bias included.
 
-    A token whose target is -100 is dropped before any matmul: its statistics and gradients are 0.
-    Pass `num_unmasked`, the number of the others, where it is known: it spares the host from waiting for a
-    GPU. A target outside the vocabulary is an error on a CPU and gives NaN elsewhere.
+    A token whose target is -100 is masked: it is dropped before any matmul, and its statistics and gradients
+    are 0. Pass `num_unmasked`, the number of the other tokens, if it is known: then the host need not wait
+    for a GPU to count them. A target outside the vocabulary is an error on a CPU and gives NaN elsewhere.
 
-    `memory`: "recompute" computes the logits again in backward, within `workspace_bytes`; "keep" holds
-    them, 4 N V bytes, and saves a quarter of the arithmetic; "auto" keeps them if they fit
+    `memory`: "recompute" computes the logits again in backward, within `workspace_bytes`; "keep" stores
+    them, 4 N V bytes, and saves a quarter of the arithmetic; "auto" stores them if they fit
     `workspace_bytes`. The results are the same.
 
-    With `group`, weight and bias are this rank's part of the vocabulary, rows `vocab_start` onwards;
-    hidden and targets are equal on all ranks, as must be the upstream gradients.
+    `group`: with a process group, weight and bias are this rank's shard of the vocabulary, rows
+    `vocab_start` onwards. Hidden states, targets and upstream gradients must be equal on all ranks.
 
     Raises ValueError for shapes, precisions, names or backends that cannot work together.
     """
@@ -80,7 +81,7 @@ def token_stats(
         raise ValueError("backend 'reference' needs the whole vocabulary on one rank; use 'tiled'")
     scalar = 1.0 if isinstance(temperature, Tensor) else float(temperature)
     vector = temperature.detach() if isinstance(temperature, Tensor) else None
-    kept = _count(targets, num_unmasked)
+    count = _count(targets, num_unmasked)
     arguments = ops.Arguments(
         hidden,
         weight,
@@ -94,8 +95,8 @@ def token_stats(
         float(logit_scale),
         None if softcap is None else float(softcap),
         ",".join(sorted(wanted)),
-        _keeps(memory, kept, hidden, weight, workspace_bytes, both=bool(NEEDS_REFERENCE & wanted)),
-        kept,
+        _keeps(memory, count, hidden, weight, workspace_bytes, both=bool(NEEDS_REFERENCE & wanted)),
+        count,
         workspace_bytes,
         "" if group is None else group.group_name,
         vocab_start,
@@ -108,7 +109,7 @@ def token_stats(
 
 
 def whole(weight: Tensor) -> Tensor:
-    """A head that is sharded over ranks, gathered; its gradient is summed over them and scattered again."""
+    """The full weight of a head sharded over ranks (a DTensor); its gradient is reduced and scattered."""
     if type(weight) in (Tensor, torch.nn.Parameter):
         return weight
     from torch.distributed.tensor import DTensor, Partial
@@ -156,7 +157,7 @@ def _check_reference(
 
 
 def check_memory(memory: str, workspace_bytes: int) -> None:
-    """Raise ValueError for a memory mode or a workspace that cannot be meant."""
+    """Raises ValueError for an unknown memory mode or a workspace of no bytes."""
     if memory not in ("auto", "recompute", "keep"):
         raise ValueError(f"unknown memory mode {memory!r}; choose auto, recompute or keep")
     if workspace_bytes <= 0:
@@ -174,14 +175,14 @@ def _count(targets: Tensor, num_unmasked: int | None) -> int:
 
 
 def _keeps(
-    memory: str, kept: int, hidden: Tensor, weight: Tensor, workspace_bytes: int, *, both: bool
+    memory: str, num_unmasked: int, hidden: Tensor, weight: Tensor, workspace_bytes: int, *, both: bool
 ) -> bool:
-    """Whether the logits stay until backward; never where their number is not known or nothing is learned."""
+    """Whether the logits are stored for backward; never without gradients or a known number of tokens."""
     learns = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    if memory == "recompute" or kept == UNKNOWN or not learns:
+    if memory == "recompute" or num_unmasked == UNKNOWN or not learns:
         return False
-    size = (8 if hidden.dtype is torch.float64 else 4) * kept * len(weight) * (2 if both else 1)
-    return memory == "keep" or size <= workspace_bytes
+    itemsize, models = (8 if hidden.dtype is torch.float64 else 4), (2 if both else 1)
+    return memory == "keep" or itemsize * num_unmasked * len(weight) * models <= workspace_bytes
 
 
 def _shape(tensor: Tensor) -> str:

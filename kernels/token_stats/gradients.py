@@ -1,4 +1,4 @@
-"""The gradients as they add up over tiles, and the matmuls that make them."""
+"""Gradients by hidden states, head and bias, accumulated over tiles, and the matmuls that make them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from rlhf.kernels.token_stats.parallel import SumOverRanks
-from rlhf.kernels.token_stats.tile_sizes import Block, Head, Plan, Problem
+from rlhf.kernels.token_stats.tile_sizes import Block, Head, Plan, StatsInputs
 
 COLLECTED_COLUMNS = 8192
+"""Most columns of logit gradients that are collected for one matmul, where its result is rounded."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Which gradients are asked for."""
+    """Which inputs need a gradient."""
 
     hidden: bool
     weight: bool
@@ -24,7 +25,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Gradients:
-    """By the policy's inputs, in their own precision; None where not asked for."""
+    """Gradients by the policy's inputs, each in the precision of its input; None where none is needed."""
 
     hidden: Tensor | None
     weight: Tensor | None
@@ -32,17 +33,19 @@ class Gradients:
 
 
 class Sums:
-    """The gradients by the inputs: of the hidden states summed over slices, of the head over rows.
+    """Accumulates the gradients tile by tile: by the hidden states over columns, by the head over rows.
 
-    The matmuls take the inputs in their own precision, as those of plain autograd do, and in fp32 where a
-    CPU is slow at theirs. Where such a product comes out rounded (bf16 on a CPU), columns are collected
-    for few, long products by the head.
+    The matmuls take the inputs in their own precision, as those of plain autograd do, or in fp32 on a CPU
+    without fast matmuls in that precision. Where the result of a matmul is rounded to 16 bits (bf16 on a
+    CPU), the columns of several tiles are collected first, so that fewer rounded products are added up.
     """
 
-    def __init__(self, problem: Problem, cut: Plan, needs: Needs, group: str, factor: Tensor | None) -> None:
-        policy = problem.policy
+    def __init__(
+        self, inputs: StatsInputs, cut: Plan, needs: Needs, group: str, factor: Tensor | None
+    ) -> None:
+        policy = inputs.policy
         self.dtype = _matmul_dtype(policy)
-        """What the gradient by a tile's logits should be in."""
+        """The dtype in which `add` takes the gradient by a tile's logits."""
         self._policy, self._group, self._factor = policy, group, factor
         self._hidden = policy.hidden.to(self.dtype)
         device = policy.hidden.device
@@ -61,12 +64,12 @@ class Sums:
         self._collected: Tensor | None = None
         self._first_collected = 0
         if needs.hidden and _rounds(self._hidden, policy.wide):
-            affordable = problem.workspace_bytes // (2 * max(1, cut.count))
+            affordable = inputs.workspace_bytes // (2 * max(1, cut.count))
             width = max(cut.columns, min(COLLECTED_COLUMNS, affordable, cut.vocabulary))
             self._collected = self._hidden.new_empty(cut.count, width)
 
     def add(self, gradient: Tensor, block: Block, *, is_last: bool) -> None:
-        """Add one tile's part; with the last one the sum over ranks begins, under what is left to do."""
+        """Adds the contribution of one tile; the last one starts the asynchronous sum over ranks."""
         height = slice(block.top, block.bottom)
         if self._d_hidden is not None:
             if self._collected is None:
@@ -94,7 +97,7 @@ class Sums:
             self._multiply(collected, block.right)
 
     def _multiply(self, collected: Tensor, right: int) -> None:
-        """Add the product of the columns collected so far, which end at `right`."""
+        """Multiplies the columns collected so far, which end at `right`, by the head and adds the product."""
         assert self._d_hidden is not None
         left, self._first_collected = self._first_collected, right
         weight = self._policy.weight[left:right].to(self.dtype)
@@ -106,7 +109,7 @@ class Sums:
         return product(gradient.T, hidden, out=out)
 
     def store(self, left: int, right: int) -> None:
-        """Write the head's gradient of a slice of which every row was added."""
+        """Writes the head's gradient of a slice of the vocabulary once the tiles of all rows were added."""
         if self._d_weight is None:
             return
         if self._slice is None:
@@ -116,9 +119,9 @@ class Sums:
         self._slice = None
 
     def result(self) -> Gradients:
-        """All sums, in the precision of what they are the gradient of."""
+        """The accumulated gradients, each in the precision of its input."""
         if self._group and self._d_hidden is not None:
-            # a rank without a single tile takes part in the sum all the same
+            # a rank without tiles must take part in the collective too
             (self._sum or SumOverRanks(self._d_hidden, self._group)).wait()
         d_hidden, d_bias, bias = self._d_hidden, self._d_bias, self._policy.bias
         return Gradients(
@@ -132,7 +135,7 @@ class Sums:
 
 
 def product(first: Tensor, second: Tensor, *, out: Tensor) -> Tensor:
-    """The matrix product into `out`, which may be wider than the factors."""
+    """Writes the matrix product into `out`, whose dtype may be wider than that of the factors."""
     if first.dtype is out.dtype:
         return torch.mm(first, second, out=out)
     if _rounds(first, out.dtype):
@@ -150,12 +153,12 @@ def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
 
 
 def _rounds(factor: Tensor, wide: torch.dtype) -> bool:
-    """Whether a product comes out in the precision of its factors, not in the wide one."""
+    """Whether matmuls round the result to the factors' 16 bits, since they cannot return the wide dtype."""
     return factor.dtype is not wide and not (factor.is_cuda and torch.version.hip is None)
 
 
 def _matmul_dtype(policy: Head) -> torch.dtype:
-    """The inputs' own precision; the wide one for 16 bits on a CPU without fast matmuls in them."""
+    """The inputs' own precision, or the wide one on a CPU that has no fast matmuls in 16 bits."""
     dtype = policy.hidden.dtype
     if policy.hidden.device.type != "cpu" or dtype is policy.wide:
         return dtype

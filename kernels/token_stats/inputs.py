@@ -1,4 +1,4 @@
-"""What both entry points do to their inputs: check them, and drop the tokens that are masked."""
+"""Checks of the inputs of `token_stats` and `logit_stats`, and how they drop and restore masked tokens."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from torch import Tensor
 from rlhf.kernels.token_stats.state import FIELDS, IGNORED, NEEDS_REFERENCE
 
 UNKNOWN = -1
-"""As `num_unmasked`: the tokens that are not masked are counted within the operator."""
+"""Value of `num_unmasked` that lets the operator count the unmasked tokens itself."""
 
 
 def wanted_fields(want: Sequence[str], *, has_reference: bool) -> frozenset[str]:
-    """The names as a set. Raises ValueError for an unknown one, or one that lacks a reference model."""
+    """The names as a set. Raises ValueError for unknown names and for a missing reference model."""
     wanted = frozenset((want,) if isinstance(want, str) else want)
     if not wanted or wanted - set(FIELDS):
         raise ValueError(f"want={tuple(want)!r}: expected one or more of {', '.join(FIELDS)}")
     if NEEDS_REFERENCE & wanted and not has_reference:
-        raise ValueError(f"want={tuple(want)!r} compares with a reference model: pass its side (ref_...)")
+        raise ValueError(f"want={tuple(want)!r} needs a reference model: pass its inputs (ref_...)")
     return wanted
 
 
 def check_scaling(temperature: float | Tensor, softcap: float | None, tokens: int) -> None:
-    """Raise ValueError for a temperature or a cap that is no such thing."""
+    """Raises ValueError for a temperature or softcap of wrong shape or not above 0."""
     if isinstance(temperature, Tensor):
         if temperature.shape != (tokens,):
             raise ValueError(f"expected a number or [{tokens}] as temperature, got {list(temperature.shape)}")
     elif not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be above 0, got {softcap}; None is no cap")
+        raise ValueError(f"softcap must be above 0, got {softcap}; None switches it off")
 
 
 def unmasked_index(targets: Tensor, num_unmasked: int) -> Tensor | None:
-    """The positions of tokens that are not masked, in order; None where every token is kept.
+    """The positions of the unmasked tokens, in order; None if no token is masked.
 
-    A known number spares the host from waiting for a GPU. Raises ValueError on a CPU when it is wrong.
+    With a known `num_unmasked` the host need not wait for a GPU. Raises ValueError on a CPU if it is wrong.
     """
     if num_unmasked == len(targets):
         return None
@@ -51,9 +51,9 @@ def unmasked_index(targets: Tensor, num_unmasked: int) -> Tensor | None:
 
 
 def check_targets(targets: Tensor, vocabulary: int, group: str) -> None:
-    """Raise ValueError for a target outside the vocabulary; only where looking costs no wait.
+    """Raises ValueError for a target outside the vocabulary, on a CPU and without a process group.
 
-    On a GPU, and where the vocabulary is spread over ranks, such a token gets a log-probability of NaN.
+    Elsewhere the check would need a wait; there such a token gets a log-probability of NaN.
     """
     if group or targets.device.type != "cpu" or not len(targets):
         return
@@ -64,12 +64,12 @@ def check_targets(targets: Tensor, vocabulary: int, group: str) -> None:
 
 
 def spread(values: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """The values of kept tokens at their own places among all N, 0 elsewhere."""
+    """The values of the unmasked tokens at their own positions among all N tokens, 0 elsewhere."""
     if index is None:
         return values
     return values.new_zeros(count, *values.shape[1:]).index_copy(0, index, values)
 
 
 def gathered(values: Tensor, index: Tensor | None) -> Tensor:
-    """The kept tokens' part of a tensor `[N, ...]`."""
+    """The entries of the unmasked tokens from a tensor `[N, ...]`."""
     return values if index is None else values.index_select(0, index)

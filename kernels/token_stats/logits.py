@@ -1,7 +1,7 @@
-"""The same statistics of logits that exist already: for models whose head is not ours to call.
+"""`logit_stats`: the statistics of `token_stats` from logits that the model has already computed.
 
-The row kernels without the matmuls: forward reads the logits once, backward once more and writes their
-gradient; nothing else of their size is stored.
+It runs the row kernels without the matmuls: forward reads the logits once, backward reads them again and
+writes their gradient; nothing else of their size is stored.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.kernels import backend as backends
-from rlhf.kernels.token_stats import inputs, reference, rows
-from rlhf.kernels.token_stats import tile_sizes as problem
+from rlhf.kernels.token_stats import inputs, reference, rows, tile_sizes
 from rlhf.kernels.token_stats.rows import Coefficients, Scaling, Scratch, Tile, Upstream, padded
 from rlhf.kernels.token_stats.state import (
     FIELDS,
@@ -29,7 +28,7 @@ from rlhf.kernels.token_stats.tile_sizes import Block, Plan
 
 
 class Arguments(NamedTuple):
-    """What the operators take; `want` is the wanted fields, joined by commas."""
+    """Arguments of the operators, in their order; `want` is the wanted fields joined by commas."""
 
     logits: Tensor
     targets: Tensor
@@ -65,9 +64,9 @@ def logit_stats(
 ) -> TokenStats:
     """The statistics of `token_stats` from raw logits `[N, V]`, with gradients to them.
 
-    `ref_logits` `[N, V]` have no gradient. A logit may be minus infinity: that column is never chosen.
-    Arithmetic is fp32 (float64 for float64 logits) whatever the logits' precision; their gradient has
-    their own. Tokens whose target is -100 have statistics and gradients 0.
+    `ref_logits` `[N, V]` get no gradient. A logit may be minus infinity: its token has probability 0.
+    Arithmetic is fp32 (float64 for float64 logits) whatever the logits' precision; the gradient has the
+    logits' precision. Tokens whose target is -100 have statistics and gradients 0.
 
     Raises ValueError for shapes, precisions, names or backends that cannot work together.
     """
@@ -129,8 +128,8 @@ def _reference(arguments: Arguments) -> TokenStats:
     )
 
 
-class _Rows:
-    """The kept rows of a call in tiles that fit a CPU's cache, gathered tile by tile."""
+class _UnmaskedRows:
+    """The rows of unmasked tokens in tiles that fit a CPU's cache, gathered tile by tile."""
 
     def __init__(self, arguments: Arguments) -> None:
         self._all = arguments
@@ -138,9 +137,9 @@ class _Rows:
         self._targets = inputs.gathered(arguments.targets, self.index)
         inputs.check_targets(self._targets, arguments.logits.shape[1], "")
         self.count = len(self._targets)
-        height = max(1, min(self.count, problem.CPU_ROWS))
-        step = problem.COLUMN_STEP
-        width = max(step, problem.CPU_TILE_BYTES // (arguments.wide.itemsize * height) // step * step)
+        height = max(1, min(self.count, tile_sizes.CPU_ROWS))
+        step = tile_sizes.COLUMN_STEP
+        width = max(step, tile_sizes.CPU_TILE_BYTES // (arguments.wide.itemsize * height) // step * step)
         vocabulary = arguments.logits.shape[1]
         self._plan = Plan(self.count, vocabulary, height, min(width, max(1, vocabulary)))
         size = height * padded(self._plan.columns)
@@ -155,7 +154,7 @@ class _Rows:
         )
 
     def tiles(self, *, with_reference: bool) -> Iterator[tuple[Block, Tile]]:
-        """Every tile, slice by slice."""
+        """All tiles, one slice of the vocabulary after the other."""
         for left, right in self._plan.slices():
             for block in self._plan.blocks(left, right):
                 ref_logits = self._all.ref_logits if with_reference else None
@@ -170,7 +169,7 @@ class _Rows:
                 yield block, tile
 
     def cut(self, logits: Tensor, block: Block) -> Tensor:
-        """One tile of kept rows."""
+        """The block of `logits`, whose rows count the unmasked tokens only."""
         columns = logits[:, block.left : block.right]
         index = self.index
         return (
@@ -178,7 +177,7 @@ class _Rows:
         )
 
     def put(self, values: Tensor, block: Block, into: Tensor) -> None:
-        """Store one tile of kept rows at its place among all rows."""
+        """Stores a tile of unmasked rows at its place in `into`, which has all rows."""
         columns = into[:, block.left : block.right]
         if self.index is None:
             columns[block.top : block.bottom] = values
@@ -205,7 +204,7 @@ def _whole_tile(arguments: Arguments) -> Tile:
 
 
 def _forward(*values: Any) -> tuple[Tensor, ...]:
-    """The six statistics `[N]` (empty where not wanted) and what backward needs."""
+    """The six statistics `[N]` (empty where not wanted), and `[SAVED_ROWS, N]` for backward."""
     arguments = Arguments(*values)
     entropy, count = "entropy" in arguments.wanted, len(arguments.targets)
     device = arguments.logits.device
@@ -219,14 +218,14 @@ def _forward(*values: Any) -> tuple[Tensor, ...]:
             stats, saved = finish(state, arguments.wanted)
             stats = {k: v.masked_fill(arguments.targets == IGNORED, 0.0) for k, v in stats.items()}
         else:
-            kept = _Rows(arguments)
-            state = empty_state(kept.count, dtype=arguments.wide, device=device)
-            for block, tile in kept.tiles(with_reference=True):
+            unmasked = _UnmaskedRows(arguments)
+            state = empty_state(unmasked.count, dtype=arguments.wide, device=device)
+            for block, tile in unmasked.tiles(with_reference=True):
                 part = state[:, block.top : block.bottom]
-                rows.fold(part, tile, entropy=entropy, scratch=kept.scratch)
+                rows.fold(part, tile, entropy=entropy, scratch=unmasked.scratch)
             stats, saved = finish(state, arguments.wanted)
-            stats = {k: inputs.spread(v, kept.index, count) for k, v in stats.items()}
-            saved = torch.nn.functional.pad(saved, (0, count - kept.count))
+            stats = {k: inputs.spread(v, unmasked.index, count) for k, v in stats.items()}
+            saved = torch.nn.functional.pad(saved, (0, count - unmasked.count))
     return (*(stats[name] if name in stats else saved.new_empty(0) for name in FIELDS), saved)
 
 
@@ -249,13 +248,13 @@ def _backward(*values: Any) -> Tensor:
         if arguments.backend == "triton":
             coefficients = rows.coefficients(saved, _upstream(gradients, None, saved.dtype))
             return _whole_gradient(arguments, coefficients)
-        kept = _Rows(arguments)
-        upstream = _upstream(gradients, kept.index, saved.dtype)
-        coefficients = rows.coefficients(saved[:, : kept.count], upstream)
+        unmasked = _UnmaskedRows(arguments)
+        upstream = _upstream(gradients, unmasked.index, saved.dtype)
+        coefficients = rows.coefficients(saved[:, : unmasked.count], upstream)
         result = torch.zeros_like(arguments.logits, memory_format=torch.contiguous_format)
-        for block, tile in kept.tiles(with_reference=upstream.needs_reference):
+        for block, tile in unmasked.tiles(with_reference=upstream.needs_reference):
             part = coefficients.rows(block.top, block.bottom)
-            kept.put(rows.gradient(tile, part, scratch=kept.scratch).to(result.dtype), block, result)
+            unmasked.put(rows.gradient(tile, part, scratch=unmasked.scratch).to(result.dtype), block, result)
     return result
 
 

@@ -1,8 +1,8 @@
-"""The tiled and Triton backends as PyTorch operators: opaque to torch.compile, with shapes it can trace.
+"""Registers the tiled and Triton backends as PyTorch operators, whose shapes torch.compile can trace.
 
-`rlhf::token_stats` gives the statistics of all N tokens and what backward needs. Masked tokens are
-dropped inside it, so that no shape depends on data. `rlhf::token_stats_backward` is its derivative; it
-has none itself, and differentiating twice is an error.
+`rlhf::token_stats` returns the statistics of all N tokens and what backward needs. Masked tokens are
+dropped inside it, so that no shape depends on data. `rlhf::token_stats_backward` is its derivative, which
+has no derivative of its own: differentiating twice is an error.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rlhf.kernels.token_stats.inputs import UNKNOWN, check_targets, gathered, sp
 from rlhf.kernels.token_stats.parallel import merge_over_ranks
 from rlhf.kernels.token_stats.rows import Scaling, Upstream, padded
 from rlhf.kernels.token_stats.state import FIELDS, NEEDS_REFERENCE, SAVED_ROWS, finish
-from rlhf.kernels.token_stats.tile_sizes import Head, Problem
+from rlhf.kernels.token_stats.tile_sizes import Head, StatsInputs
 
 
 class Arguments(NamedTuple):
-    """What both operators take; `want` is the wanted fields, joined by commas."""
+    """Arguments of both operators, in their order; `want` is the wanted fields joined by commas."""
 
     hidden: Tensor
     weight: Tensor
@@ -49,7 +49,7 @@ class Arguments(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """How many columns the saved statistics have: the unmasked tokens where their number is known."""
+        """The number of columns saved for backward: the unmasked tokens if their number is known, else N."""
         return len(self.targets) if self.num_unmasked == UNKNOWN else self.num_unmasked
 
 
@@ -63,13 +63,13 @@ _OUTPUTS = ", ".join(["Tensor"] * (len(FIELDS) + 3))
 
 
 def _forward(*values: Any) -> tuple[Tensor, ...]:
-    """The six statistics `[N]` (empty where not wanted), saved rows, kept logits of both models."""
+    """The six statistics `[N]` (empty where not wanted), saved rows, and kept logits of both models."""
     arguments = Arguments(*values)
     with torch.autocast(arguments.hidden.device.type, enabled=False):
         index = unmasked_index(arguments.targets, arguments.num_unmasked)
-        problem = _problem(arguments, index)
-        check_targets(problem.targets, problem.vocabulary, arguments.group)
-        state, kept, ref_kept = tiled.forward(problem, row_kernels(arguments.backend), keep=arguments.keep)
+        unmasked = _unmasked_inputs(arguments, index)
+        check_targets(unmasked.targets, unmasked.vocabulary, arguments.group)
+        state, kept, ref_kept = tiled.forward(unmasked, row_kernels(arguments.backend), keep=arguments.keep)
         if arguments.group:
             state = merge_over_ranks(state, arguments.group)
         stats, saved = finish(state, arguments.wanted)
@@ -97,18 +97,18 @@ def _forward_shapes(*values: Any) -> tuple[Tensor, ...]:
 
 
 def _backward(*values: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by hidden, weight and bias; empty where not asked for."""
+    """Gradients by hidden, weight and bias; an empty tensor where none is needed."""
     count = len(Arguments._fields)
     arguments = Arguments(*values[:count])
     saved, kept, ref_kept, *upstream, need_hidden, need_weight, need_bias = values[count:]
     with torch.autocast(arguments.hidden.device.type, enabled=False):
         index = unmasked_index(arguments.targets, arguments.num_unmasked)
-        problem = _problem(arguments, index)
+        unmasked = _unmasked_inputs(arguments, index)
         own = [None if g is None else gathered(g, index).to(saved.dtype) for g in upstream]
         gradients = tiled.backward(
-            problem,
+            unmasked,
             row_kernels(arguments.backend),
-            saved[:, : len(problem.targets)],
+            saved[:, : len(unmasked.targets)],
             Upstream(*own),
             (kept, ref_kept),
             tiled.Needs(need_hidden, need_weight, need_bias),
@@ -175,7 +175,7 @@ def _differentiate(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, .
 token_stats_op.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _problem(arguments: Arguments, index: Tensor | None) -> Problem:
+def _unmasked_inputs(arguments: Arguments, index: Tensor | None) -> StatsInputs:
     def rows(tensor: Tensor) -> Tensor:
         return gathered(tensor, index)
 
@@ -194,7 +194,7 @@ def _problem(arguments: Arguments, index: Tensor | None) -> Problem:
         temperature = rows(arguments.temperature).to(policy.wide)
     elif arguments.backend == "triton":
         temperature = policy.hidden.new_full((len(policy.hidden),), temperature, dtype=policy.wide)
-    return Problem(
+    return StatsInputs(
         policy,
         reference,
         rows(arguments.targets),
@@ -206,7 +206,7 @@ def _problem(arguments: Arguments, index: Tensor | None) -> Problem:
 
 
 def row_kernels(backend: str) -> tiled.RowKernels:
-    """The row kernels of a resolved backend."""
+    """The row kernels of a backend that `resolve` returned."""
     if backend == "triton":
         from rlhf.kernels.token_stats.triton_rows import TritonRows
 

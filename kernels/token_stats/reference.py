@@ -1,7 +1,7 @@
-"""What `token_stats` means, in plain PyTorch: all logits at once, derivatives by autograd.
+"""The reference backend of `token_stats`, in plain PyTorch: all logits at once, derivatives by autograd.
 
-The other backends are tested against this file in float64. It stores the logits several times over;
-it is meant for tests and for small models.
+The other backends are tested against it in float64. It stores several tensors of the logits' size, so it is
+meant for tests and small models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlhf.kernels.token_stats.state import FIELDS, NEEDS_REFERENCE, TokenStats
 
 
 def statistics(arguments: Arguments) -> TokenStats:
-    """The wanted statistics of all tokens; those of masked ones are 0 and have no gradient."""
+    """The wanted statistics of all tokens; those of masked tokens are 0 and have no gradient."""
     index = unmasked_index(arguments.targets, arguments.num_unmasked)
 
     def rows(tensor: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ def statistics(arguments: Arguments) -> TokenStats:
 def statistics_of(
     logits: Tensor, targets: Tensor, ref_logits: Tensor | None, want: frozenset[str]
 ) -> dict[str, Tensor]:
-    """The wanted statistics of scaled logits `[N, V]`; the reference's have no gradient.
+    """The wanted statistics, by name, of scaled logits `[N, V]`; `ref_logits` get no gradient.
 
     A target outside the vocabulary gives a log-probability of NaN.
     """
@@ -85,7 +85,7 @@ def scaled_logits(
     softcap: float | None,
     logit_scale: float,
 ) -> Tensor:
-    """softcap * tanh(logit_scale * (logits + bias) / softcap) / temperature, fp32 at least."""
+    """softcap * tanh(logit_scale * (logits + bias) / softcap) / temperature, in fp32 or float64."""
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
     logits = logits.to(wide)
     if bias is not None:
@@ -98,7 +98,7 @@ def scaled_logits(
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T with fp32 (or float64) logits, whatever the inputs' precision."""
+    """The logits hidden @ weight.T in fp32, or in float64 for float64 inputs."""
     wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
     return hidden.to(wide) @ weight.to(wide).T
 

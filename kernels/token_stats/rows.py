@@ -1,7 +1,7 @@
-"""Row statistics of one tile of logits, in plain PyTorch: fold it into the state, or turn it into gradients.
+"""Row kernels in plain PyTorch: fold a tile of logits into the rows' state, or turn it into its gradient.
 
 A tile is `[R, C]`: R tokens, C neighbouring columns of the vocabulary, small enough to stay in a CPU's
-cache while the few elementwise passes below run over it. `triton_rows` offers the same two functions.
+cache during the elementwise passes below. `triton_rows` has the same two kernels for GPUs.
 """
 
 from __future__ import annotations
@@ -36,29 +36,30 @@ from rlhf.kernels.token_stats.state import (
 
 @dataclass(frozen=True)
 class Scaling:
-    """From raw logits to scaled ones: softcap * tanh(logit_scale * z / softcap) / temperature."""
+    """How raw logits z are scaled: softcap * tanh(logit_scale * z / softcap) / temperature."""
 
     temperature: float | Tensor
     logit_scale: float = 1.0
     softcap: float | None = None
 
     def rows(self, start: int, stop: int) -> Scaling:
-        """The scaling of a block of rows."""
+        """The scaling of rows `start` to `stop`."""
         if isinstance(self.temperature, Tensor):
             return Scaling(self.temperature[start:stop], self.logit_scale, self.softcap)
         return self
 
     def divisor(self) -> float | Tensor:
-        """The temperature, shaped to divide a tile."""
+        """The temperature, as a number or `[R, 1]`."""
         return self.temperature[:, None] if isinstance(self.temperature, Tensor) else self.temperature
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Raw logits `[R, C]` of the policy and perhaps of the reference; `first` is the first column's id.
+    """Raw logits `[R, C]` of the policy and optionally of the reference model, and what scales them.
 
-    The biases `[C]` are not yet added. Logits may be of any floating type and any row stride. Where
-    `may_be_infinite`, or with a bias, a logit may be minus infinity: a column that is never chosen.
+    `first` is the token id of the first column. The biases `[C]` are not yet added. Logits may have any
+    floating type and any row stride. With `may_be_infinite`, or with a bias, a logit may be minus infinity:
+    its token has probability 0.
     """
 
     logits: Tensor
@@ -73,7 +74,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Upstream:
-    """Gradients `[rows]` of the loss by each statistic; None costs nothing."""
+    """Gradients `[rows]` of the loss by each statistic; None where there is none, which saves its work."""
 
     logprob: Tensor | None
     entropy: Tensor | None
@@ -83,19 +84,19 @@ class Upstream:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference's logits have a part in the gradient."""
+        """Whether the gradient depends on the reference model's logits."""
         return self.kl is not None or self.kl_reverse is not None
 
 
 class Scratch:
-    """Flat buffers of one tile each, made when first asked for and reused for every later tile."""
+    """Named buffers of one tile each, allocated at first use and reused for every later tile."""
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._size, self.dtype, self._device = size, dtype, device
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(self, name: str, rows: int, columns: int) -> Tensor:
-        """The buffer `name` as a `[rows, columns]` matrix with aligned rows; what was in it is lost."""
+        """The buffer `name` as a `[rows, columns]` matrix with aligned rows, its content undefined."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(self._size, dtype=self.dtype, device=self._device)
         width = padded(columns)
@@ -103,12 +104,12 @@ class Scratch:
 
 
 def padded(columns: int) -> int:
-    """The length of a buffer's row: a multiple of 16 elements, so that every row starts aligned."""
+    """The row length of a buffer: `columns` rounded up to a multiple of 16, so that rows start aligned."""
     return (columns + 15) // 16 * 16
 
 
 def fold(state: Tensor, tile: Tile, *, entropy: bool, scratch: Scratch) -> None:
-    """Fold a tile into the running state `[STATE_ROWS, R]` of its rows."""
+    """Folds a tile into the running state `[STATE_ROWS, R]` of its rows, in place."""
     a = _scaled(tile, scratch, "policy")
     column, inside = _target_column(tile)
     state[OWNED] += inside
@@ -166,9 +167,9 @@ def _fold_reference(
 def gradient(tile: Tile, coefficients: Coefficients, *, scratch: Scratch) -> Tensor:
     """The loss's gradient by the tile's raw logits (before the bias), `[R, C]`, in a scratch buffer.
 
-    With d = a - max and e the same of the reference, it is, by the scaled logits,
+    With d = a - max, and e the same for the reference model, the gradient by the scaled logits is
         exp(d) (CONSTANT + SLOPE d - GAP_SLOPE e) - PULL exp(e)
-    and at the target's column exp(d) BOOST + OWN more.
+    plus exp(d) BOOST + OWN at the target's column.
     """
     values = coefficients.values[:, :, None]
     a = _scaled(tile, scratch, "policy")
@@ -199,7 +200,7 @@ TOP, REF_TOP, CONSTANT, SLOPE, GAP_SLOPE, PULL, BOOST, OWN = range(8)
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What the gradient of a row is made of: `values` `[8, rows]`, and which of them can differ from 0."""
+    """Coefficients of `gradient`'s formula: `values` `[8, rows]`, and which of them can differ from 0."""
 
     values: Tensor
     has_slope: bool
@@ -207,15 +208,15 @@ class Coefficients:
     has_pull: bool
 
     def rows(self, start: int, stop: int) -> Coefficients:
-        """The coefficients of a block of rows."""
+        """The coefficients of rows `start` to `stop`."""
         return Coefficients(self.values[:, start:stop], self.has_slope, self.has_gap, self.has_pull)
 
 
 def magnified(coefficients: Coefficients, upstream: Upstream) -> tuple[Coefficients, Tensor]:
-    """The coefficients of a gradient that fp16 can hold, and the power of 2 that it is larger by.
+    """The coefficients times a power of 2, so that fp16 can hold the gradient, and that power.
 
-    A loss divided by its number of tokens has gradients below fp16's smallest number at almost every
-    column; this brings the largest upstream one to between 8 and 16.
+    The gradient of a loss that is divided by its number of tokens is below fp16's smallest number in almost
+    every column; the factor brings the largest upstream gradient to between 8 and 16.
     """
     given = (upstream.logprob, upstream.entropy, upstream.logsumexp, upstream.kl, upstream.kl_reverse)
     largest = torch.stack([g.abs().amax() for g in given if g is not None and len(g)]).amax()
@@ -226,13 +227,13 @@ def magnified(coefficients: Coefficients, upstream: Upstream) -> tuple[Coefficie
 
 
 def coefficients(saved: Tensor, upstream: Upstream) -> Coefficients:
-    """From finished rows `[SAVED_ROWS, rows]` and the loss's gradients by their statistics.
+    """Coefficients of the gradient, from saved rows `[SAVED_ROWS, rows]` and the loss's upstream gradients.
 
-    The probabilities are p = exp(d - log_sum) and q, and with g the upstream gradients the gradient is
+    With probabilities p = exp(d - log_sum) and q, and upstream gradients g, the gradient is
         p (-g_logprob - g_entropy (log p + entropy) + g_kl (log p - log q - kl) + g_kl_reverse + g_lse)
         - g_kl_reverse q,
-    and g_logprob more at the target. There the sum of both is written as -g_logprob expm1(logprob),
-    which keeps what a confident token still has to learn.
+    plus g_logprob at the target. There both terms of g_logprob are written as -g_logprob expm1(logprob),
+    which stays exact for a token whose probability is nearly 1.
     """
     zero = torch.zeros_like(saved[S_MAX])
     log_sum, ref_log_sum = saved[S_LOG_SUM], saved[S_REF_LOG_SUM]
@@ -278,7 +279,7 @@ def coefficients(saved: Tensor, upstream: Upstream) -> Coefficients:
 
 
 def _scaled(tile: Tile, scratch: Scratch, side: Literal["policy", "reference"]) -> Tensor:
-    """The scaled logits: the tile's own where nothing changes them, else a scratch buffer."""
+    """The scaled logits: the tile's own tensor if no scaling applies, else a scratch buffer."""
     a = _capped(tile, scratch, side)
     divisor = tile.scaling.divisor()
     if isinstance(divisor, Tensor) or divisor != 1.0:

@@ -1,18 +1,19 @@
-"""The running state of a row, how two states merge, and the statistics a finished state gives.
+"""The running state of a row (online softmax), the merge of two states, and the statistics of a finished one.
 
-A row (one token) is read in pieces: column tiles, and shards of a vocabulary spread over ranks. Each
-piece is folded into the ten numbers below. Every sum leaves the target's own column out; `finish` adds
-it in closed form. That keeps a confident token exact: its log-probability is
--softplus(log(sum of the others) + max - target), not target - logsumexp, which cancels.
+A row (one token) is read in parts: column tiles, and shards of a vocabulary spread over ranks. Each part
+is folded into a state of ten numbers. The sums leave the target's own column out; `finish` adds it in
+closed form. That keeps the log-probability of a nearly certain token exact: it is
+-softplus(log(sum of the others) + max - target), not target - logsumexp, which would cancel.
 
-With a = scaled logits of the policy, u = of the reference, m and n their running maxima,
-d = a - m and e = u - n:
+With a = scaled logits of the policy, u = those of the reference, m and n their running maxima (MAX,
+REF_MAX), d = a - m and e = u - n:
 
     OTHERS      sum exp(d)              REF_OTHERS   sum exp(e)
     SHIFTED     sum exp(d) d
     GAP         sum exp(d) (d - e)      REF_GAP      sum exp(e) (e - d)
 
-All gaps are taken between shifted logits, so a constant added to either model's logits costs no digits.
+TARGET and REF_TARGET are the target's scaled logits; OWNED is 1 once the target's column was read. Gaps
+are taken between shifted logits, so a constant added to either model's logits costs no precision.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""Target of a token that is left out: its statistics are 0, and so are its gradients."""
+"""Target of a masked token: its statistics and gradients are 0."""
 
 FLOOR = -1e30
-"""Stands for a logit of minus infinity: exp() of it is 0, and 0 times it is 0."""
+"""Stands for a logit of minus infinity: exp() of it is 0, and 0 times it is 0, not NaN."""
 
 IMPOSSIBLE = -1e20
-"""Below this a scaled logit stood for minus infinity; no temperature brings FLOOR above it."""
+"""A scaled logit below this stands for minus infinity; no sensible temperature brings FLOOR above it."""
 
 MAX, OTHERS, SHIFTED, GAP, REF_MAX, REF_OTHERS, REF_GAP, TARGET, REF_TARGET, OWNED = range(10)
 STATE_ROWS = 10
 
-# what the backward pass needs of a row
+# rows of the tensor that is saved for backward
 S_MAX, S_LOG_SUM, S_REF_MAX, S_REF_LOG_SUM, S_LOGPROB, S_ENTROPY, S_KL = range(7)
 SAVED_ROWS = 7
 
@@ -59,7 +60,7 @@ NEEDS_REFERENCE = frozenset({"kl", "kl_reverse", "ref_logprob"})
 
 
 def empty_state(rows: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The state `[STATE_ROWS, rows]` of rows of which nothing was read."""
+    """The state `[STATE_ROWS, rows]` before any column was read."""
     state = torch.zeros(STATE_ROWS, rows, dtype=dtype, device=device)
     state[MAX] = FLOOR
     state[REF_MAX] = FLOOR
@@ -67,7 +68,7 @@ def empty_state(rows: int, *, dtype: torch.dtype, device: torch.device) -> Tenso
 
 
 def merge(first: Tensor, second: Tensor) -> Tensor:
-    """The state of rows of which one part gave `first` and the rest gave `second`."""
+    """The state over all columns, from the states of two disjoint sets of columns of the same rows."""
     merged = torch.empty_like(first)
     top = torch.maximum(first[MAX], second[MAX])
     ref_top = torch.maximum(first[REF_MAX], second[REF_MAX])
@@ -87,9 +88,9 @@ def merge(first: Tensor, second: Tensor) -> Tensor:
 
 
 def finish(state: Tensor, want: frozenset[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """The wanted statistics, and what backward needs `[SAVED_ROWS, rows]`, of completely read rows.
+    """The wanted statistics by name, and what backward needs `[SAVED_ROWS, rows]`, once all columns are read.
 
-    A row whose target lies in no part (out of the vocabulary) has a log-probability of NaN.
+    A row whose target is outside the vocabulary has a log-probability of NaN.
     """
     owned = state[OWNED] > 0
     side = _close(state[MAX], state[OTHERS], state[TARGET], owned)
@@ -109,18 +110,18 @@ def finish(state: Tensor, want: frozenset[str]) -> tuple[dict[str, Tensor], Tens
         kl = (state[GAP] + side.weight * gap) / side.total - between
         kl_reverse = (state[REF_GAP] - ref.weight * gap) / ref.total + between
         saved[S_KL] = kl
-        # something that one model holds for possible and the other does not
+        # infinite where one model gives probability 0 to a token that the other may choose
         stats["kl"] = torch.where(kl > -IMPOSSIBLE, torch.inf, kl)
         stats["kl_reverse"] = torch.where(kl_reverse > -IMPOSSIBLE, torch.inf, kl_reverse)
     return {name: value for name, value in stats.items() if name in want}, saved
 
 
 class _Side(NamedTuple):
-    """One model's finished row: everything relative to the maximum `top`."""
+    """One model's finished rows, relative to their maximum `top`."""
 
     top: Tensor
-    lead: Tensor  # target minus top, 0 where the target is not here
-    weight: Tensor  # exp(lead), 0 where the target is not here
+    lead: Tensor  # target minus top, 0 without a target in the vocabulary
+    weight: Tensor  # exp(lead), 0 without a target in the vocabulary
     total: Tensor  # sum of exp(a - top), target included
     log_sum: Tensor
     logprob: Tensor
@@ -129,9 +130,9 @@ class _Side(NamedTuple):
 def _close(top: Tensor, others: Tensor, target: Tensor, owned: Tensor) -> _Side:
     lead = torch.where(owned, target - top, 0.0)
     weight = torch.where(owned, lead.exp(), 0.0)
-    # a row of which every logit is minus infinity is no distribution
+    # a row whose logits are all minus infinity is no distribution
     total = torch.where(top <= IMPOSSIBLE, torch.nan, others + weight)
-    # where the target is the maximum, total is 1 + others and log1p keeps the small part
+    # where the target is the maximum, total is 1 + others and log1p keeps a small `others` exact
     log_sum = torch.where(owned & (lead == 0), others.log1p(), total.log())
     margin = others.log() - lead
     softplus = margin.clamp(min=0) + margin.abs().neg().exp().log1p()

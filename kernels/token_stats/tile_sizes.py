@@ -1,4 +1,4 @@
-"""What is computed, and how the logits `[n, V]` are cut into tiles."""
+"""How the logits `[n, V]` are cut into tiles that fit cache and workspace; the inputs they are made from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMN_STEP = 256
 
 @dataclass(frozen=True)
 class Head:
-    """One model's last hidden states `[n, H]` and its LM head `[V, H]`, `[V]`."""
+    """One model's last hidden states `[n, H]` and its LM head: weight `[V, H]` and bias `[V]`."""
 
     hidden: Tensor
     weight: Tensor
@@ -32,12 +32,12 @@ class Head:
 
     @property
     def converts(self) -> bool:
-        """Whether slices of the head are converted first: no 16-bit matmul with fp32 results here."""
+        """Whether inputs are converted first, since this device has no 16-bit matmul with fp32 results."""
         mixed = self.hidden.is_cuda and torch.version.hip is None
         return self.hidden.dtype is not self.wide and not mixed
 
     def converted(self) -> Head:
-        """The same with hidden states in the precision that the matmuls take."""
+        """The same head with hidden states in the precision that the matmuls take."""
         return replace(self, hidden=self.hidden.to(self.wide)) if self.converts else self
 
     def bias_slice(self, start: int, stop: int) -> Tensor | None:
@@ -46,8 +46,8 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Everything the statistics of n tokens depend on; no token of it is masked."""
+class StatsInputs:
+    """Everything that the statistics of n unmasked tokens depend on, and the workspace for it."""
 
     policy: Head
     reference: Head | None
@@ -59,7 +59,7 @@ class Problem:
 
     @property
     def vocabulary(self) -> int:
-        """The number of columns of this rank's part of the vocabulary."""
+        """The number of columns of this rank's shard of the vocabulary."""
         return self.policy.weight.shape[0]
 
 
@@ -80,7 +80,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """How the logits `[n, V]` are cut; the same for forward and backward, kept or not."""
+    """The tile sizes for logits `[n, V]`: the same in forward and backward, with logits kept or not."""
 
     count: int
     vocabulary: int
@@ -88,7 +88,7 @@ class Plan:
     columns: int
 
     def slices(self) -> Iterator[tuple[int, int]]:
-        """The slices of the vocabulary, in order."""
+        """The slices `(left, right)` of the vocabulary, in order."""
         for left in range(0, self.vocabulary, self.columns):
             yield left, min(left + self.columns, self.vocabulary)
 
@@ -98,28 +98,28 @@ class Plan:
             yield Block(top, min(top + self.rows, self.count), left, right)
 
     def stored(self, kept: Tensor, block: Block) -> Tensor:
-        """Where the logits of a tile lie in the flat buffer of kept ones, `[n * padded(V)]`."""
+        """The view of a tile's logits in the flat buffer of kept logits, `[n * padded(V)]`."""
         height, width = block.shape
         length = padded(width)
         start = self.count * block.left + block.top * length
         return kept[start : start + height * length].view(height, length)[:, :width]
 
 
-def plan(problem: Problem, buffers: int) -> Plan:
-    """Tiles that keep matmuls busy, fit the workspace, and on a CPU stay in the cache.
+def plan(inputs: StatsInputs, buffers: int) -> Plan:
+    """Tile sizes that fit the workspace, are large enough for fast matmuls, and on a CPU stay in the cache.
 
-    `buffers` is how many tiles of workspace a tile in flight takes.
+    `buffers` is the number of tile-sized buffers that the row kernels need at once.
     """
-    count, vocabulary, size = len(problem.targets), problem.vocabulary, problem.policy.wide.itemsize
-    heads = 1 if problem.reference is None else 2
-    on_cpu = problem.targets.device.type == "cpu"
+    count, vocabulary, size = len(inputs.targets), inputs.vocabulary, inputs.policy.wide.itemsize
+    heads = 1 if inputs.reference is None else 2
+    on_cpu = inputs.targets.device.type == "cpu"
     tile_rows = max(1, min(count, CPU_ROWS if on_cpu else GPU_ROWS))
-    budget = problem.workspace_bytes // (buffers * heads)
+    budget = inputs.workspace_bytes // (buffers * heads)
     if on_cpu:
         budget = min(budget, CPU_TILE_BYTES)
     columns = budget // (size * tile_rows)
-    if problem.policy.converts:
-        weight_bytes = CPU_WEIGHT_BYTES if on_cpu else problem.workspace_bytes // 4
-        columns = min(columns, weight_bytes // (size * problem.policy.weight.shape[1]))
+    if inputs.policy.converts:
+        weight_bytes = CPU_WEIGHT_BYTES if on_cpu else inputs.workspace_bytes // 4
+        columns = min(columns, weight_bytes // (size * inputs.policy.weight.shape[1]))
     columns = max(COLUMN_STEP, columns // COLUMN_STEP * COLUMN_STEP)
     return Plan(count, vocabulary, tile_rows, min(columns, max(1, vocabulary)))

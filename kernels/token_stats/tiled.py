@@ -1,9 +1,9 @@
-"""Logits a tile at a time: matmul into a bounded workspace, row statistics over it, then the next tile.
+"""Forward and backward over the logits, one tile at a time, in a bounded workspace.
 
-Forward folds every tile into the rows' state. Backward goes over the vocabulary in the same tiles: it
-computes the logits again (or reads them, where they were kept), turns them into the loss's gradient and
-multiplies that by the head and by the hidden states. One slice of the head's gradient is complete after
-one pass over the tokens, so no second [V, H] accumulator exists, and nothing is added atomically.
+Forward computes each tile of logits by a matmul and folds it into the rows' state. Backward goes over the
+same tiles: it computes the logits again (or reads them, if they were kept), turns them into the loss's
+gradient and multiplies that by the head and by the hidden states. A slice of the head's gradient is
+complete after one pass over the tokens, so no second [V, H] accumulator and no atomic addition is needed.
 
 Both passes use the same tiles, so that probabilities and their normaliser come from the same numbers.
 """
@@ -20,15 +20,15 @@ from rlhf.kernels.token_stats import rows
 from rlhf.kernels.token_stats.gradients import Gradients, Needs, Sums, product
 from rlhf.kernels.token_stats.rows import Coefficients, Scratch, Tile, Upstream, padded
 from rlhf.kernels.token_stats.state import empty_state
-from rlhf.kernels.token_stats.tile_sizes import Block, Head, Problem, plan
+from rlhf.kernels.token_stats.tile_sizes import Block, Head, StatsInputs, plan
 
 
 @runtime_checkable
 class RowKernels(Protocol):
-    """The work on one tile that is not a matmul."""
+    """The part of the work on a tile that is not a matmul."""
 
     buffers: int
-    """Tiles of workspace that a tile in flight takes, its own logits included."""
+    """The number of tile-sized buffers needed at once, the tile's own logits included."""
 
     def fold(self, state: Tensor, tile: Tile, *, entropy: bool, scratch: Scratch) -> None:
         """Fold the tile into its rows' state."""
@@ -43,7 +43,10 @@ class RowKernels(Protocol):
         dtype: torch.dtype,
         overwrite: bool,
     ) -> Tensor:
-        """The gradient by the tile's raw logits, in `dtype`, perhaps in the bytes of its logits."""
+        """The gradient by the tile's raw logits, in `dtype`.
+
+        With `overwrite` it may be written over the logits.
+        """
         ...
 
 
@@ -69,14 +72,14 @@ class TorchRows:
         return rows.gradient(tile, coefficients, scratch=scratch).to(dtype)
 
 
-def forward(problem: Problem, kernels: RowKernels, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The state `[STATE_ROWS, n]` of all rows, and the raw logits of policy and reference.
+def forward(inputs: StatsInputs, kernels: RowKernels, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The state `[STATE_ROWS, n]` of all rows, and the raw logits of policy and reference model.
 
-    The logits are flat `[n * padded(V)]` buffers in tile order where `keep`, else empty.
+    With `keep` the logits are flat `[n * padded(V)]` buffers in the order of tiles, otherwise empty.
     """
-    cut = plan(problem, kernels.buffers)
-    policy, reference = problem.policy.converted(), _converted(problem.reference)
-    wide, device = policy.wide, problem.targets.device
+    cut = plan(inputs, kernels.buffers)
+    policy, reference = inputs.policy.converted(), _converted(inputs.reference)
+    wide, device = policy.wide, inputs.targets.device
     state = empty_state(cut.count, dtype=wide, device=device)
     size = cut.count * padded(cut.vocabulary) if keep else 0
     kept = torch.empty(size, dtype=wide, device=device)
@@ -92,13 +95,13 @@ def forward(problem: Problem, kernels: RowKernels, *, keep: bool) -> tuple[Tenso
             if reference is not None:
                 ref_logits = cut.stored(ref_kept, block) if keep else scratch("ref_logits", *block.shape)
                 product(reference.hidden[height], weights.reference.T, out=ref_logits)
-            tile = _tile(problem, block, logits, ref_logits)
-            kernels.fold(state[:, height], tile, entropy=problem.entropy, scratch=scratch)
+            tile = _tile(inputs, block, logits, ref_logits)
+            kernels.fold(state[:, height], tile, entropy=inputs.entropy, scratch=scratch)
     return state, kept, ref_kept
 
 
 def backward(
-    problem: Problem,
+    inputs: StatsInputs,
     kernels: RowKernels,
     saved: Tensor,
     upstream: Upstream,
@@ -106,19 +109,20 @@ def backward(
     needs: Needs,
     group: str,
 ) -> Gradients:
-    """The gradients, from `forward`'s finished rows `saved` and its kept logits (or empty tensors).
+    """The gradients by the policy's inputs.
 
-    With a `group` (by name, else empty) the one by the hidden states is summed over its ranks.
+    `saved` are the finished rows `[SAVED_ROWS, n]`, `kept` the logits that `forward` kept (or empty tensors).
+    With a `group` (its name, else empty) the gradient by the hidden states is summed over its ranks.
     """
-    cut = plan(problem, kernels.buffers)
-    policy = problem.policy.converted()
-    reference = _converted(problem.reference) if upstream.needs_reference else None
-    scratch = Scratch(cut.rows * padded(cut.columns), policy.wide, problem.targets.device)
+    cut = plan(inputs, kernels.buffers)
+    policy = inputs.policy.converted()
+    reference = _converted(inputs.reference) if upstream.needs_reference else None
+    scratch = Scratch(cut.rows * padded(cut.columns), policy.wide, inputs.targets.device)
     coefficients = rows.coefficients(saved, upstream)
     factor = None
-    if problem.policy.hidden.dtype is torch.float16 and cut.count:
+    if inputs.policy.hidden.dtype is torch.float16 and cut.count:
         coefficients, factor = rows.magnified(coefficients, upstream)
-    sums = Sums(problem, cut, needs, group, factor)
+    sums = Sums(inputs, cut, needs, group, factor)
     for left, right in cut.slices():
         weights = _Slices(policy, reference, left, right)
         for block in cut.blocks(left, right):
@@ -133,7 +137,7 @@ def backward(
                 )
                 if not kept[1].numel():
                     product(reference.hidden[height], weights.reference.T, out=ref_logits)
-            tile = _tile(problem, block, logits, ref_logits)
+            tile = _tile(inputs, block, logits, ref_logits)
             gradient = kernels.gradient(
                 tile,
                 coefficients.rows(block.top, block.bottom),
@@ -148,33 +152,33 @@ def backward(
 
 
 class _Slices:
-    """A slice of each head as the logits' matmul takes it: converted when first asked for, once if shared."""
+    """A slice of both models' heads in the dtype of the matmul, converted at first use, once if shared."""
 
     def __init__(self, policy: Head, reference: Head | None, left: int, right: int) -> None:
         self._policy, self._reference, self._columns = policy, reference, slice(left, right)
 
     @cached_property
     def policy(self) -> Tensor:
-        """The policy's."""
+        """Slice of the policy's head."""
         return self._policy.weight[self._columns].to(self._policy.hidden.dtype)
 
     @cached_property
     def reference(self) -> Tensor:
-        """The reference's."""
+        """Slice of the reference model's head."""
         assert self._reference is not None
         if self._reference.weight is self._policy.weight:
             return self.policy
         return self._reference.weight[self._columns].to(self._reference.hidden.dtype)
 
 
-def _tile(problem: Problem, block: Block, logits: Tensor, ref_logits: Tensor | None) -> Tile:
-    reference = problem.reference
+def _tile(inputs: StatsInputs, block: Block, logits: Tensor, ref_logits: Tensor | None) -> Tile:
+    reference = inputs.reference
     return Tile(
         logits,
-        problem.first_column + block.left,
-        problem.targets[block.top : block.bottom],
-        problem.scaling.rows(block.top, block.bottom),
-        bias=problem.policy.bias_slice(block.left, block.right),
+        inputs.first_column + block.left,
+        inputs.targets[block.top : block.bottom],
+        inputs.scaling.rows(block.top, block.bottom),
+        bias=inputs.policy.bias_slice(block.left, block.right),
         ref_logits=ref_logits,
         ref_bias=None if reference is None else reference.bias_slice(block.left, block.right),
     )

@@ -1,13 +1,13 @@
 # pyright: basic
 # Triton's own language is not typed, and no_type_check keeps import hooks from wrapping its functions.
-"""Row statistics of a tile of logits on a GPU: one program a row, everything in fp32.
+"""The Triton row kernels: fold and gradient of a tile of logits, one program per row, everything in fp32.
 
-Both kernels walk a row in blocks that start at an aligned address at or before the row's first element,
-whatever the row's stride: a vocabulary of any size is read 16 bytes at a time. Columns before the row's
-first are switched off in registers; only the last block is masked in memory.
+Both kernels go over a row in blocks that start at an aligned address at or before the row's first element,
+whatever the row's stride, so a vocabulary of any size is read 16 bytes at a time. Columns before the row's
+first are masked in registers; only the loads of the last block are masked.
 
-No libdevice, no autotuning, no atomics: they run in the interpreter, and the same call gives the same
-bits every time.
+The kernels use no libdevice, autotuning or atomics: they run in Triton's interpreter, and the same call
+gives the same bits every time.
 """
 
 from typing import no_type_check
@@ -38,7 +38,7 @@ def _tanh(x):
 @no_type_check
 @triton.jit
 def _capped(z, bias_ptr, column, valid, logit_scale, cap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    # raw logits to scaled ones, but for the temperature; minus infinity becomes FLOOR, a NaN stays
+    # raw logits to scaled ones, without the temperature; minus infinity becomes FLOOR, a NaN stays
     if HAS_BIAS:
         z += tl.load(bias_ptr + column, mask=valid, other=0.0).to(tl.float32)
     z = tl.where(z < FLOOR, FLOOR, z) * logit_scale
@@ -136,7 +136,7 @@ def fold_kernel(
     HAS_REF_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Fold one row of a tile into its running state `[STATE_ROWS, R]`; `state.py` says what it holds."""
+    """Folds one row of a tile into its running state `[STATE_ROWS, R]`, described in `state.py`."""
     row = tl.program_id(0).to(tl.int64)
     target = (tl.load(target_ptr + row) - first).to(tl.int32)
     inverse_temperature = 1.0 / tl.load(temperature_ptr + row)
@@ -233,7 +233,7 @@ def _gradient_block(
         else:
             u = tl.load(u_row + lane).to(tl.float32)
     if IN_PLACE:
-        # every thread has read its part of the block before any writes over it
+        # all threads must have read their part of the block before any of them overwrites it
         tl.debug_barrier()
     capped = _capped(z, bias_ptr, column, valid, logit_scale, cap, HAS_BIAS, HAS_CAP)
     d = capped * inverse_temperature - top
@@ -254,7 +254,7 @@ def _gradient_block(
     if HAS_CAP:
         t = capped / cap
         result *= 1.0 - t * t
-    # not even a NaN of a masked row passes
+    # a masked row has gradient 0 even if its logits are NaN
     result = tl.where(is_unmasked, result, 0.0)
     if MASKED:
         tl.store(out_row + lane, result.to(out_row.dtype.element_ty), mask=valid)
@@ -287,10 +287,10 @@ def gradient_kernel(
     IN_PLACE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient by one row of raw logits, from the row's coefficients (`rows.Coefficients`).
+    """Writes the gradient by one row of raw logits, from the row's coefficients (`rows.Coefficients`).
 
-    IN_PLACE: `out` starts at the same bytes as `z` and its elements are no wider, `stride` is a multiple
-    of 16. A store at element j then only covers bytes of logits up to j, which were read.
+    IN_PLACE: `out` starts at the same byte as `z`, its elements are no wider, and `stride` is a multiple of
+    16. A store at element j then only overwrites logits up to j, which have been read.
     """
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(target_ptr + row)

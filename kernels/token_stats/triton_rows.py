@@ -1,6 +1,6 @@
 # pyright: reportUnknownVariableType=false, reportUnknownMemberType=false
 # Triton is not typed.
-"""The same two row kernels as `rows`, run by Triton: the launches and what they assume."""
+"""Launches the Triton row kernels: block sizes, strides and compile options."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from rlhf.kernels.token_stats.rows import Coefficients, Scratch, Tile
 from rlhf.kernels.token_stats.triton_kernels import fold_kernel, gradient_kernel
 
 WARPS = 8
-# 65536 registers a multiprocessor: two programs of 8 warps
+# of the 65536 registers of a multiprocessor, so that two programs of 8 warps fit
 MOST_REGISTERS = 128
-# the largest blocks that keep to it, without and with a reference's logits
+# the largest blocks within that limit, without and with the reference model's logits
 BLOCK, REFERENCE_BLOCK = 4096, 2048
 
 
 class TritonRows:
-    """Row kernels on a GPU (or in the interpreter), fp32 inside; the temperature must be a tensor."""
+    """Row kernels on a GPU (or in the interpreter), in fp32; the temperature of a tile must be a tensor."""
 
     buffers = 1
 
     def fold(self, state: Tensor, tile: Tile, *, entropy: bool, scratch: Scratch) -> None:
-        """Fold the tile into its rows' state."""
+        """Folds the tile into its rows' state."""
         logits, ref_logits = _same_layout(tile)
         height, width = logits.shape
         reference = tile.ref_logits is not None
@@ -59,7 +59,7 @@ class TritonRows:
         dtype: torch.dtype,
         overwrite: bool,
     ) -> Tensor:
-        """The gradient by the tile's raw logits, in `dtype`, perhaps in the bytes of its logits."""
+        """The gradient by the tile's raw logits, in `dtype`; with `overwrite` it may be written over them."""
         logits, ref_logits = _same_layout(tile)
         height, width = logits.shape
         overwrite = overwrite and logits.stride(0) % 16 == 0 and dtype.itemsize <= logits.dtype.itemsize
@@ -78,7 +78,7 @@ class TritonRows:
         *,
         in_place: bool,
     ) -> None:
-        """The gradient into `out`, a matrix whose rows start where the logits' do, modulo 16 elements."""
+        """Writes the gradient into `out`, whose row stride equals that of the logits modulo 16 elements."""
         height, width = logits.shape
         assert (logits.stride(0) - out.stride(0)) % 16 == 0
         reference = tile.ref_logits is not None and (coefficients.has_gap or coefficients.has_pull)
@@ -114,7 +114,7 @@ class TritonRows:
 
 
 def reinterpreted(buffer: Tensor, dtype: torch.dtype) -> Tensor:
-    """The bytes of a matrix with aligned rows as one of `dtype` with as many columns, rows in place."""
+    """The memory of a matrix with aligned rows as a matrix of `dtype`: as many columns, same row starts."""
     rows, columns = buffer.shape
     length = buffer.stride(0)
     whole = buffer.as_strided((rows, length), (length, 1))
@@ -122,7 +122,10 @@ def reinterpreted(buffer: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _same_layout(tile: Tile) -> tuple[Tensor, Tensor]:
-    """Both models' logits with one row stride, unit column stride; the policy's own for none."""
+    """The logits of policy and reference with equal row strides and unit column stride.
+
+    Without a reference model the policy's logits stand in for its own.
+    """
     logits, ref_logits = tile.logits, tile.ref_logits
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -141,10 +144,10 @@ def _parameters(tile: Tile, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Ten
 
 
 def launch_options() -> dict[str, Any]:
-    """How every row kernel is compiled."""
-    # Triton's default for the fusion of multiply and add depends on its version
+    """Compile options of all row kernels."""
+    # set explicitly: Triton's default for fused multiply-add depends on its version
     options: dict[str, Any] = {"num_warps": WARPS, "enable_fp_fusion": True}
     if torch.version.hip is None:
-        # left to itself, ptxas spills a few bytes of some kernels to fit another program in
+        # without a limit ptxas spills a few bytes of some kernels so that another program fits
         options["maxnreg"] = MOST_REGISTERS
     return options

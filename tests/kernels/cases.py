@@ -1,4 +1,4 @@
-"""Random problems for `token_stats`, their exact answer in float64, and the rule that judges a backend."""
+"""Random cases for `token_stats`, their exact results in float64, and the criteria for a backend's errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DIFFERENTIABLE = FIELDS[:5]
 
 
 class Options(TypedDict, total=False):
-    """What `token_stats` takes beside a case and a backend."""
+    """Further arguments of `token_stats`, beside a case and a backend."""
 
     memory: Memory
     workspace_bytes: int
@@ -29,7 +29,7 @@ class Options(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Case:
-    """One problem; `want` and `upstream` name the statistics asked for and those in the loss."""
+    """Inputs of one call. `want`: the statistics computed; `upstream`: the loss's gradients by them."""
 
     hidden: Tensor
     weight: Tensor
@@ -45,7 +45,7 @@ class Case:
     upstream: dict[str, Tensor] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The same numbers in another precision (they may round)."""
+        """The same case with its numbers rounded to another precision."""
         names = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
         values = {name: getattr(self, name) for name in names}
         return replace(self, **{k: None if v is None else v.to(dtype) for k, v in values.items()})
@@ -66,7 +66,7 @@ def make_case(
     masked: float = 0.0,
     upstream: tuple[str, ...] = DIFFERENTIABLE,
 ) -> Case:
-    """A random problem whose numbers are exact in `dtype`."""
+    """A random case whose numbers are exact in `dtype`."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -98,7 +98,7 @@ def make_case(
 
 
 def exact(case: Case) -> dict[str, Tensor]:
-    """Every statistic and gradient in float64, by definition and autograd."""
+    """Every statistic and gradient in float64, by its definition and autograd."""
     case = case.to(torch.float64)
     inputs = _leaves(case)
     kept = case.targets != IGNORED
@@ -132,7 +132,7 @@ def exact(case: Case) -> dict[str, Tensor]:
 
 
 def measured(case: Case, *, backend: Backend, **options: Unpack[Options]) -> dict[str, Tensor]:
-    """Every statistic and gradient as `token_stats` gives them."""
+    """Every statistic and gradient as computed by `token_stats`."""
     inputs = _leaves(case)
     stats = token_stats(
         inputs["hidden"],
@@ -155,9 +155,9 @@ def measured(case: Case, *, backend: Backend, **options: Unpack[Options]) -> dic
 
 
 def plain(case: Case) -> dict[str, Tensor]:
-    """Plain PyTorch at the precision of the inputs: its own matmuls in backward, after fp32 logits.
+    """Every statistic and gradient by plain PyTorch, with backward matmuls in the inputs' precision.
 
-    Without bias; the logits of 16-bit inputs are those of a matmul in fp32, as `token_stats` offers them.
+    The case has no bias. The logits of 16-bit inputs are computed in fp32, as `token_stats` does.
     """
     assert case.bias is None and case.ref_hidden is not None and case.ref_weight is not None
     inputs = _leaves(case)
@@ -180,7 +180,7 @@ def plain(case: Case) -> dict[str, Tensor]:
 def assert_close(
     got: dict[str, Tensor], truth: dict[str, Tensor], *, relative: float, absolute: float = 0.0
 ) -> None:
-    """Every entry agrees within `relative` of that entry's largest number."""
+    """Asserts that every tensor agrees within `relative` times its largest number."""
     assert got.keys() == truth.keys()
     for name, value in truth.items():
         error = (got[name].double() - value).abs().amax().item() if value.numel() else 0.0
@@ -191,7 +191,7 @@ def assert_close(
 def assert_no_worse(
     fast: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor], *, slack: float = 1e-6
 ) -> None:
-    """|fast - truth| <= |plain - truth| + slack, both errors taken as the largest of an entry."""
+    """Asserts |fast - truth| <= |plain - truth| + slack, with the largest error of each tensor."""
     for name, value in truth.items():
         scale = max(1.0, value.abs().amax().item()) if value.numel() else 1.0
         ours, theirs = (
@@ -220,7 +220,7 @@ def _with_gradients(stats: dict[str, Tensor], inputs: dict[str, Tensor], case: C
 
 
 def measured_from_logits(case: Case, *, backend: Backend) -> dict[str, Tensor]:
-    """As `measured`, where `hidden` and `ref_hidden` hold the logits themselves."""
+    """As `measured`, by `logit_stats` for a case whose `hidden` and `ref_hidden` are logits."""
     logits = case.hidden.detach().clone().requires_grad_()
     stats = logit_stats(
         logits,

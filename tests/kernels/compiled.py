@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for machines that are not here, and reads what the binary takes of them."""
+"""Compiles Triton kernels for GPUs that this machine may lack, and reads the binary's use of resources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers a thread, bytes spilled a thread, and 16-byte loads and stores in the program."""
+    """Registers per thread, bytes spilled per thread, and 16-byte loads and stores in the program."""
 
     registers: int
     spilled: int
@@ -36,7 +36,7 @@ class Resources:
 def resources(
     kernel: Any, arguments: dict[str, str], constants: dict[str, Any], target: str, folder: Path
 ) -> Resources:
-    """Compile as the launcher would: pointers aligned to 16 bytes, strides and sizes of any value.
+    """Compiles as the launcher would: pointers aligned to 16 bytes, strides and sizes of any value.
 
     `arguments` maps a name to its Triton type; `constants` are compile-time values.
     """

@@ -1,4 +1,4 @@
-"""Memory that nothing wrote holds NaN while a kernel test runs."""
+"""Fixtures of the kernel tests: uninitialised memory is filled with NaN, and tiles can be made small."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.kernels.token_stats import tile_sizes as problem
+from rlhf.kernels.token_stats import tile_sizes
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +26,6 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 4 tokens by 16 columns, so that small problems have many of both."""
-    monkeypatch.setattr(problem, "CPU_ROWS", 4)
-    monkeypatch.setattr(problem, "COLUMN_STEP", 16)
-    monkeypatch.setattr(problem, "CPU_TILE_BYTES", 4 * 16 * 4)
+    monkeypatch.setattr(tile_sizes, "CPU_ROWS", 4)
+    monkeypatch.setattr(tile_sizes, "COLUMN_STEP", 16)
+    monkeypatch.setattr(tile_sizes, "CPU_TILE_BYTES", 4 * 16 * 4)

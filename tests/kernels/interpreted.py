@@ -1,7 +1,7 @@
 """The Triton kernels in Triton's interpreter, on CPU tensors: mathematics, masks, tails and strides.
 
 Run by `test_triton_interpreter.py` in a process of its own, because TRITON_INTERPRET=1 has to be set
-before the kernels are imported. The interpreter shows neither races nor the rounding of bf16 (it cuts).
+before the kernels are imported. The interpreter shows no races, and it truncates to bf16 instead of rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VOCABULARIES = [1, 2, 97, 127, 128, 129, 256, 300]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that rows of a few hundred columns span several of."""
+    """Blocks so small that a row of a few hundred columns needs several."""
     monkeypatch.setattr(triton_rows, "BLOCK", BLOCK)
     monkeypatch.setattr(triton_rows, "REFERENCE_BLOCK", BLOCK)
 

@@ -1,4 +1,4 @@
-"""What each rank of `test_vocabulary_parallel.py` runs: its shard of the head, all of the tokens."""
+"""The program of each rank of `test_vocabulary_parallel.py`: its shard of the head, and all tokens."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ EDGES = {2: [0, 10, 41], 4: [0, 10, 11, 24, 41]}
 
 
 def whole(dtype: torch.dtype) -> Case:
-    """The problem that the ranks share."""
+    """The case of which each rank has a shard."""
     return make_case(
         9, 6, 41, dtype=dtype, bias=True, softcap=5.0, vector_temperature=True, masked=0.3, logit_scale=0.7
     )
 
 
 def run(rank: int, ranks: int, folder: str, dtype: torch.dtype, memory: Memory) -> None:
-    """Measure this rank's shard and save what came out."""
+    """Computes statistics and gradients with this rank's shard and saves them."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -54,7 +54,7 @@ def run(rank: int, ranks: int, folder: str, dtype: torch.dtype, memory: Memory) 
 
 
 def sharded_as_a_whole(rank: int, ranks: int) -> None:
-    """FSDP's way: every rank has tokens of its own and a shard of the head, gathered for the call."""
+    """As under FSDP: every rank has its own tokens and a shard of the head, gathered for the call."""
     case = make_case(2 * ranks, 6, 41, bias=True)
     mesh = init_device_mesh("cpu", (ranks,))
     weight = distribute_tensor(case.weight, mesh, [Shard(0)]).requires_grad_()

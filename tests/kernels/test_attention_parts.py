@@ -1,4 +1,4 @@
-"""Attention with its log-sum-exp, the merge of two parts, and the cache that rows share."""
+"""Attention over a part of the keys with its log-sum-exp, the merge of parts, and the shared-prefix cache."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_without_keeps_every_entry_that_is_not_dropped_and_moves_few(case: tuple
 
 
 class Naive:
-    """Every row with its own keys and values, attended one by one."""
+    """Attention with separate keys and values for every row, one row at a time."""
 
     def __init__(self) -> None:
         self.context: dict[str, tuple[Tensor, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Log-probs over the candidates tokens alone: the gathered rows against every logit, masked."""
+"""Log-probs among candidates: gathered rows of the head against a log-softmax over all, masked logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the real row kernels, mixed-precision matmuls, bits, synchronisation, memory."""
+"""Tests on a GPU: the compiled row kernels, mixed-precision matmuls, equal bits, synchronisation, memory."""
 
 from __future__ import annotations
 

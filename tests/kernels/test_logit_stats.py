@@ -1,4 +1,4 @@
-"""The row statistics of materialised logits: the same numbers, and gradients that touch kept rows alone."""
+"""`logit_stats`: the same numbers as `token_stats`, and masked rows are neither read nor given a gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators as torch.compile sees them: no graph break, shapes known, nothing mutated."""
+"""The operators under torch.compile: no graph break, known shapes, no mutated inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.c
 
 @pytest.fixture(autouse=True)
 def as_in_production() -> Iterator[None]:
-    """Nothing compiled before, and no checks of types, which the compiler cannot see through."""
+    """Starts without compiled code, and without run-time type checks, which would break the graph."""
     torch.compiler.reset()
     jaxtyping.config.update("jaxtyping_disable", True)
     yield

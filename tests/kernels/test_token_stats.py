@@ -60,9 +60,9 @@ def test_every_statistic_and_gradient_is_the_one_of_float64_autograd(
 def test_it_is_no_further_from_the_truth_than_plain_pytorch(
     dtype: torch.dtype, softcap: float | None
 ) -> None:
-    """By the root mean square over many problems: single numbers of either may be luckier.
+    """Compares root mean square errors over many cases, since single numbers of either vary by chance.
 
-    A quarter more is what merging the statistics of many tiny tiles may cost.
+    Merging the statistics of many tiny tiles may cost a quarter more error.
     """
     ours: dict[str, float] = defaultdict(float)
     theirs: dict[str, float] = defaultdict(float)

@@ -1,4 +1,4 @@
-"""What `token_stats` refuses, and what it says."""
+"""Arguments that `token_stats` refuses, with the messages of its errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def call(**changes: Any) -> None:
         ({"softcap": -1.0}, "softcap must be above 0"),
         ({"want": ("logp",)}, "expected one or more of logprob, entropy"),
         ({"want": ()}, "expected one or more of"),
-        ({"want": ("kl",)}, "pass its side"),
+        ({"want": ("kl",)}, "pass its inputs"),
         ({"workspace_bytes": 0}, "workspace_bytes must be above 0"),
         ({"num_unmasked": 5}, r"num_unmasked must lie in \[0, 4\]"),
         ({"num_unmasked": 3}, "num_unmasked is 3, but 4 targets"),

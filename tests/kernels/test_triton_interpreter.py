@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` where Triton interprets its kernels."""
+"""Runs `interpreted.py` in a process in which Triton interprets its kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
-# int() of an array of one element, which Triton 3.6's interpreter takes for a loop's bound
+# Triton 3.6's interpreter calls int() on an array of one element for the bound of a loop
 DEPRECATED = "ignore:Conversion of an array with ndim:DeprecationWarning"
 
 
