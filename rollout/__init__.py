@@ -1,1 +1,1 @@
-"""Engines that sample groups of completions: one protocol, several implementations."""
+"""Rollout engines, which sample groups of completions: one protocol, several implementations."""

@@ -1,4 +1,4 @@
-"""`sampling_mode` under the name that engines of one's own import; the code is in `learner_module.py`."""
+"""Old import path of `sampling_mode` for users' engines; the code is in `learner_module.py`."""
 
 from rlhf.rollout.learner_module import sampling_mode
 

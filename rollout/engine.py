@@ -1,4 +1,4 @@
-"""The rollout engine protocol: token ids in, token ids with log-probs out; one request a prompt."""
+"""The protocol of rollout engines: requests in, completions with the log-prob of every token out."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ PauseMode = Literal["abort", "wait", "keep"]
 
 
 class EngineError(ValueError):
-    """An engine cannot serve a request, or samples nonsense. The message says why and what to do."""
+    """An engine cannot start or serve a request, or samples wrongly. The message says why and what to do."""
 
 
 class SyncError(RuntimeError):
-    """The engine does not sample from the learner's policy."""
+    """After a weight update the engine does not sample from the learner's policy."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request is sampled.
+    """How one request is sampled: `n` completions of at most `max_tokens` tokens.
 
-    Sample `i` of a request, at token `t`, uses the uniform number `hash(seed, i, t)`: what it draws depends
-    neither on the other requests of the batch nor on what was sampled before. Tokens below `min_p` times the
-    most probable one are left out first, then all but the `top_k` most probable, then those beyond a share
-    `top_p` of the rest; `min_p=0`, `top_k=0` and `top_p=1` leave out none.
+    Token `t` of sample `i` uses the uniform number `hash(seed, i, t)`, so it depends neither on the other
+    requests of the batch nor on earlier samples. Truncation first leaves out tokens less probable than
+    `min_p` times the most probable one, then all but the `top_k` most probable, then keeps the smallest set
+    of the rest with a share `top_p` of their probability; `min_p=0`, `top_k=0` and `top_p=1` leave out none.
     """
 
     n: int
     max_tokens: int
     seed: int
     temperature: float = 1.0
-    """0 takes the most probable token; its log-prob is then that at temperature 1."""
+    """0 takes the most probable token and returns its log-prob at temperature 1."""
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
     stop_token_ids: tuple[int, ...] = ()
     return_candidates: bool = False
-    """Completions come with the tokens that truncation left at each place (`Completion.candidates`); needs
-    `top_k`, which bounds their number."""
+    """Whether completions have the tokens that truncation left at each position (`Completion.candidates`);
+    needs `top_k`, which bounds their number."""
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.max_tokens < 1:
@@ -63,17 +63,18 @@ class SamplingParams:
 
     @property
     def truncates(self) -> bool:
+        """Whether tokens are drawn at random from less than the whole vocabulary."""
         return self.temperature > 0 and leaves_out(self.top_p, self.top_k, self.min_p)
 
     @property
     def candidates_needed(self) -> bool:
-        """Whether completions come with what each token was drawn from: asked for, and not everything."""
+        """Whether completions have candidates: `return_candidates` is set, and sampling is truncated."""
         return self.return_candidates and self.truncates
 
 
 @dataclass(frozen=True, slots=True)
 class RolloutRequest:
-    """A prompt and how to sample it. `prompt.id` names the request: unique among those in flight."""
+    """A prompt and how to sample it. `prompt.id` names the request and is unique among those in flight."""
 
     prompt: Prompt
     params: SamplingParams
@@ -81,30 +82,30 @@ class RolloutRequest:
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What one weight update cost."""
+    """Cost of one weight update, and which weights were verified afterwards."""
 
     version: int
     seconds: float
     bytes: int
-    """Copied; 0 when the engine holds the learner's own module."""
+    """Bytes sent or copied; 0 if the engine holds the learner's own module."""
     compared: int = 0
-    """Weights that the engine was seen to hold as they were sent (rollout/proof.py)."""
+    """Number of weights found bit for bit as they were sent (rollout/weight_proof.py)."""
     unread: tuple[str, ...] = ()
-    """Weights that it cannot be asked for."""
+    """Names of the weights that the engine cannot read back."""
 
 
 @runtime_checkable
 class ImageInputs(Protocol):
-    """How an engine of this process feeds pictures to the model it samples from."""
+    """Turns the images of prompts into inputs of the model, for an engine in this process."""
 
     def inputs(self, prompt: Prompt) -> Mapping[str, Tensor]:
-        """What `model(input_ids=...)` takes beside the ids of one prompt, a row of each."""
+        """Arguments that `model(input_ids=...)` needs for the images of one prompt, in a batch of one."""
         ...
 
     def read(self, prompts: Sequence[Prompt], **arguments: Any) -> tuple[Tensor, list[int]]:
-        """Hidden states `[1, T, H]` of prompts end to end, and the position of each one's next token.
+        """Hidden states `[1, T, H]` of the prompts end to end, and the position id of each one's next token.
 
-        `arguments` go to the attention of the language model.
+        `arguments` are passed to the attention of the language model.
         """
         ...
 
@@ -120,61 +121,61 @@ class Ranks(Protocol):
     def size(self) -> int: ...
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every rank, in order of rank; all of them call it."""
+        """The values of all ranks, in order of rank; a collective call."""
         ...
 
 
 @runtime_checkable
 class WeightSource(Protocol):
-    """The learner's weights, as an engine reads them."""
+    """The learner's weights, from which an engine takes them."""
 
     @property
     def module(self) -> nn.Module:
-        """The compute copy of the policy; an engine in the same process may hold this very object."""
+        """The policy's model in its compute dtype; an engine in this process may use this very object."""
         ...
 
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors in the order and under the names of the Hugging Face layout.
+        """Full tensors, in the order and with the names of the Hugging Face layout.
 
-        Of a model in shards each is gathered when it is asked for and may be given up when the next one is;
-        every rank then iterates, to the end.
+        The weights of a sharded model are gathered one by one: each may be freed when the next is requested,
+        and every rank has to iterate to the end.
         """
         ...
 
 
 @runtime_checkable
 class AdaptedSource(WeightSource, Protocol):
-    """The learner's weights in two parts, for an engine that takes them so."""
+    """The weights of a policy with a LoRA adapter, base and adapter apart."""
 
     @property
     def base(self) -> WeightSource:
-        """What the adapter stands on: one object as long as the weights are the same."""
+        """The base weights; the same object is returned as long as they have not changed."""
         ...
 
     @property
     def adapter(self) -> WeightSource:
-        """Of every adapted layer `LAYER.lora_A.weight` and `LAYER.lora_B.weight`, to be added as B A."""
+        """`LAYER.lora_A.weight` and `LAYER.lora_B.weight` of adapted layers; B A is added to the weight."""
         ...
 
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Groups are scored while others decode: `submit` returns at once, `poll` gives what has finished."""
+    """Asynchronous, so that groups are scored while others decode: `submit` returns at once, then `poll`."""
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None: ...
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
-        """Completions that finished since the last call; `[]` when nothing is in flight.
+        """Completions that finished since the last call; `[]` if nothing is in flight.
 
-        Waits up to `timeout` seconds for the first (None: as long as the engine's own deadline).
+        Waits up to `timeout` seconds for the first one (None: as long as the engine's own deadline).
         """
         ...
 
     def pause(self, mode: PauseMode) -> None:
         """Stops decoding.
 
-        `abort` ends what is in flight (`poll` returns the tokens so far, marked ABORT), `wait` finishes it
-        first, `keep` holds it for `resume`.
+        `abort` ends all samples in flight (`poll` returns the tokens so far, marked ABORT), `wait` decodes
+        them to the end first, `keep` holds them until `resume`.
         """
         ...
 
@@ -183,7 +184,7 @@ class RolloutEngine(Protocol):
     def update_weights(self, source: WeightSource, version: int) -> SyncReport: ...
 
     def release(self) -> None:
-        """Gives memory back that the learner can use until the next `submit`."""
+        """Frees memory for the learner until the next `submit`."""
         ...
 
     def close(self) -> None: ...
@@ -191,10 +192,10 @@ class RolloutEngine(Protocol):
 
 @runtime_checkable
 class Measured(Protocol):
-    """An engine with something to say about itself in the metrics of a step."""
+    """An engine that adds metrics of its own to those of a step."""
 
     def measured(self) -> Metrics:
-        """Since it was asked last."""
+        """Metrics of the time since the last call."""
         ...
 
 
@@ -205,10 +206,11 @@ def generate(
     between: Callable[[], None] | None = None,
     finished: Callable[[int, list[Completion]], None] | None = None,
 ) -> list[list[Completion]]:
-    """`submit` and `poll` to the end: the group of each request, in order of `index`.
+    """Submits the requests and polls until all are done: the group of each request, sorted by `index`.
 
-    `between` is called before each poll; what it raises ends the rollout, and what is in flight is given up.
-    `finished` gets the number and the group of each request as soon as it is complete; others still decode.
+    `between` is called before each poll; an exception that it raises ends the rollout and aborts all samples
+    in flight. `finished` gets the number of a request and its group as soon as that group is complete, while
+    others still decode. Raises RuntimeError if the engine stops before all completions have come.
     """
     engine.submit(requests)
     numbers = {r.prompt.id: (number, r.params.n) for number, r in enumerate(requests)}
@@ -239,7 +241,7 @@ def generate(
 def sampling_of(
     section: RolloutConfig, *, n: int, max_tokens: int, seed: int, return_candidates: bool
 ) -> SamplingParams:
-    """How a run samples."""
+    """The sampling parameters that the settings of a run give."""
     return SamplingParams(
         n=n,
         max_tokens=max_tokens,

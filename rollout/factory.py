@@ -1,4 +1,4 @@
-"""Engines by name."""
+"""Makes a rollout engine from its name in the settings (`rollout.engine`)."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from rlhf.rollout.vllm.pool import Service
 from rlhf.rollout.vllm.servers import VLLMServerEngine
 from rlhf.rollout.vllm.shared import SharedServers
 
+EXPECTED = "native, hf, vllm, vllm-server, path/file.py:name or package.module:name"
+
 
 def make_engine(
     name: str,
@@ -35,51 +37,63 @@ def make_engine(
     lora_rank: int = 0,
     ranks: Ranks | None = None,
 ) -> RolloutEngine:
-    """An engine for `model`: "native" and "hf" hold the module itself, the others are sent weights.
+    """An engine for `model`: "native" and "hf" sample from the module itself, vLLM engines are sent weights.
 
-    If "native" cannot decode it: "hf", with a warning why. `max_tokens`: of a prompt and its completion,
-    which vLLM has to know; not given: the model's limit. `dtype`: of the weights that are sent, where not
-    that of `model`. `image_inputs`: for prompts with images. `lora_rank`: of the policy's adapter; 0: it has
-    none. `ranks`: those that share servers. `path/file.py:name` or `package.module:name` is called with the
-    model and `eos_token_ids`.
+    If "native" cannot decode the model, "hf" takes its place, with a warning that says why. A name like
+    `path/file.py:name` or `package.module:name` is a user's function, called with `model` and
+    `eos_token_ids`. `image_inputs` is needed for prompts with images. The other arguments are for vLLM:
+    `max_tokens` limits prompt and completion together (default: the model's limit), `dtype` is that of the
+    weights sent (default: that of `model`), `lora_rank` that of the policy's adapter (0: none), and `ranks`
+    share servers. Raises ValueError for an unknown name, EngineError if vLLM cannot start.
     """
     if ":" in name:
         return load_object(name)(model, eos_token_ids=eos_token_ids)
     if name == "native":
-        try:
-            return NativeEngine(
-                model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib, image_inputs=image_inputs
-            )
-        except ValueError as error:
-            warnings.warn(f"{error}; rollouts use the slower engine 'hf' instead", stacklevel=2)
-            name = "hf"
+        return _native_or_hf(model, eos_token_ids, kv_cache_gib, image_inputs)
     if name == "hf":
         return HFEngine(model, eos_token_ids=eos_token_ids, image_inputs=image_inputs)
     if name not in ("vllm", "vllm-server"):
-        raise ValueError(f"unknown rollout engine {name!r}; there are native, hf, vllm and vllm-server")
+        raise ValueError(f"unknown rollout engine {name!r}: expected {EXPECTED}")
     section = vllm or VLLMConfig()
-    held = causal_model(model)
-    sampled = VLLMModel(
-        path=held.name_or_path,
-        dtype=dtype or held.dtype,
-        max_tokens=max_tokens or held.config.get_text_config().max_position_embeddings,
-        vocabulary=held.get_input_embeddings().weight.shape[0],
+    causal = causal_model(model)
+    image_format = None
+    if image_inputs is not None:
+        image_format = ImageFormat.of(causal.config, causal.dtype, image_inputs)
+    vllm_model = VLLMModel(
+        path=causal.name_or_path,
+        dtype=dtype or causal.dtype,
+        max_tokens=max_tokens or causal.config.get_text_config().max_position_embeddings,
+        vocabulary=causal.get_input_embeddings().weight.shape[0],
         eos_token_ids=tuple(eos_token_ids),
         kv_cache_gib=kv_cache_gib,
         args=section.args,
         lora_rank=lora_rank if section.lora == "adapter" else 0,
-        image_format=None if image_inputs is None else ImageFormat.of(held.config, held.dtype, image_inputs),
+        image_format=image_format,
     )
-    in_shards = isinstance(model, FSDPModule)
-    return VLLMEngine(sampled) if name == "vllm" else _servers(sampled, section, ranks, in_shards=in_shards)
+    if name == "vllm":
+        return VLLMEngine(vllm_model)
+    return _servers(vllm_model, section, ranks, is_sharded=isinstance(model, FSDPModule))
+
+
+def _native_or_hf(
+    model: nn.Module, eos_token_ids: Sequence[int], kv_cache_gib: float, image_inputs: ImageInputs | None
+) -> NativeEngine | HFEngine:
+    try:
+        return NativeEngine(
+            model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib, image_inputs=image_inputs
+        )
+    except ValueError as error:
+        # attributed to the caller of `make_engine`
+        warnings.warn(f"{error}; rollouts use the slower engine 'hf' instead", stacklevel=3)
+        return HFEngine(model, eos_token_ids=eos_token_ids, image_inputs=image_inputs)
 
 
 def _servers(
-    model: VLLMModel, section: VLLMConfig, ranks: Ranks | None, *, in_shards: bool
+    model: VLLMModel, section: VLLMConfig, ranks: Ranks | None, *, is_sharded: bool
 ) -> VLLMServerEngine:
     size = 1 if ranks is None else ranks.size
-    # gathered for a server's GPU, what is in shards would be whole on one of the learner's
-    transport = "file" if in_shards and section.transport == "auto" else section.transport
+    # to send a sharded model to a server's GPU, one GPU of the learner would have to hold it whole
+    transport = "file" if is_sharded and section.transport == "auto" else section.transport
     service = Service(section.replicas, section.urls, section.deadline, transport, size)
     if ranks is not None and size > 1:
         return SharedServers(model, service, ranks)

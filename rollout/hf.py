@@ -1,8 +1,8 @@
-"""The specification of the embedded engines: `model.generate`, one request at a time, nothing shared.
+"""The engine `hf`: Hugging Face's `model.generate`, one request at a time; `native` is tested against it.
 
-Any causal model that Hugging Face can generate with works here. The n samples of a prompt are n equal
-rows, so there is no padding; a logits processor draws each token by `sampling.sample` and leaves only
-that one possible.
+It takes any causal model that Hugging Face can generate with. The n samples of a prompt are n equal rows,
+so there is no padding. A logits processor draws each token by `sampling.sample` and sets the logits of all
+others to minus infinity.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rlhf.types import Completion
 
 
 class _Draw(LogitsProcessor):
-    """Records the token drawn for each row; `generate` then takes it, as the only one left."""
+    """Draws and records a token for each row; `generate` then takes it, as the only possible one."""
 
     def __init__(self, sampling: RowSampling) -> None:
         self.drawn: list[Drawn] = []
@@ -37,7 +37,7 @@ class _Draw(LogitsProcessor):
 
 @contextmanager
 def _own_generation_config(model: Model, config: GenerationConfig) -> Generator[None]:
-    """What a model ships (a repetition penalty, suppressed tokens) would change what is sampled from."""
+    """Replaces the model's own generation config, whose settings (repetition penalty) may change sampling."""
     shipped = model.generation_config
     model.generation_config = config
     try:
@@ -47,7 +47,7 @@ def _own_generation_config(model: Model, config: GenerationConfig) -> Generator[
 
 
 class HFEngine:
-    """`poll` decodes one request and returns its whole group; nothing is kept between polls."""
+    """Each `poll` decodes one request and returns its whole group; no cache is kept between polls."""
 
     def __init__(
         self, model: nn.Module, *, eos_token_ids: Sequence[int], image_inputs: ImageInputs | None = None
@@ -61,21 +61,21 @@ class HFEngine:
         self._paused = False
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises ValueError for a prompt that is empty, in flight already, or cannot be seen."""
+        """Raises EngineError for a prompt that `check_requests` refuses."""
         in_flight = [request.prompt.id for request in self._waiting]
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        check_requests(requests, in_flight, vocabulary, sees=self._image_inputs is not None)
+        check_requests(requests, in_flight, vocabulary, takes_images=self._image_inputs is not None)
         self._waiting.extend(requests)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
-        """One group, however long it takes: `generate` cannot be interrupted by a `timeout`."""
+        """The next group. `timeout` is ignored, since `generate` cannot be interrupted."""
         if self._waiting and not self._finished and not self._paused:
             self._finished = self._generate(self._waiting.pop(0))
         finished, self._finished = self._finished, []
         return finished
 
     def pause(self, mode: PauseMode) -> None:
-        """`abort` and `wait` end what waits, the latter by decoding it; `keep` leaves it waiting."""
+        """`abort` ends waiting requests with no tokens, `wait` decodes them, `keep` leaves them waiting."""
         if mode == "abort":
             rows = [row for request in self._waiting for row in self._rows(request)]
             self._finished.extend(row.completion() for row in rows)
@@ -88,13 +88,13 @@ class HFEngine:
         self._paused = False
 
     def update_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """Copies the weights, unless the learner's own module is held. Raises ValueError on a mismatch."""
+        """Copies the weights, unless the learner's own module is used. Raises ValueError on a mismatch."""
         report = take_weights(self._model, source, version)
         self._version = version
         return report
 
     def release(self) -> None:
-        """Nothing is kept between polls."""
+        """Does nothing: no memory is held between polls."""
 
     def close(self) -> None:
         self._waiting, self._finished = [], []
@@ -114,18 +114,18 @@ class HFEngine:
             pad_token_id=stop_ids[0] if stop_ids else 0,
         )
         prompts = torch.tensor([request.prompt.token_ids] * params.n, device=device)
-        seen: Mapping[str, Tensor] = {}
+        images: Mapping[str, Tensor] = {}
         if request.prompt.images and self._image_inputs is not None:
-            seen = self._image_inputs.inputs(request.prompt)
+            images = self._image_inputs.inputs(request.prompt)
         with sampling_mode(self._model, self._attention), _own_generation_config(self._model, config):
             self._model.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
-                **{name: torch.cat([row] * params.n) for name, row in seen.items()},
+                **{name: torch.cat([row] * params.n) for name, row in images.items()},
                 logits_processor=LogitsProcessorList([draw]),
             )
-        steps = [drawn.of_rows() for drawn in draw.drawn]
+        steps = [drawn.per_row() for drawn in draw.drawn]
         for row, sampled in zip(rows, zip(*steps, strict=True), strict=True):
-            # a row that stopped is padded until the last one has
+            # stops at the row's last token: after it the row was padded until all rows had finished
             any(row.append(*drawn) for drawn in sampled)
         return [row.completion() for row in rows]

@@ -1,4 +1,4 @@
-"""What the engines that run the learner's own module share: switch it to sampling and back, take weights."""
+"""For engines that run the learner's own module: switch it to sampling and back, and copy weights."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from rlhf.rollout.engine import SyncReport, WeightSource
 
 Model = Any
-"""A PreTrainedModel; the annotations of transformers are too incomplete for a strict check."""
+"""A PreTrainedModel; the annotations of transformers are too incomplete for a strict type check."""
 
 
 def causal_model(module: nn.Module) -> Model:
-    """The Hugging Face model itself, also inside a PEFT wrapper (its adapters are layers of that model)."""
+    """The Hugging Face model, without its PEFT wrapper if it has one (adapters stay in its layers)."""
     if "peft" in sys.modules:
         from peft import PeftModel
 
@@ -34,19 +34,19 @@ def causal_model(module: nn.Module) -> Model:
 
 @contextmanager
 def sampling_mode(model: Model, attention: str | None) -> Generator[None]:
-    """Evaluation mode, no gradients and the named attention; the learner finds its module as it left it.
+    """Evaluation mode, no gradients and the named attention; the module is restored at the end.
 
-    Not `inference_mode`: a module that keeps a tensor between forwards (rotary frequencies that adapt to
-    the length) would hand the learner one that cannot be saved for backward.
+    It uses `no_grad`, not `inference_mode`: a module that keeps a tensor between forwards (such as rotary
+    frequencies that adapt to the length) would otherwise keep one that cannot be saved for backward.
     """
     training = [module for module in model.modules() if module.training]
     text = model.config.get_text_config()
     before = text._attn_implementation
-    # a vision tower beside the language model keeps its own
-    parts = [part for part in model.config.sub_configs if getattr(model.config, part) is text]
+    # a vision tower beside the language model keeps its own attention
+    text_configs = [name for name in model.config.sub_configs if getattr(model.config, name) is text]
 
     def attend(name: str) -> None:
-        model.set_attn_implementation(dict.fromkeys(parts, name) or name)
+        model.set_attn_implementation(dict.fromkeys(text_configs, name) or name)
 
     model.eval()
     try:
@@ -62,7 +62,7 @@ def sampling_mode(model: Model, attention: str | None) -> Generator[None]:
 
 
 def take_weights(model: Model, source: WeightSource, version: int) -> SyncReport:
-    """Copies every weight, unless `model` is the source's own module: then they are there already."""
+    """Copies all weights, unless `model` is the source's own module. Raises ValueError on a mismatch."""
     start = time.perf_counter()
     copied = 0
     if causal_model(source.module) is not model:
@@ -72,7 +72,7 @@ def take_weights(model: Model, source: WeightSource, version: int) -> SyncReport
 
 @torch.no_grad()
 def _copy(model: Model, source: WeightSource) -> int:
-    # with both names of a tied weight, which a source may give under either
+    # the state dict has both names of a tied weight; a source may send it under either
     own = model.state_dict(keep_vars=True)
     missing = {id(parameter): name for name, parameter in model.named_parameters()}
     copied = 0

@@ -1,4 +1,4 @@
-"""Requests in flight: the rows of a group, and what they become when they finish."""
+"""Samples in flight: one row per sample of a request, which becomes a completion; checks of requests."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Row:
     index: int
     stop_ids: frozenset[int]
     versions: list[tuple[int, int]]
-    """`(version, first token)`, one entry a weight update that it lived through."""
+    """`(version, first token)`: which weights sampled it from that token on."""
     token_ids: list[int] = field(default_factory=list[int])
     logprobs: list[float] = field(default_factory=list[float])
     candidates: list[Tensor] = field(default_factory=list[Tensor])
-    """What each token was drawn from, itself first, where the request asks for that and truncates."""
+    """Per token: its candidates, the token itself first; empty unless `candidates_needed`."""
 
     def append(self, token_id: int, logprob: float, candidates: Tensor | None = None) -> bool:
-        """Whether the row is finished with this token."""
+        """Appends a token; returns whether it finishes the row."""
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
         if self.request.params.candidates_needed:
@@ -35,7 +35,7 @@ class Row:
         return token_id in self.stop_ids or len(self.token_ids) == self.request.params.max_tokens
 
     def completion(self) -> Completion:
-        """What was sampled so far; a row that is not finished is aborted."""
+        """The completion with the tokens sampled so far; its reason is ABORT if the row is not finished."""
         if self.token_ids and self.token_ids[-1] in self.stop_ids:
             reason = FinishReason.STOP
         elif len(self.token_ids) == self.request.params.max_tokens:
@@ -56,27 +56,34 @@ class Row:
 
 
 def rows_of(request: RolloutRequest, eos_token_ids: Iterable[int], version: int) -> list[Row]:
-    """The rows of one request, in order of `index`."""
+    """The rows of one request, sorted by `index`."""
     stop_ids = frozenset((*eos_token_ids, *request.params.stop_token_ids))
     return [Row(request, index, stop_ids, [(version, 0)]) for index in range(request.params.n)]
 
 
 def check_requests(
-    requests: Sequence[RolloutRequest], in_flight: Iterable[str], vocabulary: int, *, sees: bool = False
+    requests: Sequence[RolloutRequest],
+    in_flight: Iterable[str],
+    vocabulary: int,
+    *,
+    takes_images: bool = False,
 ) -> None:
-    """Raises EngineError for what an engine of this process cannot sample; nothing is submitted then."""
-    seen = set(in_flight)
+    """Raises EngineError for a prompt in flight, empty, with unknown token ids, or with images not taken."""
+    ids = set(in_flight)
     for request in requests:
         prompt = request.prompt
-        if prompt.id in seen:
-            raise EngineError(f"a request for prompt {prompt.id!r} is in flight already; ids must be unique")
-        seen.add(prompt.id)
+        if prompt.id in ids:
+            raise EngineError(f"a request for prompt {prompt.id!r} is in flight already: ids must be unique")
+        ids.add(prompt.id)
         if not prompt.token_ids:
-            raise EngineError(f"prompt {prompt.id!r} has no tokens; there is nothing to continue")
+            raise EngineError(f"prompt {prompt.id!r} has no tokens: expected at least one")
         if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocabulary:
             raise EngineError(
                 f"prompt {prompt.id!r} has token ids from {min(prompt.token_ids)} to "
-                f"{max(prompt.token_ids)}, the model has 0 to {vocabulary - 1}; was it tokenised for another?"
+                f"{max(prompt.token_ids)}, the model has 0 to {vocabulary - 1}; was it tokenised for another "
+                "model?"
             )
-        if prompt.images and not sees:
-            raise EngineError(f"prompt {prompt.id!r} has pictures, and the model of this engine cannot see")
+        if prompt.images and not takes_images:
+            raise EngineError(
+                f"prompt {prompt.id!r} has images, but the model was loaded without an image processor"
+            )

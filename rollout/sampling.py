@@ -1,16 +1,17 @@
-"""One way to draw a token, shared by every engine that runs in this process.
+"""Draws tokens from logits for the engines `native` and `hf`: temperature, truncation, seeded randomness.
 
 Token `t` of sample `i` of a request is a function of the logits and of one number `uniform(seed, i, t)`:
 
     u = splitmix64(splitmix64(seed) + i, t) / 2^53      next token = the first v with CDF(v) > u * CDF(V)
 
-so it depends neither on the other rows of the batch, nor on what was drawn before, nor on the global
-generator. splitmix64 is the generator of Steele, Lea and Flood (OOPSLA 2014): a counter times an odd
-constant, finalised by two multiply-xorshift rounds. Where this differs from the usual way of sampling:
+so it depends neither on the other rows of the batch, nor on earlier draws, nor on the global generator.
+splitmix64 is the generator of Steele, Lea and Flood (OOPSLA 2014): a counter times an odd constant,
+finalised by two multiply-xorshift rounds. This differs from the usual way of sampling:
 
-1. One uniform a token and the inverse of the CDF, not V Gumbel or exponential variables.
+1. One uniform number per token and the inverse of the CDF, not V Gumbel or exponential variables.
 2. The CDF is cumulated in two levels, in float64: blocks of `BLOCK` tokens, then within the block drawn.
-3. Ties at the edge of top-k or top-p are kept together, so that no order of a sort matters.
+3. Tokens of equal probability at the edge of top-k or top-p are kept together, so that the result does not
+   depend on the order of a sort.
 """
 
 from __future__ import annotations
@@ -50,19 +51,19 @@ def splitmix64(state: Int64[Tensor, " S"], counter: Int64[Tensor, " S"] | int = 
 
 
 def stream_keys(seeds: Sequence[int], indices: Sequence[int], device: torch.device) -> Int64[Tensor, " S"]:
-    """The stream of each sample: two seeds, or two samples of one request, never share one."""
+    """The key of each sample's random stream, different for other seeds and other samples of a request."""
     seed = torch.tensor([_signed(s) for s in seeds], dtype=torch.int64, device=device)
     return splitmix64(splitmix64(seed) + torch.tensor(indices, dtype=torch.int64, device=device))
 
 
 def uniform(keys: Int64[Tensor, " S"], position: Int64[Tensor, " S"]) -> Float[Tensor, " S"]:
-    """Float64 multiples of 2^-53 in [0, 1)."""
+    """Uniform random numbers in [0, 1), in float64: multiples of 2^-53."""
     return _shift_right(splitmix64(keys, position), 11).double() * 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """How each row of a batch is sampled. A field of None is off for every row and costs nothing."""
+    """How each row of a batch is sampled. A field is None if it is switched off for every row."""
 
     keys: Int64[Tensor, " S"]
     temperature: Float[Tensor, " S"] | None
@@ -76,12 +77,12 @@ class RowSampling:
     def of(
         cls, params: Sequence[SamplingParams], indices: Sequence[int], device: torch.device
     ) -> RowSampling:
-        """Row `r` is sample `indices[r]` of a request with `params[r]`."""
+        """The sampling of a batch in which row `r` is sample `indices[r]` of a request with `params[r]`."""
 
         def column(values: Sequence[float], off: float, dtype: torch.dtype) -> Tensor | None:
             return None if all(v == off for v in values) else torch.tensor(values, dtype=dtype, device=device)
 
-        # the most probable token needs no truncation, and its log-prob is that of the whole distribution
+        # greedy rows are not truncated, so that the log-prob is that of the whole distribution
         greedy = [p.temperature == 0 for p in params]
         return cls(
             keys=stream_keys([p.seed for p in params], indices, device),
@@ -99,19 +100,19 @@ class Drawn(NamedTuple):
 
     tokens: Int64[Tensor, " S"]
     logprobs: Float[Tensor, " S"]
-    """fp32, under the distribution it was really drawn from."""
+    """fp32, under the distribution that the token was drawn from."""
     candidates: Candidates | None = None
-    """What that left, of the rows that are to say it."""
+    """The tokens that truncation left, for rows with `return_candidates`."""
 
-    def of_rows(self) -> Iterator[tuple[int, float, Tensor | None]]:
-        """On the host, row by row: what `Row.append` takes."""
+    def per_row(self) -> Iterator[tuple[int, float, Tensor | None]]:
+        """The arguments of `Row.append` for each row, on the host."""
         drawn: tuple[Any, Any] = self.tokens, self.logprobs
         candidates = [None] * len(self.tokens) if self.candidates is None else self.candidates.each()
         return zip(*(x.tolist() for x in drawn), candidates, strict=True)
 
 
 def sample(logits: Float[Tensor, "S V"], rows: RowSampling, position: Int64[Tensor, " S"]) -> Drawn:
-    """`position` counts the tokens of the completion before this one."""
+    """Draws the next token of each row. `position` is the number of tokens in its completion so far."""
     if rows.temperature is not None:
         logits = logits.float() / rows.temperature[:, None]
     probs = torch.softmax(logits, -1, dtype=torch.float32)
@@ -133,11 +134,11 @@ def sample(logits: Float[Tensor, "S V"], rows: RowSampling, position: Int64[Tens
 def _candidates(
     probs: Float[Tensor, "S V"], tokens: Int64[Tensor, " S"], rows: Bool[Tensor, " S"]
 ) -> Candidates:
-    """The tokens of some probability, the drawn one first; none of the rows that do not say it."""
-    left = (probs > 0) & rows[:, None]
-    sizes = left.sum(-1)
-    owner, ids = left.nonzero(as_tuple=True)
-    # the one that stands first changes places with the drawn one
+    """The tokens with probability above 0, the drawn one first; none for rows that `rows` leaves out."""
+    is_candidate = (probs > 0) & rows[:, None]
+    sizes = is_candidate.sum(-1)
+    owner, ids = is_candidate.nonzero(as_tuple=True)
+    # in each row the first candidate and the drawn one change places
     starts = (sizes.cumsum(0) - sizes)[rows]
     drawn = (ids == tokens[owner]).nonzero()[:, 0]
     ids[drawn] = ids[starts]
@@ -168,8 +169,11 @@ def truncate(
     top_p: Float[Tensor, " R"] | None,
     min_p: Float[Tensor, " R"] | None = None,
 ) -> Float[Tensor, "R V"]:
-    """Zero below `min_p` times the most probable token, then outside the `top_k` most probable (0: all), then
-    outside the smallest set of the rest whose share reaches `top_p`. Not renormalised."""
+    """The probabilities with 0 for the tokens that truncation leaves out, not renormalised.
+
+    Left out are first the tokens below `min_p` times the most probable one, then all but the `top_k` most
+    probable (0: none), then all outside the smallest set whose share of the rest reaches `top_p`.
+    """
     if min_p is not None:
         probs = probs.masked_fill(probs < min_p[:, None] * probs.amax(-1, keepdim=True), 0.0)
     if top_k is None and top_p is None:
@@ -183,7 +187,7 @@ def truncate(
     if top_p is not None:
         mass = ordered.cumsum(-1, dtype=torch.float64)
         wanted = mass.gather(1, count[:, None] - 1) * top_p[:, None]
-        # a token is kept when those before it do not reach the share yet: the first one always is
+        # a token stays if those before it do not reach the share yet, so the first one always stays
         count = torch.minimum(count, (mass - ordered < wanted).sum(-1))
     edge = ordered.gather(1, count.clamp(min=1)[:, None] - 1)
     return probs.masked_fill(probs < edge, 0.0)
@@ -192,7 +196,7 @@ def truncate(
 def _inverse_cdf(
     probs: Float[Tensor, "S V"], u: Float[Tensor, " S"]
 ) -> tuple[Int64[Tensor, " S"], Float[Tensor, " S"]]:
-    """The first token whose cumulative mass exceeds `u` times the whole, and the whole (float64)."""
+    """The first token whose cumulative mass exceeds `u` times the total mass, and that total (float64)."""
     size = probs.shape[-1]
     full = size // BLOCK * BLOCK
     blocks: list[Tensor] = []
@@ -205,16 +209,16 @@ def _inverse_cdf(
     columns = block[:, None] * BLOCK + torch.arange(BLOCK, device=probs.device)
     inside = probs.gather(1, columns.clamp(max=size - 1)).masked_fill_(columns >= size, 0.0)
     offset, _ = _first_above(inside.cumsum(-1, dtype=torch.float64), rest)
-    # beyond the vocabulary only where a logit is not a number: then the log-prob is none either, and tells
+    # only NaN logits give an index beyond the vocabulary; the log-prob is then NaN too and shows it
     return (block * BLOCK + offset).clamp(max=size - 1), mass[:, -1]
 
 
 def _first_above(
     mass: Float[Tensor, "S B"], target: Float[Tensor, " S"]
 ) -> tuple[Int64[Tensor, " S"], Float[Tensor, " S"]]:
-    """First column with more cumulative mass than `target`, and what of `target` is left inside it.
+    """The first column whose cumulative mass exceeds `target`, and `target` minus the mass before it.
 
-    `target` is kept below the whole, so that rounding never picks a column without mass of its own.
+    `target` is clamped below the total, so that rounding never picks a column without mass of its own.
     """
     whole = mass[:, -1]
     target = torch.minimum(target, torch.nextafter(whole, torch.zeros_like(whole)))

@@ -1,4 +1,4 @@
-"""`HeldWeights` under the name that servers of one's own are started with; its code is in vllm/worker.py."""
+"""Import path of `HeldWeights` for servers that users start themselves; the code is in `vllm/worker.py`."""
 
 from rlhf.rollout.vllm.worker import HeldWeights
 

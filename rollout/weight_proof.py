@@ -1,14 +1,14 @@
-"""What an engine holds after a weight update, compared bit for bit with what it was sent.
+"""Verifies after a weight update, bit for bit, that an engine holds the weights it was sent.
 
-At a learning rate of 1e-6 an update moves a bfloat16 weight in a thousand by its last bit. A head that was
-left behind then shifts log-probs by less than their rounding does, so no comparison of log-probs can show
-it. Weights are compared themselves: every sync looks at a share of each matrix,
+At a learning rate of 1e-6 an update changes one bfloat16 weight in a thousand, by its last bit. A head that
+was not updated then shifts log-probs by less than their rounding, so comparing log-probs cannot show it.
+Therefore the weights themselves are compared: every sync looks at a share of each matrix,
 
     columns  v mod p, v mod p + p, v mod p + 2p, ...      p = ceil(width / 64), v = version
 
-and at all of each vector, so each number is seen once in p syncs. An engine answers with one digest a
-weight, and one for every copy it keeps of it: a weight that was packed for a matrix product is read back
-through that product (rollout/vllm_worker.py), for the packed numbers are the ones it samples with.
+and at the whole of each vector, so each number is compared once in p syncs. An engine answers with a digest
+for every copy that it keeps of a weight. A weight that was packed for a matrix product is read back through
+that product (rollout/vllm/worker.py), because the engine computes with the packed copy.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from torch import Tensor, nn
 from rlhf.rollout.engine import SyncError, WeightSource
 
 COLUMNS = 64
-"""Of a matrix, looked at in one sync; fewer than twice as many in a narrow one."""
+"""Most columns of a matrix compared in one sync; always more than half as many, if it has them."""
 
 
 @runtime_checkable
 class Holder(Protocol):
-    """One engine process that can be asked for what it holds."""
+    """An engine process that can report the weights it holds."""
 
     def digests(self, names: Sequence[str], version: int) -> Mapping[str, Mapping[str, str]]:
-        """By weight and by copy of it; a weight it cannot read has no copies."""
+        """Digests by weight and by copy of it; a weight that cannot be read has no copies."""
         ...
 
     def part(self, name: str, copy: str, version: int) -> Tensor:
-        """What `digests` was taken of, in float32."""
+        """The share that the digest was computed from, in float32."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Proven:
-    """`compared` weights are held as they were sent; the `unread` ones could not be looked at."""
+    """Result of a proof: `compared` weights are as they were sent, the `unread` ones could not be read."""
 
     compared: int
     unread: tuple[str, ...]
     expected: Mapping[str, str]
-    """Digests of what was sent."""
+    """Digests of the weights sent, by name."""
 
 
-def looked_at(weight: Tensor, version: int) -> Tensor:
-    """The share of a weight that sync number `version` compares, `[columns, rows]` of a matrix."""
+def compared_share(weight: Tensor, version: int) -> Tensor:
+    """The share of a weight that the sync of `version` compares: of a matrix `[columns, rows]`."""
     if weight.ndim < 2:
         return weight
     matrix = weight.flatten(1)
@@ -64,7 +64,7 @@ def columns(width: int, version: int) -> slice:
 
 
 def digest(part: Tensor) -> str:
-    """Of the bits, where -0.0 and numbers too small to be normal count as 0: a product may flush them."""
+    """Digest of the bits; -0.0 and subnormal numbers count as 0, since a product may flush them."""
     part = torch.where(part.abs() < torch.finfo(part.dtype).tiny, torch.zeros_like(part), part)
     flat = part.detach().cpu().contiguous().flatten()
     return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).hexdigest()
@@ -72,16 +72,16 @@ def digest(part: Tensor) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """What an update hands over."""
+    """What was sent in an update, as far as it is compared."""
 
     digests: Mapping[str, str]
-    """Of each weight, a tied one under each of its names."""
+    """Digest of each weight by name; a tied weight is there under each of its names."""
     part: Callable[[str], Tensor]
-    """What the digest of a weight was taken of."""
+    """The share of a weight that its digest was computed from."""
 
 
 class Aliases:
-    """All names of each weight of a source; a tied one has several and is sent under one of them."""
+    """All names of each weight of a source; a tied weight has several and is sent under one of them."""
 
     def __init__(self, source: WeightSource) -> None:
         self._own = source.module.state_dict(keep_vars=True)
@@ -100,17 +100,20 @@ class Aliases:
 
 
 def sent_weights(source: WeightSource, version: int, dtype: torch.dtype) -> Sent:
-    """Keeps the shares that are compared, apart from weights that may be gone by then."""
+    """Copies the shares that are compared, since the weights may be freed before the comparison."""
     aliases, parts, digests = Aliases(source), dict[str, Tensor](), dict[str, str]()
     for sent, weight in source.named_tensors():
-        part = looked_at(weight.detach(), version).to(dtype, copy=True)
+        part = compared_share(weight.detach(), version).to(dtype, copy=True)
         for name in aliases.of(sent):
             parts[name], digests[name] = part, digest(part)
     return Sent(digests, parts.__getitem__)
 
 
 def prove(engine: str, holder: Holder, sent: Sent | WeightSource, version: int, dtype: torch.dtype) -> Proven:
-    """Raises SyncError naming the first weight that differs, by how much, and how many more do."""
+    """Compares what an engine holds with what it was sent.
+
+    Raises SyncError with the first weight that differs, by how much, and how many more differ.
+    """
     if not isinstance(sent, Sent):
         sent = sent_weights(sent, version, dtype)
     expected = sent.digests
@@ -118,7 +121,7 @@ def prove(engine: str, holder: Holder, sent: Sent | WeightSource, version: int, 
     wrong = differing(expected, held)
     if wrong:
         name, copy = wrong[0]
-        # what was sent may still be on the learner's GPU, and what is held has come over a wire
+        # the sent share may still be on the learner's GPU; the held one may have come from another process
         ours, theirs = sent.part(name).float().cpu(), holder.part(name, copy, version).cpu()
         what = _difference(ours, theirs, dtype)
         more = sorted({other for other, _ in wrong} - {name})
@@ -131,7 +134,7 @@ def prove(engine: str, holder: Holder, sent: Sent | WeightSource, version: int, 
 
 
 def differing(expected: Mapping[str, str], held: Mapping[str, Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Weights and copies of them that are not as they were sent."""
+    """The pairs of weight and copy whose digest is not that of the weight sent."""
     return [
         (name, copy)
         for name, wanted in expected.items()
@@ -142,12 +145,14 @@ def differing(expected: Mapping[str, str], held: Mapping[str, Mapping[str, str]]
 
 def _difference(sent: Tensor, held: Tensor, dtype: torch.dtype) -> str:
     if held.shape != sent.shape:
-        return f"it has {tuple(held.shape)} numbers, {tuple(sent.shape)} were sent"
+        return (
+            f"its compared share has shape {tuple(held.shape)}, that of the sent weight {tuple(sent.shape)}"
+        )
     if dtype == torch.float32 and torch.equal(held, sent.bfloat16().float()):
-        return "its dtype is bfloat16, the learner computes in float32"
+        return "its dtype is bfloat16, but the learner computes in float32"
     apart = (held - sent).abs()
     if not torch.isfinite(apart).all():
-        return "it has numbers that are not finite; the weights may have diverged"
+        return "it has infinite or NaN numbers; the weights may have diverged"
     count = int((apart > 0).sum())
     return (
         f"{count} of the {apart.numel()} numbers compared differ, by at most {apart.max().item():.3g} "

@@ -1,1 +1,1 @@
-"""The embedded engine: a prompt prefilled once a group, decoding from a shared key-value cache."""
+"""The engine `native`: prefills a prompt once per group and decodes from a shared key-value cache."""

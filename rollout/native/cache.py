@@ -1,10 +1,11 @@
-"""Keys and values of several prompts, each kept once, and of the rows that continue them.
+"""Key-value cache of the native engine: each prompt stored once, shared by the rows that continue it.
 
-    prefix   per layer  [P, Hk, L, D]   one entry a prompt, right-padded to the longest: a bias hides the rest
-    suffix   per layer  [S, Hk, T, D]   one entry a row; all hold equally many tokens: no bias
+    prefix   per layer  [P, Hk, L, D]   an entry per prompt, right-padded to the longest; a bias masks padding
+    suffix   per layer  [S, Hk, T, D]   an entry per row; all rows have the same number of tokens, so no bias
 
-The suffix grows as tokens come. Finished rows, and prompts without rows, are overwritten by the last
-ones, and the storage is halved when half of it is unused.
+P prompts, S rows, Hk heads of keys, L tokens of the longest prompt, T tokens sampled so far, D head size. The
+suffix grows with the tokens. When a row finishes, or a prompt loses its last row, the last entry is moved
+into its place; the storage is halved when half of it is unused.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from rlhf.kernels.attention_parts import attend, merge
 CHUNK = 64
 
 
-def without(size: int, dropped: Sequence[int]) -> list[int]:
-    """The order in which `size` entries without the `dropped` ones are kept: the last ones fill the holes.
+def compacted_order(size: int, dropped: Sequence[int]) -> list[int]:
+    """The old indices of `size` entries after dropping some: the last entries fill the gaps.
 
-    `without(5, [1, 3]) == [0, 4, 2]`
+    `compacted_order(5, [1, 3]) == [0, 4, 2]`
     """
     gone = set(dropped)
     kept = size - len(gone)
@@ -33,17 +34,17 @@ def without(size: int, dropped: Sequence[int]) -> list[int]:
 
 
 class SharedPrefixCache:
-    """Made for whole prompts and their rows; filled by one or more `Prefill`, then one `Decode` a token.
+    """Cache of several prompts and their rows, filled by one or more `Prefill`, then a `Decode` per token.
 
-    `reserved_tokens` is what it may grow to, in tokens of `bytes_per_token`.
+    It may grow to `reserved_tokens` times `bytes_per_token` bytes.
     """
 
     def __init__(self, prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int) -> None:
         self.prompt_lengths = list(prompt_lengths)
         self.owner = [p for p, size in enumerate(group_sizes) for _ in range(size)]
-        """The prompt of each row."""
+        """Index of the prompt of each row, `[S]`."""
         self.length = 0
-        """Tokens each row holds after its prompt."""
+        """Number of tokens that each row has after its prompt."""
         self._max_tokens = max_tokens
         self._prefix: list[tuple[Tensor, Tensor]] = []
         self._suffix: list[tuple[Tensor, Tensor]] = []
@@ -58,11 +59,11 @@ class SharedPrefixCache:
 
     @property
     def bytes_per_token(self) -> int:
-        """Keys and values of every layer."""
+        """Bytes of one token's keys and values in all layers."""
         return sum(x.shape[1] * x.shape[3] * x.itemsize for pair in self._prefix for x in pair)
 
     def store_prompt(self, layer: int, prompt: int, key: Tensor, value: Tensor) -> None:
-        """Keys and values `[Hk, L, D]` of one prompt at one layer; layers come in order."""
+        """Stores keys and values `[Hk, L, D]` of one prompt at one layer; layers must come in order."""
         if layer == len(self._prefix):
             self._prefix.append((self._new_prefix(key), self._new_prefix(value)))
             self._suffix.append((self._new_suffix(key), self._new_suffix(value)))
@@ -70,7 +71,7 @@ class SharedPrefixCache:
             stored[prompt, :, : new.shape[1]] = new
 
     def _new_prefix(self, like: Tensor) -> Tensor:
-        # zeros: a hidden key weighs nothing, but nothing times NaN is NaN
+        # zeros, since the weight 0 of a masked key times uninitialised NaN would be NaN
         return like.new_zeros(
             len(self.prompt_lengths), like.shape[0], max(self.prompt_lengths), like.shape[2]
         )
@@ -79,22 +80,23 @@ class SharedPrefixCache:
         return like.new_empty(len(self.owner), like.shape[0], min(CHUNK, self._max_tokens), like.shape[2])
 
     def begin_token(self) -> None:
-        """Makes room for one more token a row and lays rows out by prompt; call before each `Decode`."""
-        room = self._suffix[0][0].shape[2]
-        if self.length == room:
+        """Makes room for one more token in every row; call before each `Decode`."""
+        capacity = self._suffix[0][0].shape[2]
+        if self.length == capacity:
             self._suffix = [(self._grown(k), self._grown(v)) for k, v in self._suffix]
         if self._slots is None:
             self._lay_out()
 
     def _grown(self, stored: Tensor) -> Tensor:
-        _, heads, room, dim = stored.shape
+        _, heads, capacity, dim = stored.shape
         rows = len(self.owner)
-        grown = stored.new_empty(rows, heads, min(room + max(CHUNK, room // 2), self._max_tokens), dim)
-        grown[:, :, :room] = stored[:rows]
+        new_capacity = min(capacity + max(CHUNK, capacity // 2), self._max_tokens)
+        grown = stored.new_empty(rows, heads, new_capacity, dim)
+        grown[:, :, :capacity] = stored[:rows]
         return grown
 
     def _lay_out(self) -> None:
-        """Where the rows of each prompt are, `[P, G]`, short groups filled up; each row's place in that."""
+        """Computes indices between rows and `[P, G]` (prompt, row of its group), smaller groups padded."""
         members: list[list[int]] = [[] for _ in self.prompt_lengths]
         for row, prompt in enumerate(self.owner):
             members[prompt].append(row)
@@ -106,7 +108,7 @@ class SharedPrefixCache:
         key = self._prefix[0][0]
         slots = torch.tensor([rows + rows[:1] * (width - len(rows)) for rows in members], device=key.device)
         self._place = torch.tensor(place, device=key.device)
-        # P * Hk * G places in queries seen as [S * Hk, r * D]
+        # [P * Hk * G] indices into queries viewed as [S * Hk, repeats * D]
         heads = torch.arange(key.shape[1], device=key.device)
         self._slots = (slots[:, None] * len(heads) + heads[:, None]).flatten()
         self._bias = None
@@ -117,7 +119,7 @@ class SharedPrefixCache:
             self._bias = bias.masked_fill(hidden, float("-inf"))[:, None, None]
 
     def attend_token(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """One new token a row: `[S, Hq, 1, D]` to `[S, 1, Hq, D]`."""
+        """Stores one new token per row and attends with it: `[S, Hq, 1, D]` to `[S, 1, Hq, D]`."""
         assert self._slots is not None and self._place is not None
         rows, query_heads, _, dim = query.shape
         heads, repeats = key.shape[1], query_heads // key.shape[1]
@@ -125,14 +127,14 @@ class SharedPrefixCache:
         suffix_key, suffix_value = self._suffix[layer]
         suffix_key[:rows, :, self.length] = key[:, :, 0]
         suffix_value[:rows, :, self.length] = value[:, :, 0]
-        # query heads that share keys, and then rows that share a prompt, are more queries of one attention
+        # query heads that share keys, and rows that share a prompt, become more queries of one attention
         flat = query.reshape(rows * heads, repeats * dim)
         by_prompt = flat.index_select(0, self._slots).view(prompts, heads, -1, dim)
         prefix_key, prefix_value = (x[:prompts] for x in self._prefix[layer])
         out1, lse1 = attend(by_prompt, prefix_key, prefix_value, scale=scale, bias=self._bias)
         by_row = query.reshape(rows, heads, repeats, dim)
         out2, lse2 = attend(by_row, suffix_key[:rows, :, :end], suffix_value[:rows, :, :end], scale=scale)
-        # the kernel writes [.., query, Hk, D]: merged in that order, which makes the next four lines views
+        # the kernel's memory layout is [.., query, Hk, D]: merging in it makes the next four lines views
         out1, lse1 = out1.transpose(1, 2).reshape(-1, query_heads * dim), lse1.mT.reshape(-1, query_heads)
         out2, lse2 = out2.transpose(1, 2), lse2.mT
         out1 = out1.index_select(0, self._place).view(out2.shape)
@@ -140,16 +142,16 @@ class SharedPrefixCache:
         return merge(out1, lse1, out2, lse2).transpose(1, 2).reshape(rows, 1, query_heads, dim)
 
     def end_token(self) -> None:
-        """Counts the token that every layer stored."""
+        """Counts the token that all layers have stored; call after each `Decode`."""
         self.length += 1
 
     def drop(self, rows: Sequence[int]) -> list[int]:
-        """Forgets rows, and prompts that lose their last one; gives the former numbers of the rows left."""
-        order = without(len(self.owner), rows)
+        """Drops rows, and prompts without rows; returns the old indices of the remaining rows in order."""
+        order = compacted_order(len(self.owner), rows)
         self._suffix = [(_keep(k, order), _keep(v, order)) for k, v in self._suffix]
         owner = [self.owner[row] for row in order]
         left = set(owner)
-        prompts = without(
+        prompts = compacted_order(
             len(self.prompt_lengths), [p for p in range(len(self.prompt_lengths)) if p not in left]
         )
         if len(prompts) < len(self.prompt_lengths):
@@ -162,7 +164,7 @@ class SharedPrefixCache:
 
 
 def _keep(stored: Tensor, order: Sequence[int]) -> Tensor:
-    """Entries in the order that `without` gave: in place, or in new storage if half of it is unused."""
+    """The entries in the order of `compacted_order`: in place, or in new storage if half of it is unused."""
     if 2 * len(order) <= len(stored):
         return stored[torch.tensor(order, dtype=torch.int64, device=stored.device)]
     holes = [i for i, entry in enumerate(order) if entry != i]
@@ -172,7 +174,7 @@ def _keep(stored: Tensor, order: Sequence[int]) -> Tensor:
 
 
 class Prefill:
-    """Prompts end to end in one row, `[1, N]`: no padding; each attends to itself and is stored."""
+    """Attention of prompts that lie end to end in one row `[1, N]`, without padding; stores each prompt."""
 
     def __init__(self, cache: SharedPrefixCache, prompts: Sequence[int]) -> None:
         self._cache = cache
@@ -190,7 +192,7 @@ class Prefill:
 
 
 class Decode:
-    """One token a row, `[S, 1]`: the rows of several caches, one after the other."""
+    """Attention of one token per row, `[S, 1]`, for the rows of several caches one after the other."""
 
     def __init__(self, caches: Sequence[SharedPrefixCache]) -> None:
         self._caches = caches
@@ -204,9 +206,9 @@ class Decode:
 
 
 AttentionPass = Prefill | Decode
-"""What one forward of the model does at each attention layer: `attend(layer, query, key, value, scale)`."""
+"""The attention of one forward of the model; each layer calls `attend(layer, query, key, value, scale)`."""
 
 
 def last_tokens(lengths: Sequence[int]) -> Int64[Tensor, " P"]:
-    """Where each prompt ends when they lie end to end."""
+    """The index of each prompt's last token when the prompts lie end to end."""
     return torch.tensor(lengths).cumsum(0) - 1

@@ -1,7 +1,7 @@
-"""Linear layers in bfloat16 on a CPU, with their weights kept in the blocked layout that oneDNN computes in.
+"""Speeds up bfloat16 linear layers on a CPU: keeps their weights packed in oneDNN's blocked layout.
 
-Multiplying few rows, as decoding does, otherwise spends much of its time on bringing the whole weight into
-that layout, for every token. The price is one more copy of these weights while the engine holds them.
+Without it a product with few rows, as in decoding, spends much of its time on packing the whole weight again
+for every token. The cost is one more copy of these weights while the engine holds them.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 from torch import Tensor, nn
 
 _ROWS = 64
-"""A hint to oneDNN; the layout serves every number of rows."""
+"""Number of rows given to oneDNN as a hint; the packed weight works for any number."""
 
 
 class PackedLinears:
-    """Packs when installed first, and again each layer whose weight has changed since."""
+    """Packed copies of a model's linear layers, made at first use and again for each weight that changed."""
 
     def __init__(self, model: nn.Module) -> None:
-        # subclasses, and layers whose forward somebody has replaced, do more than a product
+        # subclasses, and layers with a replaced forward, may do more than a matrix product
         linears = [m for m in model.modules() if type(m) is nn.Linear and "forward" not in vars(m)]
         self._linears = [linear for linear in linears if can_pack(linear.weight)]
         self._forwards: dict[nn.Linear, tuple[tuple[int, int], Callable[[Tensor], Tensor]]] = {}
 
     @contextmanager
     def installed(self) -> Generator[None]:
-        """The layers use their packed weights, and are as before afterwards."""
+        """Within the context the layers compute with their packed weights."""
         forwards = [self._forward(linear) for linear in self._linears]
         for linear, forward in zip(self._linears, forwards, strict=True):
             cast(Any, linear).forward = forward
@@ -40,7 +40,7 @@ class PackedLinears:
                 del linear.forward
 
     def clear(self) -> None:
-        """Gives the memory back."""
+        """Frees the packed weights."""
         self._forwards.clear()
 
     def _forward(self, linear: nn.Linear) -> Callable[[Tensor], Tensor]:
@@ -56,7 +56,7 @@ def _product(packed: Tensor, linear: nn.Linear, x: Tensor) -> Tensor:
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether oneDNN computes with this weight in bfloat16, and it is a plain tensor."""
+    """Whether this is a plain bfloat16 parameter on a CPU for which oneDNN has bfloat16 products."""
     return (
         type(weight) is nn.Parameter
         and weight.device.type == "cpu"

@@ -1,16 +1,16 @@
-"""The embedded engine: samples from the learner's very module, in this process, without a copy of it.
+"""The engine `native`: samples from the learner's own module, in this process, without a copy of weights.
 
 1. A prompt is prefilled once, whatever the size of its group; prompts lie end to end, so nothing is padded.
-2. Each decoding step runs one token of every row through the model. Its attention is replaced: the rows
-   of a prompt attend to the prompt's keys together (they are queries of one attention problem), then each
-   to its own suffix, and the two are merged by their log-sum-exp (`attention.py`, `cache.py`).
-3. Finished rows leave the batch at once, and prompts with their last row.
-4. A token is a function of its logits and of `(seed, index, position)` (`sampling.py`), so what a row
-   samples does not depend on its neighbours, beyond the rounding of matrix products of another size.
+2. Each decoding step runs one token of every row through the model, with its attention replaced: the rows of
+   a prompt attend to the prompt's keys together, as queries of one attention, then each to its own suffix,
+   and the two results are merged by their log-sum-exp (`kernels/attention_parts.py`, `cache.py`).
+3. Finished rows leave the batch at once, and a prompt leaves with its last row.
+4. A token is a function of its logits and of `(seed, index, position)` (`rollout/sampling.py`), so a sample
+   does not depend on the rest of the batch, except through rounding in matrix products of another size.
 
-Requests are admitted in the order of `submit`, as whole groups, while the keys and values they may come
-to need fit in `kv_cache_gib`; the others wait. A weight update while rows are decoded keeps their keys
-and values (as in-flight updates do elsewhere); the versions of a completion say where it happened.
+Requests are admitted as whole groups, in the order of `submit`, as long as the keys and values that they may
+need fit in `kv_cache_gib`; the others wait. A weight update during decoding keeps the keys and values of rows
+in flight; `Completion.versions` says which weights sampled which tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rlhf.types import Completion, Prompt
 
 ATTENTION = "tandem_rollout"
 PREFILL_TOKENS = 4096
-"""Of one forward; a longer prompt gets one of its own."""
+"""Most prompt tokens of one forward; a longer prompt gets a forward of its own."""
 _BEYOND_SOFTMAX = ("sliding_window", "softcap", "s_aux", "position_bias")
 
 
@@ -51,10 +51,10 @@ def _attention(
     rollout_pass: AttentionPass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention of every layer while the engine runs the model."""
+    """The attention function of every layer while the engine runs the model."""
     extra = [name for name in _BEYOND_SOFTMAX if kwargs.get(name) is not None]
     if attention_mask is not None:
-        extra.append("a mask of its own")
+        extra.append("its own mask")
     if extra:
         raise ValueError(f"its attention has {', '.join(extra)}")
     if rollout_pass is None:
@@ -68,19 +68,19 @@ cast(Any, AttentionInterface).register(ATTENTION, _attention)
 
 @dataclass(slots=True, eq=False)
 class _Cohort:
-    """Groups admitted together: all their rows have sampled equally many tokens."""
+    """Groups that were admitted together: all their rows have the same number of sampled tokens."""
 
     cache: SharedPrefixCache
     rows: list[Row]
     tokens: Int64[Tensor, " S"]
-    """The last one of each row, not seen by the model yet."""
+    """The last sampled token of each row, the model's next input."""
     positions: Int64[Tensor, " S"]
-    """Where it stands, counted from the start of the prompt."""
+    """Its position, counted from the start of the prompt."""
 
     def record(
         self, tokens: Int64[Tensor, " S"], drawn: Iterable[tuple[int, float, Tensor | None]]
     ) -> list[Row]:
-        """Appends one token to every row; the rows it finishes leave."""
+        """Appends one token to every row; removes and returns the rows that it finishes."""
         ended = [row.append(*one) for row, one in zip(self.rows, drawn, strict=True)]
         finished = [i for i, has_ended in enumerate(ended) if has_ended]
         self.tokens, self.positions = tokens, self.positions + 1
@@ -128,13 +128,13 @@ class NativeEngine:
 
     @staticmethod
     def supports(model: Model) -> str | None:
-        """Why this engine cannot decode `model`, as far as its configuration tells; None: it may."""
+        """Why this engine cannot decode `model`, by its configuration; None if no reason is found there."""
         return why_unsupported(model)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises ValueError for a prompt that is empty, in flight, can never fit, or cannot be seen."""
+        """Raises EngineError for a group that cannot fit in `kv_cache_gib`, or as `check_requests` does."""
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        check_requests(requests, self._in_flight(), vocabulary, sees=self._image_inputs is not None)
+        check_requests(requests, self._in_flight(), vocabulary, takes_images=self._image_inputs is not None)
         for request in requests:
             needed = _reserve([request]) * self._bytes_per_token
             if needed > self._budget:
@@ -149,7 +149,7 @@ class NativeEngine:
             self._ended[request.prompt.id] = []
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
-        """Decodes until a whole group has finished, or `timeout`: it is scored while others are decoded."""
+        """Decodes until a whole group has finished or `timeout` seconds have passed."""
         deadline = None if timeout is None else time.monotonic() + timeout
         if self._ended and not self._finished and not self._paused:
             self._decode_until(deadline)
@@ -157,7 +157,7 @@ class NativeEngine:
         return finished
 
     def pause(self, mode: PauseMode) -> None:
-        """`abort` ends rows where they are, `wait` decodes them to their end, `keep` holds them."""
+        """`abort` ends rows with the tokens they have, `wait` decodes them to the end, `keep` holds them."""
         if mode == "abort":
             for row in self._rows_in_flight():
                 self._end(row)
@@ -175,7 +175,7 @@ class NativeEngine:
         self._paused = False
 
     def update_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """Copies the weights, unless the learner's own module is held. Raises ValueError on a mismatch."""
+        """Copies the weights, unless the learner's own module is used. Raises ValueError on a mismatch."""
         report = take_weights(self._model, source, version)
         self._linears.clear()
         self._version = version
@@ -184,13 +184,13 @@ class NativeEngine:
         return report
 
     def release(self) -> None:
-        """Drops packed weights and what a GPU's allocator holds; keys and values went with their rows."""
+        """Frees packed weights and unused memory of the GPU's allocator; the cache is freed with its rows."""
         self._linears.clear()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """Forgets everything in flight."""
+        """Drops everything in flight."""
         self._waiting, self._cohorts, self._sampling = [], [], None
         self._ended, self._finished = {}, []
 
@@ -202,7 +202,7 @@ class NativeEngine:
         return decoding + [row for rows in self._waiting for row in rows]
 
     def _end(self, row: Row) -> None:
-        """A group is handed over when its last row has ended."""
+        """Ends a row; the group is finished with its last row."""
         prompt_id = row.request.prompt.id
         self._ended[prompt_id].append(row.completion())
         if len(self._ended[prompt_id]) == row.request.params.n:
@@ -234,13 +234,13 @@ class NativeEngine:
         sizes = [len(rows) for rows in groups]
         longest = max(rows[0].request.params.max_tokens for rows in groups)
         cache = SharedPrefixCache([len(prompt) for prompt in prompts], sizes, longest)
-        parts = [self._prefill_some(cache, requested, part) for part in _parts(prompts)]
-        logits = [logits for logits, _ in parts]
+        batches = [self._prefill_some(cache, requested, batch) for batch in _prefill_batches(prompts)]
+        logits = [logits for logits, _ in batches]
         self._bytes_per_token = cache.bytes_per_token
         device = self._model.device
         rows = [row for group in groups for row in group]
         owner = torch.tensor(cache.owner, device=device)
-        ends = torch.tensor([place for _, places in parts for place in places], device=device)[owner] - 1
+        ends = torch.tensor([place for _, places in batches for place in places], device=device)[owner] - 1
         cohort = _Cohort(cache, rows, owner, ends)
         sampling = _sampling_of(rows, device)
         self._record([cohort], sample(torch.cat(logits)[owner], sampling, torch.zeros_like(owner)))
@@ -249,22 +249,22 @@ class NativeEngine:
         self._sampling = None
 
     def _prefill_some(
-        self, cache: SharedPrefixCache, prompts: list[Prompt], part: Sequence[int]
+        self, cache: SharedPrefixCache, prompts: list[Prompt], batch: Sequence[int]
     ) -> tuple[Float[Tensor, "P V"], list[int]]:
-        """Logits after each prompt of this part, and where the next token of each stands."""
+        """Prefills some prompts: their next-token logits, and the position of each one's next token."""
         device = self._model.device
-        ids = [prompts[p].token_ids for p in part]
+        ids = [prompts[p].token_ids for p in batch]
         lengths = [len(prompt) for prompt in ids]
-        last, prefill = last_tokens(lengths).to(device), Prefill(cache, part)
-        if self._image_inputs is not None and any(prompts[p].images for p in part):
-            hidden, following = self._image_inputs.read([prompts[p] for p in part], rollout_pass=prefill)
+        last, prefill = last_tokens(lengths).to(device), Prefill(cache, batch)
+        if self._image_inputs is not None and any(prompts[p].images for p in batch):
+            hidden, following = self._image_inputs.read([prompts[p] for p in batch], rollout_pass=prefill)
             return self._model.get_output_embeddings()(hidden[0, last]), following
         tokens = torch.tensor([token for prompt in ids for token in prompt], device=device)
         positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
         return self._forward(tokens[None], positions[None], prefill, last)[0], lengths
 
     def _decode(self) -> None:
-        """One more token for every row."""
+        """Samples one more token for every row."""
         if not self._cohorts:
             return
         caches = [cohort.cache for cohort in self._cohorts]
@@ -283,7 +283,7 @@ class NativeEngine:
         self._record(self._cohorts, sample(logits, self._sampling, sampled))
 
     def _record(self, cohorts: list[_Cohort], drawn: Drawn) -> None:
-        sampled = drawn.of_rows()
+        sampled = drawn.per_row()
         sizes = [len(cohort.rows) for cohort in cohorts]
         for cohort, tokens in zip(cohorts, torch.split(drawn.tokens, sizes), strict=True):
             for row in cohort.record(tokens, list(islice(sampled, len(tokens)))):
@@ -308,20 +308,20 @@ def _sampling_of(rows: Sequence[Row], device: torch.device) -> RowSampling:
 
 
 def _reserve(requests: Sequence[RolloutRequest]) -> int:
-    """Tokens whose keys and values these groups may come to hold together, prompts padded to the longest."""
+    """Most tokens that the cache of these groups may hold, with prompts padded to the longest."""
     longest_prompt = max(len(request.prompt.token_ids) for request in requests)
     longest = max(request.params.max_tokens for request in requests)
     return len(requests) * longest_prompt + sum(request.params.n for request in requests) * longest
 
 
-def _parts(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Numbers of the prompts that are prefilled together, in order."""
-    parts: list[list[int]] = []
+def _prefill_batches(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Indices of the prompts, grouped into forwards of at most `PREFILL_TOKENS` tokens."""
+    batches: list[list[int]] = []
     room = 0
     for number, prompt in enumerate(prompts):
         if len(prompt) > room:
-            parts.append([])
+            batches.append([])
             room = max(PREFILL_TOKENS, len(prompt))
-        parts[-1].append(number)
+        batches[-1].append(number)
         room -= len(prompt)
-    return parts
+    return batches

@@ -1,4 +1,4 @@
-"""Whether the native engine can decode a model: its configuration, then a few tokens really decoded."""
+"""Checks whether the native engine can decode a model: by its configuration and by decoding a few tokens."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.learner_module import Model, causal_model, sampling_mode
 from rlhf.types import Completion, Prompt
 
-LOOKING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
-"""Kinds of models whose pictures go before the language model, which is then like any other."""
+VISION_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
+"""Model types that encode images before the language model, which can then be decoded like any other."""
 TOLERANCE = 1e-3
-"""Mean |difference| of log-probs, in nats."""
+"""Largest mean |difference| of log-probs, in nats."""
 NOISE_FACTOR = 3.0
-"""Below float32: how much worse than plain cached decoding the engine may be."""
+"""Below float32 precision: the largest ratio of the engine's error to that of plain cached decoding."""
 
 
 def why_unsupported(model: Model) -> str | None:
-    """The reason, read from class and configuration; None when there is none."""
+    """The reason why it cannot be decoded, from its class and configuration; None if there is none."""
     config = model.config
     text = config.get_text_config()
     settings = text.to_dict()
     layers = set(settings.get("layer_types") or ["full_attention"]) - {"full_attention"}
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
-    if text is not config and config.model_type not in LOOKING:
-        return f"it is a {config.model_type}, which takes more than text"
+    if text is not config and config.model_type not in VISION_MODELS:
+        return f"it is a {config.model_type}, which takes other inputs than text"
     if not model._can_set_attn_implementation():
         return "its attention cannot be replaced (it does not use the AttentionInterface of transformers)"
     if layers:
-        return f"it has layers of {', '.join(sorted(layers))}"
+        return f"it has layers of type {', '.join(sorted(layers))}"
     if settings.get("attn_logit_softcapping") is not None:
         return "it soft-caps its attention scores"
     if settings.get("use_sliding_window", True) and settings.get("sliding_window") is not None:
-        return f"its attention sees a sliding window of {settings['sliding_window']} tokens"
+        return f"its attention has a sliding window of {settings['sliding_window']} tokens"
     return None
 
 
 def check_decoding(engine: RolloutEngine, model: Model) -> None:
-    """Decodes 8 tokens after two prompts of different length; compares with forwards over whole sequences.
+    """Decodes 8 tokens after two prompts and compares log-probs with forwards over the whole sequences.
 
-    Raises ValueError if the mean |difference| of log-probs is above `TOLERANCE`; below float32, if it is also
-    above `NOISE_FACTOR` times that of plain cached decoding in the same precision.
+    Raises ValueError if the mean |difference| is above `TOLERANCE` and, in a precision below float32, also
+    above `NOISE_FACTOR` times that of plain cached decoding.
     """
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     params = SamplingParams(n=2, max_tokens=8, seed=0)
@@ -69,18 +69,22 @@ def check_decoding(engine: RolloutEngine, model: Model) -> None:
     if difference > allowed and model.dtype != torch.float32:
         plain = generate(HFEngine(model, eos_token_ids=()), requests)
         allowed = NOISE_FACTOR * mean(logprob_errors(model, requests, plain))
-    # not >: NaN is refused too
+    # `not <=` instead of `>`, so that NaN is refused too
     if not difference <= allowed:
         raise ValueError(
             f"the native engine cannot decode {type(model).__name__}: log-probs of 8 tokens differ from "
-            f"those of a whole forward by {difference:.3g} nats in the mean, allowed is {allowed:.3g}"
+            f"those of a forward over the whole sequence by {difference:.3g} nats in the mean, allowed is "
+            f"{allowed:.3g}"
         )
 
 
 def logprob_errors(
     model: Model, requests: Sequence[RolloutRequest], groups: Sequence[Sequence[Completion]]
 ) -> list[float]:
-    """|rollout log-prob - log-prob by one forward over prompt and completion|, every token; no truncation."""
+    """|rollout log-prob - log-prob by one forward over prompt and completion| of every token, in nats.
+
+    The requests must not truncate the distribution.
+    """
     model = causal_model(model)
     errors: list[float] = []
     with sampling_mode(model, "sdpa" if model._supports_sdpa else None):

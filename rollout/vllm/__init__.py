@@ -1,1 +1,1 @@
-"""vLLM as an engine: in this process, or as servers that are started, watched and sent weights."""
+"""The engines `vllm` (in this process) and `vllm-server` (servers that are started, watched and updated)."""

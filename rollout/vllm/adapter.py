@@ -1,9 +1,9 @@
-"""A LoRA adapter sent to vLLM by itself: what it stands on once, then its two factors a layer.
+"""Sends a LoRA adapter to vLLM unmerged: the base weights once, then only the two factors of each layer.
 
-    y = W x + B (A x)          alpha / rank is in B already
+    y = W x + B (A x)          B already contains the factor alpha / rank
 
-vLLM reads an adapter from a folder in peft's layout, which stands in shared memory and has one name for the
-whole run: what is loaded again under a name in use takes its place, also for samples in flight.
+vLLM reads an adapter from a folder in peft's layout, here in shared memory. It has one name for the whole
+run: an adapter that is loaded under the name of the last one replaces it, for samples in flight too.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from torch import Tensor
 from rlhf.rollout.engine import AdaptedSource, SyncError, WeightSource
 from rlhf.rollout.weight_proof import Holder, Proven, prove
 
-NAME, NUMBER = "tandem", 1
-"""Of the adapter, in vLLM."""
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Sizes of vLLM's buffers for factors."""
+ADAPTER_NAME, ADAPTER_ID = "tandem", 1
+"""Name and id of the adapter in vLLM."""
+BUFFER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Possible ranks of vLLM's buffers for adapters (`max_lora_rank`)."""
 SHARED_MEMORY = Path("/dev/shm")
 
 
-def in_parts(source: WeightSource, rank: int) -> AdaptedSource | None:
-    """The parts of a source, for an engine that was started for an adapter of that rank; 0: for none."""
+def adapted_source(source: WeightSource, rank: int) -> AdaptedSource | None:
+    """`source` if it has an adapter apart and the engine was started for one (`rank` above 0), else None."""
     return source if rank and isinstance(source, AdaptedSource) else None
 
 
-def room_for(rank: int) -> dict[str, Any]:
-    """Arguments of vLLM's engine for an adapter of that rank; 0: for none."""
+def lora_engine_args(rank: int) -> dict[str, Any]:
+    """Arguments of vLLM's engine for an unmerged adapter of that rank; none if it is 0."""
     if not rank:
         return {}
-    room = next(size for size in RANKS if size >= rank)
-    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}
+    buffer_rank = next(size for size in BUFFER_RANKS if size >= rank)
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": buffer_rank}
 
 
 def adapter_request(folder: str) -> Any:
-    """What a request to an engine of this process asks for."""
-    return importlib.import_module("vllm.lora.request").LoRARequest(NAME, NUMBER, folder)
+    """The adapter of a request to the engine in this process."""
+    return importlib.import_module("vllm.lora.request").LoRARequest(ADAPTER_NAME, ADAPTER_ID, folder)
 
 
 def folder_for_adapter() -> tempfile.TemporaryDirectory[str]:
@@ -53,7 +53,7 @@ def folder_for_adapter() -> tempfile.TemporaryDirectory[str]:
 
 
 def write_adapter(folder: Path, adapter: WeightSource, dtype: torch.dtype) -> int:
-    """Bytes of its factors."""
+    """Writes the adapter in peft's layout; returns the bytes of its factors."""
     factors: dict[str, Tensor] = {
         f"base_model.model.{name}": tensor.detach().to("cpu", dtype).contiguous()
         for name, tensor in adapter.named_tensors()
@@ -69,33 +69,33 @@ def write_adapter(folder: Path, adapter: WeightSource, dtype: torch.dtype) -> in
     return sum(factor.nbytes for factor in factors.values())
 
 
-def prove_parts(
+def prove_adapted(
     engine: str, holder: Holder, source: AdaptedSource, version: int, dtype: torch.dtype
 ) -> Proven:
-    """Of both. Raises SyncError naming what differs, or a layer that vLLM gives no adapter to."""
+    """Compares base and adapter. Raises SyncError for a difference or a layer that vLLM does not adapt."""
     base = prove(engine, holder, source.base, version, dtype)
     adapter = prove(engine, holder, source.adapter, version, dtype)
     if adapter.unread:
         raise SyncError(
             f"{engine} has no adapter for {adapter.unread[0].rpartition('.lora_')[0]} "
-            f"({len(adapter.unread)} factors in all): take rollout.vllm.lora=merged, or leave the layer out "
-            "of model.lora.targets"
+            f"({len(adapter.unread)} factors in all): set rollout.vllm.lora=merged, or remove the layer from "
+            "model.lora.targets"
         )
     return Proven(base.compared + adapter.compared, base.unread, {**base.expected, **adapter.expected})
 
 
 def held_factor(manager: Any, module: object, slot: int, name: str) -> Iterator[tuple[str, Tensor]]:
-    """What a layer computes with of the factor `name`, as vLLM's worker holds it; nothing: it has no adapter.
+    """The factor `name` with which a layer of vLLM's worker computes; yields nothing if it is not adapted.
 
-    `slot`: of the weights that are stacked in the layer.
+    `slot` is the index of the adapted weight among those stacked in the layer (such as q, k and v).
     """
     side = "lora_a_stacked" if ".lora_A." in name else "lora_b_stacked"
     held: dict[str, Any] = vars(module)
     if side not in held:
         return
-    if NUMBER not in manager.lora_index_to_id:
+    if ADAPTER_ID not in manager.lora_index_to_id:
         yield "the adapter", torch.zeros(0)
         return
-    rank = manager.get_adapter(NUMBER).rank
-    factor: Tensor = held[side][slot][manager.lora_index_to_id.index(NUMBER), 0]
+    rank = manager.get_adapter(ADAPTER_ID).rank
+    factor: Tensor = held[side][slot][manager.lora_index_to_id.index(ADAPTER_ID), 0]
     yield "the adapter", factor[:rank] if side == "lora_a_stacked" else factor[:, :rank]

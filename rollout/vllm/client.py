@@ -1,4 +1,4 @@
-"""One vLLM server, as the engine sees it: started here and ended with us, or found at its address."""
+"""The client of one vLLM server: starts and ends it (or finds it at its URL), and sends its requests."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from typing import Any
 from torch import Tensor
 
 from rlhf.rollout.engine import EngineError, WeightSource
-from rlhf.rollout.vllm.images import MARK
+from rlhf.rollout.vllm.images import KIND_VARIABLE
 from rlhf.rollout.vllm.in_process import VERSIONS, decoded_part
 
-LOOK_EVERY, PATIENCE = 0.5, 30.0
-"""Seconds: between two looks at a server that starts, and for an answer about its health."""
-NEEDED = (
+POLL_INTERVAL, ANSWER_TIMEOUT = 0.5, 30.0
+"""Seconds between two checks of a server that starts, and seconds to wait for a short answer."""
+HOW_TO_START = (
     "start it with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out --logprobs-mode processed_logprobs "
     "--max-logprobs -1 --generation-config vllm --worker-extension-cls rlhf.rollout.vllm.worker.HeldWeights"
 )
@@ -35,8 +35,11 @@ class ReplicaError(Exception):
 
 
 class Replica:
-    """`arguments`: to start it with, of vLLM's command line; None: it runs at `url` already. `sees`: kind of
-    its model, where that can see (rollout/vllm_pictures.py). `gpu`: for it, as CUDA_VISIBLE_DEVICES names it.
+    """One vLLM server.
+
+    `arguments` are those of vLLM's command line to start it with; None if it already runs at `url`.
+    `image_model` is the type of a model that takes images (rollout/vllm/images.py). `gpu` is the server's GPU
+    as CUDA_VISIBLE_DEVICES names it.
     """
 
     def __init__(
@@ -44,23 +47,23 @@ class Replica:
         url: str,
         arguments: Sequence[str] | None,
         folder: Path,
-        sees: str | None = None,
+        image_model: str | None = None,
         gpu: str | None = None,
     ) -> None:
-        self.arguments, self.folder, self.sees, self.gpu = arguments, folder, sees, gpu
+        self.arguments, self.folder, self.image_model, self.gpu = arguments, folder, image_model, gpu
         self.url = url.rstrip("/")
         self.ready = False
         self.healthy = False
-        """It came back, and waits for weights."""
+        """Whether it was restarted and waits for weights."""
         self.reason = "it has not started yet"
         self.failures = 0
         self.base: WeightSource | None = None
-        """What the adapter it holds stands on."""
-        self.moved = time.monotonic()
-        """When it last gave a sample, or got the first it had to give."""
+        """The base weights it was given, if it has an adapter."""
+        self.last_progress = time.monotonic()
+        """When it last returned a sample, or was sent the first one while idle."""
         self._port: int | None = None
         self._keeper: subprocess.Popen[bytes] | None = None
-        self._over = False
+        self._ended_for_good = False
         self._starting = threading.Lock()
         self._log = folder / "none.log"
 
@@ -68,9 +71,9 @@ class Replica:
         return f"the vllm server at {self.url}"
 
     def start(self) -> None:
-        """On a free port of this host; a server found by its address is left as it is.
+        """Starts it on a free port of this host, unless it is a server found by its URL.
 
-        Raises ReplicaError: it was ended for good.
+        Raises ReplicaError if it was ended for good.
         """
         if self.arguments is None:
             return
@@ -79,7 +82,7 @@ class Replica:
             self._keeper = self._started(self.arguments)
 
     def _started(self, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
-        # the same whenever it is started again: other ranks know it by that
+        # keep the port at a restart: other ranks know the server by its URL
         self._port = port = self._port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = self.folder / f"{port}.log"
@@ -87,11 +90,11 @@ class Replica:
             **os.environ,
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-            # the worker in the process of the engine core, its threads where the system puts them
+            # run the worker in the engine core's process, without binding its threads to cores
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "PYTHONPATH": f"{_root()}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-            MARK: self.sees or "",
+            KIND_VARIABLE: self.image_model or "",
         }
         if self.gpu is not None:
             environ["CUDA_VISIBLE_DEVICES"] = self.gpu
@@ -111,30 +114,30 @@ class Replica:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environ,
-                # not the terminal's: Ctrl-C is a request to the trainer, which ends its servers itself
+                # no Ctrl-C from the terminal: it asks the trainer to stop, which ends its servers itself
                 start_new_session=True,
             )
 
     def wait_until_healthy(self, seconds: float) -> None:
-        """Raises ReplicaError: it ended, or is not healthy within `seconds`; EngineError: another version."""
+        """Raises ReplicaError if it ends or is not healthy in `seconds`, EngineError for another version."""
         deadline = time.monotonic() + seconds
         while True:
             self._check_wanted()
             if self.has_ended:
-                raise ReplicaError(f"{self} ended while it started: {self.last_words()}")
+                raise ReplicaError(f"{self} ended while it started: {self.last_log_lines()}")
             try:
-                self.call("GET", "/health", timeout=PATIENCE)
+                self.call("GET", "/health", timeout=ANSWER_TIMEOUT)
                 break
             except ReplicaError as error:
                 if time.monotonic() > deadline:
                     raise ReplicaError(f"{self} was not healthy within {seconds:g} s: {error}") from error
-            time.sleep(LOOK_EVERY)
-        version = str(self.call("GET", "/version", timeout=PATIENCE)["version"])
+            time.sleep(POLL_INTERVAL)
+        version = str(self.call("GET", "/version", timeout=ANSWER_TIMEOUT)["version"])
         if not version.startswith(VERSIONS):
-            raise EngineError(f"{self} is of version {version}; this adapter is for {', '.join(VERSIONS)}.*")
+            raise EngineError(f"{self} is of version {version}; expected {', '.join(VERSIONS)}.*")
 
     def stop(self) -> None:
-        """Ends a server that was started here, and waits until it is gone."""
+        """Ends a server that was started here, and waits until its processes have ended."""
         self.ready = self.healthy = False
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
@@ -142,28 +145,29 @@ class Replica:
             keeper.wait()
 
     def end(self) -> None:
-        """As `stop`, and nobody who is bringing it back can start it again."""
+        """As `stop`, and a thread that is restarting it can no longer start it."""
         with self._starting:
-            self._over = True
+            self._ended_for_good = True
         self.stop()
 
     def _check_wanted(self) -> None:
-        if self._over:
-            raise ReplicaError(f"{self} is not wanted any more")
+        if self._ended_for_good:
+            raise ReplicaError(f"{self} was ended for good")
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was started here and is gone, or is not wanted any more."""
+        """Whether it was ended for good, or was started here and its process has ended."""
         keeper = self._keeper
-        return self._over or (keeper is not None and keeper.poll() is not None)
+        return self._ended_for_good or (keeper is not None and keeper.poll() is not None)
 
-    def last_words(self) -> str:
+    def last_log_lines(self) -> str:
+        """The last lines of its log with errors (or the last lines), to explain why it ended."""
         lines = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
-        told = [line.strip() for line in lines if "Error" in line] or lines[-3:]
-        return " | ".join(told[-3:]) or "it said nothing"
+        errors = [line.strip() for line in lines if "Error" in line] or lines[-3:]
+        return " | ".join(errors[-3:]) or "its log is empty"
 
     def call(self, method: str, path: str, body: Any = None, *, timeout: float) -> Any:
-        """Its answer, JSON or text. Raises ReplicaError; EngineError when the request itself is refused."""
+        """The answer, JSON or text. Raises ReplicaError if it fails, EngineError for a refused request."""
         address = urllib.parse.urlsplit(self.url)
         connection = http.client.HTTPConnection(address.hostname or "", address.port or 80, timeout=timeout)
         try:
@@ -177,27 +181,28 @@ class Replica:
         finally:
             connection.close()
         if status in (403, 404):
-            raise EngineError(f"{self} refuses {path} ({status}): {NEEDED}")
+            raise EngineError(f"{self} refuses {path} ({status}): {HOW_TO_START}")
         if 400 <= status < 500:
             raise EngineError(f"{self} refuses a request to {path} ({status}): {text[:500]}")
         if status >= 500:
-            raise ReplicaError(f"{self} is broken ({status}): {text[:500]}")
+            raise ReplicaError(f"{self} failed ({status}): {text[:500]}")
         return json.loads(text) if kind == "application/json" and text else text or None
 
     def models(self) -> set[str]:
-        """What requests may ask for by name: the model and its adapters."""
-        return {model["id"] for model in self.call("GET", "/v1/models", timeout=PATIENCE)["data"]}
+        """Names that requests may ask for: the model and its adapters."""
+        return {model["id"] for model in self.call("GET", "/v1/models", timeout=ANSWER_TIMEOUT)["data"]}
 
     def worker(self, method: str, timeout: float, **kwargs: Any) -> Any:
+        """Calls a method of `HeldWeights` in the server's worker."""
         body = {"method": method, "kwargs": kwargs}
         (answer,) = self.call("POST", "/collective_rpc", body, timeout=timeout)["results"]
         return answer
 
     def digests(self, names: Sequence[str], version: int) -> Mapping[str, Mapping[str, str]]:
-        return self.worker("tandem_digests", 10 * PATIENCE, names=list(names), version=version)
+        return self.worker("tandem_digests", 10 * ANSWER_TIMEOUT, names=list(names), version=version)
 
     def part(self, name: str, copy: str, version: int) -> Tensor:
-        answer = self.worker("tandem_part", 10 * PATIENCE, name=name, copy=copy, version=version)
+        answer = self.worker("tandem_part", 10 * ANSWER_TIMEOUT, name=name, copy=copy, version=version)
         return decoded_part(answer)
 
 
@@ -208,5 +213,5 @@ def free_port(address: str = "127.0.0.1") -> int:
 
 
 def _root() -> Path:
-    """Where `rlhf` is imported from, for a process that is started elsewhere."""
+    """The folder from which `rlhf` is imported, for the PYTHONPATH of the server."""
     return Path(__file__).absolute().parents[3]

@@ -1,22 +1,22 @@
-"""Weights from the learner's GPU to a vLLM server's, through vLLM 0.32's own weight transfer.
+"""Sends weights from the learner's GPU to a vLLM server's GPU, by vLLM 0.32's weight transfer (nccl, ipc).
 
     nccl    a broadcast in a group of two, the learner and one server, on different GPUs
     ipc     the server reads the learner's memory, on the same GPU
 
-Both ends are vLLM's: `WeightTransferTrainerFactory` makes the one here, `--weight-transfer-config` the one of
-the server, and what they say to each other goes through `Replica.call`, with its errors and deadlines.
+Both ends are vLLM's: `WeightTransferTrainerFactory` makes the learner's, `--weight-transfer-config` the
+server's. Their control messages go through `Replica.call`, with its errors and deadlines.
 
-1. A group for each server, so that one which is lost takes no other with it and a new one joins by itself.
-   The price: servers are served one after the other, and n of them take n times as long as one.
-2. What is sent are the learner's own tensors, not copies of them (of a model in shards what it is gathered
-   to, on rank 0). They are let go when the learner goes on.
-3. A transfer that does not end is aborted at the deadline, or when the server's process is gone: NCCL alone
-   would wait for it for ever.
-4. A server is told where the learner's memory is in plain numbers (`plain_handle`). vLLM's own client for
-   HTTP pickles that, and servers would have to unpickle whatever they are sent.
+1. Each server has a group of its own, so that a lost server does not break the others' and a new one can join
+   alone. The price: servers are served one after the other, so n of them take n times as long as one.
+2. The learner's own tensors are sent, not copies (for a sharded model the tensors gathered on rank 0). They
+   are released when the learner goes on.
+3. A transfer that does not end is aborted at the deadline, or when the server's process has ended: NCCL
+   itself would wait forever.
+4. The handle of the learner's memory is sent as plain numbers (`plain_handle`). vLLM's HTTP client would
+   pickle it, and servers would have to unpickle whatever they are sent.
 
-Written against vLLM 0.32's interface, not yet run on a GPU. Tests run both ends on a CPU, all of it but what
-moves the bytes: NCCL's broadcast and CUDA's memory handles.
+Written for vLLM 0.32's interface, not yet run on a GPU. Tests run both ends on a CPU, with replacements only
+for what moves the bytes: NCCL's broadcast and CUDA's memory handles.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.rollout.engine import WeightSource
-from rlhf.rollout.vllm.client import LOOK_EVERY, Replica, ReplicaError, free_port
+from rlhf.rollout.vllm.client import POLL_INTERVAL, Replica, ReplicaError, free_port
 from rlhf.rollout.vllm.in_process import require_vllm
-from rlhf.rollout.vllm.process import process_left_alone
-from rlhf.rollout.vllm.transport import Way
+from rlhf.rollout.vllm.process import restored_process_state
+from rlhf.rollout.vllm.transport import TransportMethod
 from rlhf.rollout.weight_proof import Sent, sent_weights
 
 MODULES = "vllm.distributed.weight_transfer"
 BUFFER = 256 << 20
-"""Bytes that go at once; a larger weight goes alone."""
+"""Bytes of the buffer in which weights are packed and sent; a larger weight is sent alone."""
 HANDLE = ("handle", "bytes", "offset", "counter", "counter_offset", "event", "waits")
-"""What torch says of shared CUDA memory, beside its device, in its order."""
+"""Names of torch's arguments for shared CUDA memory after its device, in their order."""
 
 
 class DeviceTransport:
-    """`way`: nccl or ipc. `dtype`: that the servers compute in."""
+    """`method` is nccl or ipc, `dtype` the one that the servers compute in."""
 
-    def __init__(self, way: Way, dtype: torch.dtype) -> None:
-        self._way, self._dtype = way, dtype
-        self._held: Held | None = None
+    def __init__(self, method: TransportMethod, dtype: torch.dtype) -> None:
+        self._method, self._dtype = method, dtype
+        self._held: PublishedWeights | None = None
         self._ends: dict[Replica, Any] = {}
         self._sending = threading.Lock()
-        with process_left_alone():
+        with restored_process_state():
             require_vllm()
             self._factory: Any = importlib.import_module(f"{MODULES}.factory").WeightTransferTrainerFactory
 
@@ -68,15 +68,15 @@ class DeviceTransport:
 
     def publish(self, source: WeightSource, version: int) -> tuple[int, Sent]:
         with self._sending:
-            weights = [(name, _as_it_is(t, self._dtype)) for name, t in source.named_tensors()]
-            self._held = held = Held(source.module, weights)
-            # the streams they are sent on do not wait for the one they were written on
+            weights = [(name, _tensor_to_send(t, self._dtype)) for name, t in source.named_tensors()]
+            self._held = held = PublishedWeights(source.module, weights)
+            # the streams that send the weights do not wait for the stream that wrote them
             if weights[0][1].is_cuda:
                 torch.cuda.synchronize(weights[0][1].device)
             return held.bytes, sent_weights(held, version, self._dtype)
 
     def send(self, replica: Replica, deadline: float) -> bool:
-        """Raises ReplicaError: the server did not take them, or is gone; it has to be started again."""
+        """Raises ReplicaError if the server failed to take the weights; it must then be restarted."""
         with self._sending:
             held = self._held
             if held is None:
@@ -91,12 +91,12 @@ class DeviceTransport:
             except ReplicaError:
                 self._close(replica)
                 raise
-        # on a GPU the head is the embedding itself, elsewhere it has a copy of its own
+        # needed on a CPU, where a head tied to the embedding has a packed copy of its own
         replica.worker("tandem_pack_head", deadline)
         return True
 
     def retire(self) -> None:
-        """Waits for a server that is being served."""
+        """Releases the weights, after a transfer in progress."""
         with self._sending:
             self._held = None
 
@@ -104,8 +104,8 @@ class DeviceTransport:
         with self._sending:
             self._close(replica)
 
-    def _opened(self, replica: Replica, held: Held, deadline: float) -> Any:
-        """The learner's end of the transfer to a server, which has joined it."""
+    def _opened(self, replica: Replica, held: PublishedWeights, deadline: float) -> Any:
+        """Makes the learner's end of the transfer to a server, once the server has joined."""
         client = Client(replica, deadline)
         client.shutdown_weight_transfer_engine()
         info, opened = self._init_info(replica, held), list[Any]()
@@ -117,10 +117,10 @@ class DeviceTransport:
         self._ends[replica] = opened[0]
         return opened[0]
 
-    def _init_info(self, replica: Replica, held: Held) -> Any:
-        """vLLM's, with which it tells the server how the bytes are packed."""
+    def _init_info(self, replica: Replica, held: PublishedWeights) -> Any:
+        """vLLM's settings of the transfer, which also tell the server how bytes are packed."""
         wire = {"rank": 0, "packed": True, "packed_buffer_size_bytes": max(BUFFER, held.largest)}
-        if self._way == "ipc":
+        if self._method == "ipc":
             return importlib.import_module(f"{MODULES}.ipc_engine").IPCTrainerInitInfo(**wire)
         engine: Any = importlib.import_module(f"{MODULES}.nccl_engine")
         address = address_towards(replica.url)
@@ -131,7 +131,7 @@ class DeviceTransport:
     def _watched(
         self, replica: Replica, deadline: float, action: Callable[[], None], abort: Callable[[], None]
     ) -> None:
-        """In a thread, which is aborted at the deadline or when the server is gone."""
+        """Runs `action` in a thread, and `abort` at the deadline or when the server's process has ended."""
         done, device = Future[None](), self._held and self._held.device
 
         def run() -> None:
@@ -147,7 +147,7 @@ class DeviceTransport:
         until = time.monotonic() + deadline
         while True:
             try:
-                return done.result(LOOK_EVERY)
+                return done.result(POLL_INTERVAL)
             except NotDone:
                 if done.done():
                     raise
@@ -158,8 +158,8 @@ class DeviceTransport:
 
     def _refusal(self, replica: Replica, why: str) -> ReplicaError:
         return ReplicaError(
-            f"{replica} was not given weights by {self._way}: {why} "
-            "(rollout.vllm.transport=file goes another way)"
+            f"{replica} was not given weights by {self._method}: {why} "
+            "(rollout.vllm.transport=file does without a transfer between GPUs)"
         )
 
     def _close(self, replica: Replica) -> None:
@@ -168,22 +168,22 @@ class DeviceTransport:
             end.shutdown()
 
 
-def _as_it_is(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter itself; anything else may be gone when the next one is asked for, and is copied."""
+def _tensor_to_send(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter itself, or a copy of any other tensor, which may be freed when the next is requested."""
     return weight.detach().to(dtype, copy=not isinstance(weight, nn.Parameter))
 
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """As vLLM's `ParamMeta`."""
+    """Metadata of a weight with the attributes of vLLM's `ParamMeta`."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
 
 
-class Held:
-    """Weights as they are now: a source of this project's kind and of vLLM's."""
+class PublishedWeights:
+    """The weights of the last `publish`, with the interfaces of `WeightSource` and of vLLM's sources."""
 
     def __init__(self, module: nn.Module, weights: Sequence[tuple[str, Tensor]]) -> None:
         self.module, self._weights = module, weights
@@ -211,7 +211,7 @@ class Held:
 
 
 class Client:
-    """vLLM's protocol `VLLMWeightSyncClient`, spoken to one server."""
+    """vLLM's protocol `VLLMWeightSyncClient` for one server."""
 
     def __init__(self, replica: Replica, deadline: float) -> None:
         self._replica, self._deadline = replica, deadline
@@ -223,7 +223,7 @@ class Client:
         self._post("/start_weight_update")
 
     def update_weights(self, update_info: Mapping[str, Any]) -> None:
-        """With handles of memory through our part of the worker, which makes them of plain numbers."""
+        """Sends handles of memory as plain numbers, which `HeldWeights.tandem_take` turns into handles."""
         if update_info.get("ipc_handles") is None:
             return self._post("/update_weights", {"update_info": update_info})
         handles = {gpu: plain_handle(args) for gpu, args in update_info["ipc_handles"].items()}
@@ -241,11 +241,11 @@ class Client:
 
 
 def plain_handle(arguments: Sequence[Any]) -> dict[str, Any]:
-    """Of the arguments of torch's `rebuild_cuda_tensor`, for a buffer of bytes, what JSON can hold."""
+    """The arguments of torch's `rebuild_cuda_tensor` for a buffer of bytes, in values that JSON can hold."""
     _, size, stride, offset, _, dtype, _, *memory = arguments
     memory.pop(HANDLE.index("counter"))  # whether it requires a gradient
     if dtype != torch.uint8 or len(size) != 1 or tuple(stride) != (1,) or offset:
-        raise ValueError(f"a buffer of bytes was expected, got {dtype} of shape {tuple(size)}")
+        raise ValueError(f"expected a buffer of bytes, got {dtype} of shape {tuple(size)}")
     plain = {
         name: base64.b64encode(value).decode() if isinstance(value, bytes) else value
         for name, value in zip(HANDLE, memory, strict=True)
@@ -254,7 +254,7 @@ def plain_handle(arguments: Sequence[Any]) -> dict[str, Any]:
 
 
 def rebuilding_arguments(plain: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Inverse of `plain_handle`; the receiver puts its own device in place 6."""
+    """The inverse of `plain_handle`; the receiver sets argument 6 to its own device."""
     memory = [base64.b64decode(v) if isinstance(v, str) else v for v in (plain[name] for name in HANDLE)]
     kind, storage = torch.Tensor, torch.storage.TypedStorage
     return (
@@ -266,7 +266,7 @@ def rebuilding_arguments(plain: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def address_towards(url: str) -> str:
-    """This host's, as a server can reach it."""
+    """The address at which a server can reach this host."""
     there = urllib.parse.urlsplit(url)
     with socket.create_connection((there.hostname or "", there.port or 80)) as connection:
         return str(connection.getsockname()[0])

@@ -1,12 +1,12 @@
-"""Pictures through vLLM: pixels and placeholders are the learner's own, its processors are never asked.
+"""Sends images to vLLM already processed by the learner's image processor; vLLM's processors are not used.
 
-1. A request brings what the learner's processor made: token ids with every placeholder there already, the
-   pixels in the model's dtype, and where the features of each go. So engine and learner see the same numbers,
-   whatever back end processors would take, and no placeholder is expanded twice or to another length.
-2. vLLM's class of the model is registered with a processor that refuses to process, and knows one thing: a
-   picture has no more tokens than a prompt may have.
-3. An item is what stands together in the prompt: a picture of Qwen-VL, one tile of Idefics3 or SmolVLM.
-   Its name is a digest of its pixels; equal ones are encoded once, until the next weight update.
+1. A request has the output of the learner's processor: token ids with all placeholders expanded, pixels in
+   the model's dtype, and the ranges of placeholders for the features of each item. So engine and learner
+   compute with the same numbers, and no placeholder is expanded twice or to another length.
+2. vLLM's model class is registered with a processor that refuses to process; it knows only that an image has
+   no more tokens than a prompt may have.
+3. An item is what has a contiguous range in the prompt: an image of Qwen-VL, or one tile of Idefics3 or
+   SmolVLM. It is named by a digest of its pixels; equal items are encoded once, until the next weight update.
 """
 
 from __future__ import annotations
@@ -27,34 +27,36 @@ from torch import Tensor
 from rlhf.rollout.engine import EngineError, ImageInputs
 from rlhf.types import Prompt
 
-KINDS = {
+MODEL_CLASSES = {
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
     "idefics3": "Idefics3ForConditionalGeneration",
     "smolvlm": "SmolVLMForConditionalGeneration",
 }
-"""Kinds of models that can see, and vLLM's class of each, in its module of that name."""
-MARK = "TANDEM_SEES"
-"""Environment variable that tells the processes of a server the kind of its model."""
+"""vLLM's class of each supported model type that takes images, in vLLM's module of the type's name."""
+KIND_VARIABLE = "TANDEM_SEES"
+"""Environment variable with the model type, for the processes of a server (`serve.py`)."""
 MODALITY = "image"
-SEES = {
+IMAGE_ENGINE_ARGS = {
     "skip_mm_profiling": True,
     "mm_processor_cache_gb": 0,
-    # it would subtract the mean of pixels from what has none any more
+    # the pixels are normalised already
     "mm_device_do_normalize": False,
 }
-"""Of vLLM's engine, for a model that is given pixels as the learner's processor made them."""
-INPUTS = "vllm.multimodal.inputs"
-WIRE = "vllm.entrypoints.scale_out.token_in_token_out.mm_serde"
+"""Arguments of vLLM's engine for images that the learner's processor has processed."""
+INPUTS_MODULE = "vllm.multimodal.inputs"
+SERDE_MODULE = "vllm.entrypoints.scale_out.token_in_token_out.mm_serde"
 TORCHVISION = "transformers.models.qwen2_vl.image_processing_qwen2_vl"
 PIL = "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl"
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFormat:
-    """How a model of vLLM is given pictures. `merge`: features a placeholder, of Qwen-VL; `tile_tokens`:
-    placeholders a tile, of the others.
+    """How the images of a model are laid out.
+
+    `kind` is the model type. `merge`: number of patches per placeholder (Qwen-VL); `tile_tokens`: number of
+    placeholders per tile (the other models).
     """
 
     kind: str
@@ -66,7 +68,7 @@ class ImageFormat:
 
     @classmethod
     def of(cls, config: Any, dtype: torch.dtype, image_inputs: ImageInputs) -> ImageFormat:
-        """`config`: of the Hugging Face model."""
+        """The format for a Hugging Face model with that `config`."""
         kind, token, vision = config.model_type, config.image_token_id, config.vision_config
         if kind.startswith("qwen"):
             return cls(kind, token, dtype, image_inputs, merge=vision.spatial_merge_size**2)
@@ -75,19 +77,19 @@ class ImageFormat:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """What a request brings of its pictures, item by item."""
+class ProcessedImages:
+    """The processed images of a request, item by item."""
 
-    places: tuple[tuple[int, int], ...]
-    """First placeholder and their number."""
+    ranges: tuple[tuple[int, int], ...]
+    """Index of the first placeholder and the number of placeholders, per item."""
     names: tuple[str, ...]
     items: Any
-    """vLLM's own kind of them."""
+    """vLLM's own objects for the items (`MultiModalKwargsItem`)."""
 
     def engine_input(self, token_ids: Sequence[int]) -> Any:
-        """For an engine of this process."""
-        inputs: Any = importlib.import_module(INPUTS)
-        ranges = [inputs.PlaceholderRange(offset=offset, length=length) for offset, length in self.places]
+        """The input of the engine in this process for a prompt with these images."""
+        inputs: Any = importlib.import_module(INPUTS_MODULE)
+        ranges = [inputs.PlaceholderRange(offset=offset, length=length) for offset, length in self.ranges]
         return importlib.import_module("vllm.inputs").mm_input(
             prompt_token_ids=list(token_ids),
             mm_kwargs=inputs.MultiModalKwargsItems({MODALITY: self.items}),
@@ -96,24 +98,26 @@ class Given:
         )
 
     def features(self) -> dict[str, Any]:
-        """`features` of a request to a server; msgpack in base64."""
-        serde: Any = importlib.import_module(WIRE)
+        """The field `features` of a request to a server (msgpack in base64)."""
+        serde: Any = importlib.import_module(SERDE_MODULE)
         return {
             "mm_hashes": {MODALITY: list(self.names)},
-            "mm_placeholders": {MODALITY: [{"offset": o, "length": n} for o, n in self.places]},
+            "mm_placeholders": {MODALITY: [{"offset": o, "length": n} for o, n in self.ranges]},
             "kwargs_data": {MODALITY: [serde.encode_mm_kwargs_item(item) for item in self.items]},
         }
 
 
-def given_pictures(image_format: ImageFormat, prompt: Prompt) -> Given:
-    """Raises EngineError with the prompt's id: its placeholders are not those of its pictures."""
+def processed_images(image_format: ImageFormat, prompt: Prompt) -> ProcessedImages:
+    """The prompt's images, processed. Raises EngineError if its placeholders do not fit its images."""
     tensors = {name: tensor.cpu() for name, tensor in image_format.image_inputs.inputs(prompt).items()}
     parts, counts = (
-        _qwen_parts(image_format, tensors) if "image_grid_thw" in tensors else _tiles(image_format, tensors)
+        _qwen_tensors(image_format, tensors)
+        if "image_grid_thw" in tensors
+        else _tile_tensors(image_format, tensors)
     )
-    places = _places(image_format, prompt, counts)
-    fields: Any = importlib.import_module(INPUTS)
-    # the learner's eyes round to the type of their weights as well
+    ranges = _placeholder_ranges(image_format, prompt, counts)
+    fields: Any = importlib.import_module(INPUTS_MODULE)
+    # the learner's vision tower rounds pixels to the dtype of its weights too
     pixels = {
         name: t.to(image_format.dtype) if t.is_floating_point() else t for name, (t, _) in parts.items()
     }
@@ -125,26 +129,25 @@ def given_pictures(image_format: ImageFormat, prompt: Prompt) -> Given:
     }
     items = list(fields.MultiModalKwargsItems.from_hf_inputs(pixels, layout)[MODALITY])
     names = tuple(_name({name: element.data for name, element in item.items()}) for item in items)
-    return Given(places, names, items)
+    return ProcessedImages(ranges, names, items)
 
 
-Parts = dict[str, tuple[Tensor, Tensor | None]]
-"""By argument of the model: a tensor, and how many of its rows each item has; None: it has one number or
-row an item."""
+ItemTensors = dict[str, tuple[Tensor, Tensor | None]]
+"""By argument of the model: a tensor and the number of its rows per item (None: one row per item)."""
 
 
-def _qwen_parts(image_format: ImageFormat, tensors: Mapping[str, Tensor]) -> tuple[Parts, list[int]]:
+def _qwen_tensors(image_format: ImageFormat, tensors: Mapping[str, Tensor]) -> tuple[ItemTensors, list[int]]:
     grid = tensors["image_grid_thw"]
     sizes = grid.prod(-1)
     counts = [int(size) // image_format.merge for size in sizes]
     return {"pixel_values": (tensors["pixel_values"], sizes), "image_grid_thw": (grid, None)}, counts
 
 
-def _tiles(image_format: ImageFormat, tensors: Mapping[str, Tensor]) -> tuple[Parts, list[int]]:
+def _tile_tensors(image_format: ImageFormat, tensors: Mapping[str, Tensor]) -> tuple[ItemTensors, list[int]]:
     pixels = tensors["pixel_values"].flatten(0, 1)
     mask = tensors["pixel_attention_mask"].flatten(0, 1)
     ones = torch.ones(len(pixels), dtype=torch.long)
-    parts: Parts = {
+    parts: ItemTensors = {
         "pixel_values": (pixels, ones),
         "pixel_attention_mask": (mask, ones),
         "num_patches": (ones, None),
@@ -152,23 +155,25 @@ def _tiles(image_format: ImageFormat, tensors: Mapping[str, Tensor]) -> tuple[Pa
     return parts, [image_format.tile_tokens] * len(pixels)
 
 
-def _places(image_format: ImageFormat, prompt: Prompt, counts: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    there = [i for i, token in enumerate(prompt.token_ids) if token == image_format.image_token_id]
-    if len(there) != sum(counts):
+def _placeholder_ranges(
+    image_format: ImageFormat, prompt: Prompt, counts: Sequence[int]
+) -> tuple[tuple[int, int], ...]:
+    placeholders = [i for i, token in enumerate(prompt.token_ids) if token == image_format.image_token_id]
+    if len(placeholders) != sum(counts):
         raise EngineError(
-            f"{prompt.id}: its prompt has {len(there)} placeholders, its pictures make {sum(counts)} "
+            f"{prompt.id}: its prompt has {len(placeholders)} placeholders, its images make {sum(counts)} "
             "features; was it tokenised by another processor?"
         )
-    places: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     for count in counts:
-        mine, there = there[:count], there[count:]
-        if mine[-1] - mine[0] + 1 != count:
+        item, placeholders = placeholders[:count], placeholders[count:]
+        if item[-1] - item[0] + 1 != count:
             raise EngineError(
-                f"{prompt.id}: the {count} placeholders from token {mine[0]} on are of one picture and do "
-                "not stand together; was it tokenised by another processor?"
+                f"{prompt.id}: the {count} placeholders of one image, from token {item[0]} on, are not "
+                "together; was it tokenised by another processor?"
             )
-        places.append((mine[0], count))
-    return tuple(places)
+        ranges.append((item[0], count))
+    return tuple(ranges)
 
 
 def _name(tensors: Mapping[str, Tensor]) -> str:
@@ -180,12 +185,12 @@ def _name(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def take_given_pictures(kind: str) -> None:
-    """Registers vLLM's class of that kind, with a processor that is never asked to process anything."""
-    with _pillow_will_do():
+def accept_processed_images(kind: str) -> None:
+    """Registers vLLM's class of that model type with a processor that refuses to process images."""
+    with _without_torchvision():
         module: Any = importlib.import_module(f"vllm.model_executor.models.{kind}")
-    theirs = getattr(module, KINDS[kind])
-    ours = type(KINDS[kind], (theirs,), {"__module__": __name__})
+    theirs = getattr(module, MODEL_CLASSES[kind])
+    ours = type(MODEL_CLASSES[kind], (theirs,), {"__module__": __name__})
     processing: Any = importlib.import_module("vllm.multimodal.processing")
     registry: Any = importlib.import_module("vllm.multimodal").MULTIMODAL_REGISTRY
 
@@ -197,21 +202,21 @@ def take_given_pictures(kind: str) -> None:
             return {MODALITY: seq_len}
 
     def refuse(*_: object) -> Any:
-        raise EngineError("pictures come with their pixels, vllm has nothing to process")
+        raise EngineError("vllm was asked to process an image, but expects processed images only")
 
     given = {"requires_tokenizer": False, "_get_mm_fields_config": refuse, "_get_prompt_updates": refuse}
     dummy = {"get_dummy_text": refuse, "get_dummy_mm_data": refuse}
     registry.register_processor(
-        type("GivenPictures", (processing.BaseMultiModalProcessor,), given),
+        type("ProcessedImagesOnly", (processing.BaseMultiModalProcessor,), given),
         info=Info,
         dummy_inputs=type("NoDummies", (processing.BaseDummyInputsBuilder,), dummy),
     )(ours)
-    importlib.import_module("vllm").ModelRegistry.register_model(KINDS[kind], ours)
+    importlib.import_module("vllm").ModelRegistry.register_model(MODEL_CLASSES[kind], ours)
 
 
 @contextmanager
-def _pillow_will_do() -> Generator[None]:
-    """vLLM's classes take one function about sizes from a module that needs torchvision; its twin has it."""
+def _without_torchvision() -> Generator[None]:
+    """Puts the PIL version of a module that needs torchvision in its place; vLLM needs one function of it."""
     absent = find_spec("torchvision") is None and TORCHVISION not in sys.modules
     if absent:
         sys.modules[TORCHVISION] = importlib.import_module(PIL)

@@ -1,16 +1,14 @@
-"""vLLM beside the learner, in its process: one engine a rank, on the same device.
+"""The engine `vllm`: vLLM 0.32 in the learner's process, one engine per rank on the same device.
 
-1. Token ids in, token ids and log-probs of the distribution really sampled from out. No tokenizer is
-   loaded, and everything about a request is said with it: nothing comes from the model's generation
-   settings.
-2. A sample is a request of its own with a seed of its own, hash(seed, index); the prompt's keys and values
-   are shared through the prefix cache. Left without a seed it would draw from the learner's generator.
-3. A weight update hands the learner's tensors over, packs the head anew (rollout/vllm_worker.py), forgets the
-   prefix cache, and ends with a proof of what the engine holds (rollout/proof.py). Samples in flight go on
-   with keys and values computed anew.
-4. The engine starts with random weights: it cannot sample before it was given the learner's.
+1. Token ids go in; token ids and their log-probs under the distribution sampled from come out. No tokenizer
+   is loaded, and each request has all its settings: none comes from the model's generation config.
+2. Each sample is a vLLM request of its own, with the seed hash(seed, index); the prompt's keys and values are
+   shared through the prefix cache. Without a seed vLLM would draw from the learner's generator.
+3. A weight update loads the learner's tensors, packs the head again (worker.py), clears the prefix cache, and
+   verifies the weights held (rollout/weight_proof.py). Samples in flight recompute their keys and values.
+4. The engine starts with random weights, so it must be sent the learner's before it samples.
 
-vLLM 0.32. On a GPU the engine sleeps between `release` and the next request, its weights in host memory.
+On a GPU the engine sleeps between `release` and the next request, with its weights in host memory.
 """
 
 from __future__ import annotations
@@ -32,15 +30,15 @@ from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncErro
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import stream_keys
 from rlhf.rollout.vllm.adapter import (
+    adapted_source,
     adapter_request,
     folder_for_adapter,
-    in_parts,
-    prove_parts,
-    room_for,
+    lora_engine_args,
+    prove_adapted,
     write_adapter,
 )
-from rlhf.rollout.vllm.images import SEES, ImageFormat, given_pictures, take_given_pictures
-from rlhf.rollout.vllm.process import group_left_alone, own_generator, process_left_alone
+from rlhf.rollout.vllm.images import IMAGE_ENGINE_ARGS, ImageFormat, accept_processed_images, processed_images
+from rlhf.rollout.vllm.process import kept_process_group, restored_generator, restored_process_state
 from rlhf.rollout.vllm.truncation import candidates_of, logprobs_asked
 from rlhf.rollout.weight_proof import prove
 from rlhf.types import Completion, FinishReason, Prompt
@@ -49,12 +47,9 @@ VERSIONS = ("0.32",)
 WORKER = "rlhf.rollout.vllm.worker.HeldWeights"
 MAX_SEQUENCES = 256
 CPU_BLOCK = 32
-"""Tokens that share or do not share a prefix together; vLLM's own 128 would share no short prompt on a
-CPU.
-"""
+"""Tokens of a block of the prefix cache on a CPU; with vLLM's default of 128 short prompts are not shared."""
 DEFAULTS = {
-    # its own start-up messages, and the head it reports as not loaded in every update (the proof says it
-    # better)
+    # hides start-up messages, and a wrong warning at every update that the head was not loaded
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -63,27 +58,27 @@ REASONS = {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}
 
 @dataclass(frozen=True, slots=True)
 class VLLMModel:
-    """What to sample from. The weights come from the learner."""
+    """The model to sample from and how vLLM is started for it; its weights come from the learner."""
 
     path: str
     dtype: torch.dtype
     max_tokens: int
-    """Of a prompt and its completion."""
+    """Limit of prompt and completion together."""
     vocabulary: int
     eos_token_ids: tuple[int, ...]
     kv_cache_gib: float = 4.0
     args: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """Further arguments of vLLM's engine."""
     image_format: ImageFormat | None = None
-    """Of a model that can see."""
+    """None if the model takes no images."""
     lora_rank: int = 0
-    """Of an adapter that is sent by itself; 0: there is none, or it comes merged."""
+    """Rank of an adapter that is sent unmerged; 0 if there is none, or it is merged."""
 
     def engine_args(self) -> dict[str, Any]:
-        """What every vLLM here is started with, in one process or another."""
+        """Arguments of vLLM's engine, in this process and in servers."""
         gpu = torch.cuda.is_available()
         cpu: dict[str, Any] = {} if gpu else {"block_size": CPU_BLOCK, "enforce_eager": True}
-        sees: dict[str, Any] = {} if self.image_format is None else SEES
+        image_args: dict[str, Any] = {} if self.image_format is None else IMAGE_ENGINE_ARGS
         return {
             "model": self.path,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -97,8 +92,8 @@ class VLLMModel:
             "max_logprobs": -1,
             "worker_extension_cls": WORKER,
             **cpu,
-            **sees,
-            **room_for(self.lora_rank),
+            **image_args,
+            **lora_engine_args(self.lora_rank),
             **self.args,
         }
 
@@ -106,13 +101,13 @@ class VLLMModel:
         longest = len(request.prompt.token_ids) + request.params.max_tokens
         if longest > self.max_tokens:
             raise EngineError(
-                f"prompt {request.prompt.id!r} and its completion may have {longest} tokens, vllm was "
+                f"prompt {request.prompt.id!r} and its completion may have {longest} tokens, but vllm was "
                 f"started for {self.max_tokens}"
             )
 
 
 def require_vllm() -> Any:
-    """The vllm module. Raises EngineError: it is not installed, or of another version."""
+    """The module vllm. Raises EngineError if it cannot be imported or has another version."""
     for name, value in DEFAULTS.items():
         os.environ.setdefault(name, value)
     try:
@@ -123,19 +118,19 @@ def require_vllm() -> Any:
         ) from error
     if not str(vllm.__version__).startswith(VERSIONS):
         raise EngineError(
-            f"vllm {vllm.__version__} is installed; this adapter is written for {', '.join(VERSIONS)}.*"
+            f"vllm {vllm.__version__} is installed, expected {', '.join(VERSIONS)}.*: make setup EXTRAS=vllm"
         )
     return vllm
 
 
 def sampling_settings(request: RolloutRequest, index: int, model: VLLMModel) -> dict[str, Any]:
-    """vLLM's SamplingParams of one sample, every setting that matters given."""
+    """vLLM's SamplingParams of one sample, with every relevant setting given explicitly."""
     params = request.params
     greedy = params.temperature == 0
     key = int(stream_keys([params.seed], [index], torch.device("cpu")).item())
     return {
         "n": 1,
-        # vLLM takes -1 for "no seed"
+        # never negative: -1 means no seed in vLLM
         "seed": key & (2**63 - 1),
         "temperature": params.temperature,
         "top_p": 1.0 if greedy else params.top_p,
@@ -150,7 +145,7 @@ def sampling_settings(request: RolloutRequest, index: int, model: VLLMModel) -> 
 
 
 class VLLMEngine:
-    """Raises EngineError when vLLM is not there, or cannot be started for this model."""
+    """The engine `vllm`. Raises EngineError if vLLM is not installed or cannot start for this model."""
 
     def __init__(self, model: VLLMModel) -> None:
         self._model = model
@@ -165,7 +160,7 @@ class VLLMEngine:
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         self._owns_group = not torch.distributed.is_initialized()
         if not (launched or self._owns_group):
-            raise EngineError("there is a vllm engine in this process already; close it first")
+            raise EngineError("there is a vllm engine in this process already: close it first")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         args: dict[str, Any] = {
             "async_scheduling": False,
@@ -175,10 +170,10 @@ class VLLMEngine:
         }
         if launched:
             args["distributed_executor_backend"] = "external_launcher"
-        with process_left_alone():
+        with restored_process_state():
             vllm = require_vllm()
             if model.image_format is not None:
-                take_given_pictures(model.image_format.kind)
+                accept_processed_images(model.image_format.kind)
             self._sampling_params: Any = vllm.SamplingParams
             self._delta: Any = importlib.import_module("vllm.sampling_params").RequestOutputKind.DELTA
             try:
@@ -189,11 +184,11 @@ class VLLMEngine:
         self._adapter: Any = None if self._folder is None else adapter_request(self._folder.name)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises EngineError for a prompt that is empty, in flight or too long, or whose pictures do not fit
-        it or cannot be seen.
+        """Raises EngineError for a prompt that is too long, whose placeholders do not fit its images, or that
+        `check_requests` refuses.
         """
         check_requests(
-            requests, self._ended, self._model.vocabulary, sees=self._model.image_format is not None
+            requests, self._ended, self._model.vocabulary, takes_images=self._model.image_format is not None
         )
         for request in requests:
             self._model.check_length(request)
@@ -205,10 +200,10 @@ class VLLMEngine:
                 self._start(row, prompt)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
-        """Decodes until a whole group has finished, or `timeout`."""
+        """Decodes until a whole group has finished or `timeout` seconds have passed."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        # with a seed for every sample vLLM still draws one number a step from the generator it shares with us
-        with own_generator():
+        # even with seeds vLLM draws one number per step from the global generator, which the learner uses
+        with restored_generator():
             while self._rows and not self._finished and not self._paused:
                 for output in self._llm.step():
                     self._take(output)
@@ -218,7 +213,7 @@ class VLLMEngine:
         return finished
 
     def pause(self, mode: PauseMode) -> None:
-        """`abort` ends samples where they are, `wait` decodes them to their end, `keep` holds them."""
+        """`abort` ends samples with the tokens so far, `wait` decodes them to the end, `keep` holds them."""
         if mode == "abort" and self._rows:
             self._llm.abort_request(list(self._rows))
             for key in list(self._rows):
@@ -234,24 +229,24 @@ class VLLMEngine:
         self._paused = False
 
     def update_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """Raises SyncError: the engine does not hold what it was sent, or keeps prompts of older weights."""
+        """Raises SyncError if the engine does not hold what it was sent, or does not clear its caches."""
         start = time.perf_counter()
         self._wake()
-        parts = in_parts(source, self._model.lora_rank)
-        base = source if parts is None else parts.base
+        adapted = adapted_source(source, self._model.lora_rank)
+        base = source if adapted is None else adapted.base
         sent = _Counted(base)
-        if parts is None or base is not self._base:
+        if adapted is None or base is not self._base:
             self._call("tandem_load", weights=sent.weights())
             self._base = base
-        if parts is not None and self._folder is not None:
-            sent.bytes += write_adapter(Path(self._folder.name), parts.adapter, self._model.dtype)
+        if adapted is not None and self._folder is not None:
+            sent.bytes += write_adapter(Path(self._folder.name), adapted.adapter, self._model.dtype)
             self._call("tandem_adapter", path=self._folder.name)
         self.forget_prompts()
         dtype = self._model.dtype
-        if parts is None:
+        if adapted is None:
             proven = prove("vllm", self, source, version, dtype)
         else:
-            proven = prove_parts("vllm", self, parts, version, dtype)
+            proven = prove_adapted("vllm", self, adapted, version, dtype)
         self._version, self._first = version, None
         for row in self._rows.values():
             row.versions.append((version, len(row.token_ids)))
@@ -259,11 +254,9 @@ class VLLMEngine:
         return SyncReport(version, seconds, sent.bytes, proven.compared, proven.unread)
 
     def forget_prompts(self) -> None:
-        """Keys, values and features of pictures of older weights are of no use, those of samples in flight
-        included.
-        """
+        """Clears keys, values and image features of older weights, those of samples in flight too."""
         if not self._llm.reset_prefix_cache(reset_running_requests=True):
-            raise SyncError("vllm did not give up its prefix cache after a weight update")
+            raise SyncError("vllm did not clear its prefix cache after a weight update")
         self._llm.reset_encoder_cache()
 
     def digests(self, names: Sequence[str], version: int) -> Mapping[str, Mapping[str, str]]:
@@ -273,14 +266,14 @@ class VLLMEngine:
         return decoded_part(self._call("tandem_part", name=name, copy=copy, version=version))
 
     def release(self) -> None:
-        """On a GPU: weights go to host memory and the memory of keys and values is free."""
+        """On a GPU moves weights to host memory and frees the memory of keys and values."""
         if self._sleeps and not self._asleep and not self._rows:
             self._llm.sleep(level=1)
             self._asleep = True
 
     def close(self) -> None:
         self._rows, self._ended, self._finished = {}, {}, []
-        with group_left_alone(kept=not self._owns_group):
+        with kept_process_group(kept=not self._owns_group):
             self._llm.engine_core.shutdown()
         if self._folder is not None:
             self._folder.cleanup()
@@ -301,9 +294,9 @@ class VLLMEngine:
         return answer
 
     def _prompt(self, prompt: Prompt) -> Any:
-        """As vLLM takes it."""
+        """The prompt as vLLM takes it."""
         if prompt.images and self._model.image_format is not None:
-            return given_pictures(self._model.image_format, prompt).engine_input(prompt.token_ids)
+            return processed_images(self._model.image_format, prompt).engine_input(prompt.token_ids)
         return {"prompt_token_ids": list(prompt.token_ids)}
 
     def _start(self, row: Row, prompt: Any) -> None:
@@ -321,12 +314,12 @@ class VLLMEngine:
         )
 
     def _take(self, output: Any) -> None:
-        """The tokens a sample has got since the last step."""
+        """Appends the tokens of a sample from one step of vLLM."""
         row = self._rows[output.request_id]
         (sampled,) = output.outputs
         first = output.request_id == self._first
         if first:
-            # it may be asked once more, and is found then
+            # later prompts may be repeated, and are then found in the cache rightly
             self._first = ""
         if first and output.num_cached_tokens:
             raise SyncError(
@@ -335,8 +328,8 @@ class VLLMEngine:
             )
         for token, found in zip(sampled.token_ids, sampled.logprobs, strict=True):
             candidates = [(other, logprob.logprob) for other, logprob in found.items()]
-            left = candidates_of(row, token, candidates, self._model.vocabulary)
-            row.append(token, found[token].logprob, left)
+            ids = candidates_of(row, token, candidates, self._model.vocabulary)
+            row.append(token, found[token].logprob, ids)
         if output.finished:
             check_prompt(row, output.prompt_token_ids)
             check_end(row, sampled.finish_reason)
@@ -351,7 +344,7 @@ class VLLMEngine:
 
 
 def check_prompt(row: Row, seen: Sequence[int] | None) -> None:
-    """Raises EngineError: what was continued is not the prompt."""
+    """Raises EngineError if the prompt that vLLM continued is not the one that was sent."""
     sent = row.request.prompt.token_ids
     if seen is not None and tuple(seen) != sent:
         raise EngineError(
@@ -361,7 +354,7 @@ def check_prompt(row: Row, seen: Sequence[int] | None) -> None:
 
 
 def check_end(row: Row, reason: str | None) -> None:
-    """Raises EngineError: a sample ended where it should not, or went on where it should have ended."""
+    """Raises EngineError if a sample ended too early or too late, or with another reason than expected."""
     expected = row.completion().finish_reason
     early = [i for i, token in enumerate(row.token_ids[:-1]) if token in row.stop_ids]
     if early or REASONS.get(reason or "") is not expected:
@@ -378,7 +371,7 @@ def decoded_part(answer: Sequence[Any]) -> Tensor:
 
 
 class _Counted:
-    """A source's weights, with their bytes."""
+    """Iterates over a source's weights and counts their bytes."""
 
     def __init__(self, source: WeightSource) -> None:
         self._source, self.bytes = source, 0

@@ -1,8 +1,9 @@
-"""Keeps one vLLM server: `python -m rlhf.rollout.vllm.keeper PARENT FOLDER ARGUMENTS...`.
+"""The keeper process of one vLLM server: starts the server and ends it when the trainer dies.
 
-The server and the processes it starts are a group of their own. The group ends when the keeper is told to
-end, when the server does, and when the trainer is gone, however it went: nobody has to be asked for that, a
-keeper whose parent changes knows. FOLDER is shared memory of the trainer and then goes too.
+Run as `python -m rlhf.rollout.vllm.keeper PARENT FOLDER ARGUMENTS...`, with the trainer's process id and the
+arguments of `serve.py`. The server and the processes that it starts are a process group, which the keeper
+ends when it is asked to stop (SIGTERM), when the server ends, and when its parent, the trainer, has ended in
+any way. In the last case it also deletes FOLDER, the trainer's folder in shared memory.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ import sys
 import time
 from types import FrameType
 
-LOOK_EVERY, PATIENCE = 0.25, 5.0
-"""Seconds: between two looks at the parent, and for the server to end by itself."""
-PR_SET_PDEATHSIG = 1
+POLL_INTERVAL, END_TIMEOUT = 0.25, 5.0
+"""Seconds between two checks of the parent, and seconds that the server has to end after a signal."""
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
-class _Told(Exception):
-    """To end."""
+class _StopRequested(Exception):
+    """The keeper was asked to stop by a signal."""
 
 
 def main(parent: int, folder: str, arguments: list[str]) -> int:
-    def told(number: int, frame: FrameType | None) -> None:
-        raise _Told
+    def request_stop(number: int, frame: FrameType | None) -> None:
+        raise _StopRequested
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, told)
+        signal.signal(number, request_stop)
     command = [sys.executable, "-m", "rlhf.rollout.vllm.serve", *arguments]
     server = subprocess.Popen(command, start_new_session=True, preexec_fn=_die_with_the_keeper)
     try:
         while server.poll() is None and os.getppid() == parent:
-            time.sleep(LOOK_EVERY)
-    except _Told:
+            time.sleep(POLL_INTERVAL)
+    except _StopRequested:
         pass
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -52,14 +53,14 @@ def _die_with_the_keeper() -> None:
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:
-    """Everything in its group, a process that is stopped included."""
+    """Ends all processes of the server's group, by SIGKILL if they do not react (such as stopped ones)."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)
         except ProcessLookupError:
             break
         try:
-            server.wait(timeout=PATIENCE)
+            server.wait(timeout=END_TIMEOUT)
         except subprocess.TimeoutExpired:
             continue
     server.wait()

@@ -1,4 +1,4 @@
-"""vLLM changes the process it runs in; what it changes is put back."""
+"""Restores what vLLM changes in the learner's process: random generators, environment, process group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 
 @contextmanager
-def own_generator() -> Generator[None]:
+def restored_generator() -> Generator[None]:
+    """Restores the state of torch's global CPU generator."""
     state = torch.get_rng_state()
     try:
         yield
@@ -24,10 +25,11 @@ def own_generator() -> Generator[None]:
 
 
 @contextmanager
-def process_left_alone() -> Generator[None]:
-    """vLLM seeds every generator, changes the environment that children inherit, and blocks thread settings.
+def restored_process_state() -> Generator[None]:
+    """Restores what vLLM changes at its start: it seeds all generators, changes environment variables that
+    child processes inherit, and replaces `torch.set_num_threads`.
 
-    Its imports warn of what other packages will change; nobody who trains can do anything about that.
+    Warnings are hidden: vLLM's imports warn of future changes in other packages, which users cannot act on.
     """
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     environ, set_num_threads = dict(os.environ), torch.set_num_threads
@@ -47,10 +49,10 @@ def process_left_alone() -> Generator[None]:
 
 
 @contextmanager
-def group_left_alone(*, kept: bool) -> Generator[None]:
-    """An engine that ends also ends the default process group, which is the run's if it was there before.
+def kept_process_group(*, kept: bool) -> Generator[None]:
+    """Keeps a closing engine from ending the default process group, if `kept` (the group is the run's own).
 
-    `kept`: it is. Groups that vLLM made of it are ended all the same.
+    Groups that vLLM made from it are ended in any case.
     """
     module: Any = dist
     end = module.destroy_process_group

@@ -1,7 +1,7 @@
-"""vLLM's own server, which may be given pictures: `python -m rlhf.rollout.vllm.serve ARGUMENTS...`.
+"""Starts vLLM's server, which also takes processed images: `python -m rlhf.rollout.vllm.serve ARGUMENTS...`.
 
-The arguments are those of `vllm serve`. With TANDEM_SEES=KIND of the model (`qwen2_5_vl`, ...) in the
-environment it takes pictures as requests bring them (rollout/vllm_pictures.py).
+The arguments are those of `vllm serve`. With the environment variable TANDEM_SEES set to the model type
+(`qwen2_5_vl`, ...), requests may have images that the learner has processed (images.py).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import os
 
-from rlhf.rollout.vllm.images import MARK, take_given_pictures
+from rlhf.rollout.vllm.images import KIND_VARIABLE, accept_processed_images
 
-# the processes that a server starts import the module of its command anew, under the second name
-if __name__ in ("__main__", "__mp_main__") and os.environ.get(MARK):
-    take_given_pictures(os.environ[MARK])
+# child processes of the server import this module again, as `__mp_main__`
+if __name__ in ("__main__", "__mp_main__") and os.environ.get(KIND_VARIABLE):
+    accept_processed_images(os.environ[KIND_VARIABLE])
 if __name__ == "__main__":
     importlib.import_module("vllm.entrypoints.launchers.api_server.entry").main()

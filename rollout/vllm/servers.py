@@ -1,15 +1,15 @@
-"""vLLM in processes of its own: several servers, on this host, started here or found by their addresses.
+"""The engine `vllm-server`: routes samples to vLLM servers on this host and watches for lost servers.
 
-1. The samples of a prompt go to one server, the one with the fewest tokens still to come, so that it computes
-   the prompt once. Each is a request of its own with a seed of its own: what it draws does not depend on
-   where it is drawn, and is what the engine in this process draws.
-2. A server that ends, breaks, or gives no sample for `deadline` seconds while it owes some, is lost: its
-   samples are asked of the others, and it is started again, given the weights of now and compared with what
-   was sent before it samples. One that was found by its address is waited for. When none is left in time,
-   the error names each with its reason.
-3. A weight update gives every server the weights (rollout/vllm_transport.py); it forgets its prefix cache and
-   is compared (rollout/proof.py). What was given stays for servers that come back.
-4. Nothing outlives the trainer (rollout/vllm_replica.py).
+1. All samples of a prompt go to one server, that with the fewest tokens still to come, so that the prompt is
+   computed once. Each sample is a request with a seed of its own: it does not depend on which server draws
+   it, and is the same that the engine `vllm` draws.
+2. A server is lost if it ends, fails, or returns no sample for `deadline` seconds although samples were sent
+   to it. Its samples are sent to the others. It is restarted (a server found by its URL is waited for), sent
+   the current weights, and verified before it samples again. If no server is left, the error names each one's
+   reason.
+3. A weight update sends the weights to every server (transport.py), which clears its prefix cache and is
+   verified (rollout/weight_proof.py). The weights stay available for servers that are restarted.
+4. No process outlives the trainer (keeper.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 from rlhf.metrics import Max, Metrics, Sum
 from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.requests import Row, check_requests, rows_of
-from rlhf.rollout.vllm.adapter import NAME
-from rlhf.rollout.vllm.client import PATIENCE, Replica, ReplicaError
-from rlhf.rollout.vllm.images import WIRE, given_pictures
+from rlhf.rollout.vllm.adapter import ADAPTER_NAME
+from rlhf.rollout.vllm.client import ANSWER_TIMEOUT, Replica, ReplicaError
+from rlhf.rollout.vllm.images import SERDE_MODULE, processed_images
 from rlhf.rollout.vllm.in_process import (
     MAX_SEQUENCES,
     VLLMModel,
@@ -38,19 +38,19 @@ from rlhf.rollout.vllm.in_process import (
     require_vllm,
     sampling_settings,
 )
-from rlhf.rollout.vllm.pool import LOOK_EVERY, ServerPool, Service
-from rlhf.rollout.vllm.process import process_left_alone
+from rlhf.rollout.vllm.pool import POLL_INTERVAL, ServerPool, Service
+from rlhf.rollout.vllm.process import restored_process_state
 from rlhf.rollout.vllm.truncation import candidates_of
 from rlhf.types import Completion
 
 
 @dataclass(slots=True, eq=False)
 class _Sample:
-    """One in flight. An answer counts if it is of the last `attempt`."""
+    """A sample in flight. Only an answer to the last `attempt` counts."""
 
     row: Row
     features: Mapping[str, Any] | None = None
-    """Of the prompt's pictures."""
+    """The processed images of its prompt."""
     replica: Replica | None = None
     attempt: int = 0
 
@@ -69,16 +69,16 @@ class _Answer:
 
 
 class VLLMServerEngine:
-    """Raises EngineError when a server does not start, is not there, or lacks what is needed."""
+    """The engine `vllm-server`. Raises EngineError if a server does not start or lacks a feature."""
 
     def __init__(self, model: VLLMModel, service: Service, pool: ServerPool | None = None) -> None:
-        """`pool`: the servers, where something special is to be done for them."""
+        """`pool` replaces the default pool of servers."""
         self._model, self._service, self._name = model, service, uuid.uuid4().hex
         if model.image_format is not None:
-            # pictures are written in a format of its own
-            with process_left_alone():
+            # the module that encodes images for requests
+            with restored_process_state():
                 require_vllm()
-                importlib.import_module(WIRE)
+                importlib.import_module(SERDE_MODULE)
         self._pool = pool or ServerPool(model, service)
         self._samples: dict[str, _Sample] = {}
         self._ended: dict[str, list[Completion]] = {}
@@ -88,35 +88,35 @@ class VLLMServerEngine:
         self._senders = ThreadPoolExecutor(size, thread_name_prefix="vllm")
         self._version = self._lost = 0
         self._paused = self._aborting = False
-        self._hopeless_since: float | None = None
+        self._none_ready_since: float | None = None
         atexit.register(self.close)
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises EngineError for a prompt that is empty, in flight or too long, or whose pictures do not fit
-        it or cannot be seen.
+        """Raises EngineError for a prompt that is too long, whose placeholders do not fit its images, or that
+        `check_requests` refuses.
         """
         image_format = self._model.image_format
-        check_requests(requests, self._ended, self._model.vocabulary, sees=image_format is not None)
+        check_requests(requests, self._ended, self._model.vocabulary, takes_images=image_format is not None)
         for request in requests:
             self._model.check_length(request)
         features = [
-            given_pictures(image_format, r.prompt).features()
+            processed_images(image_format, r.prompt).features()
             if image_format is not None and r.prompt.images
             else None
             for r in requests
         ]
-        for request, pictures in zip(requests, features, strict=True):
+        for request, images in zip(requests, features, strict=True):
             self._ended[request.prompt.id] = []
             for row in rows_of(request, self._model.eos_token_ids, self._version):
-                self._samples[f"{request.prompt.id}/{row.index}"] = _Sample(row, pictures)
+                self._samples[f"{request.prompt.id}/{row.index}"] = _Sample(row, images)
             self._route()
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
-        """Waits until a whole group has finished, or `timeout`."""
+        """Waits until a whole group has finished or `timeout` seconds have passed."""
         until = None if timeout is None else time.monotonic() + timeout
         while self._samples and not self._finished and not self._paused:
-            left = LOOK_EVERY if until is None else max(0.0, min(LOOK_EVERY, until - time.monotonic()))
-            self._listen(left)
+            wait = POLL_INTERVAL if until is None else max(0.0, min(POLL_INTERVAL, until - time.monotonic()))
+            self._take_answers(wait)
             self._watch()
             if until is not None and time.monotonic() >= until:
                 break
@@ -124,32 +124,32 @@ class VLLMServerEngine:
         return finished
 
     def pause(self, mode: PauseMode) -> None:
-        """`abort` ends samples where they are, `wait` decodes them to their end, `keep` holds them."""
+        """`abort` ends samples with the tokens so far, `wait` decodes them to the end, `keep` holds them."""
         if mode == "wait":
             finished: list[Completion] = []
             while self._samples:
                 finished.extend(self.poll())
             self._finished = finished + self._finished
         if mode == "keep":
-            self._tell_all("/pause?mode=keep")
+            self._post_to_all("/pause?mode=keep")
         if mode == "abort":
             self._abort()
         self._paused = True
 
     def resume(self) -> None:
-        self._tell_all("/resume")
+        self._post_to_all("/resume")
         self._paused = False
 
     def update_weights(self, source: WeightSource, version: int) -> SyncReport:
-        """Raises SyncError: a server does not hold what it was sent. One that is lost is given it later."""
+        """Raises SyncError if a server does not hold what it was sent. A lost one is updated later."""
         start = time.perf_counter()
         held = self._samples and not self._paused
         if held:
-            self._tell_all("/pause?mode=keep")
+            self._post_to_all("/pause?mode=keep")
         sent = self._pool.update(source, version, self._lose)
         self._version = version
         if held:
-            self._tell_all("/resume")
+            self._post_to_all("/resume")
         seconds, proven = time.perf_counter() - start, self._pool.proven
         return SyncReport(version, seconds, sent, proven.compared, proven.unread)
 
@@ -161,18 +161,18 @@ class VLLMServerEngine:
         }
 
     def release(self) -> None:
-        """The servers have memory of their own; the learner's is not read any more until the next update."""
+        """The servers keep their memory; after this call they no longer read the learner's weights."""
         self._pool.retire()
 
     def close(self) -> None:
-        """Ends the servers that were started here, and waits until they are gone."""
+        """Ends the servers that were started here, and waits until their processes have ended."""
         self._samples, self._ended, self._finished = {}, {}, []
         self._pool.close()
         self._senders.shutdown(wait=True, cancel_futures=True)
         atexit.unregister(self.close)
 
     def _route(self) -> None:
-        """Sends samples that have no server to the one with the fewest tokens to come, prompt by prompt."""
+        """Sends samples without a server to that with the fewest tokens to come, prompt by prompt."""
         waiting: dict[str, list[tuple[str, _Sample]]] = {}
         for key, sample in self._samples.items():
             if sample.replica is None:
@@ -187,7 +187,7 @@ class VLLMServerEngine:
                     load[id(sample.replica)] += sample.tokens
             replica = min(ready, key=lambda r: load[id(r)])
             if not load[id(replica)]:
-                replica.moved = time.monotonic()
+                replica.last_progress = time.monotonic()
             for key, sample in group:
                 sample.replica = replica
                 self._senders.submit(self._send, key, sample, replica, sample.attempt)
@@ -203,7 +203,7 @@ class VLLMServerEngine:
                 "request_id": self._request_id(key, attempt),
             }
             if self._model.lora_rank:
-                body["model"] = NAME
+                body["model"] = ADAPTER_NAME
             if sample.features is not None:
                 body["features"] = sample.features
             try:
@@ -214,11 +214,11 @@ class VLLMServerEngine:
         self._answers.put(_Answer(key, attempt, replica, response, error))
 
     def _request_id(self, key: str, attempt: int) -> str:
-        """Among those of everybody who uses the server."""
+        """A request id that is unique among all users of the server."""
         return f"{self._name}/{key}/{attempt}"
 
-    def _listen(self, seconds: float) -> None:
-        """Takes the answers there are; waits for the first."""
+    def _take_answers(self, seconds: float) -> None:
+        """Takes the answers that have arrived; waits up to `seconds` for the first."""
         try:
             answer = self._answers.get(timeout=seconds) if seconds else self._answers.get_nowait()
             while True:
@@ -236,7 +236,7 @@ class VLLMServerEngine:
         if answer.error is not None:
             self._lose(answer.replica, str(answer.error))
             return
-        answer.replica.moved, answer.replica.failures = time.monotonic(), 0
+        answer.replica.last_progress, answer.replica.failures = time.monotonic(), 0
         row = sample.row
         if answer.response is not None:
             (choice,) = answer.response["choices"]
@@ -254,7 +254,7 @@ class VLLMServerEngine:
             if choice["finish_reason"] != "abort":
                 check_end(row, choice["finish_reason"])
             elif not self._aborting:
-                self._lose(answer.replica, f"{answer.replica} gave a sample up")
+                self._lose(answer.replica, f"{answer.replica} aborted a sample")
                 return
         del self._samples[answer.key]
         prompt_id = row.request.prompt.id
@@ -263,13 +263,13 @@ class VLLMServerEngine:
             self._finished.extend(self._ended.pop(prompt_id))
 
     def _abort(self) -> None:
-        """Servers give back what they have; what was not sent yet comes back empty."""
+        """Collects the tokens sampled so far from the servers; samples not yet sent end empty."""
         self._aborting = True
         try:
-            self._tell_all("/pause?mode=abort")
-            until = time.monotonic() + PATIENCE
+            self._post_to_all("/pause?mode=abort")
+            until = time.monotonic() + ANSWER_TIMEOUT
             while any(sample.replica is not None for sample in self._samples.values()):
-                self._listen(LOOK_EVERY)
+                self._take_answers(POLL_INTERVAL)
                 if time.monotonic() > until:
                     break
             for key, sample in list(self._samples.items()):
@@ -279,22 +279,24 @@ class VLLMServerEngine:
             self._aborting = False
 
     def _watch(self) -> None:
-        """Loses a server that owes samples and gives none; gives up when none is left and none comes back."""
+        """Marks servers without progress as lost. Raises EngineError if none is left and none comes back."""
         now, deadline = time.monotonic(), self._service.deadline
-        owing = {id(sample.replica) for sample in self._samples.values()}
+        busy = {id(sample.replica) for sample in self._samples.values()}
         for replica in self._pool.ready:
-            if id(replica) in owing and now - replica.moved > deadline:
-                self._lose(replica, f"{replica} gave no sample for {deadline:g} s: it is frozen or too slow")
+            if id(replica) in busy and now - replica.last_progress > deadline:
+                self._lose(
+                    replica, f"{replica} returned no sample for {deadline:g} s: it is frozen or too slow"
+                )
         if self._pool.ready:
-            self._hopeless_since = None
+            self._none_ready_since = None
             self._route()
             return
-        self._hopeless_since = self._hopeless_since or now
-        if self._pool.given_up or now - self._hopeless_since > 2 * deadline:
+        self._none_ready_since = self._none_ready_since or now
+        if self._pool.given_up or now - self._none_ready_since > 2 * deadline:
             raise EngineError(self._pool.why_none_is_left())
 
     def _lose(self, replica: Replica, reason: str) -> None:
-        """Its samples are asked of others, and it is brought back meanwhile."""
+        """Sends its samples to other servers, and restarts it in the background."""
         for sample in self._samples.values():
             if sample.replica is replica:
                 sample.replica, sample.attempt = None, sample.attempt + 1
@@ -302,5 +304,5 @@ class VLLMServerEngine:
             self._pool.lose(replica, reason)
         self._route()
 
-    def _tell_all(self, path: str) -> None:
-        self._pool.tell_all(path, self._lose)
+    def _post_to_all(self, path: str) -> None:
+        self._pool.post_to_all(path, self._lose)

@@ -1,17 +1,17 @@
-"""How weights get from the learner to a vLLM server: one object a way, all with the same steps.
+"""How weights get to vLLM servers: the protocol, the transport by file, and which method and GPU are used.
 
-    publish     once an update: the learner's weights as they are now, and digests of them
-    send        to one server, at once or when it comes back
+    publish     once per update: takes the learner's current weights and computes digests of them
+    send        sends them to one server, at once or after its restart
     retire      the learner goes on and will change its weights
     forget      a server was lost
 
-1. `file`: one safetensors file in shared memory, which every server reads. It stays as it was when the
-   learner goes on. The only way where there is no GPU.
-2. `nccl`, `ipc` (rollout/vllm_device.py): from the learner's GPU to a server's, without a copy through the
-   host. They send the learner's own tensors, so after `retire` there is nothing to send until the next
-   `publish`: a server that comes back meanwhile waits for it.
+1. `file`: one safetensors file in shared memory, which every server reads. It does not change when the
+   learner goes on. The only method without a GPU.
+2. `nccl`, `ipc` (device_transport.py): from the learner's GPU to a server's, without a copy through the host.
+   They send the learner's own tensors, so after `retire` there is nothing to send until the next `publish`: a
+   server that is restarted meanwhile waits for it.
 
-Servers that are started here get their GPU and their way from `places`; the others are asked (`way_of`).
+Servers that are started here get their GPU and method from `places`; running ones are asked (`method_of`).
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ import torch
 from torch import Tensor
 
 from rlhf.rollout.engine import EngineError, WeightSource
-from rlhf.rollout.vllm.client import PATIENCE, Replica
+from rlhf.rollout.vllm.client import ANSWER_TIMEOUT, Replica
 from rlhf.rollout.weight_file import WeightFile
-from rlhf.rollout.weight_proof import Aliases, Sent, digest, looked_at
+from rlhf.rollout.weight_proof import Aliases, Sent, compared_share, digest
 
-Way = Literal["file", "nccl", "ipc"]
-Asked = Literal["auto", "file", "nccl", "ipc"]
-_WAYS: dict[str, Way] = {"": "file", "nccl": "nccl", "ipc": "ipc"}
+TransportMethod = Literal["file", "nccl", "ipc"]
+TransportSetting = Literal["auto", "file", "nccl", "ipc"]
+_METHODS: dict[str, TransportMethod] = {"": "file", "nccl": "nccl", "ipc": "ipc"}
 
 
 @runtime_checkable
 class Transport(Protocol):
-    """One way."""
+    """One method of sending weights to servers."""
 
     @property
     def published(self) -> bool:
-        """Whether there is something to send now."""
+        """Whether there are weights to send now."""
         ...
 
     def publish(self, source: WeightSource, version: int) -> tuple[int, Sent]:
-        """Bytes that each server is sent, and what they are compared with."""
+        """Takes the weights; returns the bytes that each server is sent, and what to compare it with."""
         ...
 
     def send(self, replica: Replica, deadline: float) -> bool:
-        """Whether the server has taken them; False: there is nothing to send now. Raises ReplicaError."""
+        """Sends them; False if there is nothing to send now. Raises ReplicaError if the server fails."""
         ...
 
     def retire(self) -> None: ...
@@ -59,7 +59,7 @@ class Transport(Protocol):
 
 
 class FileTransport:
-    """Under the names of the Hugging Face layout, one weight at a time."""
+    """Writes a file in the Hugging Face layout, one weight at a time, which the servers read."""
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
         self._path, self._dtype = path, dtype
@@ -75,16 +75,16 @@ class FileTransport:
             for sent, tensor in source.named_tensors():
                 weight = tensor.detach().to("cpu", self._dtype)
                 file.add(sent, weight)
-                digests |= dict.fromkeys(aliases.of(sent), digest(looked_at(weight, version)))
+                digests |= dict.fromkeys(aliases.of(sent), digest(compared_share(weight, version)))
         written.replace(self._path)
 
         def part(name: str) -> Tensor:
-            # its annotations are too incomplete for a strict check
+            # safetensors' annotations are too incomplete for a strict check
             library: Any = importlib.import_module("safetensors")
             with library.safe_open(self._path, framework="pt") as saved:
                 held = set(saved.keys())
                 weight = saved.get_tensor(next(other for other in aliases.of(name) if other in held))
-            return looked_at(weight, version)
+            return compared_share(weight, version)
 
         return file.bytes, Sent(digests, part)
 
@@ -93,87 +93,97 @@ class FileTransport:
         return True
 
     def retire(self) -> None:
-        """The file stays as it is."""
+        """Does nothing: the file does not change with the learner's weights."""
 
     def forget(self, replica: Replica) -> None:
-        """A server has nothing of ours but what it has read."""
+        """Does nothing: no state is kept per server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Of a server that is started here. `gpu`: as CUDA_VISIBLE_DEVICES names it; None: there is none."""
+    """Transport and GPU of a server that is started here, named as in CUDA_VISIBLE_DEVICES; None: no GPU."""
 
-    way: Way
+    method: TransportMethod
     gpu: str | None = None
 
     @property
     def arguments(self) -> list[str]:
-        """Of its command line."""
-        return [] if self.way == "file" else ["--weight-transfer-config", json.dumps({"backend": self.way})]
+        """The server's command-line arguments for the transport."""
+        if self.method == "file":
+            return []
+        return ["--weight-transfer-config", json.dumps({"backend": self.method})]
 
 
-def places(asked: Asked, replicas: int, ranks: int, gpus: Sequence[str]) -> list[Place]:
-    """Of `replicas` servers beside a learner of `ranks`, which have the first of the `gpus`, one each.
+def places(asked: TransportSetting, replicas: int, ranks: int, gpus: Sequence[str]) -> list[Place]:
+    """Transport and GPU of each of `replicas` servers; the learner's `ranks` have the first `gpus`, one each.
 
-    Servers take the rest in turn; where there is no rest, they share those of the learner. "auto" is `nccl`
-    for servers with GPUs of their own, `ipc` for those on the GPU of the only rank, and `file` where several
-    ranks share theirs: rank 0, which sends, has one GPU.
+    Servers take the other GPUs in turn, or share the learner's if there are no others. "auto" is `nccl` for
+    servers with GPUs of their own, `ipc` for servers on the GPU of a single rank, and `file` for servers that
+    share the GPUs of several ranks (rank 0, which sends, has only one of them).
 
-    Raises EngineError: what is asked for cannot work.
+    Raises EngineError if `asked` cannot work.
     """
-    rest, shared = list(gpus[ranks:]), list(gpus[:ranks])
+    free, learners = list(gpus[ranks:]), list(gpus[:ranks])
     if asked in ("nccl", "ipc") and not gpus:
         raise EngineError(
-            f"rollout.vllm.transport is {asked}, which moves weights between GPUs, and PyTorch sees none: "
+            f"rollout.vllm.transport is {asked}, which sends weights between GPUs, and PyTorch sees none: "
             "take auto or file"
         )
-    if asked == "nccl" and not rest:
+    if asked == "nccl" and not free:
         raise EngineError(
             "rollout.vllm.transport is nccl, which needs a GPU for the servers that is not the learner's: "
-            f"all {len(gpus)} visible ones are. Take auto, ipc or file, or let it see more of them"
+            f"all {len(gpus)} visible ones are. Take auto, ipc or file, or make more GPUs visible"
         )
     if asked == "ipc" and ranks > 1:
         raise EngineError(
-            "rollout.vllm.transport is ipc, which serves servers on the GPU of a learner of one rank; there "
-            f"are {ranks}: take auto, nccl or file"
+            "rollout.vllm.transport is ipc, which is for servers on the GPU of a learner of one rank; there "
+            f"are {ranks} ranks: take auto, nccl or file"
         )
     if not gpus:
         return [Place("file")] * replicas
-    used = shared if asked == "ipc" else rest or shared
-    auto: Way = "nccl" if rest else "ipc" if ranks == 1 else "file"
+    used = learners if asked == "ipc" else free or learners
+    auto: TransportMethod = "nccl" if free else "ipc" if ranks == 1 else "file"
     return [Place(auto if asked == "auto" else asked, used[i % len(used)]) for i in range(replicas)]
 
 
-def way_of(replica: Replica, asked: Asked, ranks: int) -> Way:
-    """The way that a server was started for, as it says. Raises EngineError: it cannot serve this learner."""
-    said = replica.worker("tandem_transport", PATIENCE)
-    return agreed(str(replica), said["backend"], said["gpu"], this_gpu(), asked, ranks)
+def method_of(replica: Replica, asked: TransportSetting, ranks: int) -> TransportMethod:
+    """The method that a running server was started for. Raises EngineError if it does not fit the learner."""
+    server = replica.worker("tandem_transport", ANSWER_TIMEOUT)
+    return agreed_method(str(replica), server["backend"], server["gpu"], this_gpu(), asked, ranks)
 
 
-def agreed(server: str, backend: str, its: str, ours: str, asked: Asked, ranks: int) -> Way:
-    """`backend`: of `--weight-transfer-config`. `its`, `ours`: GPUs of server and learner. Empty: none."""
+def agreed_method(
+    server: str, backend: str, server_gpu: str, learner_gpu: str, asked: TransportSetting, ranks: int
+) -> TransportMethod:
+    """The transport that server and learner can both use. Raises EngineError if there is none.
+
+    `backend` is that of the server's `--weight-transfer-config`; it and the GPUs are empty if there are none.
+    """
     started = f"{server} was started to get weights {f'by {backend}' if backend else 'from a file'}"
-    way = _WAYS.get(backend)
-    if way is None or asked not in ("auto", way):
-        start = " ".join(Place("nccl" if asked == "auto" else asked).arguments)
+    method = _METHODS.get(backend)
+    if method is None or asked not in ("auto", method):
+        flag = " ".join(Place("nccl" if asked == "auto" else asked).arguments)
         raise EngineError(
             f"{started}, and rollout.vllm.transport is {asked}: start it "
-            f"{'with ' + start if start else 'without --weight-transfer-config'}"
+            f"{'with ' + flag if flag else 'without --weight-transfer-config'}"
         )
-    if way != "file" and not (its and ours):
-        raise EngineError(f"{started}, and {'it' if ours else 'the learner'} has no GPU: start it for a file")
-    if way == "nccl" and its == ours:
+    if method != "file" and not (server_gpu and learner_gpu):
+        raise EngineError(
+            f"{started}, and {'it' if learner_gpu else 'the learner'} has no GPU: start it for a file"
+        )
+    if method == "nccl" and server_gpu == learner_gpu:
         raise EngineError(f"{started}, which is not possible on the learner's own GPU: start it for ipc")
-    if way == "ipc" and (its != ours or ranks > 1):
+    if method == "ipc" and (server_gpu != learner_gpu or ranks > 1):
         raise EngineError(f"{started}, which is for the GPU of a learner of one rank: start it for nccl")
-    return way
+    return method
 
 
 def this_gpu() -> str:
+    """The UUID of the current GPU; empty without one."""
     return gpu_of("cuda") if torch.cuda.is_available() else ""
 
 
 def gpu_of(device: torch.device | str) -> str:
-    """The name that it has in every process."""
+    """The GPU's UUID, which is the same in every process."""
     cuda: Any = torch.cuda
     return str(cuda.get_device_properties(device).uuid)

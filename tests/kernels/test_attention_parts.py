@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.kernels.attention_parts import attend, attend_reference, merge
-from rlhf.rollout.native.cache import Decode, Prefill, SharedPrefixCache, without
+from rlhf.rollout.native.cache import Decode, Prefill, SharedPrefixCache, compacted_order
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -59,10 +59,10 @@ def test_two_parts_merged_are_the_whole(split: int, seed: int) -> None:
         lambda n: st.tuples(st.just(n), st.sets(st.integers(0, max(0, n - 1)), max_size=n))
     )
 )
-def test_without_keeps_every_entry_that_is_not_dropped_and_moves_few(case: tuple[int, set[int]]) -> None:
+def test_compacting_keeps_every_entry_that_is_not_dropped_and_moves_few(case: tuple[int, set[int]]) -> None:
     size, dropped = case
     dropped &= set(range(size))
-    order = without(size, sorted(dropped))
+    order = compacted_order(size, sorted(dropped))
     assert sorted(order) == sorted(set(range(size)) - dropped)
     assert sum(i != entry for i, entry in enumerate(order)) <= len(dropped)
 

@@ -25,12 +25,12 @@ from tests.rollout.models import EOS, prompt, ragged, request, tiny, untruncated
 Check = Callable[[RolloutEngine, PreTrainedModel], None]
 CHECKS: list[Check] = []
 TOLERANCE = 2e-4
-"""Largest difference of float32 log-probs, nats."""
+"""Largest allowed difference of float32 log-probs, in nats."""
 STOPS = (7, 9, 30, 31, 32)
 
 
 def conforming_model() -> PreTrainedModel:
-    """Small, and still of a shape that every engine takes: heads of 32, tied, float32."""
+    """A small model that every engine can sample from: heads of size 32, tied embedding, float32."""
     return tiny("llama", head_dim=32, hidden_size=64, tie_word_embeddings=True)
 
 
@@ -40,7 +40,7 @@ def check(function: Check) -> Check:
 
 
 class Source:
-    """A learner's weights."""
+    """A `WeightSource` of a plain module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -61,7 +61,7 @@ def tokens(groups: Sequence[Sequence[Completion]]) -> list[list[tuple[int, ...]]
 
 
 def moved(model: PreTrainedModel, by: float = 0.05) -> PreTrainedModel:
-    """Another model, every weight a little off."""
+    """A copy of the model with every weight changed a little."""
     other = conforming_model()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -128,7 +128,7 @@ def check_what_truncation_left_is_said(engine: RolloutEngine, model: PreTrainedM
 
 
 def truncated_logprobs(model: PreTrainedModel, asked: RolloutRequest, completion: Completion) -> Tensor:
-    """Log-probs over the tokens that truncation leaves; -inf for one that it does not."""
+    """Log-probs over the tokens that truncation leaves; -inf for the others."""
     kept = truncated_distribution(model, asked, completion)
     chosen = torch.tensor(completion.token_ids)[:, None]
     return (kept / kept.sum(-1, keepdim=True)).gather(1, chosen)[:, 0].log()
@@ -199,7 +199,7 @@ def check_groups_are_handed_over_whole(engine: RolloutEngine, model: PreTrainedM
 def check_abort_returns_what_was_sampled(engine: RolloutEngine, model: PreTrainedModel) -> None:
     requests = [request(9, n=2, max_tokens=400), request(10, n=2, max_tokens=400)]
     engine.submit(requests)
-    # an engine that cannot stop within a group has finished one now
+    # an engine that cannot stop within a group has finished one by now
     finished = engine.poll(timeout=0.0)
     engine.pause("abort")
     completions = finished + drain(engine)
@@ -231,7 +231,7 @@ def check_wait_decodes_to_the_end_and_keep_continues(engine: RolloutEngine, mode
 def check_the_weights_in_force_are_those_of_the_last_update(
     engine: RolloutEngine, model: PreTrainedModel
 ) -> None:
-    # the prompt is in the engine's cache: what it computed for it by older weights may not be used
+    # the prompt is in the engine's cache, but keys and values of older weights must not be used
     requests = [request(70, n=3), request(9, n=2)]
     generate(engine, requests)
     other = moved(model)

@@ -1,4 +1,4 @@
-"""Tiny random models, and requests that differ in everything a request may differ in."""
+"""Tiny random models, and requests with all kinds of lengths, group sizes and sampling settings."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Pr
 
 
 def prompt(length: int, name: str = "") -> Prompt:
-    """Token ids that depend on the length."""
+    """A prompt of that length, with token ids that depend on the length."""
     ids = tuple((5 + length * i + i * i) % VOCABULARY for i in range(length))
     return Prompt(id=name or f"prompt-{length}", token_ids=ids, content="")
 
 
 def request(length: int, name: str = "", **settings: Any) -> RolloutRequest:
-    """Seeded by the length of its prompt unless told otherwise."""
+    """A request whose seed is the length of its prompt unless `settings` has one."""
     return RolloutRequest(
         prompt(length, name), SamplingParams(**{"n": 2, "max_tokens": 12, "seed": length, **settings})
     )
@@ -69,5 +69,5 @@ def ragged() -> list[RolloutRequest]:
 
 
 def untruncated(requests: Sequence[RolloutRequest]) -> list[RolloutRequest]:
-    """Those whose log-probs are a log-softmax over the whole vocabulary."""
+    """The requests without truncation, whose log-probs are over the whole vocabulary."""
     return [r for r in requests if not r.params.truncates]

@@ -1,4 +1,4 @@
-"""Two ranks, one vLLM server: in a module of its own, which forked processes can import."""
+"""The program of two ranks that share one vLLM server; a module that processes can import."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rlhf.types import FinishReason
 from tests.rollout.conformance import TOLERANCE, Source, conforming_model, drain, moved, worst
 from tests.rollout.models import EOS, VOCABULARY, request
 
-# of a machine with other work to do
+# seconds; generous, since the machine may be busy
 PATIENCE = 600.0
 
 
 def sharing(folder: str) -> None:
-    """What each of two ranks does with one server that rank 0 starts."""
+    """Updates, samples, aborts, and loses the server that rank 0 has started."""
     model = conforming_model()
     sampled = VLLMModel(folder, torch.float32, 512, VOCABULARY, (EOS,), kv_cache_gib=0.1)
     with world(timeout=4 * PATIENCE) as ranks:
@@ -38,14 +38,14 @@ def sharing(folder: str) -> None:
             groups = generate(engine, requests)
             assert worst(weights, requests, groups) < TOLERANCE
             assert {s.version for group in groups for c in group for s in c.versions} == {version}
-        # one rank gives up: the samples of the other go on
+        # one rank aborts its samples: those of the other go on
         engine.submit([request(first, n=2, max_tokens=400)])
         if ranks.rank == 1:
             engine.pause("abort")
             engine.resume()
         reasons = {c.finish_reason for c in drain(engine)}
         assert (FinishReason.ABORT in reasons) is (ranks.rank == 1)
-        # killed while both wait for samples of it
+        # the server is killed while both ranks wait for samples
         ranks.gather(None)
         engine.submit([request(first, n=2, max_tokens=300)])
         if ranks.rank == 0:

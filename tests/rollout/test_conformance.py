@@ -1,4 +1,4 @@
-"""The engines of this process against what every engine must do."""
+"""The engines `native` and `hf` pass the checks of `conformance.py`."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def test_ties_at_the_edge_are_kept_together() -> None:
 def test_logprobs_are_renormalised_over_what_truncation_left(
     seed: int, vocabulary: int, top_k: int, top_p: float, temperature: float
 ) -> None:
-    """Against log-softmax of logits masked by the rule as its documentation has it."""
+    """Compares with the log-softmax of logits that are masked as `SamplingParams` documents."""
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
     tokens, logprobs = draws(logits, 16, top_k=top_k, top_p=top_p, temperature=temperature)
     scaled = logits.double() / temperature

@@ -1,4 +1,4 @@
-"""How servers get weights: what is chosen, what is refused, and how long is waited. Without vLLM."""
+"""Transport of weights to servers, without vLLM: choice of method, refused settings, deadlines."""
 
 from __future__ import annotations
 
@@ -12,8 +12,13 @@ import torch
 
 from rlhf.rollout.engine import EngineError
 from rlhf.rollout.vllm.client import Replica, ReplicaError
-from rlhf.rollout.vllm.device_transport import DeviceTransport, Held, plain_handle, rebuilding_arguments
-from rlhf.rollout.vllm.transport import Place, agreed, places
+from rlhf.rollout.vllm.device_transport import (
+    DeviceTransport,
+    PublishedWeights,
+    plain_handle,
+    rebuilding_arguments,
+)
+from rlhf.rollout.vllm.transport import Place, agreed_method, places
 
 
 def test_servers_get_the_gpus_that_the_learner_leaves() -> None:
@@ -25,7 +30,7 @@ def test_servers_get_the_gpus_that_the_learner_leaves() -> None:
 
 def test_without_a_gpu_of_their_own_servers_share_the_learners() -> None:
     assert places("auto", 2, 1, ["0"]) == [Place("ipc", "0")] * 2
-    # rank 0, which sends, has one of them
+    # rank 0, which sends, has only one of the GPUs
     assert places("auto", 3, 2, ["0", "1"]) == [Place("file", gpu) for gpu in ("0", "1", "0")]
 
 
@@ -50,11 +55,11 @@ def test_what_cannot_work_is_refused(asked: Any, ranks: int, gpus: list[str], sa
         places(asked, 1, ranks, gpus)
 
 
-def test_a_server_that_somebody_else_started_says_its_way() -> None:
-    assert agreed("S", "", "", "", "auto", 1) == "file"
-    assert agreed("S", "", "GPU-1", "GPU-0", "auto", 4) == "file"
-    assert agreed("S", "nccl", "GPU-1", "GPU-0", "auto", 4) == "nccl"
-    assert agreed("S", "ipc", "GPU-0", "GPU-0", "ipc", 1) == "ipc"
+def test_a_server_that_somebody_else_started_says_its_method() -> None:
+    assert agreed_method("S", "", "", "", "auto", 1) == "file"
+    assert agreed_method("S", "", "GPU-1", "GPU-0", "auto", 4) == "file"
+    assert agreed_method("S", "nccl", "GPU-1", "GPU-0", "auto", 4) == "nccl"
+    assert agreed_method("S", "ipc", "GPU-0", "GPU-0", "ipc", 1) == "ipc"
 
 
 @pytest.mark.parametrize(
@@ -81,7 +86,7 @@ def test_a_server_that_cannot_be_served_is_refused(
     backend: str, its: str, ours: str, asked: Any, ranks: int, said: str
 ) -> None:
     with pytest.raises(EngineError, match=said):
-        agreed("S", backend, its, ours, asked, ranks)
+        agreed_method("S", backend, its, ours, asked, ranks)
 
 
 def test_a_handle_of_memory_survives_json() -> None:
@@ -91,9 +96,9 @@ def test_a_handle_of_memory_survives_json() -> None:
     arguments = (kind, torch.Size([3000]), (1,), 0, storage, torch.uint8, 0, *memory)
     plain = json.loads(json.dumps(plain_handle(arguments)))
     assert rebuilding_arguments(plain) == arguments
-    # the key of vLLM's cache of what it has mapped
+    # the key of vLLM's cache of mapped memory
     assert isinstance(hash(rebuilding_arguments(plain)), int)
-    with pytest.raises(ValueError, match="a buffer of bytes"):
+    with pytest.raises(ValueError, match="expected a buffer of bytes"):
         plain_handle((kind, torch.Size([3, 2]), (2, 1), 0, storage, torch.uint8, 0, *memory))
 
 
@@ -105,7 +110,10 @@ def server(tmp_path: Path) -> Replica:
 @pytest.mark.parametrize("ended", [False, True], ids=["frozen", "killed"])
 def test_a_transfer_that_does_not_end_is_aborted_and_named(server: Replica, ended: bool) -> None:
     transport: Any = DeviceTransport.__new__(DeviceTransport)
-    transport._way, transport._held = "nccl", Held(torch.nn.Identity(), [("w", torch.zeros(1))])
+    transport._method, transport._held = (
+        "nccl",
+        PublishedWeights(torch.nn.Identity(), [("w", torch.zeros(1))]),
+    )
     aborted = threading.Event()
     if ended:
         server.end()
@@ -117,7 +125,10 @@ def test_a_transfer_that_does_not_end_is_aborted_and_named(server: Replica, ende
 
 def test_what_goes_wrong_in_a_transfer_is_raised(server: Replica) -> None:
     transport: Any = DeviceTransport.__new__(DeviceTransport)
-    transport._way, transport._held = "nccl", Held(torch.nn.Identity(), [("w", torch.zeros(1))])
+    transport._method, transport._held = (
+        "nccl",
+        PublishedWeights(torch.nn.Identity(), [("w", torch.zeros(1))]),
+    )
 
     def broken() -> None:
         raise RuntimeError("NCCL error: unhandled system error")

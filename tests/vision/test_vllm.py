@@ -161,7 +161,7 @@ def test_placeholders_that_are_not_the_pictures_are_refused_with_the_sample(
     fewer = prompt.token_ids[:first] + prompt.token_ids[first + 1 :]
     apart = (*prompt.token_ids[: first + 1], 5, *prompt.token_ids[first + 1 :])
     for ids, told in (
-        (fewer, f"^one: .* {count - 1} placeholders, its pictures make {count} f"),
+        (fewer, f"^one: .* {count - 1} placeholders, its images make {count} f"),
         (apart, "^one: .* together"),
     ):
         with pytest.raises(EngineError, match=told):

@@ -37,7 +37,7 @@ def engine(llama: PreTrainedModel) -> NativeEngine:
 
 
 class Source:
-    """A learner's weights."""
+    """A `WeightSource` of a plain module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -58,7 +58,7 @@ def drain(engine: RolloutEngine) -> list[Completion]:
 
 
 def same(first: Sequence[Sequence[Completion]], second: Sequence[Sequence[Completion]]) -> None:
-    """The same tokens, for the same reason, with log-probs within 1e-4."""
+    """Asserts the same tokens and finish reasons, with log-probs within 1e-4."""
     assert tokens(first) == tokens(second)
     for a, b in zip((c for g in first for c in g), (c for g in second for c in g), strict=True):
         assert (a.prompt_id, a.index, a.finish_reason, a.versions) == (

@@ -86,7 +86,7 @@ def test_engines_are_made_by_name() -> None:
     assert isinstance(plain, HFEngine)
     assert isinstance(native, RolloutEngine)
     assert isinstance(plain, RolloutEngine)
-    with pytest.raises(ValueError, match="'native', 'hf', 'vllm' and 'vllm-server'"):
+    with pytest.raises(ValueError, match="expected native, hf, vllm, vllm-server, path"):
         make_engine("sglang", model, eos_token_ids=[EOS])
     with pytest.raises(ValueError, match="PreTrainedModel"):
         make_engine("hf", nn.Linear(1, 1), eos_token_ids=[EOS])

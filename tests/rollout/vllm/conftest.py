@@ -1,4 +1,4 @@
-"""What the tests of vLLM share, those of `make test` and those of `make test-faults`."""
+"""Fixtures of the vLLM tests of `make test` and `make test-faults`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.rollout.vllm.striking import Blow, check_a_loss, settings_of
+from tests.rollout.vllm.striking import Strike, check_a_loss, settings_of
 from tests.rollout.vllm.support import PATIENCE
 from tests.support import metrics_of, train
 
@@ -18,7 +18,7 @@ Lose = Callable[[int, str], None]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> list[dict[str, Any]]:
-    """Steps of a run from vLLM in this process, which samples what its servers sample."""
+    """Metrics of a run with vLLM in this process, which draws the same samples as its servers."""
     folder = tmp_path_factory.mktemp("undisturbed") / "vllm"
     train(settings_of(folder, tiny_model("llama-wide"), "vllm"))
     return metrics_of(folder)
@@ -32,15 +32,16 @@ def lose_a_server(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> Lose:
-    """`lose_a_server(number, said)`: one gets it within a step. It is said, and training loses nothing."""
+    """`lose_a_server(signal, text)`: one server gets the signal within a step; the log has the text, and no
+    sample is lost."""
 
     def lose(number: int, said: str) -> None:
-        blow, folder = Blow(monkeypatch, number), tmp_path / "run"
+        strike, folder = Strike(monkeypatch, number), tmp_path / "run"
         with caplog.at_level(logging.WARNING):
             train(settings_of(folder, tiny_model("llama-wide"), "vllm-server", replicas=2, deadline=PATIENCE))
         messages = [record.getMessage() for record in caplog.records]
         told = [message for message in messages if "vllm server at" in message]
-        check_a_loss(blow, metrics_of(folder), undisturbed, told, said)
+        check_a_loss(strike, metrics_of(folder), undisturbed, told, said)
 
     return lose
 
@@ -55,7 +56,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for place, name, value in on_cpu.replacements():
         monkeypatch.setattr(place, name, value)
     monkeypatch.setattr(pool, "visible_gpus", lambda: ["0", "1"])
-    # several pieces an update
+    # small, so that an update is sent in several pieces
     monkeypatch.setattr(device, "BUFFER", 2000)
     yield
     on_cpu.forget_shared_bytes()

@@ -1,4 +1,4 @@
-"""What tests of vLLM show in one of two cases, in the other one: `make test-faults`."""
+"""The second case of vLLM tests that `make test` runs with one of two cases: `make test-faults`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = needs_vllm
 
 
 def test_a_server_that_is_frozen_within_a_step_costs_training_nothing(lose_a_server: Lose) -> None:
-    lose_a_server(signal.SIGSTOP, "gave no sample for 20 s: it is frozen")
+    lose_a_server(signal.SIGSTOP, "returned no sample for 20 s: it is frozen")
 
 
 def test_both_ends_agree_on_a_cpu_by_ipc(tmp_path_factory: pytest.TempPathFactory, on_cpu: None) -> None:

@@ -1,8 +1,9 @@
-"""What vLLM's transfer of weights needs of a GPU, in its place what a CPU has, in both processes.
+"""Replaces what vLLM's weight transfer needs of a GPU by equivalents on a CPU, in both processes.
 
-NCCL's broadcast is gloo's, a handle of CUDA memory is the name of shared memory, streams do nothing.
-Everything else of both ends is vLLM's own: the order of requests, what they say, how weights are packed, cut
-into pieces, unpacked and loaded. It shows that both sides agree; NCCL and CUDA IPC themselves it does not.
+NCCL's broadcast becomes gloo's, a handle of CUDA memory becomes the name of shared memory, streams do
+nothing. Everything else of both ends is vLLM's own: order and content of requests, and how weights are
+packed, cut into pieces, unpacked and loaded. So both sides are shown to agree, but NCCL and CUDA IPC
+themselves are not tested.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 GPU = "GPU-of-a-test"
 PREFIX = "tandem-test-"
 NAMES: dict[int, str] = {}
-"""Of shared memory, by where it is mapped."""
+"""Names of shared memory by the address at which it is mapped."""
 HANG = datetime.timedelta(seconds=120)
 
 
@@ -35,7 +36,7 @@ class Stream:
 
 
 class Gloo:
-    """As far as vLLM's transfer uses its `PyNcclCommunicator`: two processes, found through its own store."""
+    """Stands in for vLLM's `PyNcclCommunicator`: two processes that meet through vLLM's own store."""
 
     def __init__(self, host: str, port: int, rank: int, size: int, device: Any) -> None:
         utils: Any = importlib.import_module("vllm.distributed.utils")
@@ -59,7 +60,7 @@ def _options(src: int) -> Any:
 
 
 def shared_bytes(size: int) -> Tensor:
-    """On the sending side."""
+    """Allocates shared memory on the sending side."""
     path = Path("/dev/shm") / f"{PREFIX}{uuid.uuid4().hex}"
     path.write_bytes(bytes(size))
     tensor = _mapped(path)
@@ -73,7 +74,7 @@ def _mapped(path: Path) -> Tensor:
 
 
 def reduce_tensor(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
-    """Fifteen arguments, as torch gives them for memory of a GPU."""
+    """The fifteen arguments that torch gives for memory of a GPU."""
     name = NAMES[tensor.data_ptr()].encode()
     kind, storage = torch.Tensor, torch.storage.TypedStorage
     memory = (name, tensor.nbytes, 0, False, b"counter", 3, b"event", True)
@@ -81,7 +82,7 @@ def reduce_tensor(tensor: Tensor) -> tuple[Any, tuple[Any, ...]]:
 
 
 def rebuild_cuda_tensor(*arguments: Any) -> Tensor:
-    """The receiving side. Torch's own checks of what it was sent, in a word each."""
+    """Maps shared memory on the receiving side, after checking its arguments as torch does."""
     kind, size, stride, offset, storage, dtype, device, name, length, at, learns, *rest = arguments
     assert (kind, stride, offset, dtype) == (torch.Tensor, (1,), 0, torch.uint8)
     assert (storage, device, at, learns) == (torch.storage.TypedStorage, None, 0, False)
@@ -90,7 +91,7 @@ def rebuild_cuda_tensor(*arguments: Any) -> Tensor:
 
 
 class CPUTorch:
-    """The module `torch` of vLLM's packing."""
+    """Stands in for the module `torch` in vLLM's packing."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
@@ -100,7 +101,7 @@ class CPUTorch:
 
 
 def replacements() -> Iterator[tuple[Any, str, Any]]:
-    """Object, name and what stands there."""
+    """Object, name of its attribute, and replacement of the attribute."""
     folder = "vllm.distributed.weight_transfer"
     packed: Any = importlib.import_module(f"{folder}.packed_tensor")
     nccl: Any = importlib.import_module(f"{folder}.nccl_common")

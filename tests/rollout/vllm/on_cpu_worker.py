@@ -1,4 +1,4 @@
-"""Our part of vLLM's worker; importing it brings the transfer of weights to the CPU."""
+"""`HeldWeights` for servers whose weight transfer runs on a CPU; importing this module makes it so."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tests.rollout.vllm.on_cpu import replacements
 
 
 class OnCPU(HeldWeights):
-    """Adds nothing."""
+    """Named separately, so that a server imports this module."""
 
 
 for _place, _name, _value in replacements():

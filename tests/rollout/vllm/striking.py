@@ -1,4 +1,4 @@
-"""One of two vLLM servers is killed or frozen while it owes samples of a step."""
+"""Kills or freezes one of two vLLM servers while samples of a training step are outstanding there."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tests.rollout.vllm.support import PATIENCE, processes_of, server_of, wait_f
 from tests.support import bandit_settings
 
 STEPS, PROMPTS, GROUP = 4, 8, 8
-STRUCK = 1
-"""The step, from 0."""
+STRUCK_STEP = 1
+"""The step in which that happens, counted from 0."""
 
 
 def settings_of(folder: Path, model: Path, engine: str, **vllm: Any) -> dict[str, Any]:
@@ -25,11 +25,11 @@ def settings_of(folder: Path, model: Path, engine: str, **vllm: Any) -> dict[str
     return bandit_settings(folder, model, steps=STEPS, rollout=rollout)
 
 
-class Blow:
-    """Strikes the first server when the samples of half of the prompts of a step have arrived.
+class Strike:
+    """Sends a signal to the first server when the samples of half of the prompts of a step have arrived.
 
-    It is told to hold samples before it is asked for others: however fast it is, it owes some when it is
-    struck. The last step begins when both servers are there.
+    The server is paused before it gets the other half, so that samples are outstanding, however fast it is.
+    The last step begins when both servers are ready again.
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, number: int) -> None:
@@ -37,12 +37,12 @@ class Blow:
 
         self.patch, self.number = patch, number
         self.submit = VLLMServerEngine.submit
-        self.owed = 0
+        self.outstanding = 0
         self.struck = 0
         self.servers: set[int] = set()
         self.keepers: set[int] = set()
-        blow = self
-        patch.setattr(VLLMServerEngine, "submit", lambda engine, requests: blow.on(engine, requests))
+        strike = self
+        patch.setattr(VLLMServerEngine, "submit", lambda engine, requests: strike.on(engine, requests))
 
     def on(self, engine: Any, requests: Sequence[RolloutRequest]) -> None:
         step = step_of(requests)
@@ -51,7 +51,7 @@ class Blow:
         for replica in engine._pool.ready:
             self.servers.add(server_of(replica))
             self.keepers.add(replica._keeper.pid)
-        if step == STRUCK:
+        if step == STRUCK_STEP:
             self.strike(engine, requests)
         else:
             self.submit(engine, requests)
@@ -68,43 +68,43 @@ class Blow:
         rest = requests[PROMPTS // 2 :]
         self.submit(engine, rest)
         later = {f"{request.prompt.id}/{i}" for request in rest for i in range(GROUP)}
-        self.owed = sum(engine._samples[key].replica is victim for key in later)
-        # all of them are on their way, and the server gives none
+        self.outstanding = sum(engine._samples[key].replica is victim for key in later)
+        # all requests have been sent, and the paused server answers none
         wait_for(lambda: engine._senders._work_queue.empty())
         assert victim.call("GET", "/is_paused", timeout=PATIENCE)["is_paused"]
-        # for noticing only: to start again it has as long as before
+        # a short deadline for noticing the loss; the restart keeps the long one
         self.patch.setattr(engine, "_service", Service(replicas=2, deadline=20.0))
         self.struck = server_of(victim)
         os.killpg(self.struck, self.number)
 
 
 def step_of(requests: Sequence[RolloutRequest]) -> int | None:
-    """None: the probe of an update."""
+    """The step of these requests; None for the probe after an update."""
     label = requests[0].prompt.id.rpartition("@rollout/")[2]
     return int(label) // PROMPTS if label.isdigit() else None
 
 
 def check_a_loss(
-    blow: Blow,
+    strike: Strike,
     records: list[dict[str, Any]],
     undisturbed: list[dict[str, Any]],
     told: list[str],
     said: str,
 ) -> None:
-    assert 0 < blow.owed < PROMPTS * GROUP
+    assert 0 < strike.outstanding < PROMPTS * GROUP
     assert [record["rollout/samples"] for record in records] == [PROMPTS * GROUP] * STEPS
     for record, other in zip(records, undisturbed, strict=True):
         assert math.isfinite(record["loss/policy"])
         assert record["mismatch/k3"] < 1e-6
-        # but for a draw that falls within the rounding of the logits
+        # equal, except for a draw that falls within the rounding of the logits
         assert record["reward/mean"] == pytest.approx(other["reward/mean"], abs=0.03)
-    # an operator sees it, in the metrics and in the log
+    # metrics and log show the loss
     assert [record["rollout/servers_lost"] for record in records] == [0, 1, 0, 0]
     assert [record["rollout/servers"] for record in records][:: STEPS - 1] == [2, 2]
-    assert records[STRUCK]["rollout/servers"] == 1
-    assert said in told[0] and "asked of 1 others" in told[0]
-    assert "is back and has the weights of now" in told[1]
-    assert len(blow.servers) == 3 and blow.struck in blow.servers
-    for server in blow.servers:
+    assert records[STRUCK_STEP]["rollout/servers"] == 1
+    assert said in told[0] and "samples go to 1 other servers" in told[0]
+    assert "is back and has the current weights" in told[1]
+    assert len(strike.servers) == 3 and strike.struck in strike.servers
+    for server in strike.servers:
         assert not processes_of(server)
-    assert not [keeper for keeper in blow.keepers if Path(f"/proc/{keeper}").exists()]
+    assert not [keeper for keeper in strike.keepers if Path(f"/proc/{keeper}").exists()]

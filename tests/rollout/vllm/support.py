@@ -1,4 +1,4 @@
-"""Whether the tests of vLLM can run: `make test` installs it and says that they must."""
+"""Helpers of the vLLM tests, which are skipped without vLLM; with TANDEM_TEST_VLLM=1 it must be there."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from tests.rollout.models import EOS, VOCABULARY
 
-# seconds, of a machine with other work to do
+# seconds; generous, since the machine may be busy
 PATIENCE = 300.0
 INSTALLED = find_spec("vllm") is not None
 if os.environ.get("TANDEM_TEST_VLLM") == "1" and not INSTALLED:
@@ -23,7 +23,7 @@ needs_vllm = pytest.mark.skipif(not INSTALLED, reason="vllm is not installed: ma
 
 
 def sampled_model(model: PreTrainedModel, folders: pytest.TempPathFactory, *, kv_cache_gib: float) -> Any:
-    """What vLLM is told of `model`, whose files are written first."""
+    """Saves `model` and returns its `VLLMModel`."""
     from rlhf.rollout.vllm.in_process import VLLMModel
 
     folder = folders.mktemp("model")
@@ -39,13 +39,13 @@ def wait_for(condition: Any) -> None:
 
 
 def server_of(replica: Any) -> int:
-    """Number of its server process, the child of the keeper."""
+    """Process id of the replica's server, the child of its keeper."""
     children = Path(f"/proc/{replica._keeper.pid}/task/{replica._keeper.pid}/children").read_text().split()
     return int(children[0])
 
 
 def processes_of(group: int) -> list[int]:
-    """Numbers of the processes of a group that have not ended."""
+    """Ids of the running processes of a process group."""
     found: list[int] = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""A LoRA adapter sent to vLLM by itself: less to send, the same log-probs, and an old one is named."""
+"""A LoRA adapter sent to vLLM unmerged: less to send, the same log-probs, and old adapters are found."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 
 @pytest.fixture(scope="module")
 def optimizer(policy: Policy) -> MasterAdamW:
-    """Before the engine: from here on the policy computes in bfloat16."""
+    """Made before the engine, since it makes the policy compute in bfloat16."""
     section = LearnerConfig.model_validate({"lr": 1e-6})
     return MasterAdamW(policy.model, torch.bfloat16, section, total_steps=100)
 
@@ -71,7 +71,7 @@ def sync(policy: Policy) -> WeightSync:
 
 
 def update(optimizer: MasterAdamW, size: float = 1.0) -> None:
-    """The first of Adam: every weight that learns moves by 1e-6."""
+    """A first step of Adam, in which every trained weight moves by 1e-6."""
     generator = torch.Generator().manual_seed(0)
     for master in optimizer.masters.values():
         master.gradient = size * torch.randn(master.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Training from two vLLM servers, one of which is killed while it owes samples of a step."""
+"""Training from two vLLM servers, one of which is killed while samples of a step are outstanding there."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ pytestmark = [needs_vllm, pytest.mark.slow]
 
 
 def test_a_server_that_is_killed_within_a_step_costs_training_nothing(lose_a_server: Lose) -> None:
-    """A frozen one: every_vllm_case.py."""
+    """For a frozen server see every_case.py."""
     lose_a_server(signal.SIGKILL, "does not answer")

@@ -52,7 +52,7 @@ def engine(request: pytest.FixtureRequest, folder: Any) -> Iterator[Any]:
 
 
 class Run:
-    """A policy, its optimizer, and its sync."""
+    """A policy with its optimizer and weight sync."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Run:
         self.policy.merge()
 
     def update(self) -> None:
-        """The first of Adam: every weight that learns moves by 1e-6."""
+        """A first step of Adam, in which every trained weight moves by 1e-6."""
         generator = torch.Generator().manual_seed(0)
         for master in self.optimizer.masters.values():
             gradient = torch.randn(master.shape, generator=generator)
@@ -171,9 +171,9 @@ def test_a_stop_token_that_is_ignored_is_named(
 
 @pytest.mark.parametrize("engine", [torch.float32], indirect=True)
 def test_a_stale_head_is_named(engine: Any, folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32, which vLLM packs on every CPU; bfloat16 it packs where there are instructions for it.
+    """Uses float32, which vLLM packs on every CPU; bfloat16 only where there are instructions for it.
 
-    The last test here: its engine takes the place of the other one.
+    It must be the last test of this file, since its engine replaces the other one.
     """
     run = Run(folder[USUAL], dtype=torch.float32)
     run.sync.push(engine, 0)
@@ -183,5 +183,5 @@ def test_a_stale_head_is_named(engine: Any, folder: Any, monkeypatch: pytest.Mon
         expected = r"version 1 does not hold lm_head.weight \(the packed copy\) .* by"
         with pytest.raises(SyncError, match=expected):
             run.sync.push(engine, 1)
-    # and packing it is what mends it
+    # with the head packed again nothing differs
     run.sync.push(engine, 2)

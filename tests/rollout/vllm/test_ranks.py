@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def address(tmp_path: Path, tiny_model: Any) -> Iterator[str]:
-    """Of a server that somebody else started, as docs/engines.md says."""
+    """The URL of a server that was started by hand, as docs/engines.md describes."""
     port = free_port()
     words = f"""
         -m vllm.entrypoints.openai.api_server --model {tiny_model("llama-wide")} --dtype float32
@@ -79,7 +79,7 @@ def is_healthy(url: str) -> bool:
 def test_two_ranks_learn_from_one_server_that_somebody_else_started(
     tmp_path: Path, tiny_model: Any, address: str, mode: str
 ) -> None:
-    """In shards no rank has a whole copy: what the server is sent, and the export, is gathered by parts."""
+    """The model is sharded: weights for the server and for the export are gathered one by one."""
     rollout = {"engine": "vllm-server", "vllm": {"urls": [address], "deadline": PATIENCE}}
     rollout |= {"top_k": 20, "top_p": 0.9}
     changes: dict[str, Any] = {"distributed": {"mode": mode}, "checkpoint": {"export": True}}

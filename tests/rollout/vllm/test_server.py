@@ -109,7 +109,7 @@ def test_a_server_that_is_killed_within_a_step_costs_no_sample(engine: Any, mode
     assert FinishReason.ABORT not in {c.finish_reason for c in completions}
     groups = [[c for c in completions if c.prompt_id == r.prompt.id] for r in requests]
     assert worst(model, requests, groups) < TOLERANCE
-    # it comes back, with the weights of now
+    # it comes back with the current weights
     wait_for(lambda: killed.ready)
     assert len(generate(engine, [request(9), request(10)])) == 2
 
@@ -123,7 +123,7 @@ def test_a_server_that_freezes_is_started_again_within_the_deadline(
     frozen = engine._pool.replicas[1]
     first = server_of(frozen)
     os.killpg(first, signal.SIGSTOP)
-    # for noticing only: to start again it has as long as before
+    # a short deadline for noticing the loss; the restart keeps the long one
     monkeypatch.setattr(engine, "_service", Service(replicas=2, deadline=20.0))
     engine.submit(requests)
     completions = drain(engine)

@@ -1,4 +1,4 @@
-"""Weights through vLLM's own transfer: on a GPU as it is, on a CPU all of it but what moves the bytes."""
+"""Weights through vLLM's weight transfer: complete on a GPU, on a CPU with replacements (on_cpu.py)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REQUESTS = [request(9, n=3), request(20, n=2)]
 
 
 def check_updates(engine: Any, model: Any, tolerance: float) -> None:
-    """The update itself compares what is held bit for bit, this its log-probs; samples in flight go on."""
+    """Checks log-probs after updates (which compare weights themselves) and that samples in flight go on."""
     count = len(list(model.parameters())) + 1
     for version, weights in enumerate((model, like(model, moved(model)), model)):
         report = engine.update_weights(Source(weights), version)
@@ -37,7 +37,7 @@ def check_updates(engine: Any, model: Any, tolerance: float) -> None:
 
 
 def check_return(engine: Any, model: Any, tolerance: float) -> None:
-    """Lost while the learner learns, a server gets the weights there are when it has learned."""
+    """A server that is lost during the learner's updates gets the weights after them."""
     (lost, *others) = engine._pool.replicas
     engine.release()
     os.killpg(server_of(lost), signal.SIGKILL)
@@ -57,7 +57,7 @@ def check_return(engine: Any, model: Any, tolerance: float) -> None:
 
 
 def like(model: Any, other: Any) -> Any:
-    """Where the model is, in its type."""
+    """`other` on the device and in the dtype of `model`."""
     return other.to(model.device, model.dtype)
 
 
@@ -70,7 +70,7 @@ def servers(sampled: Any, replicas: int, way: Any) -> Any:
 
 @pytest.mark.slow
 def test_both_ends_agree_on_a_cpu(tmp_path_factory: pytest.TempPathFactory, on_cpu: None) -> None:
-    """`ipc`: every_vllm_case.py."""
+    """For `ipc` see every_case.py."""
     check_both_ends(tmp_path_factory, "nccl", 2)
 
 
