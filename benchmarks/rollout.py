@@ -42,7 +42,7 @@ from benchmarks.runs import machine
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.rollout.factory import make_engine
 from rlhf.rollout.native.engine import NativeEngine
-from rlhf.rollout.native.support import logprob_errors
+from rlhf.rollout.native.model_support import logprob_errors
 from rlhf.types import Prompt
 
 PROMPTS, GROUP, MAX_TOKENS = 8, 8, 64

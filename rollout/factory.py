@@ -17,9 +17,9 @@ from rlhf.rollout.learner_module import causal_model
 from rlhf.rollout.native.engine import NativeEngine
 from rlhf.rollout.vllm.images import ImageFormat
 from rlhf.rollout.vllm.in_process import VLLMEngine, VLLMModel
-from rlhf.rollout.vllm.pool import Service
-from rlhf.rollout.vllm.servers import VLLMServerEngine
-from rlhf.rollout.vllm.shared import SharedServers
+from rlhf.rollout.vllm.server_engine import VLLMServerEngine
+from rlhf.rollout.vllm.server_pool import Service
+from rlhf.rollout.vllm.shared_servers import SharedServers
 
 EXPECTED = "native, hf, vllm, vllm-server, path/file.py:name or package.module:name"
 

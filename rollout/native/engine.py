@@ -30,7 +30,7 @@ from rlhf.rollout.engine import EngineError, ImageInputs, PauseMode, RolloutRequ
 from rlhf.rollout.learner_module import Model, causal_model, sampling_mode, take_weights
 from rlhf.rollout.native.cache import AttentionPass, Decode, Prefill, SharedPrefixCache, last_tokens
 from rlhf.rollout.native.cpu_linear import PackedLinears
-from rlhf.rollout.native.support import check_decoding, why_unsupported
+from rlhf.rollout.native.model_support import check_decoding, why_unsupported
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import Drawn, RowSampling, sample
 from rlhf.types import Completion, Prompt

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from rlhf.rollout.engine import WeightSource
 from rlhf.rollout.vllm.client import POLL_INTERVAL, Replica, ReplicaError, free_port
 from rlhf.rollout.vllm.in_process import require_vllm
-from rlhf.rollout.vllm.process import restored_process_state
+from rlhf.rollout.vllm.isolation import restored_process_state
 from rlhf.rollout.vllm.transport import TransportMethod
 from rlhf.rollout.weight_proof import Sent, sent_weights
 

@@ -38,7 +38,7 @@ from rlhf.rollout.vllm.adapter import (
     write_adapter,
 )
 from rlhf.rollout.vllm.images import IMAGE_ENGINE_ARGS, ImageFormat, accept_processed_images, processed_images
-from rlhf.rollout.vllm.process import kept_process_group, restored_generator, restored_process_state
+from rlhf.rollout.vllm.isolation import kept_process_group, restored_generator, restored_process_state
 from rlhf.rollout.vllm.truncation import candidates_of, logprobs_asked
 from rlhf.rollout.weight_proof import prove
 from rlhf.types import Completion, FinishReason, Prompt

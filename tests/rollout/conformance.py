@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, generate
-from rlhf.rollout.native.support import logprob_errors
+from rlhf.rollout.native.model_support import logprob_errors
 from rlhf.rollout.sampling import truncate
 from rlhf.types import Completion, FinishReason
 from tests.rollout.models import EOS, prompt, ragged, request, tiny, untruncated

@@ -13,8 +13,8 @@ import torch
 from rlhf.distributed.world import world
 from rlhf.rollout.engine import generate
 from rlhf.rollout.vllm.in_process import VLLMModel
-from rlhf.rollout.vllm.pool import Service
-from rlhf.rollout.vllm.shared import SharedServers
+from rlhf.rollout.vllm.server_pool import Service
+from rlhf.rollout.vllm.shared_servers import SharedServers
 from rlhf.types import FinishReason
 from tests.rollout.conformance import TOLERANCE, Source, conforming_model, drain, moved, worst
 from tests.rollout.models import EOS, VOCABULARY, request

@@ -14,7 +14,7 @@ from rlhf.rollout.engine import RolloutEngine, RolloutRequest, generate
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.native import cpu_linear
 from rlhf.rollout.native.engine import NativeEngine
-from rlhf.rollout.native.support import logprob_errors
+from rlhf.rollout.native.model_support import logprob_errors
 from rlhf.types import Completion, FinishReason, VersionSpan
 from tests.rollout.models import EOS, ragged, request, tiny, untruncated
 

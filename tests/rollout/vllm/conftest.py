@@ -49,7 +49,7 @@ def lose_a_server(
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import rlhf.rollout.vllm.device_transport as device
-    import rlhf.rollout.vllm.pool as pool
+    import rlhf.rollout.vllm.server_pool as pool
 
     from . import on_cpu
 

@@ -33,7 +33,7 @@ class Strike:
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, number: int) -> None:
-        from rlhf.rollout.vllm.servers import VLLMServerEngine
+        from rlhf.rollout.vllm.server_engine import VLLMServerEngine
 
         self.patch, self.number = patch, number
         self.submit = VLLMServerEngine.submit
@@ -59,7 +59,7 @@ class Strike:
             assert len({sample.replica for sample in engine._samples.values()}) == 2
 
     def strike(self, engine: Any, requests: Sequence[RolloutRequest]) -> None:
-        from rlhf.rollout.vllm.pool import Service
+        from rlhf.rollout.vllm.server_pool import Service
 
         victim = engine._pool.replicas[0]
         self.submit(engine, requests[: PROMPTS // 2])

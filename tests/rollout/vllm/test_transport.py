@@ -62,8 +62,8 @@ def like(model: Any, other: Any) -> Any:
 
 
 def servers(sampled: Any, replicas: int, way: Any) -> Any:
-    from rlhf.rollout.vllm.pool import Service
-    from rlhf.rollout.vllm.servers import VLLMServerEngine
+    from rlhf.rollout.vllm.server_engine import VLLMServerEngine
+    from rlhf.rollout.vllm.server_pool import Service
 
     return VLLMServerEngine(sampled, Service(replicas=replicas, deadline=PATIENCE, transport=way))
 

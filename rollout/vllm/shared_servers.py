@@ -22,8 +22,8 @@ from rlhf.metrics import Metrics
 from rlhf.rollout.engine import EngineError, Ranks, SyncError, SyncReport, WeightSource
 from rlhf.rollout.vllm.client import ANSWER_TIMEOUT, Replica, ReplicaError
 from rlhf.rollout.vllm.in_process import VLLMModel
-from rlhf.rollout.vllm.pool import POLL_INTERVAL, ServerPool, Service
-from rlhf.rollout.vllm.servers import VLLMServerEngine
+from rlhf.rollout.vllm.server_engine import VLLMServerEngine
+from rlhf.rollout.vllm.server_pool import POLL_INTERVAL, ServerPool, Service
 from rlhf.rollout.vllm.transport import Place, Transport
 
 

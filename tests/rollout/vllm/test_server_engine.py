@@ -30,8 +30,8 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def started(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from rlhf.rollout.vllm.pool import Service
-    from rlhf.rollout.vllm.servers import VLLMServerEngine
+    from rlhf.rollout.vllm.server_engine import VLLMServerEngine
+    from rlhf.rollout.vllm.server_pool import Service
 
     sampled = sampled_model(model, tmp_path_factory, kv_cache_gib=0.1)
     engine = VLLMServerEngine(sampled, Service(replicas=2, deadline=PATIENCE))
@@ -117,7 +117,7 @@ def test_a_server_that_is_killed_within_a_step_costs_no_sample(engine: Any, mode
 def test_a_server_that_freezes_is_started_again_within_the_deadline(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf.rollout.vllm.pool import Service
+    from rlhf.rollout.vllm.server_pool import Service
 
     requests = [request(length, n=4, max_tokens=300) for length in (9, 10)]
     frozen = engine._pool.replicas[1]
@@ -136,8 +136,8 @@ def test_a_server_that_freezes_is_started_again_within_the_deadline(
 SCRIPT = """
 import os, sys, torch
 from rlhf.rollout.vllm.in_process import VLLMModel
-from rlhf.rollout.vllm.pool import Service
-from rlhf.rollout.vllm.servers import VLLMServerEngine
+from rlhf.rollout.vllm.server_pool import Service
+from rlhf.rollout.vllm.server_engine import VLLMServerEngine
 model = VLLMModel(sys.argv[1], torch.float32, 128, 150, (2,), kv_cache_gib=0.1)
 engine = VLLMServerEngine(model, Service(replicas=1, deadline=300.0))
 print(engine._pool.folder, engine._pool.replicas[0]._keeper.pid, flush=True)

@@ -38,8 +38,8 @@ from rlhf.rollout.vllm.in_process import (
     require_vllm,
     sampling_settings,
 )
-from rlhf.rollout.vllm.pool import POLL_INTERVAL, ServerPool, Service
-from rlhf.rollout.vllm.process import restored_process_state
+from rlhf.rollout.vllm.isolation import restored_process_state
+from rlhf.rollout.vllm.server_pool import POLL_INTERVAL, ServerPool, Service
 from rlhf.rollout.vllm.truncation import candidates_of
 from rlhf.types import Completion
 

@@ -13,7 +13,7 @@ from rlhf.rollout.engine import RolloutEngine, generate
 from rlhf.rollout.factory import make_engine
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.native.engine import NativeEngine
-from rlhf.rollout.native.support import logprob_errors
+from rlhf.rollout.native.model_support import logprob_errors
 from rlhf.types import FinishReason
 from tests.rollout.models import EOS, request, tiny
 
