@@ -321,21 +321,7 @@ def _policy_metrics(
     `mismatch` is log old policy - log engine, `weight` the correction for it, `extra` the surrogate's own.
     """
     policy, ratio = policy.detach(), ratio.detach()
-    means = {
-        "entropy": batch.entropy,
-        "perplexity": -batch.logprobs,
-        "ratio/mean": ratio,
-        "kl/old": batch.old_logprobs - batch.logprobs,
-        "mismatch/k3": mismatch_k3(mismatch),
-        "mismatch/weight": weight,
-        "mismatch/weight_squared": weight.square(),
-        "mismatch/masked_fraction": weight == 0,
-        **extra,
-    }
-    if batch.ref_logprobs is not None:
-        means["kl/ref"] = estimators.k3(batch.logprobs, batch.ref_logprobs)
-    if batch.exact_kl is not None:
-        means["kl/exact"] = batch.exact_kl
+    means = _token_metrics(batch, ratio, mismatch, weight, extra)
     maxima = {"ratio/max": ratio, "mismatch/ratio_max": mismatch.clamp(-20.0, 20.0).exp()}
     # the mismatch is known only where an engine's log-prob is
     unmasked = batch.loss_mask
@@ -361,6 +347,28 @@ def _policy_metrics(
     # shares of an update's loss add up to it, and their weights to 1
     metrics["loss/policy"] = Mean(read["loss"], read["unmasked"] / max(batch.counts.tokens, 1))
     return metrics
+
+
+def _token_metrics(
+    batch: LossInputs, ratio: Tensor, mismatch: Tensor, weight: Tensor, extra: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What is averaged over tokens, each `[N]`."""
+    means = {
+        "entropy": batch.entropy,
+        "perplexity": -batch.logprobs,
+        "ratio/mean": ratio,
+        "kl/old": batch.old_logprobs - batch.logprobs,
+        "mismatch/k3": mismatch_k3(mismatch),
+        "mismatch/weight": weight,
+        "mismatch/weight_squared": weight.square(),
+        "mismatch/masked_fraction": weight == 0,
+        **extra,
+    }
+    if batch.ref_logprobs is not None:
+        means["kl/ref"] = estimators.k3(batch.logprobs, batch.ref_logprobs)
+    if batch.exact_kl is not None:
+        means["kl/exact"] = batch.exact_kl
+    return means
 
 
 def _is_mismatch(name: str) -> bool:
