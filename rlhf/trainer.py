@@ -155,7 +155,7 @@ class Trainer(Loop[Config]):
             result = evaluate(self.components.sampler, held_out, self.config, self.world, step, between)
         if self.world.is_main:
             self.monitor.evaluated(asdict(result))
-        return result.accuracy
+        return result.score
 
     def finish(self) -> None:
         policy, path, exports = self.components.policy, self.folder.path, self.config.checkpoint.export

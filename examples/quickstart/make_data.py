@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import combinations_with_replacement
 from pathlib import Path
 
-HELD_OUT_SHARE = 0.25
+HELD_OUT_SHARE = 0.33
 SEED = 0
 
 

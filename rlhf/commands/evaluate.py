@@ -21,7 +21,7 @@ from rlhf.config.load import make_config
 from rlhf.config.overrides import apply_override, read_settings
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
-from rlhf.evaluation.intervals import bootstrap, pass_at_k
+from rlhf.evaluation.intervals import pass_at_k, share_interval
 from rlhf.files import write_atomically
 from rlhf.inputs import Inputs
 from rlhf.preflight.load import load_inputs
@@ -199,8 +199,8 @@ def describe(measured: Measured) -> Iterator[str]:
             f"warning      {measured.prompts} prompts are few: below about {FEW} the intervals are too narrow"
         )
     yield (
-        "             95 % intervals over prompts: bootstrap, 10,000 resamples; "
-        "Wilson's interval where all prompts have the same value"
+        "             95 % intervals over prompts: normal, two prompts of value 0 and two of value 1 added "
+        "(Agresti and Coull)"
     )
 
 
@@ -238,7 +238,7 @@ def _ks(request: Request, samples: int) -> list[int]:
 
 
 def _estimate(values: Sequence[float]) -> Estimate:
-    return Estimate(sum(values) / len(values), *bootstrap(values))
+    return Estimate(sum(values) / len(values), *share_interval(values))
 
 
 def _text(estimate: Estimate) -> str:

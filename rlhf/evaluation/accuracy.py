@@ -1,4 +1,4 @@
-"""Evaluates the policy on held-out prompts: accuracy with a 95% confidence interval.
+"""Evaluates the policy on held-out prompts: accuracy and mean reward, each with a 95% interval.
 
 Prompts, seeds and sampling are the same every time, so two evaluations differ only by the weights.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 from rlhf.collect.sampler import Sampler
 from rlhf.config.run import Config
 from rlhf.data.prompts import PromptDataset
 from rlhf.distributed.world import World
-from rlhf.evaluation.intervals import normal_interval
+from rlhf.evaluation.intervals import mean_interval, share_interval
 from rlhf.rewards.success import check_objective, is_correct
-from rlhf.types import Group
+from rlhf.types import FinishReason, Group
 
 SHOWN = 8
 """Most samples that are written into an evaluation record."""
@@ -27,11 +28,29 @@ class Evaluation:
 
     step: int
     accuracy: float
+    """Share of correct completions: those whose success value reaches `reward.success_threshold`."""
     num_samples: int
     ci_low: float
-    """Lower end of the 95% confidence interval over prompts (samples of one prompt are not independent)."""
+    """Lower end of the 95% interval over prompts (samples of one prompt are not independent)."""
     ci_high: float
     samples: list[dict[str, Any]]
+    num_prompts: int
+    measure: Literal["accuracy", "reward"]
+    """`accuracy` where "correct" means something: a success objective is set, or all rewards are 0 or 1."""
+    reward: float | None
+    """Mean over prompts of the mean reward of their samples; None where no sample got a reward."""
+    reward_low: float | None
+    """Lower end of its 95% interval over prompts."""
+    reward_high: float | None
+    truncated: float
+    """Share of samples cut at `rollout.max_completion_tokens`."""
+    no_signal: float | None
+    """Share of prompts whose samples all got the same reward (no signal); None with one sample of each."""
+
+    @property
+    def score(self) -> float:
+        """By which checkpoints are compared."""
+        return self.accuracy if self.measure == "accuracy" or self.reward is None else self.reward
 
 
 def evaluate(
@@ -53,25 +72,45 @@ def evaluate(
     check_objective(groups, config.reward)
     parts = world.gather([_record(g, config) for g in groups])
     records = [record for part in parts for record in part]
+    return _summary(records, step, has_objective=config.reward.success_objective is not None)
+
+
+def _summary(records: list[dict[str, Any]], step: int, *, has_objective: bool) -> Evaluation:
+    """Of all ranks' prompts, from what `_record` says of each."""
     shares = [record["correct"] / record["count"] for record in records]
-    low, high = normal_interval(shares)
+    rewards: list[list[float]] = [record["rewards"] for record in records if record["rewards"]]
+    means = [fmean(of_prompt) for of_prompt in rewards]
+    several = [of_prompt for of_prompt in rewards if len(of_prompt) > 1]
+    binary = all(reward in (0.0, 1.0) for of_prompt in rewards for reward in of_prompt)
+    low, high = share_interval(shares)
+    reward_low, reward_high = mean_interval(means) if means else (None, None)
+    count = sum(record["count"] for record in records)
     return Evaluation(
         step=step,
-        accuracy=sum(shares) / len(shares),
-        num_samples=sum(record["count"] for record in records),
+        accuracy=fmean(shares),
+        num_samples=count,
         ci_low=low,
         ci_high=high,
         samples=[record["sample"] for record in records[:SHOWN]],
+        num_prompts=len(records),
+        measure="accuracy" if has_objective or binary else "reward",
+        reward=fmean(means) if means else None,
+        reward_low=reward_low,
+        reward_high=reward_high,
+        truncated=sum(record["truncated"] for record in records) / count,
+        no_signal=fmean(len(set(of_prompt)) == 1 for of_prompt in several) if several else None,
     )
 
 
 def _record(group: Group, config: Config) -> dict[str, Any]:
-    """What one prompt contributes: counts of correct and of all completions, and its first completion."""
+    """What one prompt contributes: counts, rewards, and its first completion."""
     correct = [is_correct(t, config.reward) for t in group.trajectories]
     first = group.trajectories[0]
     return {
         "correct": sum(correct),
         "count": len(correct),
+        "rewards": [t.reward for t in group.trajectories if t.reward is not None],
+        "truncated": sum(t.finish_reason == FinishReason.LENGTH for t in group.trajectories),
         "sample": {
             "prompt": _question(group),
             "completion": first.text,

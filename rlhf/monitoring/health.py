@@ -40,8 +40,21 @@ class HealthWatch:
         if "perplexity" in values and len(self.first) < self.patience:
             self.first.append(values)
 
+    def at_once(self, values: Mapping[str, float | None], whose: str) -> list[str]:
+        """Large shares of cut completions and of groups without signal, said when they are first seen.
+
+        `values`: metrics of a step, or an evaluation; `whose`: the completions that they are about, in words.
+        """
+        new: list[str] = []
+        for (name, *other_names), advice in AT_ONCE.items():
+            share = next((v for n in (name, *other_names) if (v := values.get(n)) is not None), 0.0)
+            if share >= MANY and name not in self.reported:
+                self.reported.add(name)
+                new.append(advice.format(share=share, whose=whose))
+        return new
+
     def check(self, values: Values) -> list[str]:
-        """Takes the metrics of the next step and returns the texts of new findings."""
+        """Takes the metrics of the next step and returns the texts of findings that have lasted."""
         self.recall(values)
         self.steps.append(values)
         if len(self.steps) < self.patience:
@@ -93,6 +106,19 @@ def _collapses(first: Sequence[Values], last: Sequence[Values]) -> bool:
     return longer and flatter and further
 
 
+MANY = 0.5
+"""Share of completions that are cut, or in groups without signal, which is said as soon as it is seen."""
+# by the names of the share in the metrics of a step and in an evaluation
+AT_ONCE = {
+    ("length/truncated", "truncated"): (
+        "{share:.0%} of the {whose} completions are cut at the token limit; raise "
+        "rollout.max_completion_tokens, or ask for shorter completions in the prompts"
+    ),
+    ("advantage/zero_fraction", "no_signal"): (
+        "{share:.0%} of the {whose} completions are in groups without signal, where all rewards are equal; "
+        "take prompts of another difficulty, a larger rollout.group_size or a higher rollout.temperature"
+    ),
+}
 # the metrics that `_collapses` compares
 PATTERN = {"length/mean", "perplexity", "kl/ref"}
 FINDINGS = (

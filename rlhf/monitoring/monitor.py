@@ -174,19 +174,24 @@ class Monitor:
             self._append(self.metrics, {"step": step, **{name: finite.get(name) for name in values}})
         self._write(step, finite)
         self.display.advance(step, finite)
-        for text in self.watch.check(finite):
+        for text in (*self.watch.at_once(finite, "step's"), *self.watch.check(finite)):
             self.warn(text)
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Records an evaluation in RUN/eval.json and as the metric `eval/accuracy`, and prints it."""
+        """Records an evaluation in RUN/eval.json and as `eval/accuracy` and `eval/reward`, and prints it."""
         if self.run is None:
             return
         try:
             append_eval(self.run, record)
         except OSError as error:
             self.warn(f"{self.run.evaluations} cannot be written; this evaluation is missing in it: {error}")
-        self._write(record["step"], {"eval/accuracy": record["accuracy"]})
+        figures = {"eval/accuracy": record["accuracy"], "eval/reward": record.get("reward")}
+        self._write(record["step"], {name: value for name, value in figures.items() if value is not None})
         self.note(describe_eval(record))
+        if self.watch is None:
+            self.watch = self._new_watch()
+        for text in self.watch.at_once(record, "held-out"):
+            self.warn(text)
 
     def samples(self, step: int, groups: Sequence[Group], experience: Experience | None = None) -> None:
         """Takes the first `samples_per_step` groups of a step, for RUN/samples.jsonl.

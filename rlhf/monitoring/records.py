@@ -7,15 +7,16 @@ RUN/eval.json is a list with one object for each evaluation, ordered by step:
 
 `accuracy` is the share of correct completions, `ci_low` and `ci_high` bound its 95% interval. `samples` has a
 few completions, of the same prompts each time and not selected by their outcome; "right" is true for a
-correct one.
+correct one. `rlhf/evaluation/accuracy.py` says what the other keys are.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from rlhf.files import write_atomically
 from rlhf.monitoring.report.browser import GROUPS
@@ -40,6 +41,8 @@ def whole_lines(stream: Path) -> list[str]:
 
 # the keys of an evaluation in RUN/eval.json
 FIELDS = ("step", "accuracy", "num_samples", "ci_low", "ci_high", "samples")
+# those that evaluations of a policy have beside them; earlier versions did not write them
+MORE_FIELDS = ("num_prompts", "measure", "reward", "reward_low", "reward_high", "truncated", "no_signal")
 
 
 def append_eval(run: RunFolder, record: Mapping[str, Any]) -> None:
@@ -47,7 +50,9 @@ def append_eval(run: RunFolder, record: Mapping[str, Any]) -> None:
 
     Raises OSError when the file cannot be written.
     """
-    assert set(record) == set(FIELDS), f"an evaluation has {FIELDS}, got {tuple(record)}"
+    assert set(FIELDS) <= set(record) <= {*FIELDS, *MORE_FIELDS}, (
+        f"an evaluation has {FIELDS}, got {tuple(record)}"
+    )
     records = [r for r in read_eval(run) if r["step"] != record["step"]]
     records = sorted([*records, dict(record)], key=lambda r: cast(int, r["step"]))
     write_atomically(run.evaluations, json.dumps(records, indent=1, ensure_ascii=False))
@@ -68,10 +73,38 @@ def read_eval(run: RunFolder) -> list[dict[str, Any]]:
 
 def describe_eval(record: Mapping[str, Any]) -> str:
     """An evaluation in one line, for the user."""
-    return (
-        f"after step {record['step']}: held-out accuracy {record['accuracy']:.3f}, 95% interval "
-        f"{record['ci_low']:.3f} to {record['ci_high']:.3f}, {record['num_samples']} samples"
+    shown = headline([record])
+    value, low, high = shown.of(record)
+    line = (
+        f"after step {record['step']}: held-out {shown.word} {value:.3f}, "
+        f"95% interval {low:.3f} to {high:.3f}, {record['num_samples']} samples"
     )
+    if record.get("truncated"):
+        line += f"; {100 * record['truncated']:.0f}% cut at the token limit"
+    return line
+
+
+@dataclass(frozen=True, slots=True)
+class Headline:
+    """Which figure of an evaluation is shown: accuracy where "correct" means something, else the reward."""
+
+    word: Literal["accuracy", "reward"]
+
+    def of(self, record: Mapping[str, Any]) -> tuple[float, float, float]:
+        """The figure of a record, and the bounds of its 95% interval."""
+        keys = {
+            "accuracy": ("accuracy", "ci_low", "ci_high"),
+            "reward": ("reward", "reward_low", "reward_high"),
+        }
+        value, low, high = (record[key] for key in keys[self.word])
+        return value, low, high
+
+
+def headline(records: Sequence[Mapping[str, Any]]) -> Headline:
+    """One figure for all of them: the reward as soon as one of them had rewards other than 0 and 1."""
+    measures = {record.get("measure", "accuracy") for record in records}
+    has_reward = all(record.get("reward") is not None for record in records)
+    return Headline("reward" if "reward" in measures and has_reward else "accuracy")
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, float]]:

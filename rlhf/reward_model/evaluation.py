@@ -14,7 +14,7 @@ from rlhf.config.reward_model import RewardModelConfig
 from rlhf.data.pairs import Example
 from rlhf.evaluation.accuracy import SHOWN
 from rlhf.evaluation.calibration import Bin, calibration_error, pair_calibration, rating_calibration
-from rlhf.evaluation.intervals import normal_interval
+from rlhf.evaluation.intervals import share_interval
 from rlhf.reward_model.learner import RewardModelLearner, ratings_of
 from rlhf.torch_typed import integers
 
@@ -36,7 +36,7 @@ def evaluate(
     pairs = config.score.kind == "pairs"
     found = _of_pairs(scores) if pairs else _of_ratings(scores, examples, config)
     correct = [x for correct_of_one, _ in found.values() for x in correct_of_one]
-    low, high = normal_interval(correct)
+    low, high = share_interval(correct)
     accuracy = sum(correct) / len(correct)
     record = {
         "step": step,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf.evaluation.intervals import bootstrap, normal_interval, pass_at_k, wilson
+from rlhf.evaluation.intervals import mean_interval, pass_at_k, share_interval
 
 
 @given(st.integers(1, 7), st.data())
@@ -31,42 +31,39 @@ def test_a_draw_that_cannot_be_made_is_refused(bad: tuple[int, int, int]) -> Non
         pass_at_k(*bad)
 
 
-def test_wilson_by_published_numbers() -> None:
-    # Newcombe, Statistics in Medicine 17 (1998) 857, table I, method 3: 81/263, 15/148, 0/20
-    for share, n, low, high in (
-        (81 / 263, 263, 0.2553, 0.3662),
-        (15 / 148, 148, 0.0624, 0.1605),
-        (0, 20, 0, 0.1611),
-    ):
-        assert wilson(share, n) == pytest.approx((low, high), abs=1e-4)
+def test_the_interval_of_shares_is_agresti_and_coulls_with_one_sample_of_each_prompt() -> None:
+    # plus four: 0 of 20 has 2/24 +- 1.96 sqrt(2/24 * 22/24 / 24), 15 of 148 has 17/152 +- 1.96 sqrt(...)
+    for successes, n in ((0, 20), (15, 148), (10, 10)):
+        p = (successes + 2) / (n + 4)
+        margin = 1.959964 * (p * (1 - p) / (n + 4)) ** 0.5
+        expected = max(0.0, p - margin), min(1.0, p + margin)
+        assert share_interval([1.0] * successes + [0.0] * (n - successes)) == pytest.approx(expected)
 
 
-def test_the_normal_interval_is_that_of_the_mean_over_prompts() -> None:
-    # four prompts with mean 0.5 and sample variance 1/3: 0.5 +- 1.96 * sqrt(1/12), clipped to 0..1
-    assert normal_interval([0.0, 0.0, 1.0, 1.0]) == (0.0, 1.0)
-    low, high = normal_interval([0.4, 0.6] * 8)
-    assert (low, high) == pytest.approx((0.5 - 0.0506, 0.5 + 0.0506), abs=1e-3)
+def test_one_correct_completion_more_hardly_moves_the_interval() -> None:
+    """Six prompts with eight samples each: none correct, and one of the 48."""
+    none, one = share_interval([0.0] * 6), share_interval([0.125] + [0.0] * 5)
+    assert none[0] == one[0] == 0.0
+    assert none[1] < one[1] < none[1] + 0.03
 
 
-def test_the_normal_interval_has_a_width_where_all_prompts_agree() -> None:
-    low, high = normal_interval([1.0] * 10)
-    # Wilson's interval of 10 out of 10
-    assert (low, high) == pytest.approx((0.7225, 1.0), abs=1e-3)
-    assert normal_interval([0.0] * 10)[1] == pytest.approx(1 - 0.7225, abs=1e-3)
-
-
-def test_the_bootstrap_is_near_the_normal_interval_and_the_same_each_time() -> None:
-    values = [0.0, 1.0] * 200
-    low, high = bootstrap(values)
-    margin = 1.96 * 0.5 / 400**0.5
-    assert (low, high) == pytest.approx((0.5 - margin, 0.5 + margin), abs=0.006)
-    assert bootstrap(values) == (low, high)
-
-
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30))
-def test_an_interval_holds_its_mean_and_has_a_width_where_all_agree(values: list[float]) -> None:
-    low, high = bootstrap(values)
-    assert 0 <= low <= high <= 1
-    if len(set(values)) == 1:
-        assert high - low > 0.01
+def test_an_interval_has_a_width_always_and_lies_within_0_and_1(shares: list[float]) -> None:
+    low, high = share_interval(shares)
+    assert 0 <= low < high <= 1 and high - low > 0.01
+    assert low <= sum(shares) / len(shares) + 1e-9 or low == 0
+    mirrored = share_interval([1 - share for share in shares])
+    assert mirrored == pytest.approx((1 - high, 1 - low))
+
+
+def test_more_prompts_make_it_narrower() -> None:
+    widths = [high - low for low, high in (share_interval([0.0, 1.0] * n) for n in (3, 10, 100))]
+    assert widths == sorted(widths, reverse=True) and widths[-1] < 0.14
+
+
+def test_the_interval_of_a_mean_reward_is_the_normal_one() -> None:
+    # mean 2, sample variance 20/3, so 2 +- 1.96 sqrt(20/12)
+    low, high = mean_interval([-1.0, 1.0, 3.0, 5.0])
+    assert (low, high) == pytest.approx((2 - 2.5303, 2 + 2.5303), abs=1e-3)
+    assert mean_interval([0.3]) == (0.3, 0.3)

@@ -86,3 +86,14 @@ def test_a_resumed_run_is_compared_with_its_own_first_steps(
 def test_no_gradient_without_advantages_is_one_finding_not_two() -> None:
     said = told([HEALTHY | {"advantage/zero_fraction": 1.0, "grad_norm": 0.0}] * 8)
     assert len(said) == 1 and "all advantages are zero" in said[0]
+
+
+def test_a_large_share_is_said_at_once_with_the_setting_to_change() -> None:
+    watch = HealthWatch()
+    assert watch.at_once({"truncated": 0.49, "no_signal": None}, "held-out") == []
+    (cut,) = watch.at_once({"truncated": 0.5, "no_signal": 0.2}, "held-out")
+    assert cut.startswith("50% of the held-out completions are cut") and "max_completion_tokens" in cut
+    (same,) = watch.at_once({"length/truncated": 0.9, "advantage/zero_fraction": 0.75}, "step's")
+    assert same.startswith("75% of the step's completions are in groups without signal")
+    assert "rollout.group_size" in same
+    assert watch.at_once({"length/truncated": 1.0, "advantage/zero_fraction": 1.0}, "step's") == []

@@ -79,9 +79,7 @@ def test_a_torn_line_and_nulls_are_left_out(tmp_path: Path) -> None:
 
 def test_the_interval_of_a_difference_by_hand() -> None:
     # 56/70 against 48/80 with their Wilson intervals, the first example of Newcombe's paper: 0.0524 to 0.3339
-    before = {"accuracy": 48 / 80, "ci_low": 0.4905, "ci_high": 0.7004}
-    after = {"accuracy": 56 / 70, "ci_low": 0.6916, "ci_high": 0.8770}
-    change, low, high = difference(before, after)
+    change, low, high = difference((48 / 80, 0.4905, 0.7004), (56 / 70, 0.6916, 0.8770))
     assert (round(change, 4), round(low, 3), round(high, 3)) == (0.2, 0.052, 0.334)
 
 
@@ -93,8 +91,7 @@ def test_a_difference_lies_in_its_interval_and_turns_with_the_order(
     one: tuple[float, float, float], two: tuple[float, float, float]
 ) -> None:
     (l1, p1, u1), (l2, p2, u2) = sorted(one), sorted(two)
-    before = {"accuracy": p1, "ci_low": l1, "ci_high": u1}
-    after = {"accuracy": p2, "ci_low": l2, "ci_high": u2}
+    before, after = (p1, l1, u1), (p2, l2, u2)
     change, low, high = difference(before, after)
     assert low <= change <= high
     assert difference(after, before) == pytest.approx((-change, -high, -low))
@@ -107,7 +104,7 @@ def test_a_difference_lies_in_its_interval_and_turns_with_the_order(
             0.15,
             0.93,
             "rose",
-            r"It learned: accuracy rose from 0.15 to 0.93 \(\+0.78, 95% interval \+0.71 to \+0.85\)",
+            r"It learned: held-out accuracy rose from 0.15 to 0.93 \(\+0.78, 95% interval \+0.71 to \+0.85\)",
         ),
         (
             0.50,
@@ -116,7 +113,7 @@ def test_a_difference_lies_in_its_interval_and_turns_with_the_order(
             r"It did not learn measurably: .* \(\+0.03, 95% interval -0.04 to \+0.10\)",
         ),
         (0.50, 0.50, "unchanged", "may be chance"),
-        (0.93, 0.15, "fell", "It got worse: accuracy fell from 0.93 to 0.15"),
+        (0.93, 0.15, "fell", "It got worse: held-out accuracy fell from 0.93 to 0.15"),
     ],
 )
 def test_it_learned_only_if_chance_does_not_explain_it(
@@ -124,6 +121,50 @@ def test_it_learned_only_if_chance_does_not_explain_it(
 ) -> None:
     said = verdict([evaluation(0, before), evaluation(10, 0.3), evaluation(20, after)], [])
     assert said.outcome == outcome and re.search(words, said.sentence), said.sentence
+
+
+def rewarded(step: int, reward: float, prompts: int = 48) -> dict[str, Any]:
+    """An evaluation by a reward that is not 0 or 1, none of whose completions reaches the threshold."""
+    bounds = {"reward_low": reward - 0.05, "reward_high": reward + 0.05}
+    shares = {"truncated": 0.25, "no_signal": 0.0}
+    measured = {"num_prompts": prompts, "measure": "reward", "reward": reward, **bounds, **shares}
+    return evaluation(step, 0.0, right=False) | measured
+
+
+def test_of_a_reward_nothing_is_claimed_but_that_it_rose(run: RunFolder) -> None:
+    said = verdict([rewarded(0, 0.31), rewarded(6, 0.56)], [])
+    assert said.sentence == "Held-out reward rose from 0.31 to 0.56 (+0.25, 95% interval +0.18 to +0.32)."
+    assert verdict([rewarded(0, 0.56), rewarded(6, 0.31)], []).sentence.startswith(
+        "Held-out reward fell from"
+    )
+    assert verdict([rewarded(0, 0.5), rewarded(6, 0.51)], []).sentence.startswith("Held-out reward went from")
+    for record in (rewarded(0, 0.31), rewarded(6, 0.56)):
+        append_eval(run, record)
+    write_report(run)
+    text, page = closing_summary(run), run.report.read_text()
+    assert "after step 6: held-out reward 0.560, 95% interval 0.510 to 0.610, 128 samples" in text
+    assert "25% cut at the token limit" in text
+    for word in ("accuracy", "correct", "wrong", "learned"):
+        assert word not in text.lower(), word
+    assert "Reward on held-out prompts" in page and "Accuracy on" not in page and ">wrong<" not in page
+
+
+def test_the_closing_lines_name_the_exported_model(run: RunFolder) -> None:
+    assert "model  " not in closing_summary(run)
+    (run.path / "model").mkdir()
+    (run.path / "model" / "config.json").write_text("{}")
+    assert f"model       {run.path}/model, for from_pretrained of transformers" in closing_summary(run)
+
+
+def test_few_prompts_get_no_verdict() -> None:
+    few = [evaluation(0, 0.1) | {"num_prompts": 26}, evaluation(9, 0.9) | {"num_prompts": 26}]
+    said = verdict(few, [])
+    assert said.outcome == "unknown" and "learned" not in said.sentence
+    assert (
+        said.sentence.startswith("Held-out accuracy went from 0.10 to 0.90")
+        and "26 held-out" in said.sentence
+    )
+    assert verdict([record | {"num_prompts": 30} for record in few], []).outcome == "rose"
 
 
 def test_a_wide_interval_keeps_a_large_difference_from_counting() -> None:
@@ -149,7 +190,7 @@ def test_a_run_that_did_not_learn_is_told_why() -> None:
 def test_the_closing_summary_says_what_one_wants_to_know(run: RunFolder) -> None:
     write_report(run)
     assert closing_summary(run).splitlines() == [
-        "It learned: accuracy rose from 0.15 to 0.93 (+0.78, 95% interval +0.71 to +0.85).",
+        "It learned: held-out accuracy rose from 0.15 to 0.93 (+0.78, 95% interval +0.71 to +0.85).",
         "",
         "after step 0: held-out accuracy 0.150, 95% interval 0.100 to 0.200, 128 samples",
         "  wrong    What is 3 + 5? Answer with the number alone.  ->  nine </b> after 0",
@@ -237,7 +278,7 @@ def test_the_page_holds_everything_in_one_file(run: RunFolder) -> None:
     page = Page(content)
     assert page.open == []
     for part in (
-        "It learned: accuracy rose from 0.15 to 0.93",
+        "It learned: held-out accuracy rose from 0.15 to 0.93",
         "6 steps, 1.0 minutes of training, 10.0 s a step",
         "0.880 to 0.980",
         "nine </b> after 0",

@@ -17,7 +17,7 @@ from typing import Any, cast
 import yaml
 
 from rlhf.files import write_atomically
-from rlhf.monitoring.records import read_eval, read_groups, read_metrics
+from rlhf.monitoring.records import headline, read_eval, read_groups, read_metrics
 from rlhf.monitoring.report import plots
 from rlhf.monitoring.report.browser import PAINT, browser
 from rlhf.monitoring.report.browser import STYLE as BROWSER_STYLE
@@ -142,8 +142,8 @@ def _outcomes(groups: Sequence[Runs], names: Sequence[str]) -> str:
         "",
         "run",
         "steps",
-        "first accuracy",
-        "last accuracy",
+        "first held out",
+        "last held out",
         "95% interval",
         "minutes",
         "of which rollout, reward, learn, sync",
@@ -161,15 +161,15 @@ def _outcomes(groups: Sequence[Runs], names: Sequence[str]) -> str:
 def _facts(run: Run) -> list[str]:
     seconds = sum(s.get("time/step", 0.0) for s in run.steps)
     first, last = run.evaluations[:1], run.evaluations[1:][-1:]
-    outcome = verdict(run.evaluations, run.steps).outcome
+    outcome, shown = verdict(run.evaluations, run.steps).outcome, headline(run.evaluations)
     return [
         str(int(run.steps[-1]["step"]) if run.steps else 0),
-        f"{first[0]['accuracy']:.3f}" if first else "none",
-        f"{last[0]['accuracy']:.3f}" if last else "none",
-        f"{last[0]['ci_low']:.3f} to {last[0]['ci_high']:.3f}" if last else "",
+        f"{shown.word} {shown.of(first[0])[0]:.3f}" if first else "none",
+        f"{shown.word} {shown.of(last[0])[0]:.3f}" if last else "none",
+        f"{shown.of(last[0])[1]:.3f} to {shown.of(last[0])[2]:.3f}" if last else "",
         f"{seconds / 60:.1f}",
         ", ".join(f"{100 * share:.0f} %" for share in _split(run, seconds)),
-        {"rose": "learned", "fell": "got worse", "unchanged": "no measurable change"}.get(
+        {"rose": f"{shown.word} rose", "fell": f"{shown.word} fell", "unchanged": "no measurable change"}.get(
             outcome, "not known"
         ),
     ]
@@ -199,9 +199,10 @@ def _curves(groups: Sequence[Runs], names: Sequence[str]) -> str:
 
 def _figures(groups: Sequence[Runs], names: Sequence[str]) -> Iterator[tuple[str, list[Band]]]:
     held_out: list[Band | None] = []
+    shown = headline([e for group in groups for run in group for e in run.evaluations])
     for group, label in zip(groups, names, strict=True):
-        held_out.append(_band(label, [{e["step"]: e["accuracy"] for e in run.evaluations} for run in group]))
-    yield from _if_any("Accuracy on held-out prompts", held_out, groups)
+        held_out.append(_band(label, [{e["step"]: shown.of(e)[0] for e in run.evaluations} for run in group]))
+    yield from _if_any(f"{shown.word.capitalize()} on held-out prompts", held_out, groups)
     for plot in PLOTS:
         if len(plot.names) == 1:
             found = [band_of(label, g, plot.names[0]) for g, label in zip(groups, names, strict=True)]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from rlhf.monitoring.records import headline
 from rlhf.monitoring.report import browser as report_browser
 from rlhf.monitoring.report import plots
 from rlhf.monitoring.report.browser import PAINT, browser, lengths_of, reward_text
@@ -112,30 +113,35 @@ def _facts(steps: Steps) -> str:
 def _accuracy(evaluations: Records) -> str:
     if not evaluations:
         return ""
-    heads = "".join(f"<th>{head}</th>" for head in ("after step", "accuracy", "95% interval", "samples"))
+    shown = headline(evaluations)
+    title = shown.word.capitalize()
+    heads = "".join(f"<th>{head}</th>" for head in ("after step", shown.word, "95% interval", "samples"))
+    figures = [shown.of(e) for e in evaluations]
     rows = "".join(
-        f"<tr><td>{e['step']}</td><td>{e['accuracy']:.3f}</td>"
-        f"<td>{e['ci_low']:.3f} to {e['ci_high']:.3f}</td><td>{e['num_samples']}</td></tr>"
-        for e in evaluations
+        f"<tr><td>{e['step']}</td><td>{value:.3f}</td>"
+        f"<td>{low:.3f} to {high:.3f}</td><td>{e['num_samples']}</td></tr>"
+        for e, (value, low, high) in zip(evaluations, figures, strict=True)
     )
-    page = "<h2>Accuracy on held-out prompts</h2>"
+    page = f"<h2>{title} on held-out prompts</h2>"
     page += f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div>'
     if len(evaluations) > 2:
-        steps, accuracy = [e["step"] for e in evaluations], [e["accuracy"] for e in evaluations]
-        bounds = [(e["ci_low"], e["ci_high"]) for e in evaluations]
-        page += (
-            f'<div class="plots">{plots.intervals("Accuracy, 95% interval", steps, accuracy, bounds)}</div>'
-        )
+        steps, values = [e["step"] for e in evaluations], [value for value, _, _ in figures]
+        bounds = [(low, high) for _, low, high in figures]
+        drawn = plots.intervals(f"{title}, 95% interval", steps, values, bounds)
+        page += f'<div class="plots">{drawn}</div>'
     return page
 
 
 def _evaluated(evaluations: Records) -> str:
     """Each prompt once, with the completions of the first and the last evaluation."""
     completions: dict[str, list[str]] = {}
+    judged = headline(evaluations).word == "accuracy"
     for e in [*evaluations[:1], *evaluations[1:][-1:]]:
         for sample in e["samples"]:
-            word = "correct" if sample["right"] else "wrong"
-            head = f'after step {e["step"]}: <span class="{word}">{word}</span>, {reward_text(sample)}'
+            head = f"after step {e['step']}: {reward_text(sample)}"
+            if judged:
+                word = "correct" if sample["right"] else "wrong"
+                head = f'after step {e["step"]}: <span class="{word}">{word}</span>, {reward_text(sample)}'
             completions.setdefault(sample["prompt"], []).append(_completion(head, sample["completion"]))
     return _questions("Completions of held-out prompts", completions.items())
 

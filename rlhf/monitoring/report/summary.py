@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.files import write_atomically
-from rlhf.monitoring.records import describe_eval, read_eval, read_groups, read_metrics
+from rlhf.monitoring.records import describe_eval, headline, read_eval, read_groups, read_metrics
 from rlhf.monitoring.report.verdict import verdict
 from rlhf.monitoring.run_folder import RunFolder
 
@@ -43,21 +43,30 @@ def closing_summary(run: RunFolder) -> str:
     lines = [said.sentence, *(f"  {reason}" for reason in said.reasons), ""]
     for record in evaluations[:1] + evaluations[1:][-1:]:
         lines.append(describe_eval(record))
-        lines += _sample_lines(record["samples"][:SHOWN])
+        lines += _sample_lines(record["samples"][:SHOWN], judged=headline(evaluations).word == "accuracy")
     lines += ["" if evaluations else "no evaluation was made", f"run folder  {run.path}"]
     if run.report.is_file():
         lines.append(f"report      {run.report}")
+    if (run.path / "model" / "config.json").is_file():
+        lines.append(f"model       {run.path / 'model'}, for from_pretrained of transformers and for vLLM")
     return "\n".join(lines)
 
 
-def _sample_lines(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+def _sample_lines(samples: Sequence[Mapping[str, Any]], *, judged: bool) -> list[str]:
+    """`judged`: whether completions are correct or wrong; otherwise their rewards are shown."""
     prompts = [_shorten(sample["prompt"], LINE // 2) for sample in samples]
     width = max(map(len, prompts), default=0)
     return [
-        f"  {'correct' if sample['right'] else 'wrong  '}  {prompt:<{width}}  ->  "
+        f"  {_outcome(sample, judged=judged):<7}  {prompt:<{width}}  ->  "
         + _shorten(sample["completion"], LINE - width - 17)
         for prompt, sample in zip(prompts, samples, strict=True)
     ]
+
+
+def _outcome(sample: Mapping[str, Any], *, judged: bool) -> str:
+    if judged:
+        return "correct" if sample["right"] else "wrong"
+    return "none" if sample["reward"] is None else f"{sample['reward']:.3f}"
 
 
 def _shorten(text: str, length: int) -> str:
