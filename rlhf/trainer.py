@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
+from functools import partial
 from typing import ClassVar
 
 from rlhf.checkpoints import store
@@ -24,7 +25,7 @@ from rlhf.monitoring.monitor import Monitor
 from rlhf.monitoring.recording import recording
 from rlhf.monitoring.report.summary import closing_summary, write_report
 from rlhf.monitoring.samples import TokenTexts
-from rlhf.preflight.describe import warnings
+from rlhf.preflight.describe import seconds_per_step, warnings
 from rlhf.preflight.load import load_inputs
 
 
@@ -51,6 +52,8 @@ class Trainer(Loop[Config]):
         self._components = build_components(self.config, self.inputs, world)
         for text in warnings(self.config, self.inputs):
             monitor.warn(text)
+        self._components.learner.detail = monitor.detail
+        monitor.expect(partial(seconds_per_step, self.config, self.inputs, world.size))
         return {"cursor": self.cursor, **self._components.stateful}
 
     def run_resources(self) -> AbstractContextManager[object]:
@@ -106,7 +109,9 @@ class Trainer(Loop[Config]):
         The state that a checkpoint holds changes only at the end, so that an interruption loses nothing.
         """
         components, cursor = self.components, self.cursor
-        hooks = Hooks(cursor.steps_done, self.monitor.phase, self.running.interrupt.check)
+        hooks = Hooks(
+            cursor.steps_done, self.monitor.phase, self.running.interrupt.check, self.monitor.detail
+        )
         collected = components.prefetch.current(lambda: components.collector.begin(cursor.position, hooks))
         self.agree_to_stop()
         pending = None
@@ -152,7 +157,9 @@ class Trainer(Loop[Config]):
         with self.monitor.phase("eval"):
             # only the evaluation before step 1 can be interrupted; a later one would be lost on resume
             between = self.running.interrupt.check if step == 0 else None
-            result = evaluate(self.components.sampler, held_out, self.config, self.world, step, between)
+            result = evaluate(
+                self.components.sampler, held_out, self.config, self.world, step, between, self.monitor.detail
+            )
         if self.world.is_main:
             self.monitor.evaluated(asdict(result))
         return result.score

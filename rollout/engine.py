@@ -205,17 +205,19 @@ def generate(
     *,
     between: Callable[[], None] | None = None,
     finished: Callable[[int, list[Completion]], None] | None = None,
+    arrived: Callable[[int, int], None] | None = None,
 ) -> list[list[Completion]]:
     """Submits the requests and polls until all are done: the group of each request, sorted by `index`.
 
     `between` is called before each poll; an exception that it raises ends the rollout and aborts all samples
     in flight. `finished` gets the number of a request and its group as soon as that group is complete, while
-    others still decode. Raises RuntimeError if the engine stops before all completions have come.
+    others still decode. `arrived` gets, after each poll, how many completions have come and how many were
+    asked for. Raises RuntimeError if the engine stops before all completions have come.
     """
     engine.submit(requests)
     numbers = {r.prompt.id: (number, r.params.n) for number, r in enumerate(requests)}
     done: dict[str, list[Completion]] = {r.prompt.id: [] for r in requests}
-    missing = sum(r.params.n for r in requests)
+    missing = total = sum(r.params.n for r in requests)
     try:
         while missing:
             if between is not None:
@@ -230,6 +232,8 @@ def generate(
                 if finished is not None and len(group) == size:
                     finished(number, sorted(group, key=lambda c: c.index))
             missing -= len(polled)
+            if arrived is not None:
+                arrived(total - missing, total)
     except BaseException:
         engine.pause("abort")
         engine.poll(timeout=0.0)

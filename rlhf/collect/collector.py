@@ -61,12 +61,14 @@ class Collector:
         accepted: list[Group] = []
         sampled: list[Group] = []
         parts: list[Metrics] = []
-        for _ in range(1 + self.algorithm.selection.refill):
+        refills = self.algorithm.selection.refill
+        for round_ in range(1 + refills):
             missing = self.world.gather(wanted - len(accepted))
             if not any(missing):
                 break
             draws, position = self._draws(position, missing)
-            groups, metrics = self._rollout(draws, hooks)
+            told = hooks if round_ == 0 else _in_a_refill(hooks, round_, refills, len(accepted), wanted)
+            groups, metrics = self._rollout(draws, told)
             sampled += groups
             accepted += [g for g in groups if self.algorithm.selection.keep(g)]
             parts.append(metrics)
@@ -131,3 +133,13 @@ class Collector:
 def _with_draws(groups: Sequence[Group], draws: Sequence[int]) -> list[Group]:
     """The groups, each with its draw: its place in the run's order of prompts."""
     return [replace(group, draw=draw) for group, draw in zip(groups, draws, strict=True)]
+
+
+def _in_a_refill(hooks: Hooks, number: int, refills: int, accepted: int, wanted: int) -> Hooks:
+    """Hooks whose `detail` also says which refill it is, and how many groups are accepted so far."""
+    where = f"refill {number} of {refills} with {accepted} of {wanted} groups accepted"
+
+    def detail(text: str) -> None:
+        hooks.detail(f"{where}, {text}")
+
+    return replace(hooks, detail=detail)

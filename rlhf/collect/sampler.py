@@ -21,11 +21,13 @@ class Hooks:
     """What the trainer passes for one step.
 
     `step`: its number. `phase`: called with the name of each phase. `between`: called while waiting.
+    `detail`: called with how far the phase is, in words.
     """
 
     step: int
     phase: Callable[[str], object]
     between: Callable[[], None]
+    detail: Callable[[str], None] = lambda _: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +53,12 @@ class Sampler:
         return RolloutRequest(replace(prompt, id=f"{prompt.id}@{label}"), params)
 
     def generate(
-        self, requests: Sequence[RolloutRequest], between: Callable[[], None] | None = None
+        self,
+        requests: Sequence[RolloutRequest],
+        between: Callable[[], None] | None = None,
+        detail: Callable[[str], None] | None = None,
     ) -> list[list[Completion]]:
-        return generate(self.engine, requests, between=between)
+        return generate(self.engine, requests, between=between, arrived=detail and counted(detail))
 
     def measured(self) -> Metrics:
         """The engine's own metrics since the last call; none if it has no metrics."""
@@ -83,7 +88,8 @@ class Sampler:
                 scorings[place] = self._submit([prompts[place]], [group], hooks.step, step_samples=sum(sizes))
 
         hooks.phase("rollout")
-        generate(self.engine, requests, between=hooks.between, finished=finished)
+        arrived = counted(hooks.detail)
+        generate(self.engine, requests, between=hooks.between, finished=finished, arrived=arrived)
         if together:
             return [self._submit(prompts, groups, hooks.step)]
         for place in set(range(len(prompts))) - set(scorings):
@@ -112,6 +118,11 @@ class Sampler:
     def text(self, completion: Completion) -> str:
         """The text of a completion as rewards read it, without special tokens."""
         return decoded(self.tokenizer, completion.token_ids)
+
+
+def counted(detail: Callable[[str], None]) -> Callable[[int, int], None]:
+    """`arrived` of `generate`, as words for `detail`."""
+    return lambda done, total: detail(f"{done} of {total} samples")
 
 
 def length_metrics(groups: Sequence[Group]) -> Metrics:

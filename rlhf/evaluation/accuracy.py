@@ -60,15 +60,17 @@ def evaluate(
     world: World,
     step: int,
     between: Callable[[], None] | None = None,
+    detail: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Samples `eval.samples` completions of each held-out prompt and returns the share that is correct.
 
-    Each rank samples a share of the prompts; all ranks return the same. `between` is called while waiting.
+    Each rank samples a share of the prompts; all ranks return the same. `between` is called while waiting,
+    `detail` with how far it is, in words.
     """
     total = len(prompts) if config.eval.max_prompts is None else min(len(prompts), config.eval.max_prompts)
     mine = [prompts[i] for i in range(world.rank, total, world.size)]
     requests = [sampler.request(p, n=config.eval.samples, label=f"eval/{p.id}") for p in mine]
-    groups, _ = sampler.score(mine, sampler.generate(requests, between), step)
+    groups, _ = sampler.score(mine, sampler.generate(requests, between, detail), step)
     check_objective(groups, config.reward)
     parts = world.gather([_record(g, config) for g in groups])
     records = [record for part in parts for record in part]

@@ -8,7 +8,7 @@ but memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -57,6 +57,9 @@ class Learner:
         self.want = ("logprob", "entropy", *exact)
         self.entropy: Tensor | None = None
         """`[N]`: entropies of the last experience, from its first pass; NaN for tokens without a pass."""
+        self.detail: Callable[[str], None] = lambda _: None
+        """Called with the update and the microbatch that are being computed, in words."""
+        self._update = ""
 
     def update(self, experience: Experience, *, step: int, seed: int, kl_coef: float) -> Metrics:
         """All updates of one step. Groups without signal skip the forward and count in every denominator."""
@@ -74,7 +77,9 @@ class Learner:
         """Makes the updates of one step, one a metrics; the first `done` of them were made before."""
         minibatches = self.section.minibatches
         self.entropy = torch.full_like(experience.advantages, torch.nan)
-        for update in range(done, self.section.epochs * minibatches):
+        total = self.section.epochs * minibatches
+        for update in range(done, total):
+            self._update = f"update {update + 1} of {total}"
             epoch, index = divmod(update, minibatches)
             groups = self._minibatch(experience, index, seed=seed, step=step, epoch=epoch)
             # counted over the whole run
@@ -102,7 +107,8 @@ class Learner:
         """Adds up the gradient of these groups' share of an update's loss; metrics of each microbatch."""
         metrics: list[Metrics] = []
         micros = microbatches(experience, groups, self.section.microbatch_tokens, layout=self.policy.layout)
-        for micro in in_step(micros, self.policy.model, self.world):
+        for number, micro in enumerate(in_step(micros, self.policy.model, self.world), start=1):
+            self.detail(f"{self._update}, microbatch {number}")
             if micro is None:
                 torch.autograd.backward(self._dummy_pass())
                 continue

@@ -124,7 +124,10 @@ class Monitor:
         Raises SinkError as `make_sink` does.
         """
         opened = [make_sink(name, run, settings) for name in sinks]
-        display = open_display(str(run.path), total_steps)
+        algorithm = settings.get("algorithm", {}).get("name", settings.get("task", ""))
+        model = Path(str(settings.get("model", {}).get("path", ""))).name
+        about = ", ".join(part for part in (model, algorithm) if part)
+        display = open_display(f"{run.path}  {about}" if about else str(run.path), total_steps)
         return cls(run, sinks=opened, display=display, samples_per_step=samples_per_step, texts=texts)
 
     @classmethod
@@ -151,6 +154,14 @@ class Monitor:
         if self.on_phase is not None:
             self.on_phase(name)
         return Phase(self)
+
+    def detail(self, text: str) -> None:
+        """Says how far the present phase is."""
+        self.display.progress.detail = text
+
+    def expect(self, estimate: Callable[[], float]) -> None:
+        """Takes an estimate of a step's seconds, for the time left until a step has been measured."""
+        self.display.progress.estimate = estimate
 
     def end_phase(self, *, within_step: bool = True) -> None:
         if self._phase is not None:
@@ -187,7 +198,9 @@ class Monitor:
             self.warn(f"{self.run.evaluations} cannot be written; this evaluation is missing in it: {error}")
         figures = {"eval/accuracy": record["accuracy"], "eval/reward": record.get("reward")}
         self._write(record["step"], {name: value for name, value in figures.items() if value is not None})
-        self.note(describe_eval(record))
+        told = describe_eval(record)
+        self.display.progress.held_out = told
+        self.note(told)
         if self.watch is None:
             self.watch = self._new_watch()
         for text in self.watch.at_once(record, "held-out"):

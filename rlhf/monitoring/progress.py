@@ -1,9 +1,15 @@
-"""The display of a run in progress: a live panel on a terminal, one line for each step elsewhere."""
+"""The display of a run in progress: a live panel on a terminal, one line for each step elsewhere.
+
+Neither is ever silent for long: the panel counts seconds, and between the lines of two steps a further line
+says what the run is doing, how far it is and how much time is left.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from statistics import fmean
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -22,6 +28,8 @@ RECENT = 10
 """Steps in the mean of recent rewards, and in the pace from which the time left is estimated."""
 BARS = "▁▂▃▄▅▆▇█"
 WARNING = "yellow"
+FIRST_SILENCE, LATER_SILENCE = 10.0, 30.0
+"""Seconds without a line after which one says what the run is doing: in a phase the first time, and again."""
 
 
 class ShownMetric(NamedTuple):
@@ -39,6 +47,7 @@ SHOWN = (
     ShownMetric("entropy", "entropy", "{:.2f}"),
     ShownMetric("length/mean", "length", "{:.1f}"),
     ShownMetric("length/truncated", "truncated", "{:.0%}"),
+    ShownMetric("advantage/zero_fraction", "no signal", "{:.0%}"),
     ShownMetric("throughput/tokens_per_second", "", "{:.0f}", " tok/s"),
     ShownMetric("time/step", "", "{:.1f}", " s"),
 )
@@ -72,11 +81,27 @@ class Progress:
         self.values: Values = {}
         self.rewards: list[float] = []
         self.phase: str | None = None
+        self.detail = ""
+        """How far the phase is: samples, microbatches."""
+        self.held_out = ""
+        """The last evaluation, in words."""
+        self.estimate: Callable[[], float] | None = None
+        """Estimates the seconds of a step, asked for once if the time left is to be shown before step 1."""
         self.phase_since = self.since = time.monotonic()
         self._finished: list[float] = []
 
     def enter(self, phase: str | None) -> None:
-        self.phase, self.phase_since = phase, time.monotonic()
+        self.phase, self.detail, self.phase_since = phase, "", time.monotonic()
+
+    def status(self) -> str:
+        """What the run is doing now, in one line."""
+        step = f"step {min(self.step + 1, self.total_steps)}/{self.total_steps}"
+        parts = [f"{step}  {self.phase or 'starting'} {duration(time.monotonic() - self.phase_since)}"]
+        if self.detail:
+            parts.append(self.detail)
+        if self.seconds_left is not None:
+            parts.append(f"about {duration(self.seconds_left)} left")
+        return ", ".join(parts)
 
     def advance(self, step: int, values: Values) -> None:
         self.step, self.values = step, values
@@ -84,11 +109,16 @@ class Progress:
             self.rewards.append(values["reward/mean"])
         self._finished = [*self._finished[-RECENT:], time.monotonic()]
 
+    @cached_property
+    def _estimated_step(self) -> float | None:
+        return None if self.estimate is None else self.estimate()
+
     @property
     def seconds_left(self) -> float | None:
-        """Estimate from the pace of the last steps, with evaluations and checkpoints; None before step 1."""
+        """Estimate from the pace of the last steps, with evaluations and checkpoints; before step 1 from
+        `estimate`, None without one."""
         if len(self._finished) < 2:
-            first = self.values.get("time/step")
+            first = self.values.get("time/step", self._estimated_step)
             return None if first is None else first * (self.total_steps - self.step)
         pace = (self._finished[-1] - self._finished[0]) / (len(self._finished) - 1)
         return pace * (self.total_steps - self.step)
@@ -98,6 +128,8 @@ class Progress:
 class Display(Protocol):
     """Shows a run: phases, the metrics of each step, notes and warnings."""
 
+    progress: Progress
+
     def enter(self, phase: str | None) -> None: ...
     def advance(self, step: int, values: Values) -> None: ...
     def say(self, text: str, *, warning: bool) -> None: ...
@@ -106,6 +138,9 @@ class Display(Protocol):
 
 class SilentDisplay:
     """Shows nothing: for all ranks but the first, and for tests."""
+
+    def __init__(self) -> None:
+        self.progress = Progress("", 0)
 
     def enter(self, phase: str | None) -> None:
         pass
@@ -121,15 +156,26 @@ class SilentDisplay:
 
 
 class Lines:
-    """Writes one line for each step, with aligned columns."""
+    """Writes one line for each step, with aligned columns, and one whenever it has been silent for long."""
 
-    def __init__(self, progress: Progress, console: Console) -> None:
+    def __init__(
+        self,
+        progress: Progress,
+        console: Console,
+        silence: tuple[float, float] = (FIRST_SILENCE, LATER_SILENCE),
+    ) -> None:
+        """`silence`: seconds without a line after which the status is written, first in a phase and later."""
         self.progress = progress
         self.console = console
         self._widths: dict[str, int] = {}
+        self._silence, self._said_in_phase = silence, False
+        self._last_line = time.monotonic()
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        threading.Thread(target=self._break_silence, name="display", daemon=True).start()
 
     def enter(self, phase: str | None) -> None:
         self.progress.enter(phase)
+        self._said_in_phase = False
 
     def advance(self, step: int, values: Values) -> None:
         self.progress.advance(step, values)
@@ -143,7 +189,14 @@ class Lines:
         self._print(f"warning: {text}" if warning else text)
 
     def close(self) -> None:
-        pass
+        self._closed.set()
+
+    def _break_silence(self) -> None:
+        while not self._closed.wait(min(self._silence) / 10):
+            limit = self._silence[self._said_in_phase]
+            if time.monotonic() - self._last_line >= limit:
+                self._said_in_phase = True
+                self._print(self.progress.status())
 
     def _fields(self, values: Values) -> list[str]:
         """Each field is as wide as it has ever been, so that lines stay aligned."""
@@ -157,8 +210,12 @@ class Lines:
 
     def _print(self, line: str) -> None:
         # not through rich, which would wrap a long line at 80 columns
-        self.console.file.write(line + "\n")
-        self.console.file.flush()
+        with self._lock:
+            if self._closed.is_set() and threading.current_thread().name == "display":
+                return
+            self.console.file.write(line + "\n")
+            self.console.file.flush()
+            self._last_line = time.monotonic()
 
 
 class Panels:
@@ -191,7 +248,11 @@ class Panels:
             rows += [row for row in (self._step_time(),) if row is not None]
         if progress.phase is not None or not progress.values:
             waited = duration(time.monotonic() - progress.phase_since)
-            rows.append(Spinner("dots", Text.assemble(progress.phase or "starting", (f"  {waited}", "dim"))))
+            detail = f"  {progress.detail}" if progress.detail else ""
+            words = Text.assemble(progress.phase or "starting", (f"  {waited}{detail}", "dim"))
+            rows.append(Spinner("dots", words))
+        if progress.held_out:
+            rows.append(Text(progress.held_out, style="dim"))
         return Panel(Group(*rows), title=Text(progress.name), title_align="left", border_style="dim")
 
     def _bar(self) -> RenderableType:

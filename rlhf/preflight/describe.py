@@ -90,6 +90,12 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
         yield f"critic       {kind}, learning rate {config.critic.lr:g}"
 
 
+def seconds_per_step(config: Config, inputs: Inputs, world_size: int) -> float:
+    """A lower bound of the seconds of a step, from the sizes of the model and the speed of this machine."""
+    machine = _machine(config, world_size)
+    return estimate(config, inputs, world_size=world_size, machine=machine).seconds.step
+
+
 def _machine(config: Config, world_size: int) -> Machine:
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))

@@ -26,6 +26,7 @@ class Heard(SilentDisplay):
     """A display that keeps the notes and warnings it gets."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.said: list[str] = []
 
     def say(self, text: str, *, warning: bool) -> None:

@@ -17,7 +17,7 @@ from rlhf.metrics import Mean
 from rlhf.monitoring.monitor import Monitor
 from rlhf.monitoring.progress import Lines, Panels, Progress, duration, open_display, sparkline
 from rlhf.monitoring.run_folder import RunFolder
-from tests.support import STEP
+from tests.support import STEP, bandit_settings, train
 
 
 def test_without_a_terminal_a_step_is_one_aligned_line(
@@ -126,3 +126,47 @@ def test_a_sparkline_runs_from_the_least_to_the_largest() -> None:
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1), st.integers(1, 50))
 def test_a_sparkline_has_a_bar_a_number(numbers: list[float], width: int) -> None:
     assert len(sparkline(numbers, width)) == min(len(numbers), width)
+
+
+def test_no_phase_is_silent_for_longer_than_the_limit() -> None:
+    """A slow engine and a slow learner: each says within the limit what it does and how far it is."""
+    console, progress = Console(file=io.StringIO()), Progress("run", 20)
+    progress.estimate = lambda: 30.0
+    lines, written = Lines(progress, console, silence=(0.2, 0.4)), console.file
+    assert isinstance(written, io.StringIO)
+    since, gaps, seen = time.monotonic(), [0.0], 0
+    for phase, detail in (("rollout", "37 of 64 samples"), ("learn", "update 1 of 2, microbatch 3")):
+        lines.enter(phase)
+        progress.detail = detail
+        end = time.monotonic() + 1.2
+        while time.monotonic() < end:
+            time.sleep(0.01)
+            if len(written.getvalue()) > seen:
+                gaps.append(time.monotonic() - since)
+                since, seen = time.monotonic(), len(written.getvalue())
+    lines.close()
+    said = written.getvalue().splitlines()
+    assert said[0] == "step 1/20  rollout 0:00, 37 of 64 samples, about 10:00 left"
+    assert any(
+        line.startswith("step 1/20  learn 0:0") and "update 1 of 2, microbatch 3" in line for line in said
+    )
+    # twice the limit, for a machine that does other work
+    assert max(gaps) < 0.8 and len(said) >= 4
+    time.sleep(0.5)
+    assert written.getvalue().splitlines() == said, "a display that is closed says no more"
+
+
+def test_a_run_says_how_far_each_phase_is(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """Of a real run, whose display is asked at each of its details."""
+    heard: list[str] = []
+
+    def detail(self: Monitor, text: str) -> None:
+        heard.append(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Monitor, "detail", detail)
+        settings = bandit_settings(tmp_path, tiny_model_dir, steps=1, learner={"minibatches": 2})
+        settings["data"]["eval"] = str(tmp_path / "train.jsonl")
+        train(settings)
+    assert "64 of 64 samples" in heard and "320 of 320 samples" in heard
+    assert "update 1 of 2, microbatch 1" in heard and "update 2 of 2, microbatch 1" in heard

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import load_config
 from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
@@ -25,7 +26,9 @@ def test_the_configs_of_the_paper_check(path: Path, tmp_path: Path, tiny_vlm: Ca
     row = {"prompt": [{"role": "user", "content": "<image> 1 + 1?"}], "images": ["wide.png"], "answer": "2"}
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
     model = tiny_vlm("qwen2_5_vl")
-    config = load_config(path, [f"model.path={model}", f"data.train={tmp_path}/train.jsonl", *limits])
+    config = with_dtype(
+        load_config(path, [f"model.path={model}", f"data.train={tmp_path}/train.jsonl", *limits])
+    )
     inputs = load_inputs(config)
     lines = "\n".join(describe(config, inputs))
     assert "images       2, in 2 of the 2 prompts" in lines

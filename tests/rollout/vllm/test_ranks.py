@@ -111,6 +111,6 @@ def test_servers_of_another_host_are_refused(
 ) -> None:
     settings = bandit_settings(tmp_path, tiny_model("llama-wide"), rollout={"engine": "vllm-server"})
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="on one host, and 2 of the 4 ranks"):
+    with pytest.raises(ConfigError, match="on one host, but 2 of the 4 ranks"):
         load_inputs(make_config(settings), world_size=4)
     load_inputs(make_config(settings), world_size=2)
