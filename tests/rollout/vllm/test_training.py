@@ -21,7 +21,7 @@ def test_what_cannot_work_is_refused_at_once(tmp_path: Path, tiny_model: Any) ->
         settings = bandit_settings(tmp_path, tiny_model("llama-wide"), rollout=rollout)
         load_inputs(make_config(settings), world_size=world_size)
 
-    with pytest.raises(ConfigError, match="are for servers: set rollout.engine"):
+    with pytest.raises(ConfigError, match=r"are for servers: set rollout\.engine"):
         refused(1, engine="vllm", vllm={"replicas": 2})
     with pytest.raises(ConfigError, match=r"and there is no model\.lora"):
         refused(1, engine="vllm", vllm={"lora": "adapter"})
