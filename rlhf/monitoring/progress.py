@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from statistics import fmean
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -30,6 +29,10 @@ BARS = "▁▂▃▄▅▆▇█"
 WARNING = "yellow"
 FIRST_SILENCE, LATER_SILENCE = 10.0, 30.0
 """Seconds without a line after which one says what the run is doing: in a phase the first time, and again."""
+
+
+ESTIMATED_AFTER = 2.0
+"""Seconds from the start on which the next phase begins with an estimate; shorter runs do without."""
 
 
 class ShownMetric(NamedTuple):
@@ -86,12 +89,17 @@ class Progress:
         self.held_out = ""
         """The last evaluation, in words."""
         self.estimate: Callable[[], float] | None = None
-        """Estimates the seconds of a step, asked for once if the time left is to be shown before step 1."""
+        """Estimates the seconds of a step; used until a step has been measured."""
+        self._estimated_step: float | None = None
         self.phase_since = self.since = time.monotonic()
         self._finished: list[float] = []
 
     def enter(self, phase: str | None) -> None:
         self.phase, self.detail, self.phase_since = phase, "", time.monotonic()
+        # here, and not in the thread of a display: the estimate measures products, and a second thread that
+        # has made some keeps OpenMP's threads from waiting for work actively, which slows the whole run
+        if self.estimate is not None and not self.step and self.phase_since - self.since > ESTIMATED_AFTER:
+            self._estimated_step, self.estimate = self.estimate(), None
 
     def status(self) -> str:
         """What the run is doing now, in one line."""
@@ -108,10 +116,6 @@ class Progress:
         if "reward/mean" in values:
             self.rewards.append(values["reward/mean"])
         self._finished = [*self._finished[-RECENT:], time.monotonic()]
-
-    @cached_property
-    def _estimated_step(self) -> float | None:
-        return None if self.estimate is None else self.estimate()
 
     @property
     def seconds_left(self) -> float | None:

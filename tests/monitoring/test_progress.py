@@ -131,7 +131,7 @@ def test_a_sparkline_has_a_bar_a_number(numbers: list[float], width: int) -> Non
 def test_no_phase_is_silent_for_longer_than_the_limit() -> None:
     """A slow engine and a slow learner: each says within the limit what it does and how far it is."""
     console, progress = Console(file=io.StringIO()), Progress("run", 20)
-    progress.estimate = lambda: 30.0
+    progress.estimate, progress.since = lambda: 30.0, progress.since - 3.0
     lines, written = Lines(progress, console, silence=(0.2, 0.4)), console.file
     assert isinstance(written, io.StringIO)
     since, gaps, seen = time.monotonic(), [0.0], 0
