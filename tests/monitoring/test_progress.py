@@ -129,7 +129,7 @@ def test_a_sparkline_has_a_bar_a_number(numbers: list[float], width: int) -> Non
 
 
 def test_no_phase_is_silent_for_longer_than_the_limit() -> None:
-    """A slow engine and a slow learner finish nothing: the display alone says what they do and how far it is."""
+    """An engine and a learner that finish nothing: the display says what they do and how far it is."""
     console, progress = Console(file=io.StringIO()), Progress("run", 20)
     progress.estimate, progress.since = lambda: 30.0, progress.since - 3.0
     lines, written = Lines(progress, console, silence=(0.1, 0.2)), console.file
