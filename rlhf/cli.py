@@ -36,6 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     _quiet_libraries()
+    try:
+        return _run_command(options)
+    except KeyboardInterrupt:
+        # a second Ctrl-C, or one before training has begun: nothing is saved now
+        sys.stderr.write(f"rlhf {options.command}: stopped at once; what was saved before is kept\n")
+        return 130
+
+
+def _run_command(options: argparse.Namespace) -> int:
     if options.command not in ("train", "check"):
         return _print_lines(options)
     try:
@@ -239,9 +248,6 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
         if advice is None:
             raise
         return _refuse("train", ValueError(advice))
-    except KeyboardInterrupt:
-        sys.stderr.write("rlhf train: stopped at once; the last checkpoint is kept\n")
-        return 130
     return 0
 
 

@@ -179,3 +179,15 @@ def test_check_says_what_counts_as_correct(write, tmp_path: Path, capsys):
     assert "samples; correct where the reward is at least 0.5" in capsys.readouterr().out
     assert main(["check", write(), held_out, "reward.success_objective=a", "reward.success_threshold=1"]) == 0
     assert "samples; correct where a is at least 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["train", "c.yaml"], ["check", "c.yaml"], ["doctor"]])
+def test_ctrl_c_before_a_run_has_begun_is_a_sentence(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pressed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf.cli._run_command", pressed)
+    assert main(command) == 130
+    assert capsys.readouterr().err == f"rlhf {command[0]}: stopped at once; what was saved before is kept\n"
