@@ -37,7 +37,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from benchmarks.runs import machine
+from rlhf.compute_dtype import resolve_dtype
 from rlhf.config.load import make_config
+from rlhf.devices import this_device
 from rlhf.metrics import Metrics
 from rlhf.trainer import Trainer
 
@@ -91,7 +93,7 @@ def run_tandem(settings: dict[str, Any]) -> None:
     config = {
         "run_dir": str(folder / "tandem"),
         "steps": settings["steps"],
-        "model": {"path": settings["model"]},
+        "model": {"path": settings["model"], "dtype": settings["dtype"]},
         "data": {"train": str(folder / "prompts.jsonl"), "max_prompt_tokens": settings["prompt_tokens"]},
         "reward": {"functions": [{"path": f"{__file__}:distinct_characters"}]},
         "algorithm": {"name": "grpo", "kl": {"coef": KL_COEF}},
@@ -174,6 +176,7 @@ def measure(case: str, options: argparse.Namespace, taken: dict[str, list[Record
             "prompt_tokens": prompt_tokens,
             "max_tokens": max_tokens,
             "steps": 1000,
+            "dtype": options.dtype,
             "kl_coef": KL_COEF,
             "lr": LR,
             "microbatch": options.microbatch,
@@ -249,6 +252,8 @@ def main() -> None:
     parser.add_argument("--microbatch", type=int, default=64, help="of TRL, sequences")
     parser.add_argument("--trl-keeps-memory", action="store_true", help="as tandem's process does on a CPU")
     parser.add_argument("--microbatch-tokens", type=int, default=4096, help="of tandem")
+    dtype = resolve_dtype("auto", this_device())
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype, help="of both sides")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
@@ -258,11 +263,13 @@ def main() -> None:
     entry = cases.setdefault(options.case, {"records": {side: [] for side in sides}})
 
     ceiling = None
-    if options.ceilings:
+    # the ceiling is that of bfloat16
+    if options.ceilings and options.dtype == "bfloat16":
         ceiling = json.loads(options.ceilings.read_text())["matmul_bf16_tflops"]
 
     def save() -> None:
         entry["command"] = "python -m benchmarks.grpo_step " + " ".join(sys.argv[1:])
+        entry["dtype"] = options.dtype
         entry["summary"] = summary(options.case, entry["records"], ceiling)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"machine": machine(), "cases": cases}, indent=1) + "\n")

@@ -85,7 +85,7 @@ def main() -> None:
         use_cpu=not torch.cuda.is_available(),
         bf16=False,
         gradient_checkpointing=False,
-        model_init_kwargs={"dtype": "bfloat16"},
+        model_init_kwargs={"dtype": settings["dtype"]},
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
