@@ -146,11 +146,12 @@ class Monitor:
     def phase(self, name: str) -> Phase:
         """Begins a phase and ends the previous one. Phases of one name add up to `time/<name>` of a step."""
         self.end_phase()
+        # before the clock is read: what the display does when a phase begins is not part of the phase
+        self.display.enter(name)
         now = time.monotonic()
         self._phase, self._phase_since = name, now
         if self._step_since is None:
             self._step_since = now
-        self.display.enter(name)
         if self.on_phase is not None:
             self.on_phase(name)
         return Phase(self)

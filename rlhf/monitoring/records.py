@@ -71,9 +71,9 @@ def read_eval(run: RunFolder) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], records)
 
 
-def describe_eval(record: Mapping[str, Any]) -> str:
-    """An evaluation in one line, for the user."""
-    shown = headline([record])
+def describe_eval(record: Mapping[str, Any], shown: Headline | None = None) -> str:
+    """An evaluation in one line, for the user. `shown`: the figure that all evaluations of the run show."""
+    shown = shown or headline([record])
     value, low, high = shown.of(record)
     line = (
         f"after step {record['step']}: held-out {shown.word} {value:.3f}, "

@@ -156,6 +156,14 @@ def test_the_closing_lines_name_the_exported_model(run: RunFolder) -> None:
     assert f"model       {run.path}/model, for from_pretrained of transformers" in closing_summary(run)
 
 
+def test_a_first_evaluation_of_zeros_alone_is_shown_as_the_others_are(run: RunFolder) -> None:
+    """By itself it might be an accuracy; beside one with other rewards it is a reward."""
+    for record in (rewarded(0, 0.0) | {"measure": "accuracy"}, rewarded(6, 0.56)):
+        append_eval(run, record)
+    text = closing_summary(run)
+    assert "after step 0: held-out reward 0.000" in text and "accuracy" not in text and "wrong" not in text
+
+
 def test_few_prompts_get_no_verdict() -> None:
     few = [evaluation(0, 0.1) | {"num_prompts": 26}, evaluation(9, 0.9) | {"num_prompts": 26}]
     said = verdict(few, [])

@@ -41,9 +41,10 @@ def closing_summary(run: RunFolder) -> str:
     evaluations = read_eval(run)
     said = verdict(evaluations, read_metrics(run))
     lines = [said.sentence, *(f"  {reason}" for reason in said.reasons), ""]
+    shown = headline(evaluations)
     for record in evaluations[:1] + evaluations[1:][-1:]:
-        lines.append(describe_eval(record))
-        lines += _sample_lines(record["samples"][:SHOWN], judged=headline(evaluations).word == "accuracy")
+        lines.append(describe_eval(record, shown))
+        lines += _sample_lines(record["samples"][:SHOWN], judged=shown.word == "accuracy")
     lines += ["" if evaluations else "no evaluation was made", f"run folder  {run.path}"]
     if run.report.is_file():
         lines.append(f"report      {run.report}")
