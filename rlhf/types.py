@@ -1,4 +1,4 @@
-"""The data that flows from a prompt to an update, one frozen type a stage. Imports nothing of ours.
+"""The data that flows from a prompt to an update, one frozen type a stage.
 
     Prompt --engine--> Completion --reward--> Trajectory --by prompt--> Group --experience--> Experience
 
@@ -29,8 +29,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from rlhf.candidates import Candidates
+from rlhf.contrasts import Contrasts
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -98,65 +100,6 @@ class Prompt:
     def pictures(self) -> Images | None:
         """The images with the prompt's id; None where there are none."""
         return None if not self.images else Images(self.id, self.images)
-
-
-def leaves_out(top_p: float, top_k: int, min_p: float) -> bool:
-    """Whether sampling with these settings truncates, so that some tokens cannot be drawn."""
-    return top_p < 1 or top_k > 0 or min_p > 0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Candidates:
-    """The tokens that truncated sampling (top-k, top-p, min-p) left to draw each of N tokens from.
-
-    The candidates of all tokens stand end to end, the drawn one first: `Candidates((7, 3, 5, 9), (3, 1))`
-    says that 7 was drawn from 7, 3 and 5, and that 9 was the only candidate. Size 0: nothing was truncated.
-    """
-
-    ids: Tensor
-    """int32 `[M]`, with M the sum of the sizes."""
-    sizes: Tensor
-    """int64 `[N]`: the number of candidates of each token."""
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Candidates):
-            return NotImplemented
-        return torch.equal(self.ids, other.ids) and torch.equal(self.sizes, other.sizes)
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether sampling was truncated at every token."""
-        return bool((self.sizes > 0).all())
-
-    @classmethod
-    def of(cls, tokens: Sequence[Sequence[int] | Tensor]) -> Candidates:
-        """From the candidates of each token, one sequence of ids a token."""
-        none = torch.empty(0, dtype=torch.int32)
-        ids = torch.cat([none, *(torch.as_tensor(ids, dtype=torch.int32) for ids in tokens)])
-        return cls(ids, torch.tensor([len(ids) for ids in tokens], dtype=torch.long))
-
-    def each(self) -> list[Tensor]:
-        """The candidates of each token: the inverse of `of`."""
-        sizes: Any = self.sizes
-        return list(torch.split(self.ids, sizes.tolist()))
-
-    @classmethod
-    def join(cls, several: Sequence[Candidates]) -> Candidates:
-        """All of them end to end."""
-        ids = torch.cat([torch.empty(0, dtype=torch.int32), *(c.ids for c in several)])
-        return cls(ids, torch.cat([torch.empty(0, dtype=torch.long), *(c.sizes for c in several)]))
-
-    def take(self, index: Tensor) -> Candidates:
-        """The candidates of the tokens at `index`, in that order."""
-        sizes = self.sizes[index]
-        # added to the place in the result, this gives the place in `ids`
-        starts = (self.sizes.cumsum(0) - self.sizes)[index] - (sizes.cumsum(0) - sizes)
-        total = int(sizes.sum())
-        places = torch.arange(total, device=sizes.device) + starts.repeat_interleave(sizes, output_size=total)
-        return Candidates(self.ids[places], sizes)
-
-    def to(self, device: torch.device) -> Candidates:
-        return Candidates(self.ids.to(device), self.sizes.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +173,16 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class Duel:
+    """Trajectory `first` of a group compared with trajectory `second`; example: `Duel(0, 3, 0.8)`."""
+
+    first: int
+    second: int
+    probability: float
+    """P(`first` is the better one), from a label or a judge."""
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """The scored trajectories of one prompt; sizes may differ between prompts."""
 
@@ -237,6 +190,8 @@ class Group:
     trajectories: tuple[Trajectory, ...]
     draw: int = -1
     """The place of its prompt in the order in which the run draws prompts; -1 outside a run."""
+    duels: tuple[Duel, ...] = ()
+    """What is known of its trajectories two by two, beside their rewards."""
 
     @property
     def rewards(self) -> list[float]:
@@ -254,6 +209,8 @@ class Counts:
     """Sequences with at least one unmasked token."""
     correct_tokens: int = 0
     """Unmasked tokens of correct completions; counted for an algorithm that imitates those."""
+    comparisons: float = 0.0
+    """Sum of the shares of the contrasts: pairs, or completions where labels are single."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,6 +277,8 @@ class PackedGroups:
     """The images of each group's prompt; empty where no prompt has any."""
     candidates: Candidates | None = None
     """What each token was drawn from; every log-prob of the learner is then renormalised over the same."""
+    contrasts: Contrasts | None = None
+    """What an algorithm with a preference loss compares. A group is then never cut by a microbatch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,6 +292,8 @@ class Experience(PackedGroups):
     advantages: Tensor  # fp32 [N]
     correct: Tensor | None = None
     """bool `[S]`: completions that solve their prompt. None: the algorithm does not ask."""
+    pull: Tensor | None = None
+    """fp32 `[S]`: the constant by which a preference loss multiplies each sequence's log-prob. None: 0."""
     critic: CriticTargets | None = None
     perception: PerceptionInputs | None = None
 
@@ -384,6 +345,10 @@ class LossInputs:
     correct: Tensor | None = None
     """bool: tokens of correct completions, for an algorithm that imitates those."""
     perception: PerceptionBatch | None = None
+    contrasts: Contrasts | None = None
+    """Those of this microbatch, with its numbers of sequences; none of them is cut."""
+    pull: Tensor | None = None
+    """`[S]` of this microbatch."""
 
 
 def is_learnable(trajectory: Trajectory) -> bool:

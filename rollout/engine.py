@@ -8,9 +8,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from rlhf.candidates import leaves_out
 from rlhf.config.rollout import RolloutConfig
 from rlhf.metrics import Metrics
-from rlhf.types import Completion, Prompt, leaves_out
+from rlhf.types import Completion, Prompt
 
 PauseMode = Literal["abort", "wait", "keep"]
 

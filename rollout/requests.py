@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from rlhf.candidates import Candidates
 from rlhf.rollout.engine import EngineError, RolloutRequest
-from rlhf.types import Candidates, Completion, FinishReason, VersionSpan
+from rlhf.types import Completion, FinishReason, VersionSpan
 
 
 @dataclass(slots=True, eq=False)

@@ -17,6 +17,8 @@ OPTIONAL = ("vllm", "triton", "flash_attn", "math_verify", "reasoning_gym", "pef
 
 # a file may import its own package and those before it in this list
 ROOMS = (
+    "rlhf.candidates",
+    "rlhf.contrasts",
     "rlhf.types",
     "rlhf.metrics",
     "rlhf.files",
@@ -56,8 +58,10 @@ ROOMS = (
 # packages that may import less than their position in the list allows
 NARROW = {
     "rlhf.kernels": (),
-    "rlhf.algos": ("rlhf.types", "rlhf.metrics", "rlhf.kernels"),
+    "rlhf.algos": ("rlhf.candidates", "rlhf.contrasts", "rlhf.types", "rlhf.metrics", "rlhf.kernels"),
     "rlhf.rollout": (
+        "rlhf.candidates",
+        "rlhf.contrasts",
         "rlhf.types",
         "rlhf.metrics",
         "rlhf.plugins",

@@ -10,9 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlhf.candidates import Candidates
 from rlhf.metrics import ExpMean, Max, Mean, Metrics, Partial, Sum
 from rlhf.torch_typed import integers
-from rlhf.types import Candidates, FinishReason, Group, Images, Trajectory, VersionSpan
+from rlhf.types import FinishReason, Group, Images, Trajectory, VersionSpan
 
 KINDS: dict[str, type[Partial]] = {kind.__name__: kind for kind in (Mean, ExpMean, Sum, Max)}
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.candidates import Candidates
 from rlhf.checkpoints.serialization import metrics_from, metrics_state, pack_images, unpack_images
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
 from rlhf.metrics import Metrics, merge
 from rlhf.torch_typed import integers
-from rlhf.types import Candidates, CriticTargets, Experience, PerceptionInputs
+from rlhf.types import CriticTargets, Experience, PerceptionInputs
 
 NESTED = {"critic": CriticTargets, "perception": PerceptionInputs, "candidates": Candidates}
 OLD_NAMES = {"kept": "candidates", "right": "correct"}

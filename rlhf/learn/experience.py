@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.candidates import Candidates
 from rlhf.config.learner import LearnerConfig
 from rlhf.distributed.world import World
 from rlhf.learn.controllers import RewardScaler
@@ -23,7 +24,6 @@ from rlhf.models.sharding import in_step
 from rlhf.torch_typed import numbers
 from rlhf.types import (
     AdvantageInputs,
-    Candidates,
     Experience,
     FinishReason,
     Group,

@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf.candidates import Candidates
 from rlhf.torch_typed import integers
-from rlhf.types import Candidates, Images, PackedGroups
+from rlhf.types import Images, PackedGroups
 
 Layout = Literal["shared_prefix", "packed", "padded"]
 """How a forward pass lays out groups:

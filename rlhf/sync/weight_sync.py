@@ -23,6 +23,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from rlhf.candidates import Candidates
 from rlhf.config.rollout import RolloutConfig
 from rlhf.models.packing import Packed, pack
 from rlhf.models.policy import Policy
@@ -38,7 +39,7 @@ from rlhf.rollout.engine import (
 )
 from rlhf.rollout.sampling import truncate
 from rlhf.sync.diagnosis import EXPLAINED, LIKELY, diagnose
-from rlhf.types import Candidates, Prompt
+from rlhf.types import Prompt
 
 PROBE_TOKENS, PROBE_SAMPLES = 8, 4
 """Tokens of each completion of the probe, and the number of its completions."""
