@@ -31,8 +31,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf.candidates import Candidates
-from rlhf.contrasts import Contrasts
+from rlhf.tensors.candidates import Candidates
+from rlhf.tensors.contrasts import Contrasts
 
 Messages = str | Sequence[Mapping[str, Any]]
 

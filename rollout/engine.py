@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from rlhf.candidates import leaves_out
 from rlhf.config.rollout import RolloutConfig
 from rlhf.metrics import Metrics
+from rlhf.tensors.candidates import leaves_out
 from rlhf.types import Completion, Prompt
 
 PauseMode = Literal["abort", "wait", "keep"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from rlhf.candidates import Candidates
 from rlhf.rollout.engine import EngineError, RolloutRequest
+from rlhf.tensors.candidates import Candidates
 from rlhf.types import Completion, FinishReason, VersionSpan
 
 

@@ -24,8 +24,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from rlhf.candidates import Candidates
 from rlhf.rollout.engine import SamplingParams
+from rlhf.tensors.candidates import Candidates
 
 BLOCK = 128
 _GOLDEN = 0x9E3779B97F4A7C15

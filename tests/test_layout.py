@@ -17,8 +17,7 @@ OPTIONAL = ("vllm", "triton", "flash_attn", "math_verify", "reasoning_gym", "pef
 
 # a file may import its own package and those before it in this list
 ROOMS = (
-    "rlhf.candidates",
-    "rlhf.contrasts",
+    "rlhf.tensors",
     "rlhf.types",
     "rlhf.metrics",
     "rlhf.files",
@@ -58,10 +57,9 @@ ROOMS = (
 # packages that may import less than their position in the list allows
 NARROW = {
     "rlhf.kernels": (),
-    "rlhf.algos": ("rlhf.candidates", "rlhf.contrasts", "rlhf.types", "rlhf.metrics", "rlhf.kernels"),
+    "rlhf.algos": ("rlhf.tensors", "rlhf.types", "rlhf.metrics", "rlhf.kernels"),
     "rlhf.rollout": (
-        "rlhf.candidates",
-        "rlhf.contrasts",
+        "rlhf.tensors",
         "rlhf.types",
         "rlhf.metrics",
         "rlhf.plugins",

@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlhf.candidates import Candidates
 from rlhf.metrics import ExpMean, Max, Mean, Metrics, Partial, Sum
+from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import integers
 from rlhf.types import FinishReason, Group, Images, Trajectory, VersionSpan
 

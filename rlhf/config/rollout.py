@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.candidates import leaves_out
 from rlhf.config.section import Count, Positive, Section
+from rlhf.tensors.candidates import leaves_out
 
 ENGINES = ("native", "hf", "vllm", "vllm-server")
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.candidates import Candidates
 from rlhf.checkpoints.serialization import metrics_from, metrics_state, pack_images, unpack_images
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
 from rlhf.metrics import Metrics, merge
+from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import integers
 from rlhf.types import CriticTargets, Experience, PerceptionInputs
 

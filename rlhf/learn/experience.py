@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.candidates import Candidates
 from rlhf.config.learner import LearnerConfig
 from rlhf.distributed.world import World
 from rlhf.learn.controllers import RewardScaler
@@ -21,6 +20,7 @@ from rlhf.learn.models import Models
 from rlhf.models.packing import microbatches
 from rlhf.models.policy import Policy
 from rlhf.models.sharding import in_step
+from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import numbers
 from rlhf.types import (
     AdvantageInputs,

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from rlhf.candidates import Candidates
 from rlhf.kernels.token_stats import TokenStats, token_stats, whole
 from rlhf.models.pretrained import ModelError, head_of, text_settings
 from rlhf.models.truncated_logprobs import HeadInputs, candidate_logprobs, missing_statistics, with_candidates
+from rlhf.tensors.candidates import Candidates
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlhf.candidates import Candidates
+from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import integers
 from rlhf.types import Images, PackedGroups
 

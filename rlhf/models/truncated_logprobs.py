@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.candidates import Candidates
 from rlhf.kernels.candidate_logprob import candidate_logprob
 from rlhf.kernels.token_stats import TokenStats
+from rlhf.tensors.candidates import Candidates
 
 HeadInputs = tuple[Tensor, Tensor, Tensor | None]
 """Hidden states `[N, H]`, weight of the head `[V, H]`, and its bias `[V]`."""

@@ -23,7 +23,6 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from rlhf.candidates import Candidates
 from rlhf.config.rollout import RolloutConfig
 from rlhf.models.packing import Packed, pack
 from rlhf.models.policy import Policy
@@ -39,6 +38,7 @@ from rlhf.rollout.engine import (
 )
 from rlhf.rollout.sampling import truncate
 from rlhf.sync.diagnosis import EXPLAINED, LIKELY, diagnose
+from rlhf.tensors.candidates import Candidates
 from rlhf.types import Prompt
 
 PROBE_TOKENS, PROBE_SAMPLES = 8, 4

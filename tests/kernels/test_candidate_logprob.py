@@ -10,9 +10,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rlhf.candidates import Candidates
 from rlhf.kernels.candidate_logprob import candidate_logprob, candidate_logprob_reference
 from rlhf.kernels.token_stats import token_stats
+from rlhf.tensors.candidates import Candidates
 
 
 def problem(seed: int, sizes: list[int], vocabulary: int = 30, dim: int = 5, bias: bool = True) -> Any:

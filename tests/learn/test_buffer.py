@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from rlhf.candidates import Candidates
 from rlhf.learn.buffer import Buffer
+from rlhf.tensors.candidates import Candidates
 from rlhf.types import CriticTargets, Experience, PerceptionInputs
 from tests.support import random_groups, unscored
 

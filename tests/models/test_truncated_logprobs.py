@@ -14,7 +14,6 @@ import torch
 
 from rlhf.algos.algorithm import KL, Mismatch
 from rlhf.algos.table import ALGORITHMS
-from rlhf.candidates import Candidates
 from rlhf.checkpoints.serialization import group_of, group_state
 from rlhf.config.checks import return_candidates
 from rlhf.config.load import make_config
@@ -28,6 +27,7 @@ from rlhf.rollout.engine import RolloutRequest, SamplingParams, SyncError, gener
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.native.engine import NativeEngine
 from rlhf.sync.weight_sync import WeightSync
+from rlhf.tensors.candidates import Candidates
 from rlhf.types import Completion, Group, Prompt, Trajectory
 from tests.support import ALONE, bandit_settings, learner_of, metrics_of, policy_of, train, unscored
 
