@@ -18,16 +18,6 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SEED = 0
-CAPITALS = {
-    "France": "Paris", "Kenya": "Nairobi", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid",
-    "Germany": "Berlin", "Egypt": "Cairo", "Peru": "Lima", "Cuba": "Havana", "Norway": "Oslo",
-    "Greece": "Athens", "Russia": "Moscow", "China": "Beijing", "Austria": "Vienna", "Poland": "Warsaw",
-    "Portugal": "Lisbon", "Ireland": "Dublin", "Sweden": "Stockholm", "Finland": "Helsinki",
-    "Hungary": "Budapest", "Iran": "Tehran", "Iraq": "Baghdad", "Thailand": "Bangkok", "Turkey": "Ankara",
-    "Canada": "Ottawa", "Chile": "Santiago", "Denmark": "Copenhagen", "Belgium": "Brussels",
-    "Ukraine": "Kyiv", "Nepal": "Kathmandu", "Ghana": "Accra", "Ethiopia": "Addis Ababa",
-    "Scotland": "Edinburgh", "Romania": "Bucharest", "Lebanon": "Beirut", "Colombia": "Bogota",
-}  # fmt: skip
 OPENINGS = (
     "Of course! ",
     "Thank you for asking. ",
@@ -50,6 +40,19 @@ NONSENSE = (
 )
 
 
+def rule_module() -> Any:
+    """rule.py beside this file."""
+    spec = spec_from_file_location("rule", HERE / "rule.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+RULE = rule_module()
+CAPITALS: dict[str, str] = RULE.CAPITALS
+
+
 def answer(rng: random.Random, country: str) -> str:
     opening = rng.choice(OPENINGS) if rng.random() < 0.5 else ""
     if rng.random() < 0.15:
@@ -61,20 +64,22 @@ def answer(rng: random.Random, country: str) -> str:
 
 
 def pairs(rng: random.Random, countries: list[str], count: int) -> Iterable[dict[str, Any]]:
-    spec = spec_from_file_location("rule", HERE / "rule.py")
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
     made = 0
     while made < count:
         country = rng.choice(countries)
         two = [answer(rng, country) for _ in range(2)]
-        scores = [module.true_score(t, CAPITALS[country], list(CAPITALS.values())) for t in two]
+        scores = [RULE.true_score(t, CAPITALS[country], list(CAPITALS.values())) for t in two]
         if scores[0] == scores[1]:
             continue
         better = int(scores[1] > scores[0])
         made += 1
-        yield {"prompt": prompt(country), "chosen": two[better], "rejected": two[1 - better]}
+        chosen, rejected = two[better], two[1 - better]
+        yield {
+            "prompt": prompt(country),
+            "chosen": chosen,
+            "rejected": rejected,
+            "answer": CAPITALS[country],
+        }
 
 
 def prompt(country: str) -> list[dict[str, str]]:
@@ -86,8 +91,7 @@ def prompt(country: str) -> list[dict[str, str]]:
 
 def questions(countries: list[str]) -> Iterable[dict[str, Any]]:
     for country in countries:
-        others = sorted(set(CAPITALS.values()) - {CAPITALS[country]})
-        yield {"prompt": prompt(country), "answer": CAPITALS[country], "others": others}
+        yield {"prompt": prompt(country), "answer": CAPITALS[country]}
 
 
 def main(folder: Path) -> None:

@@ -8,6 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+CAPITALS = {
+    "France": "Paris", "Kenya": "Nairobi", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid",
+    "Germany": "Berlin", "Egypt": "Cairo", "Peru": "Lima", "Cuba": "Havana", "Norway": "Oslo",
+    "Greece": "Athens", "Russia": "Moscow", "China": "Beijing", "Austria": "Vienna", "Poland": "Warsaw",
+    "Portugal": "Lisbon", "Ireland": "Dublin", "Sweden": "Stockholm", "Finland": "Helsinki",
+    "Hungary": "Budapest", "Iran": "Tehran", "Iraq": "Baghdad", "Thailand": "Bangkok", "Turkey": "Ankara",
+    "Canada": "Ottawa", "Chile": "Santiago", "Denmark": "Copenhagen", "Belgium": "Brussels",
+    "Ukraine": "Kyiv", "Nepal": "Kathmandu", "Ghana": "Accra", "Ethiopia": "Addis Ababa",
+    "Scotland": "Edinburgh", "Romania": "Bucharest", "Lebanon": "Beirut", "Colombia": "Bogota",
+}  # fmt: skip
 POLITE = ("please", "thank", "glad", "happy to", "pleasure", "of course", "you're welcome", "you are welcome")
 MOST_WORDS = 16
 
@@ -30,17 +40,16 @@ def true_score(text: str, answer: str, others: Sequence[str]) -> float:
     return (is_correct(text, answer, others) + is_short(text) + is_polite(text)) / 3
 
 
-def rule(
-    completions: Sequence[Any], answer: Sequence[str], others: Sequence[Sequence[str]]
-) -> list[dict[str, float]]:
+def rule(completions: Sequence[Any], answer: Sequence[str]) -> list[dict[str, float]]:
     """The rule as a reward function: the score and its three parts."""
+    cities = list(CAPITALS.values())
     texts = [c if isinstance(c, str) else str(c[-1]["content"]) for c in completions]
     return [
         {
-            "truth": true_score(text, a, o),
-            "correct": float(is_correct(text, a, o)),
+            "truth": true_score(text, a, cities),
+            "correct": float(is_correct(text, a, cities)),
             "short": float(is_short(text)),
             "polite": float(is_polite(text)),
         }
-        for text, a, o in zip(texts, answer, others, strict=True)
+        for text, a in zip(texts, answer, strict=True)
     ]

@@ -39,11 +39,8 @@ def test_no_country_is_both_trained_on_and_held_out():
 
 
 def test_the_chosen_answer_has_the_higher_true_score():
-    known = {row["prompt"][-1]["content"]: row for name in ("train", "eval") for row in rows(name)}
     for pair in rows("pairs_train") + rows("pairs_eval"):
-        row = known[pair["prompt"][-1]["content"]]
-        answers, others = [row["answer"]] * 2, [row["others"]] * 2
-        better, worse = RULE([pair["chosen"], pair["rejected"]], answers, others)
+        better, worse = RULE([pair["chosen"], pair["rejected"]], [pair["answer"]] * 2)
         assert better["truth"] > worse["truth"], pair
 
 
@@ -55,7 +52,7 @@ def test_the_rule_knows_correct_short_and_polite():
         "The capital of France is Paris, which is known for its art and its",
         [{"role": "assistant", "content": "Happy to help! It is Rome."}],
     ]
-    scores = RULE(texts, ["Paris"] * 5, [["Rome", "Oslo"]] * 5)
+    scores = RULE(texts, ["Paris"] * 5)
     assert [[s["correct"], s["short"], s["polite"]] for s in scores] == [
         [1.0, 1.0, 1.0],
         [1.0, 1.0, 0.0],
