@@ -137,6 +137,11 @@ def per_sequence(normalize: Callable[[Tensor, Tensor], Tensor]) -> Advantage:
     return advantage
 
 
+def nothing(inputs: AdvantageInputs) -> Tensor:
+    """0 everywhere: the algorithm has no loss of tokens (`Algorithm.loss` leaves that part out)."""
+    return torch.zeros_like(inputs.token_penalty)
+
+
 def gdpo_advantage(inputs: AdvantageInputs) -> Tensor:
     """`gdpo` as an `Advantage`: the value of each sequence, given to all its tokens."""
     x = inputs

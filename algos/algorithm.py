@@ -3,6 +3,7 @@
     loss = reduce(w_t * surrogate_t) + kl_coef * reduce(kl_t) - entropy_coef * reduce(entropy_t)
            + imitation_coef * mean of -logprob over the tokens of correct completions
            + the perception terms of prompts with images (`rlhf.algos.perception`)
+           + the loss of comparisons (`rlhf.algos.preference.losses`)
 
 and, if there is a critic, + critic.coef * reduce(value_loss_t). w_t is the weight for the mismatch between
 learner and engine, a constant. Differences from the papers: 1. that weight, which most papers leave out, is
@@ -13,95 +14,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.algos import kl as estimators
-from rlhf.algos.advantage import Advantage
+from rlhf.algos.advantage import Advantage, nothing
 from rlhf.algos.critic import RAW, CriticLoss, RewardScaling
-from rlhf.algos.kl import AdaptiveKL
+from rlhf.algos.kl import ESTIMATORS, KL, NO_KL, k3
 from rlhf.algos.perception import Perception
+from rlhf.algos.preference.losses import Preference, contrast_loss
 from rlhf.algos.prompt_temperature import PromptTemperature
-from rlhf.algos.ratio import CORRECTIONS, Ratio, mismatch_k3
+from rlhf.algos.ratio import TOKEN_TIS, Mismatch, Ratio, mismatch_k3
 from rlhf.algos.reduction import Reduction
 from rlhf.algos.shaping import EVERYTHING, Selection, unshaped
 from rlhf.algos.surrogate import Surrogate
 from rlhf.metrics import ExpMean, Max, Mean, Metrics
+from rlhf.tensors.transfer import numbers
 from rlhf.types import Counts, CriticTargets, LossInputs
-
-ESTIMATORS = {"k1": estimators.k1, "k2": estimators.k2, "k3": estimators.k3, "k3+": estimators.k3_plus}
-
-
-@dataclass(frozen=True, slots=True)
-class KL:
-    """The KL from the reference model: its weight, its estimator and its place (`rlhf.algos.kl`)."""
-
-    coef: float = 0.0
-    """Weight of the KL; 0: no reference model is loaded."""
-    estimator: Literal["k1", "k2", "k3", "k3+", "exact"] = "k3"
-    """`k1` to `k3+` estimate the KL from the sampled tokens; `exact` sums over the whole vocabulary."""
-    placement: Literal["loss", "reward"] = "loss"
-    """In the loss the KL has a gradient; in the reward it is subtracted token by token, before advantages."""
-    target: float | None = None
-    """KL in nats a token; when given, a controller moves the coefficient so that the KL stays near it."""
-    horizon: int = 10_000
-    """Trajectories over which the controller acts: a longer horizon moves the coefficient more slowly."""
-
-    def __post_init__(self) -> None:
-        if self.coef < 0:
-            raise ValueError(f"kl.coef must be 0 or more, got {self.coef}")
-        if self.target is not None and not (self.target > 0 and self.coef > 0):
-            raise ValueError(
-                f"kl.target needs target > 0 and a start kl.coef > 0, got {self.target}, {self.coef}"
-            )
-        if self.horizon < 1:
-            raise ValueError(f"kl.horizon must be 1 or more, got {self.horizon}")
-        if self.coef and self.estimator == "k1" and self.placement == "loss":
-            raise ValueError(
-                "kl.estimator k1 in the loss has no expected gradient; use k2 or k3, or placement reward"
-            )
-        if self.coef and self.estimator == "exact" and self.placement == "reward":
-            raise ValueError("kl.estimator exact belongs in the loss; in the reward use k1")
-
-    @property
-    def controller(self) -> AdaptiveKL | None:
-        """The adaptive controller at its start; None where the coefficient is constant."""
-        return None if self.target is None else AdaptiveKL(self.coef, self.target, self.horizon)
-
-
-@dataclass(frozen=True, slots=True)
-class Mismatch:
-    """The correction for an engine whose probabilities differ from the learner's (`rlhf.algos.ratio`)."""
-
-    kind: Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mask", "geometric", "k2", "k3"] = (
-        "token_tis"
-    )
-    """How the weight of a token's loss comes from old policy / engine (`CORRECTIONS`); `none`: it is 1."""
-    low: float | None = None
-    """Lower bound of the ratio, or of what the kind computes from it; None: the usual one of the kind."""
-    high: float | None = None
-    """Upper bound, as `low`."""
-
-    def __post_init__(self) -> None:
-        low, high = self.bounds
-        if not 0 <= low <= high:
-            raise ValueError(f"mismatch.{self.kind} needs 0 <= low <= high, got low {low}, high {high}")
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Lower and upper bound, each the usual one of the kind where none was given."""
-        _, low, high = CORRECTIONS[self.kind]
-        return low if self.low is None else self.low, high if self.high is None else self.high
-
-    def weight(self, log_ratio: Tensor, mask: Tensor, sequence: Tensor) -> Tensor:
-        """The weight of each token's loss `[N]`, from log_ratio = log old policy - log engine `[N]`."""
-        return CORRECTIONS[self.kind][0](log_ratio, mask, sequence, *self.bounds).detach()
-
-
-NO_KL = KL()
-TOKEN_TIS = Mismatch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +81,8 @@ class Algorithm:
     """What values are for and how they are learned. None: there is no critic."""
     perception: Perception | None = None
     """The terms for prompts with images (PAPO); they go with any algorithm."""
+    preference: Preference | None = None
+    """The loss of comparisons of completions (DPO). None: there is none."""
     shape_reward: Callable[[float, int], float] = unshaped
     """Reward and completion length in tokens -> the reward that is compared."""
     reward_scaling: RewardScaling = RAW
@@ -164,7 +96,8 @@ class Algorithm:
 
     @property
     def needs_reference(self) -> bool:
-        return self.kl.coef > 0 or self._anchored_at_reference
+        compared = self.preference is not None and "reference" in self.preference.uses
+        return self.kl.coef > 0 or self._anchored_at_reference or compared
 
     @property
     def needs_exact_kl(self) -> bool:
@@ -223,19 +156,24 @@ class Algorithm:
         def reduce(x: Tensor) -> Tensor:
             return self.reduction(x, mask, sequence, batch.counts)
 
-        ratio = self.ratio(batch.logprobs, self._anchor_logprobs(batch), mask, sequence)
         mismatch = _log_mismatch(batch)
         weight = self.mismatch.weight(mismatch, mask, sequence)
-        tokens = self.surrogate(batch.logprobs, ratio, batch.advantages)
-        policy = reduce(weight * tokens.loss)
-        loss = policy
+        loss, learned = batch.logprobs.new_zeros(()), None
+        if self.advantage is not nothing:
+            ratio = self.ratio(batch.logprobs, self._anchor_logprobs(batch), mask, sequence)
+            tokens = self.surrogate(batch.logprobs, ratio, batch.advantages)
+            loss = reduce(weight * tokens.loss)
+            learned = Learned(loss.detach(), ratio.detach(), tokens.metrics)
         if self.kl.coef and self.kl.placement == "loss":
             loss = loss + batch.kl_coef * reduce(self._kl(batch))
         if self.entropy_coef:
             loss = loss - self.entropy_coef * reduce(batch.entropy)
         if self.imitation_coef:
             loss = loss + self.imitation_coef * _imitation(batch)
-        metrics = _policy_metrics(batch, policy, ratio, mismatch, weight, tokens.metrics)
+        metrics = _policy_metrics(batch, learned, mismatch, weight)
+        if self.preference is not None:
+            compared, more = contrast_loss(batch, self.preference)
+            loss, metrics = loss + compared, metrics | more
         if self.perception is not None and batch.perception is not None:
             terms, more = self.perception.loss(batch, reduce)
             loss, metrics = loss + terms, metrics | more
@@ -291,7 +229,7 @@ def _critic_metrics(
     values: Tensor, targets: CriticTargets, mask: Tensor, loss: Tensor, counts: Counts
 ) -> Metrics:
     """Metrics of the critic's loss in one microbatch; `loss` is a number, the others are `[N]`."""
-    [read] = _transfer(
+    [read] = numbers(
         {
             "tokens": mask.sum().to(loss.dtype),
             "loss": loss.detach(),
@@ -307,76 +245,77 @@ def _critic_metrics(
     }
 
 
-@torch.no_grad()
-def _policy_metrics(
-    batch: LossInputs,
-    policy: Tensor,
-    ratio: Tensor,
-    mismatch: Tensor,
-    weight: Tensor,
-    extra: Mapping[str, Tensor],
-) -> Metrics:
-    """Metrics of the policy's loss in one microbatch; `policy` is that loss, the other tensors are `[N]`.
+class Learned(NamedTuple):
+    """The part of the loss that learns tokens by their advantages, without gradient."""
 
-    `mismatch` is log old policy - log engine, `weight` the correction for it, `extra` the surrogate's own.
+    loss: Tensor
+    """A number."""
+    ratio: Tensor  # [N]
+    metrics: Mapping[str, Tensor]
+    """The surrogate's own, each `[N]`."""
+
+
+@torch.no_grad()
+def _policy_metrics(batch: LossInputs, learned: Learned | None, mismatch: Tensor, weight: Tensor) -> Metrics:
+    """Metrics of the policy's loss in one microbatch.
+
+    `mismatch` is log old policy - log engine, `weight` the correction for it, both `[N]`; `learned` is None
+    for an algorithm that learns no token by an advantage.
     """
-    policy, ratio = policy.detach(), ratio.detach()
-    means = _token_metrics(batch, ratio, mismatch, weight, extra)
-    maxima = {"ratio/max": ratio, "mismatch/ratio_max": mismatch.clamp(-20.0, 20.0).exp()}
-    # the mismatch is known only where an engine's log-prob is
+    means = _token_metrics(batch, mismatch, weight)
+    maxima = {"mismatch/ratio_max": mismatch.clamp(-20.0, 20.0).exp()}
+    if learned is not None:
+        means |= {"ratio/mean": learned.ratio, **learned.metrics}
+        maxima["ratio/max"] = learned.ratio
     unmasked = batch.loss_mask
     recorded = unmasked if batch.recorded is None else unmasked & batch.recorded
 
     def masked(name: str, x: Tensor) -> Tensor:
-        return x.masked_fill(~(recorded if _is_mismatch(name) else unmasked), 0.0)
+        return x.masked_fill(~(recorded if _of_samples(name) else unmasked), 0.0)
 
-    dtype = ratio.dtype
-    read, sums, tops = _transfer(
-        {"loss": policy, "unmasked": unmasked.sum().to(dtype), "recorded": recorded.sum().to(dtype)},
+    dtype = batch.logprobs.dtype
+    read, sums, tops = numbers(
+        {"unmasked": unmasked.sum().to(dtype), "recorded": recorded.sum().to(dtype)}
+        | ({} if learned is None else {"loss": learned.loss}),
         {name: masked(name, x.to(dtype)).sum() for name, x in means.items()},
         {name: masked(name, x).max() for name, x in maxima.items()},
     )
     metrics: Metrics = {
-        name: Mean(total, read["recorded" if _is_mismatch(name) else "unmasked"])
+        name: Mean(total, read["recorded" if _of_samples(name) else "unmasked"])
         for name, total in sums.items()
     }
     metrics |= {name: Max(top) for name, top in tops.items()}
     if read["unmasked"] and not read["recorded"]:
-        metrics = {name: value for name, value in metrics.items() if not _is_mismatch(name)}
+        metrics = {name: value for name, value in metrics.items() if not _of_samples(name)}
     metrics["perplexity"] = ExpMean(sums["perplexity"], read["unmasked"])
-    # shares of an update's loss add up to it, and their weights to 1
-    metrics["loss/policy"] = Mean(read["loss"], read["unmasked"] / max(batch.counts.tokens, 1))
+    if learned is not None:
+        # shares of an update's loss add up to it, and their weights to 1
+        metrics["loss/policy"] = Mean(read["loss"], read["unmasked"] / max(batch.counts.tokens, 1))
     return metrics
 
 
-def _token_metrics(
-    batch: LossInputs, ratio: Tensor, mismatch: Tensor, weight: Tensor, extra: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _token_metrics(batch: LossInputs, mismatch: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """What is averaged over tokens, each `[N]`."""
     means = {
         "entropy": batch.entropy,
         "perplexity": -batch.logprobs,
-        "ratio/mean": ratio,
         "kl/old": batch.old_logprobs - batch.logprobs,
         "mismatch/k3": mismatch_k3(mismatch),
         "mismatch/weight": weight,
         "mismatch/weight_squared": weight.square(),
         "mismatch/masked_fraction": weight == 0,
-        **extra,
     }
     if batch.ref_logprobs is not None:
-        means["kl/ref"] = estimators.k3(batch.logprobs, batch.ref_logprobs)
+        means["kl/ref"] = k3(batch.logprobs, batch.ref_logprobs)
     if batch.exact_kl is not None:
         means["kl/exact"] = batch.exact_kl
     return means
 
 
-def _is_mismatch(name: str) -> bool:
-    return name.startswith("mismatch/")
+def _of_samples(name: str) -> bool:
+    """Whether a metric says something of tokens that an engine sampled, and nothing of those of data.
 
-
-def _transfer(*scalars: Mapping[str, Tensor]) -> list[dict[str, float]]:
-    """The same as numbers: all of them leave the device in one transfer."""
-    stacked = torch.stack([x for named in scalars for x in named.values()]).cpu()
-    values = iter(float(x) for x in stacked.unbind())
-    return [{name: next(values) for name in named} for named in scalars]
+    A mismatch needs the engine's log-prob; the estimate k3 of the KL to the reference needs samples of the
+    policy.
+    """
+    return name.startswith("mismatch/") or name == "kl/ref"

@@ -1,4 +1,4 @@
-"""KL(policy || reference) from the sampled tokens alone, and the controller of its coefficient.
+"""KL(policy || reference) from the sampled tokens alone; its settings, and the controller of its weight.
 
 With d = logprobs - ref_logprobs on tokens sampled from the policy (Schulman,
 http://joschu.net/blog/kl-approx.html):
@@ -16,6 +16,7 @@ where the logits are, by `token_stats`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor
@@ -59,3 +60,46 @@ class AdaptiveKL:
         """The controller after `samples` trajectories with a mean KL of `observed` nats a token."""
         error = min(max(observed / self.target - 1.0, -0.2), 0.2)
         return replace(self, coef=self.coef * (1.0 + error * samples / self.horizon))
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "k3+": k3_plus}
+
+
+@dataclass(frozen=True, slots=True)
+class KL:
+    """The KL from the reference model: its weight, its estimator and its place."""
+
+    coef: float = 0.0
+    """Weight of the KL; 0: no reference model is loaded."""
+    estimator: Literal["k1", "k2", "k3", "k3+", "exact"] = "k3"
+    """`k1` to `k3+` estimate the KL from the sampled tokens; `exact` sums over the whole vocabulary."""
+    placement: Literal["loss", "reward"] = "loss"
+    """In the loss the KL has a gradient; in the reward it is subtracted token by token, before advantages."""
+    target: float | None = None
+    """KL in nats a token; when given, a controller moves the coefficient so that the KL stays near it."""
+    horizon: int = 10_000
+    """Trajectories over which the controller acts: a longer horizon moves the coefficient more slowly."""
+
+    def __post_init__(self) -> None:
+        if self.coef < 0:
+            raise ValueError(f"kl.coef must be 0 or more, got {self.coef}")
+        if self.target is not None and not (self.target > 0 and self.coef > 0):
+            raise ValueError(
+                f"kl.target needs target > 0 and a start kl.coef > 0, got {self.target}, {self.coef}"
+            )
+        if self.horizon < 1:
+            raise ValueError(f"kl.horizon must be 1 or more, got {self.horizon}")
+        if self.coef and self.estimator == "k1" and self.placement == "loss":
+            raise ValueError(
+                "kl.estimator k1 in the loss has no expected gradient; use k2 or k3, or placement reward"
+            )
+        if self.coef and self.estimator == "exact" and self.placement == "reward":
+            raise ValueError("kl.estimator exact belongs in the loss; in the reward use k1")
+
+    @property
+    def controller(self) -> AdaptiveKL | None:
+        """The adaptive controller at its start; None where the coefficient is constant."""
+        return None if self.target is None else AdaptiveKL(self.coef, self.target, self.horizon)
+
+
+NO_KL = KL()

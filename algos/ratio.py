@@ -11,6 +11,8 @@ to old policy / engine.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -136,3 +138,35 @@ def _sequence_mean(x: Tensor, mask: Tensor, sequence: Tensor) -> Tensor:
 
 def _within(x: Tensor, low: float, high: float) -> Tensor:
     return ((x >= low) & (x <= high)).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """The correction for an engine whose probabilities differ from the learner's."""
+
+    kind: Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mask", "geometric", "k2", "k3"] = (
+        "token_tis"
+    )
+    """How the weight of a token's loss comes from old policy / engine (`CORRECTIONS`); `none`: it is 1."""
+    low: float | None = None
+    """Lower bound of the ratio, or of what the kind computes from it; None: the usual one of the kind."""
+    high: float | None = None
+    """Upper bound, as `low`."""
+
+    def __post_init__(self) -> None:
+        low, high = self.bounds
+        if not 0 <= low <= high:
+            raise ValueError(f"mismatch.{self.kind} needs 0 <= low <= high, got low {low}, high {high}")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lower and upper bound, each the usual one of the kind where none was given."""
+        _, low, high = CORRECTIONS[self.kind]
+        return low if self.low is None else self.low, high if self.high is None else self.high
+
+    def weight(self, log_ratio: Tensor, mask: Tensor, sequence: Tensor) -> Tensor:
+        """The weight of each token's loss `[N]`, from log_ratio = log old policy - log engine `[N]`."""
+        return CORRECTIONS[self.kind][0](log_ratio, mask, sequence, *self.bounds).detach()
+
+
+TOKEN_TIS = Mismatch()

@@ -1,0 +1,101 @@
+"""Forms: the rows that a loss makes of one comparison, each a signed sum of scores with a label.
+
+    pairs              + better - other, label P                            DPO and most others
+    singles            + better, label P, and + other, label 1 - P          KTO, BCO, NCA, APO-zero
+    pair_and_single    the pair, and P times "+ better, label 0"            APO-down
+
+`stack` makes the tensors of many rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from rlhf.algos.preference.pairing import Comparison
+from rlhf.tensors.contrasts import Contrasts
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contrast: `Row(((0, 1.0), (2, -1.0)), target=0.8)` is completion 0 over completion 2."""
+
+    entries: tuple[tuple[int, float], ...]
+    """Completions of the group, each with the coefficient of its score in the margin."""
+    target: float
+    """P(what has + is better), or P(it is good) for a single."""
+    weight: float = 1.0
+    """Factor of its loss."""
+    share: float = 1.0
+    """Share of a comparison. 0: a further term of the loss, which metrics do not count."""
+
+    def shifted(self, first: int) -> Row:
+        """The same for a group whose first completion has the number `first`."""
+        return replace(self, entries=tuple((first + i, coefficient) for i, coefficient in self.entries))
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """The rows of a comparison: `pairs(Comparison(0, 1))`."""
+
+    rows: Callable[[Comparison], tuple[Row, ...]]
+    takes_singles: bool
+    """Whether a completion can be judged alone (`Comparison.other` None)."""
+
+    def __call__(self, comparison: Comparison) -> tuple[Row, ...]:
+        if comparison.other is None and not self.takes_singles:
+            raise ValueError(
+                "the algorithm compares pairs, and there is a completion that is judged alone; "
+                "take kto, bco, nca or apo_zero, or give two completions of a prompt"
+            )
+        return self.rows(comparison)
+
+
+def _pair(comparison: Comparison) -> tuple[Row, ...]:
+    assert comparison.other is not None
+    return (Row(((comparison.better, 1.0), (comparison.other, -1.0)), comparison.probability),)
+
+
+def _pair_and_single(comparison: Comparison) -> tuple[Row, ...]:
+    assert comparison.other is not None
+    sides = ((comparison.better, comparison.probability), (comparison.other, 1.0 - comparison.probability))
+    down = tuple(Row(((i, 1.0),), target=0.0, weight=p, share=0.0) for i, p in sides if p > 0)
+    return (*_pair(comparison), *down)
+
+
+pairs = Form(_pair, takes_singles=False)
+"""One row: the better completion minus the other."""
+
+pair_and_single = Form(_pair_and_single, takes_singles=False)
+"""The pair, and a row that makes the better completion worse (with P; the other with 1 - P)."""
+
+
+def singles(weight: float = 1.0) -> Form:
+    """A row for each side, without the other. In a pair each has the factor `weight`: 1/2 gives the mean of
+    the two losses and 1 their sum, as TRL's trainers do. A completion judged alone has the factor 1.
+    """
+
+    def rows(comparison: Comparison) -> tuple[Row, ...]:
+        better = Row(((comparison.better, 1.0),), comparison.probability)
+        if comparison.other is None:
+            return (better,)
+        other = Row(((comparison.other, 1.0),), 1.0 - comparison.probability)
+        return tuple(replace(row, weight=weight, share=0.5) for row in (better, other))
+
+    return Form(rows, takes_singles=True)
+
+
+def stack(rows: Sequence[Row]) -> Contrasts:
+    """The rows as tensors, each one contrast; completions are sequences by the same numbers."""
+    entries = [(i, coefficient, m) for m, row in enumerate(rows) for i, coefficient in row.entries]
+    return Contrasts(
+        sequence=torch.tensor([i for i, _, _ in entries], dtype=torch.int64),
+        coefficient=torch.tensor([c for _, c, _ in entries], dtype=torch.float32),
+        contrast=torch.tensor([m for _, _, m in entries], dtype=torch.int64),
+        target=torch.tensor([row.target for row in rows], dtype=torch.float32),
+        weight=torch.tensor([row.weight for row in rows], dtype=torch.float32),
+        share=torch.tensor([row.share for row in rows], dtype=torch.float32),
+        offset=torch.zeros(len(rows), dtype=torch.float32),
+    )

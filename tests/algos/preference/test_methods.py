@@ -1,0 +1,104 @@
+"""The loss of each preference method on one comparison, worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.preference.pairing import Comparison
+from rlhf.algos.preference.table import PREFERENCE
+from tests.algos.preference.comparing import comparing
+
+
+def loss_of(
+    algorithm: Algorithm,
+    logprobs: Sequence[float],
+    lengths: Sequence[int] | None = None,
+    probability: float = 1.0,
+) -> float:
+    """Of completion 0 over completion 1; the log-probs are log-ratios, because the reference is 0."""
+    preference = algorithm.preference
+    assert preference is not None
+    comparisons = [Comparison(0, 1, probability)]
+    pull = preference.pulls(comparisons, lengths or [1] * len(logprobs))
+    return algorithm.loss(
+        comparing(logprobs, preference.rows(comparisons), lengths=lengths, pull=pull)
+    ).loss.item()
+
+
+PAIR = (2.0, -5.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "logprobs", "expected"),
+    [
+        # -log sigmoid(.1 * 7)
+        ("dpo", {"beta": 0.1}, PAIR, 0.403186),
+        # .9 * .403186 + .1 * 1.103186
+        ("dpo", {"beta": 0.1, "label_smoothing": 0.1}, PAIR, 0.473186),
+        # (.9 * .403186 - .1 * 1.103186) / .8
+        ("robust_dpo", {"beta": 0.1, "label_smoothing": 0.1}, PAIR, 0.315686),
+        # (7 - 5)^2
+        ("ipo", {"tau": 0.1, "per_token": False}, PAIR, 4.0),
+        # 1 - .7, TRL's hinge
+        ("slic", {"beta": 0.1, "to_ref": True, "nll_coef": 0.0}, PAIR, 0.3),
+        # max(1 - (-5 + 5.4), 0) + .5 * 5
+        ("slic", {"nll_coef": 0.5}, (-5.0, -5.4), 0.6 + 2.5),
+        # -log sigmoid(2 * .3 - 1)
+        ("simpo", {}, (-0.5, -0.8), 0.913015),
+        # -log sigmoid(.1 * 3), and the NLL
+        ("cpo", {"nll_coef": 0.0}, (-5.0, -8.0), 0.554355),
+        ("cpo", {}, (-5.0, -8.0), 5.554355),
+        # log odds -.5 - log(1 - e^-.5) = .432752 and -.8 - log(1 - e^-.8) = -.203382
+        ("orpo", {"lam": 1.0}, (-0.5, -0.8), 0.5 + 0.424833),
+        ("orpo", {}, (-0.5, -0.8), 0.5 + 0.1 * 0.424833),
+        # -log sigmoid(.1 * (4 - 5 * 1))
+        ("dpop", {"beta": 0.1, "lam": 5.0}, (-1.0, -5.0), 0.744397),
+        # the better one is above the reference: DPO
+        ("dpop", {"beta": 0.1, "lam": 5.0}, PAIR, 0.403186),
+        ("rpo", {"nll_coef": 0.5}, (-1.0, -8.0), 0.403186 + 0.5),
+        # -log sigmoid(.05 * (2 + e^2 + 5 - e^-5)) = -log sigmoid(.719116)
+        ("chi_po", {}, PAIR, 0.396884),
+        # 2 .5 = .5 + e^.5 = 2.148721 and -.5 + e^-.5 = .106531
+        ("chi_po", {}, (0.5, -0.5), 0.643395),
+        ("chi_po", {"beta": 0.1}, PAIR, 0.212970),
+        # mean of 1 - sigmoid(.2) = .450166 and sigmoid(-.5) = .377541
+        ("kto", {}, PAIR, 0.413853),
+        (
+            "kto",
+            {"desirable_weight": 2.0, "undesirable_weight": 0.5},
+            PAIR,
+            (2 * 0.450166 + 0.5 * 0.377541) / 2,
+        ),
+        # -log sigmoid(.2) - log sigmoid(.5) = .598139 + .474077
+        ("bco", {}, PAIR, 1.072216),
+        # .598139 + (.798139 + .474077) / 2
+        ("nca", {}, PAIR, 1.234247),
+        # .450166 + .377541
+        ("apo_zero", {}, PAIR, 0.827707),
+        # sigmoid(.2) + 1 - sigmoid(.7) = .549834 + .331812
+        ("apo_down", {}, PAIR, 0.881646),
+        # .668188 (log .668188 - log .9) + .331812 (log .331812 - log .1)
+        ("exo", {"label_smoothing": 0.1}, PAIR, 0.198972),
+        # sigmoid(.7 / .05) is 1 but for 8e-7: e^-.7
+        ("discopop", {}, PAIR, 0.496585),
+    ],
+)
+def test_the_loss_is_the_number_worked_out_by_hand(
+    name: str, settings: dict[str, float], logprobs: tuple[float, float], expected: float
+):
+    assert loss_of(PREFERENCE[name](**settings), logprobs) == pytest.approx(expected, abs=2e-6)
+
+
+def test_per_token_scores_divide_each_completion_by_its_own_tokens():
+    # 2 / 10 + 5 / 20 = .45, (.45 - 5)^2
+    assert loss_of(PREFERENCE["ipo"](), PAIR, (10, 20)) == pytest.approx(20.7025)
+    assert loss_of(PREFERENCE["dpo"](per_token=True), PAIR, (10, 20)) == pytest.approx(
+        math.log1p(math.exp(-0.045))
+    )
+    assert loss_of(PREFERENCE["simpo"](), (-5.0, -16.0), (10, 20)) == pytest.approx(0.913015, abs=2e-6)
+    # NLL 6 over 3 tokens
+    assert loss_of(PREFERENCE["rpo"](), (-6.0, -13.0), (3, 5)) == pytest.approx(0.403186 + 2.0, abs=2e-6)
