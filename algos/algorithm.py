@@ -100,6 +100,11 @@ class Algorithm:
         return self.kl.coef > 0 or self._anchored_at_reference or compared
 
     @property
+    def has_advantages(self) -> bool:
+        """Whether tokens are learned by their advantages: not where a preference loss is all there is."""
+        return self.advantage is not nothing
+
+    @property
     def needs_exact_kl(self) -> bool:
         return self.kl.coef > 0 and self.kl.estimator == "exact"
 
@@ -159,7 +164,7 @@ class Algorithm:
         mismatch = _log_mismatch(batch)
         weight = self.mismatch.weight(mismatch, mask, sequence)
         loss, learned = batch.logprobs.new_zeros(()), None
-        if self.advantage is not nothing:
+        if self.has_advantages:
             ratio = self.ratio(batch.logprobs, self._anchor_logprobs(batch), mask, sequence)
             tokens = self.surrogate(batch.logprobs, ratio, batch.advantages)
             loss = reduce(weight * tokens.loss)
@@ -265,7 +270,8 @@ def _policy_metrics(batch: LossInputs, learned: Learned | None, mismatch: Tensor
     means = _token_metrics(batch, mismatch, weight)
     maxima = {"mismatch/ratio_max": mismatch.clamp(-20.0, 20.0).exp()}
     if learned is not None:
-        means |= {"ratio/mean": learned.ratio, **learned.metrics}
+        means |= {"ratio/mean": learned.ratio, "kl/old": batch.old_logprobs - batch.logprobs}
+        means |= learned.metrics
         maxima["ratio/max"] = learned.ratio
     unmasked = batch.loss_mask
     recorded = unmasked if batch.recorded is None else unmasked & batch.recorded
@@ -299,7 +305,6 @@ def _token_metrics(batch: LossInputs, mismatch: Tensor, weight: Tensor) -> dict[
     means = {
         "entropy": batch.entropy,
         "perplexity": -batch.logprobs,
-        "kl/old": batch.old_logprobs - batch.logprobs,
         "mismatch/k3": mismatch_k3(mismatch),
         "mismatch/weight": weight,
         "mismatch/weight_squared": weight.square(),

@@ -13,6 +13,7 @@ from rlhf.checkpoints.stateful import Stateful
 from rlhf.collect.budgets import Budgets
 from rlhf.collect.collector import Collector
 from rlhf.collect.offline import GroupSource
+from rlhf.collect.pairing import Pairing
 from rlhf.collect.prefetch import Prefetch
 from rlhf.collect.sampler import Sampler
 from rlhf.collect.sources import Sources
@@ -29,6 +30,7 @@ from rlhf.learn.models import Models
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.learn.perception import MaskedPasses
 from rlhf.learn.perception_watch import PerceptionWatch
+from rlhf.learn.precomputed_reference import PrecomputedReference
 from rlhf.learn.pretraining import Pretraining
 from rlhf.models.loading import load_policy, load_sharded_policy
 from rlhf.models.policy import Policy, WithoutAdapter
@@ -56,6 +58,7 @@ class Components:
     budgets: Budgets
     constraints: Constraints
     collector: GroupSource
+    pairing: Pairing
     prefetch: Prefetch
     experience: ExperienceBuilder
     learner: Learner
@@ -106,6 +109,7 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
         budgets=budgets,
         constraints=constraints,
         collector=collector,
+        pairing=Pairing(config.pairs, inputs.algorithm),
         prefetch=prefetch,
         experience=experience,
         learner=learner,
@@ -240,7 +244,17 @@ def _experience_builder(models: Models, sources: Sources, constraints: Constrain
         advantage_clip=config.budget.advantage_clip if config.budget.rule == "knapsack" else None,
     )
     temperature = config.rollout.temperature
-    return ExperienceBuilder(models, sources.world, config.learner, context, temperature=temperature)
+    experience = ExperienceBuilder(models, sources.world, config.learner, context, temperature=temperature)
+    if config.data.precompute_reference:
+        assert models.reference is not None and sources.data is not None
+        groups = sources.data.dataset.groups
+        computed = PrecomputedReference(models.reference, groups, experience.logprobs, sources.world)
+        experience.precomputed = computed.logprobs
+        sources.stateful["reference"] = computed
+        sources.preparations.append(computed.prepare)
+    if experience.running_reward is not None:
+        sources.stateful["running_reward"] = experience.running_reward
+    return experience
 
 
 def _learner(config: Config, inputs: Inputs, world: World, models: Models, optimizer: MasterAdamW) -> Learner:

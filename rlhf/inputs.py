@@ -26,7 +26,7 @@ class Inputs:
     """The model's config.json."""
     train: PromptDataset
     eval: PromptDataset | None
-    """Held-out prompts (`data.eval`)."""
+    """Held-out prompts (`data.eval`) that are sampled from and scored by the reward functions."""
     rewards: Rewards
     algorithm: Algorithm
     eos_token_ids: tuple[int, ...]
@@ -37,3 +37,6 @@ class Inputs:
     """The image processor and its tokenizer; None for a model that takes text alone."""
     offline: OfflineDataset | None = None
     """Completions in `data.train`; None where `data.mode` is online."""
+    eval_pairs: OfflineDataset | None = None
+    """Held-out completions (`data.eval`) of a run with a preference algorithm; None where the file has
+    prompts alone."""

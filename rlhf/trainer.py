@@ -119,6 +119,7 @@ class Trainer(Loop[Config]):
             pending = components.collector.begin(collected.position, replace(hooks, step=hooks.step + 1))
         self.monitor.phase("learn")
         groups, age = components.prefetch.mask_stale_tokens(collected.groups, version=hooks.step)
+        groups, paired = components.pairing(groups)
         section, seed = self.config.learner, self.config.seed
         dealt, numbers = deal(groups, self.world, section, seed=seed, step=hooks.step)
         experience = components.experience.build(
@@ -127,7 +128,7 @@ class Trainer(Loop[Config]):
         cursor.position = collected.position
         components.prefetch.next(pending)
         self.monitor.samples(hooks.step + 1, dealt, experience)
-        measured = collected.metrics | age
+        measured = collected.metrics | age | paired
         observed = components.budgets.observe(collected.sampled) | components.constraints.observe(
             collected.sampled
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf.algos.algorithm import Algorithm
+from rlhf.config.pairs import PairsConfig
 from rlhf.config.run import Config
 
 
@@ -24,6 +25,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
         *_rewards(config, algorithm),
         *(_online(config, algorithm) if config.data.mode == "online" else _from_data(config, algorithm)),
         *_replay(config, algorithm),
+        *_preferences(config, algorithm),
         *_sizes(config),
         *_combinations(config),
     ]
@@ -40,7 +42,7 @@ def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
         yield f"reward.functions is empty, but with data.mode = {data.mode} there are rollouts to score"
     elif data.reward_column is None:
         yield "reward.functions is empty and data.reward_column is null: nothing gives completions a reward"
-    if data.eval is not None:
+    if data.eval is not None and algorithm.preference is None:
         yield f"reward.functions is empty, but data.eval = {data.eval} is evaluated by them: give some"
     if algorithm.needs_prompt_value and config.prompt_value.targets == "greedy":
         yield (
@@ -110,6 +112,49 @@ def _replay(config: Config, algorithm: Algorithm) -> Iterator[str]:
         yield (
             "replay.groups_per_step needs a correction, but algorithm.mismatch.kind is none: tokens of older "
             "policies would count as the policy's own; token_tis is the usual kind"
+        )
+
+
+def _preferences(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """What pairs need, and what the settings of pairs are for."""
+    data, name, preference = config.data, config.algorithm["name"], algorithm.preference
+    if preference is None and config.pairs != PairsConfig():
+        yield f"the section pairs is for preference algorithms such as dpo, but algorithm.name is {name}"
+    if preference is not None:
+        if data.mode == "online" and config.rollout.group_size < 2:
+            yield (
+                f"rollout.group_size is {config.rollout.group_size}, but {name} compares completions of a "
+                "prompt: it needs two or more"
+            )
+        sampled = data.mode == "online" and config.pairs.rule == "all"
+        compared = config.rollout.group_size if sampled else 2
+        needed = data.max_prompt_tokens + compared * config.rollout.max_completion_tokens
+        if config.model.packing in ("packed", "padded"):
+            needed = compared * (data.max_prompt_tokens + config.rollout.max_completion_tokens)
+        if config.learner.microbatch_tokens < needed:
+            yield (
+                f"learner.microbatch_tokens is {config.learner.microbatch_tokens}, but {name} needs the "
+                f"{compared} completions that it compares in one pass, with their prompt up to {needed} "
+                "tokens: raise it, or lower data.max_prompt_tokens or rollout.max_completion_tokens"
+            )
+    if not data.precompute_reference:
+        return
+    if data.mode != "offline":
+        yield (
+            f"data.precompute_reference is for data.mode = offline, but it is {data.mode}: the reference "
+            "also scores completions that are yet to be sampled"
+        )
+    if not algorithm.needs_reference:
+        yield f"data.precompute_reference is set, but {name} with these settings has no reference"
+    if algorithm.needs_exact_kl:
+        yield (
+            "data.precompute_reference keeps the log-probs of the data's tokens alone, but "
+            "algorithm.kl.estimator = exact compares the whole vocabulary"
+        )
+    if preference is not None and preference.baseline == "other_prompts":
+        yield (
+            f"data.precompute_reference does not work with {name}, which also asks the reference for each "
+            "completion behind the prompt of another pair, which changes from step to step"
         )
 
 

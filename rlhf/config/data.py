@@ -37,6 +37,9 @@ class DataConfig(Section):
     mix: bool = False
     """For `offline_to_online`: to each group of rollouts the dataset's completions of its prompt are
     added."""
+    precompute_reference: bool = False
+    """For `offline`: the reference's log-probs of all completions are computed once, before the first step,
+    and kept by checkpoints; then the reference model is given up."""
     prompt_column: str = "prompt"
     """Column of the prompts: plain text, or a list of chat messages. All further columns are passed to the
     reward functions."""

@@ -21,6 +21,7 @@ from rlhf.config.algorithm import algorithm_factory
 from rlhf.config.data import DataConfig, PromptValueConfig, ReplayConfig
 from rlhf.config.learner import CriticConfig, DistributedConfig, LearnerConfig, PtxConfig
 from rlhf.config.model import ModelConfig
+from rlhf.config.pairs import PairsConfig
 from rlhf.config.perception import PerceptionConfig
 from rlhf.config.reward import RewardConfig
 from rlhf.config.rollout import BudgetConfig, RolloutConfig
@@ -85,6 +86,7 @@ class Config(Section):
     algorithm: dict[str, Any]
     """`name` (a key of `ALGORITHMS`, or `path/file.py:function`) and keyword arguments of that function; or
     the name alone."""
+    pairs: PairsConfig = PairsConfig()
     rollout: RolloutConfig = RolloutConfig()
     budget: BudgetConfig = BudgetConfig()
     prompt_value: PromptValueConfig = PromptValueConfig()

@@ -280,6 +280,14 @@ def _is_not_empty(content: object) -> bool:
     return bool(content.strip() if isinstance(content, str) else content)
 
 
+def columns_of(path: str | Path) -> tuple[str, ...]:
+    """The columns of a dataset's first line. Raises ValueError: it cannot be read, or has no lines."""
+    row = next(_read(Path(path).expanduser()), None)
+    if row is None:
+        raise ValueError(f"{path} holds no prompts: it has no lines")
+    return tuple(row.columns)
+
+
 def _read(path: Path) -> Iterator[Row]:
     if str(path).startswith(gym.PREFIX):
         return (Row(name, f"{path}, entry {name}", columns) for name, columns in gym.rows(str(path)))

@@ -17,10 +17,16 @@ from rlhf.checkpoints.serialization import metrics_from, metrics_state, pack_ima
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
 from rlhf.metrics import Metrics, merge
 from rlhf.tensors.candidates import Candidates
+from rlhf.tensors.contrasts import Contrasts
 from rlhf.torch_typed import integers
 from rlhf.types import CriticTargets, Experience, PerceptionInputs
 
-NESTED = {"critic": CriticTargets, "perception": PerceptionInputs, "candidates": Candidates}
+NESTED = {
+    "critic": CriticTargets,
+    "perception": PerceptionInputs,
+    "candidates": Candidates,
+    "contrasts": Contrasts,
+}
 OLD_NAMES = {"kept": "candidates", "right": "correct"}
 """Earlier names of fields of an Experience, which stand in checkpoints that were written under them."""
 

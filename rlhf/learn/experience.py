@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf.config.learner import LearnerConfig
 from rlhf.distributed.world import World
+from rlhf.learn.contrasts import RunningReward, contrasts_of, under_other_prompts, with_offset
 from rlhf.learn.controllers import RewardScaler
 from rlhf.learn.models import Models
 from rlhf.models.packing import microbatches
@@ -71,11 +72,17 @@ class ExperienceBuilder:
         assert context.temperature_factors is not None or algorithm.prompt_temperature is None
         self.models, self.algorithm, self.world, self.context = models, algorithm, world, context
         self.policy, self.critic = models.policy, models.critic
+        self.precomputed: Callable[[Sequence[Group]], Tensor] | None = None
+        """The reference's log-probs `[N]` of groups that were scored before; None: the reference is asked."""
         self.temperature, self.microbatch_tokens = temperature, section.microbatch_tokens
         self.scaler = RewardScaler(algorithm.reward_scaling, world.all_sum)
         self.kl_in_reward = algorithm.kl.coef > 0 and algorithm.kl.placement == "reward"
+        preference = algorithm.preference
         # the second update of a step compares the policy with what it was before the first
-        self.needs_old = section.epochs * section.minibatches > 1 or self.kl_in_reward
+        several = algorithm.has_advantages and section.epochs * section.minibatches > 1
+        running = preference is not None and preference.baseline == "running_mean"
+        self.needs_old = several or self.kl_in_reward or running
+        self.running_reward = RunningReward(world) if running else None
 
     def build(
         self,
@@ -91,9 +98,19 @@ class ExperienceBuilder:
         """
         present = [i for i, group in enumerate(groups) if any(map(is_learnable, group.trajectories))]
         groups = [_learnable(groups[i]) for i in present]
-        packed = self._pack(groups, None if group_numbers is None else [group_numbers[i] for i in present])
+        numbers = list(range(len(groups))) if group_numbers is None else [group_numbers[i] for i in present]
+        packed = self._pack(groups, None if group_numbers is None else numbers)
+        pull, preference = None, self.algorithm.preference
+        if preference is not None:
+            contrasts, pull = contrasts_of(groups, preference)
+            packed = replace(packed, contrasts=contrasts)
         old_logprobs, values = self._before_update(packed)
-        ref_logprobs = self._ref_logprobs(packed)
+        ref_logprobs = self._ref_logprobs(groups, packed)
+        if preference is not None and packed.contrasts is not None and preference.baseline != "none":
+            offset = preference.baseline_scale * self._baseline(
+                groups, numbers, packed, old_logprobs, ref_logprobs
+            )
+            packed = replace(packed, contrasts=with_offset(packed.contrasts, offset))
         perception = None
         if self.models.perception is not None:
             perception = self.models.perception.inputs(
@@ -109,7 +126,35 @@ class ExperienceBuilder:
             critic=None if self.algorithm.critic is None else self.algorithm.critic.targets(inputs),
             correct=self._correct(groups),
             advantages=self._advantages(inputs),
+            pull=None if pull is None else pull.to(self.world.device),
         )
+
+    def _baseline(
+        self,
+        groups: Sequence[Group],
+        numbers: Sequence[int],
+        packed: PackedGroups,
+        old_logprobs: Tensor | None,
+        ref_logprobs: Tensor | None,
+    ) -> float:
+        """The log-ratio to the reference, in nats, from which a preference loss measures those of the step.
+
+        The same on all ranks, each of which calls it.
+        """
+        preference = self.algorithm.preference
+        assert preference is not None and ref_logprobs is not None
+        if self.running_reward is not None:
+            assert old_logprobs is not None
+            return self.running_reward(_log_ratios(packed, old_logprobs, ref_logprobs))
+        assert self.models.reference is not None
+        others = under_other_prompts(groups, numbers, self.world)
+        packed = self._pack(others)
+        ratios = _log_ratios(
+            packed, self.logprobs(self.policy, packed), self.logprobs(self.models.reference, packed)
+        )
+        sums = self.world.all_sum(torch.stack([ratios.sum(), torch.ones_like(ratios).sum()]))
+        total, count = float(sums[0]), float(sums[1])
+        return max(total / count, 0.0) if count else 0.0
 
     def weights(self, groups: Sequence[Group]) -> list[float]:
         """The largest advantage of each trajectory, all of them as one batch; 0 for one without a reward."""
@@ -138,15 +183,18 @@ class ExperienceBuilder:
             drop_truncated=self.algorithm.selection.drop_truncated,
         )
 
-    def _ref_logprobs(self, packed: PackedGroups) -> Tensor | None:
+    def _ref_logprobs(self, groups: Sequence[Group], packed: PackedGroups) -> Tensor | None:
+        if self.precomputed is not None:
+            return self.precomputed(groups)
         # an exact KL has the reference in every pass of the learner, which gives its log-probs too
         reference = self.models.reference
         if reference is None or self.algorithm.needs_exact_kl:
             return None
-        return self._logprobs(reference, packed)
+        return self.logprobs(reference, packed)
 
     @torch.no_grad()
-    def _logprobs(self, policy: Policy, packed: PackedGroups) -> Tensor:
+    def logprobs(self, policy: Policy, packed: PackedGroups) -> Tensor:
+        """Log-probs `[N]` of all tokens under `policy`, in microbatches."""
         result = torch.zeros_like(packed.rollout_logprobs)
         groups = range(len(packed.prompts))
         micros = microbatches(packed, groups, self.microbatch_tokens, layout=policy.layout)
@@ -303,6 +351,12 @@ def pack_groups(
 def fields_of(packed: PackedGroups) -> dict[str, Any]:
     """The fields of `packed` by name: what an Experience of the same tokens begins with."""
     return {f.name: getattr(packed, f.name) for f in fields(PackedGroups)}
+
+
+def _log_ratios(packed: PackedGroups, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """log policy - log reference of each sequence, float64 `[S]`, from log-probs `[N]`."""
+    differences = (logprobs - ref_logprobs).masked_fill(~packed.loss_mask, 0.0).double()
+    return differences.new_zeros(len(packed.group)).index_add(0, packed.sequence, differences)
 
 
 def _learnable(group: Group) -> Group:

@@ -8,7 +8,7 @@ but memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from rlhf.learn.pretraining import Pretraining
 from rlhf.metrics import Max, Mean, Metrics, Sum, merge
 from rlhf.models.packing import Microbatch, microbatches
 from rlhf.models.sharding import in_step
-from rlhf.torch_typed import integers, run_numbers
+from rlhf.torch_typed import integers, numbers, run_numbers
 from rlhf.types import Counts, CriticTargets, Experience, LossInputs
 
 
@@ -69,7 +69,8 @@ class Learner:
 
     def before(self, experience: Experience) -> Metrics:
         """Metrics that are known before the first update: of the advantages and of the critic's values."""
-        return _advantage_metrics(experience) | _value_metrics(experience, self.world)
+        advantages = _advantage_metrics(experience) if self.algorithm.has_advantages else {}
+        return advantages | _value_metrics(experience, self.world)
 
     def updates(
         self, experience: Experience, *, step: int, seed: int, kl_coef: float, done: int = 0
@@ -94,7 +95,7 @@ class Learner:
             return [{"update/no_signal": Sum(1.0 / self.world.size)}]
         counts = self.counts(experience, groups)
         metrics = self.accumulate(experience, learned, counts, kl_coef)
-        if self.policy_learns:
+        if self.policy_learns and self.algorithm.has_advantages:
             # skipped groups add loss 0 over their tokens
             metrics.append({"loss/policy": Mean(0.0, skipped_tokens / max(counts.tokens, 1))})
         if self.pretraining is not None and self.policy_learns:
@@ -168,7 +169,7 @@ class Learner:
             reference=self.reference,
             hidden=hidden,
         )
-        index = micro.index
+        index, sequences = micro.index, micro.sequences.to(micro.index.device)
         logprobs, entropy = statistics.logprob, statistics.entropy
         assert logprobs is not None and entropy is not None
         if self.entropy is not None:
@@ -196,6 +197,10 @@ class Learner:
             perception=None
             if self.perception is None
             else self.perception.batch(experience, micro, hidden, temperature=self.temperature),
+            contrasts=None
+            if experience.contrasts is None
+            else experience.contrasts.within(micro.sequences).to(index.device),
+            pull=None if experience.pull is None else experience.pull[sequences],
         )
 
     def _minibatch(
@@ -219,7 +224,12 @@ class Learner:
         correct = unmasked[:0] if experience.correct is None else unmasked[experience.correct]
         sums = torch.stack([unmasked.sum(), (unmasked > 0).sum(), correct.sum()])
         tokens, sequences, correct_tokens = integers(self.world.all_sum(sums))
-        return Counts(tokens=tokens, sequences=sequences, correct_tokens=correct_tokens)
+        comparisons = 0.0
+        if self.algorithm.preference is not None:
+            [comparisons] = numbers(self.world.all_sum(_shares(experience, groups).to(self.world.device)))
+        return Counts(
+            tokens=tokens, sequences=sequences, correct_tokens=correct_tokens, comparisons=comparisons
+        )
 
     def _with_signal(
         self, experience: Experience, groups: list[int], kl_coef: float
@@ -227,6 +237,7 @@ class Learner:
         """Those of `groups` that have a gradient, and the number of unmasked tokens in the others."""
         mask = experience.loss_mask  # [N]
         at_zero = self.algorithm.learns_at_zero(kl_coef)
+        compared = _compared(experience)
         signal = mask if at_zero else mask & (experience.advantages != 0)  # [N]
         group = experience.group[experience.sequence]  # [N]
         zeros = mask.new_zeros(len(experience.prompts), dtype=torch.long)  # [P]
@@ -238,13 +249,30 @@ class Learner:
         def has_gradient(g: int) -> bool:
             # the perception terms have one in every unmasked token behind an image, whatever the advantages
             perceives = self.perception is not None and any(experience.images[g : g + 1])
-            return (num_unmasked if perceives else num_signal)[g] > 0
+            return g in compared or (num_unmasked if perceives else num_signal)[g] > 0
 
         learned = [g for g in groups if has_gradient(g)]
         return learned, sum(num_unmasked[g] for g in groups) - sum(num_unmasked[g] for g in learned)
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.world.all_sum(torch.tensor(int(flag), device=self.world.device)).item())
+
+
+def _compared(experience: Experience) -> set[int]:
+    """The groups with sequences that a preference loss compares."""
+    if experience.contrasts is None:
+        return set()
+    return set(integers(experience.group.cpu()[experience.contrasts.sequence]))
+
+
+def _shares(experience: Experience, groups: Sequence[int]) -> Tensor:
+    """`[1]`: the sum of the shares of the contrasts of these groups."""
+    contrasts = experience.contrasts
+    assert contrasts is not None
+    chosen = torch.isin(experience.group.cpu()[contrasts.sequence], torch.tensor(groups, dtype=torch.long))
+    # all entries of a contrast are of one group
+    here = torch.zeros(len(contrasts.share)).index_fill(0, contrasts.contrast[chosen], 1.0)
+    return (contrasts.share * here).sum().double().view(1)
 
 
 def _advantage_metrics(experience: Experience) -> Metrics:

@@ -70,6 +70,8 @@ class Microbatch:
     packed: Packed
     index: Tensor
     """`[N]`: the places of its completion tokens in the experience."""
+    sequences: Tensor
+    """`[S]`, on the CPU: the numbers of its sequences in the experience, in the order of their tokens."""
 
 
 def pack(
@@ -127,14 +129,18 @@ class Unit:
     first: int
     last: int
     cost: int
-    """Tokens in the forward pass: the prompt once and the completions of all these sequences."""
+    """Tokens in the forward pass: the prompt once (or, where it is not shared, once for each sequence) and
+    the completions of all these sequences; padding does not count."""
+    longest: int = 0
+    """Tokens of the longest of its sequences, prompt included; needed for padded rows alone."""
 
 
 def cut(experience: PackedGroups, groups: Sequence[int], budget: int, *, share: bool) -> list[Unit]:
     """Cuts groups into units of at most `budget` tokens each.
 
     A larger group is cut between sequences, and its prompt is repeated in each unit. Without `share`, every
-    sequence is a unit. A single sequence of more than `budget` tokens is a unit of its own.
+    sequence is a unit. A single sequence of more than `budget` tokens is a unit of its own. Where sequences
+    are compared (`contrasts`), a group is one unit, however large it is.
     """
     lengths = _lengths(experience)
     members: dict[int, list[int]] = {g: [] for g in groups}
@@ -144,13 +150,20 @@ def cut(experience: PackedGroups, groups: Sequence[int], budget: int, *, share: 
     units: list[Unit] = []
     for group, sequences in members.items():
         prompt = len(experience.prompts[group])
+        if experience.contrasts is not None:
+            prompts = prompt * (1 if share else len(sequences))
+            sizes = [lengths[s] for s in sequences]
+            span = sequences[0], sequences[-1] + 1
+            units.append(Unit(group, *span, prompts + sum(sizes), prompt + max(sizes)))
+            continue
         first, cost = sequences[0], prompt
         for sequence in sequences:
             if sequence > first and (not share or cost + lengths[sequence] > budget):
-                units.append(Unit(group, first, sequence, cost))
+                units.append(Unit(group, first, sequence, cost, prompt + max(lengths[first:sequence])))
                 first, cost = sequence, prompt
             cost += lengths[sequence]
-        units.append(Unit(group, first, sequences[-1] + 1, cost))
+        last = sequences[-1] + 1
+        units.append(Unit(group, first, last, cost, prompt + max(lengths[first:last])))
     return units
 
 
@@ -176,14 +189,17 @@ def fill(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
 
 
 def fill_rows(units: Sequence[Unit], budget: int) -> list[list[Unit]]:
-    """Puts units of one sequence into bins of at most `budget` tokens, padding included; longest first."""
+    """Puts units into bins of at most `budget` tokens, padding included; the longest sequences first."""
     bins: list[list[Unit]] = []
-    for unit in sorted(units, key=lambda u: -u.cost):
-        # the first unit of a bin is its longest: every row of the bin is padded to it
-        if bins and bins[-1][0].cost * (len(bins[-1]) + 1) <= budget:
+    rows = 0
+    for unit in sorted(units, key=lambda u: -u.longest):
+        # the first unit of a bin has its longest sequence: every row of the bin is padded to that
+        rows += unit.last - unit.first
+        if bins and bins[-1][0].longest * rows <= budget:
             bins[-1].append(unit)
         else:
             bins.append([unit])
+            rows = unit.last - unit.first
     return bins
 
 
@@ -208,7 +224,8 @@ def microbatches(
         index = index.to(experience.token_ids.device)
         if experience.candidates is not None:
             packed = replace(packed, candidates=experience.candidates.take(index))
-        yield Microbatch(packed, index)
+        sequences = [torch.arange(u.first, u.last) for u in units]
+        yield Microbatch(packed, index, torch.cat(sequences))
 
 
 def _lengths(experience: PackedGroups) -> list[int]:

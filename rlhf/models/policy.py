@@ -180,6 +180,12 @@ class Policy(Trunk):
         if self._mapped is not None:
             self._mapped.release_pages()
 
+    def give_up(self) -> None:
+        """Frees the weights of a frozen model that is not asked again."""
+        self.free_memory()
+        self._mapped = None
+        self.model.to("meta")
+
     def divergence(self, packed: Packed, hidden: Tensor, other: Tensor, *, temperature: float) -> Tensor:
         """Exact KL `[N]` of the policy at states `hidden` from the policy at states `other`, both `[N, H]`.
 
@@ -229,3 +235,6 @@ class WithoutAdapter(Policy):
     def hidden(self, packed: Packed) -> Tensor:
         with self._trained.off():
             return self._policy.hidden(packed)
+
+    def give_up(self) -> None:
+        """Nothing: the weights are the policy's."""

@@ -24,6 +24,9 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     rollout, learner = config.rollout, config.learner
     lengths = sorted(len(p.token_ids) for p in inputs.train.prompts)
     samples = rollout.prompts_per_step * rollout.group_size
+    if inputs.offline is not None and config.data.mode == "offline" and config.data.sampling == "groups":
+        mean = inputs.offline.num_completions / len(inputs.offline.groups)
+        samples = round(rollout.prompts_per_step * mean)
     settings = {key: value for key, value in config.algorithm.items() if key != "name"}
     yield from _describe_models(config, inputs)
     yield f"algorithm    {config.algorithm['name']} " + ", ".join(f"{k}={v}" for k, v in settings.items())
@@ -50,13 +53,14 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
 
 
 def _held_out(config: Config, inputs: Inputs) -> str:
+    pairs = "" if inputs.eval_pairs is None else f"{len(inputs.eval_pairs.groups)} groups of completions"
     if inputs.eval is None:
-        return "none"
+        return pairs or "none"
     several = len(config.reward.functions) > 1
     what = config.reward.success_objective or ("the weighted sum of rewards" if several else "the reward")
     return (
-        f"{len(inputs.eval)} prompts x {config.eval.samples} samples; correct where {what} is at least "
-        f"{config.reward.success_threshold:g}"
+        f"{pairs and pairs + '; '}{len(inputs.eval)} prompts x {config.eval.samples} samples; correct where "
+        f"{what} is at least {config.reward.success_threshold:g}"
     )
 
 
@@ -83,6 +87,8 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
     )
     if reference and lora is not None and config.model.reference is None:
         reference = "the model with its adapter switched off"
+    if reference and config.data.precompute_reference:
+        reference += ", asked once before the first step and then given up"
     yield f"reference    {reference or 'none: no KL term, not loaded'}"
     if inputs.algorithm.critic is not None:
         start = config.critic.path or config.model.path

@@ -4,8 +4,8 @@
 
 Memory is the sum of what the run allocates; every part has a name and a setting that changes it. Time is the
 number of operations or bytes, divided by the measured speed of a matrix product or of a copy on this machine.
-A run does not reach these speeds, so the time is a lower bound. All completions are assumed to have
-`rollout.max_completion_tokens` tokens.
+A run does not reach these speeds, so the time is a lower bound. All sampled completions are assumed to have
+`rollout.max_completion_tokens` tokens, those of a dataset their mean length.
 
 Not included: fragmentation in the allocator, reward workers, buffers of collectives.
 """
@@ -52,6 +52,9 @@ class Seconds:
     rollout: float
     learn: float
 
+    from_data: bool = False
+    """Whether the completions are the dataset's, so that nothing is sampled."""
+
     @property
     def step(self) -> float:
         return self.rollout + self.learn
@@ -97,10 +100,9 @@ class Estimate:
         if not self.fits:
             yield from self._too_much()
         seconds = self.seconds
-        yield (
-            f"time         at least {_clock(seconds.step)} a step with completions of full length: sampling "
-            f"{_clock(seconds.rollout)}, learning {_clock(seconds.learn)}"
-        )
+        parts = f"sampling {_clock(seconds.rollout)}, learning {_clock(seconds.learn)}"
+        how = "" if seconds.from_data else f" with completions of full length: {parts}"
+        yield f"time         at least {_clock(seconds.step)} a step{how}"
         yield (
             f"             (from {self.machine.flops / 1e12:.3g} TFLOP/s in a matrix product and "
             f"{self.machine.bandwidth / 1e9:.3g} GB/s in a copy, measured here)"
@@ -142,7 +144,9 @@ def estimate(config: Config, inputs: Inputs, *, world_size: int, machine: Machin
         )
     return Estimate(
         memory=tuple(item for item in items if item.bytes),
-        seconds=Seconds(plan.seconds_of_rollout(machine), plan.seconds_of_learning(machine)),
+        seconds=Seconds(
+            plan.seconds_of_rollout(machine), plan.seconds_of_learning(machine), from_data=not plan.samples
+        ),
         gathered=plan.gathered(),
         summed=plan.summed(),
         machine=machine,
@@ -174,9 +178,19 @@ class _Plan:
         return -(-self.config.rollout.prompts_per_step // self.ranks)
 
     @property
+    def samples(self) -> bool:
+        """Whether the steps sample completions; with `data.mode: offline` the dataset has them."""
+        return self.config.data.mode != "offline"
+
+    @property
     def rows(self) -> int:
         """Completions of a step on this rank."""
-        return self.prompts * self.config.rollout.group_size
+        offline = self.inputs.offline
+        if self.samples or offline is None or self.config.data.sampling != "groups":
+            return self.prompts * self.config.rollout.group_size
+        compared = self.inputs.algorithm.preference is not None and self.config.pairs.rule != "all"
+        sizes = [len(g.trajectories) for g in offline.groups]
+        return math.ceil(self.prompts * sum(min(n, 2) if compared else n for n in sizes) / len(sizes))
 
     @property
     def prompt_tokens(self) -> float:
@@ -185,8 +199,13 @@ class _Plan:
         return sum(len(p.token_ids) for p in prompts) / len(prompts)
 
     @property
-    def completion_tokens(self) -> int:
-        return self.config.rollout.max_completion_tokens
+    def completion_tokens(self) -> float:
+        """Length of a completion: the limit for sampled ones, the mean for those of a dataset."""
+        offline = self.inputs.offline
+        if self.samples or offline is None:
+            return self.config.rollout.max_completion_tokens
+        lengths = [len(t.token_ids) for g in offline.groups for t in g.trajectories]
+        return sum(lengths) / len(lengths)
 
     @property
     def packed_tokens(self) -> float:
@@ -238,12 +257,18 @@ class _Plan:
             merged = self.policy.matrices * width
             yield Item("adapted weights, merged for the engine", merged, "always", "model.lora.targets")
         switched_off = lora is not None and self.config.model.reference is None
-        if self.inputs.algorithm.needs_reference and not switched_off:
+        kept = self.inputs.algorithm.needs_reference and not self.config.data.precompute_reference
+        if kept and not switched_off:
             own = -(-self.policy.weights // self.shards) * width
-            yield Item("reference", own, "always", "algorithm.kl.coef=0, or model.lora")
+            less = "algorithm.kl.coef=0, or model.lora"
+            if self.inputs.algorithm.preference is not None:
+                less = "data.precompute_reference=true, or model.lora"
+            yield Item("reference", own, "always", less)
 
     def rollout(self, on_cpu: bool) -> Iterator[Item]:
         section = self.config.rollout
+        if not self.samples:
+            return
         reserved, fewer = (
             int(section.kv_cache_gib * GIB),
             "rollout.kv_cache_gib (groups for which there is no room wait)",
@@ -300,11 +325,18 @@ class _Plan:
         """Forward passes of policy and reference without gradient, before and between the updates."""
         section, algorithm = self.config.learner, self.inputs.algorithm
         in_reward = algorithm.kl.coef > 0 and algorithm.kl.placement == "reward"
-        old = section.epochs * section.minibatches > 1 or in_reward
-        return int(old) + (section.epochs if algorithm.needs_exact_kl else int(algorithm.needs_reference))
+        old = (section.epochs * section.minibatches > 1 and algorithm.has_advantages) or in_reward
+        if algorithm.needs_exact_kl:
+            return int(old) + section.epochs
+        baseline = "none" if algorithm.preference is None else algorithm.preference.baseline
+        # a baseline needs the policy's log-probs, or those of both models behind other prompts
+        more = {"none": 0, "running_mean": 1, "other_prompts": 2}[baseline]
+        return int(old) + more + int(algorithm.needs_reference and not self.config.data.precompute_reference)
 
     def seconds_of_rollout(self, machine: Machine) -> float:
         """Decoding one token reads all weights once for all completions that are decoded together."""
+        if not self.samples:
+            return 0.0
         sizes, waves = self.policy, self._waves()
         prefill = 2 * sizes.matrices * self.prompts * self.prompt_tokens / machine.flops
         multiplied = sizes.matrices + sizes.head

@@ -6,6 +6,7 @@ A run begins with it, and `rlhf check` calls it too, so that what passes the che
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from rlhf.config.checks import return_candidates
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.data.completions import OfflineDataset, load_offline
-from rlhf.data.prompts import PromptDataset, load_prompts
+from rlhf.data.prompts import PromptDataset, columns_of, load_prompts
 from rlhf.data.texts import load_texts
 from rlhf.inputs import Inputs
 from rlhf.models.pretrained import (
@@ -32,8 +33,11 @@ from rlhf.plugins import load_plugin
 from rlhf.preflight.vllm import check_adapter, check_vllm
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards
+from rlhf.types import Prompt
 
 SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+PAIR_COLUMNS = {"chosen", "completions", "label"}
+"""Columns of which one tells that a file has completions to compare, not prompts alone."""
 
 
 def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
@@ -41,17 +45,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
 
     Raises ConfigError or another ValueError that says what was expected, what came and what to do.
     """
-    if config.rollout.prompts_per_step < world_size:
-        raise ConfigError(
-            f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, fewer than "
-            f"the {world_size} ranks: raise it, or start fewer ranks"
-        )
-    if config.learner.minibatches > config.rollout.prompts_per_step // world_size:
-        raise ConfigError(
-            f"learner.minibatches is {config.learner.minibatches}: with "
-            f"{config.rollout.prompts_per_step} prompts a step some of the {world_size} ranks would have "
-            "nothing to learn from in an update; lower it, or raise rollout.prompts_per_step"
-        )
+    _check_ranks(config, world_size)
     _check_installed(config)
     check_vllm(config, world_size)
     algorithm = config.build_algorithm()
@@ -68,9 +62,12 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     processor = load_processor(config.model.path, tokenizer)
     check_adapter(config, processor)
     ends = _eos_token_ids(config, tokenizer)
-    offline = None if config.data.mode == "online" else _offline(config, tokenizer, processor, ends)
+    offline = None
+    if config.data.mode != "online":
+        offline = _offline(config, config.data.train, tokenizer, processor, ends)
+        _check_singles(config, algorithm, offline)
     train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
-    held_out = None if config.data.eval is None else _prompts(config, config.data.eval, tokenizer, processor)
+    held_out, eval_pairs = _held_out(config, algorithm, tokenizer, processor, ends)
     _check_images(config, algorithm, train)
     texts = ()
     if config.ptx.path is not None:
@@ -81,24 +78,86 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             rewards.check_columns(held_out.columns)
         except ValueError as error:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
-    return Inputs(tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor, offline)
+    return Inputs(
+        tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor, offline, eval_pairs
+    )
+
+
+def _held_out(
+    config: Config,
+    algorithm: Algorithm,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor | None,
+    eos_token_ids: tuple[int, ...],
+) -> tuple[PromptDataset | None, OfflineDataset | None]:
+    """Prompts to sample from, and completions to compare, as `data.eval` has them and the algorithm can use.
+
+    The prompts of pairs are sampled from, each once, where there are reward functions.
+    """
+    path = config.data.eval
+    if path is None:
+        return None, None
+    if algorithm.preference is None or not PAIR_COLUMNS.intersection(columns_of(path)):
+        return _prompts(config, path, tokenizer, processor), None
+    pairs = _offline(config, path, tokenizer, processor, eos_token_ids)
+    if not config.reward.functions:
+        return None, pairs
+    different: dict[tuple[int, ...], Prompt] = {}
+    for prompt in pairs.prompts.prompts:
+        different.setdefault(prompt.token_ids, prompt)
+    return replace(pairs.prompts, prompts=tuple(different.values())), pairs
+
+
+def _check_singles(config: Config, algorithm: Algorithm, data: OfflineDataset) -> None:
+    """Raises ConfigError when the algorithm compares pairs and a line has a single completion."""
+    single = next((g for g in data.groups if len(g.trajectories) == 1), None)
+    if algorithm.preference is None or single is None:
+        return
+    name = config.algorithm["name"]
+    if not algorithm.preference.form.takes_singles:
+        raise ConfigError(
+            f"{config.data.train}, {single.prompt.id}: {name} compares completions of one prompt, and here "
+            "is a single one; for completions that are each labelled good or bad take algorithm.name kto, "
+            "bco, nca or apo_zero"
+        )
+    if not all(0 <= reward <= 1 for reward in single.rewards):
+        raise ConfigError(
+            f"{config.data.train}, {single.prompt.id}: {name} reads the reward of a single completion as the "
+            f"probability that it is good, which must lie between 0 and 1, got {single.rewards[0]:g}"
+        )
 
 
 def _offline(
     config: Config,
+    path: str,
     tokenizer: PreTrainedTokenizerBase,
     processor: Processor | None,
     eos_token_ids: tuple[int, ...],
 ) -> OfflineDataset:
     eos = tokenizer.eos_token_id
     return load_offline(
-        Path(config.data.train).expanduser(),
+        Path(path).expanduser(),
         tokenizer,
         config.data,
         max_completion_tokens=config.rollout.max_completion_tokens,
         eos_token_id=eos if isinstance(eos, int) else eos_token_ids[0],
         processor=processor,
     )
+
+
+def _check_ranks(config: Config, world_size: int) -> None:
+    """Raises ConfigError when a rank would have no prompt in a step or in an update."""
+    if config.rollout.prompts_per_step < world_size:
+        raise ConfigError(
+            f"rollout.prompts_per_step is {config.rollout.prompts_per_step}, fewer than "
+            f"the {world_size} ranks: raise it, or start fewer ranks"
+        )
+    if config.learner.minibatches > config.rollout.prompts_per_step // world_size:
+        raise ConfigError(
+            f"learner.minibatches is {config.learner.minibatches}: with "
+            f"{config.rollout.prompts_per_step} prompts a step some of the {world_size} ranks would have "
+            "nothing to learn from in an update; lower it, or raise rollout.prompts_per_step"
+        )
 
 
 def _check_installed(config: Config) -> None:

@@ -60,6 +60,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "data.mix",
         "data.mode",
         "data.offline_steps",
+        "data.precompute_reference",
         "data.prompt_column",
         "data.reward_column",
         "data.sampling",

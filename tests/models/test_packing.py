@@ -40,7 +40,7 @@ def test_separate_sequences_have_a_prompt_each_and_the_same_targets():
 
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 60))
 def test_bins_hold_every_unit_once_and_overflow_only_when_a_unit_is_alone(costs: list[int], budget: int):
-    units = [Unit(i, 0, 1, cost) for i, cost in enumerate(costs)]
+    units = [Unit(i, 0, 1, cost, cost) for i, cost in enumerate(costs)]
     bins = fill(units, budget)
     assert sorted(u.group for b in bins for u in b) == list(range(len(costs)))
     assert all(sum(u.cost for u in b) <= budget or len(b) == 1 for b in bins)
@@ -72,7 +72,7 @@ def test_a_group_larger_than_the_budget_is_cut_between_sequences():
 
 @given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 200))
 def test_padded_bins_hold_the_budget_with_their_padding(costs: list[int], budget: int):
-    units = [Unit(i, 0, 1, cost) for i, cost in enumerate(costs)]
+    units = [Unit(i, 0, 1, cost, cost) for i, cost in enumerate(costs)]
     bins = fill_rows(units, budget)
     assert sorted(u.group for b in bins for u in b) == list(range(len(costs)))
     assert all(len(b) * max(u.cost for u in b) <= budget or len(b) == 1 for b in bins)

@@ -1,0 +1,130 @@
+"""Decides which completions of a prompt are compared, for algorithms with a preference loss.
+
+A group leaves here with the completions that a pair needs and no others, which would cost a forward pass for
+nothing, and with its pairs in `Group.duels`. A group without a pair is not learned from: its rewards are
+equal, or its completions are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.preference.pairing import (
+    LABELS,
+    RULES,
+    Comparison,
+    Label,
+    Rule,
+    Scored,
+    compare_group,
+)
+from rlhf.config.pairs import PairsConfig
+from rlhf.metrics import Mean, Metrics, Sum
+from rlhf.plugins import load_plugin
+from rlhf.types import Duel, FinishReason, Group, Trajectory, is_learnable
+
+
+class Pairing:
+    """Applies the rule of the section `pairs` to the groups of a step."""
+
+    def __init__(self, section: PairsConfig, algorithm: Algorithm) -> None:
+        """Raises ValueError: the rule is a function that cannot be found."""
+        self.section, self.preference = section, algorithm.preference
+        self.rule: Rule = RULES[section.rule] if section.rule in RULES else _own_rule(section.rule)
+
+    def __call__(self, groups: Sequence[Group]) -> tuple[list[Group], Metrics]:
+        """The groups that are learned from, and what became of the others.
+
+        Without a preference loss these are all groups, as they are.
+        """
+        if self.preference is None:
+            return list(groups), {}
+        paired: list[Group] = []
+        metrics: Metrics = {}
+        tied = identical = 0
+        for group in groups:
+            if len(group.trajectories) == 1 and self.preference.form.takes_singles:
+                paired += [group] if is_learnable(group.trajectories[0]) else []
+                continue
+            found = self._comparisons(group)
+            different = [c for c in found if not _same(group, c)]
+            tied += not found
+            identical += bool(found) and not different
+            if different:
+                paired.append(_compared(group, different))
+        total = float(len(groups))
+        metrics["pairs/groups"] = Sum(float(len(paired)))
+        metrics["pairs/tied"] = Mean(float(tied), total)
+        metrics["pairs/identical"] = Mean(float(identical), total)
+        return paired, metrics | _described(paired)
+
+    def _comparisons(self, group: Group) -> list[Comparison]:
+        """The comparisons of one group, by the places of its trajectories."""
+        places = [i for i, t in enumerate(group.trajectories) if is_learnable(t)]
+        if len(places) < 2:
+            return []
+        found = compare_group(
+            _scored(group, places), rule=self.rule, label=self._label(group), min_gap=self.section.min_gap
+        )
+        return [Comparison(places[c.better], places[cast(int, c.other)], c.probability) for c in found]
+
+    def _label(self, group: Group) -> Label:
+        if self.section.labels == "auto":
+            return LABELS["preference" if group.duels else "hard"]
+        return LABELS[self.section.labels]
+
+
+def _own_rule(path: str) -> Rule:
+    found: Any = load_plugin(path)
+    if not callable(found):
+        raise ValueError(f"pairs.rule: {path} must be a function, got {found!r:.80}")
+    return cast(Rule, found)
+
+
+def _scored(group: Group, places: Sequence[int]) -> Scored:
+    trajectories = [group.trajectories[i] for i in places]
+    place = {old: new for new, old in enumerate(places)}
+    duels: Mapping[tuple[int, int], float] = {
+        (place[d.first], place[d.second]): d.probability
+        for d in group.duels
+        if d.first in place and d.second in place
+    }
+    return Scored(
+        rewards=[_reward(t) for t in trajectories],
+        tokens=[len(t.token_ids) for t in trajectories],
+        truncated=[t.finish_reason == FinishReason.LENGTH for t in trajectories],
+        duels=duels,
+        draw=group.draw,
+    )
+
+
+def _same(group: Group, comparison: Comparison) -> bool:
+    """Whether both completions have the same tokens, so that nothing can be learned from the pair."""
+    first, second = comparison.better, cast(int, comparison.other)
+    return group.trajectories[first].token_ids == group.trajectories[second].token_ids
+
+
+def _compared(group: Group, comparisons: Sequence[Comparison]) -> Group:
+    """The group with the compared trajectories alone, in their order, and the comparisons as its duels."""
+    used = sorted({i for c in comparisons for i in (c.better, cast(int, c.other))})
+    place = {old: new for new, old in enumerate(used)}
+    duels = tuple(Duel(place[c.better], place[cast(int, c.other)], c.probability) for c in comparisons)
+    return replace(group, trajectories=tuple(group.trajectories[i] for i in used), duels=duels)
+
+
+def _described(groups: Sequence[Group]) -> Metrics:
+    duels = [d for g in groups for d in g.duels]
+    trajectories = [t for g in groups for t in g.trajectories]
+    truncated = sum(t.finish_reason == FinishReason.LENGTH for t in trajectories)
+    return {
+        "pairs/probability": Mean(sum(d.probability for d in duels), float(len(duels))),
+        "pairs/truncated": Mean(float(truncated), float(len(trajectories))),
+    }
+
+
+def _reward(trajectory: Trajectory) -> float:
+    assert trajectory.reward is not None
+    return trajectory.reward

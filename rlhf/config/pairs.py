@@ -1,0 +1,33 @@
+"""The section `pairs`: which completions of a prompt a preference loss compares, and with what label."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from rlhf.algos.preference.pairing import RULES
+from rlhf.config.section import Section
+
+
+class PairsConfig(Section):
+    """How the completions of a prompt become pairs, for preference algorithms (docs/preferences.md). Two
+    completions, as those of a file with `chosen` and `rejected`, are one pair by any rule."""
+
+    rule: str = "best_worst"
+    """Pairs of a group of several completions. `best_worst`: the highest against the lowest reward.
+    `best_second`: the highest against the next. `best_random`: the highest against a random other one.
+    `first_two`: the first two. `all`: every two. Or a function of your own, as `path/file.py:function`."""
+    labels: Literal["auto", "hard", "reward"] = "auto"
+    """The probability that the better one of a pair is really better. `auto`: that of the data's column
+    `probability`, 1 where there is none. `hard`: 1. `reward`: the sigmoid of the difference of the two
+    rewards."""
+    min_gap: Annotated[float, Field(ge=0.0)] = 0.0
+    """Two completions whose rewards differ by less than this, or not at all, are no pair."""
+
+    @field_validator("rule")
+    @classmethod
+    def is_known_or_a_function(cls, rule: str) -> str:
+        if rule not in RULES and ":" not in rule:
+            raise ValueError(f"must be one of {', '.join(RULES)} or path/file.py:function, got {rule!r}")
+        return rule
