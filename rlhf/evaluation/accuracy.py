@@ -1,12 +1,13 @@
 """Evaluates the policy on held-out prompts: accuracy and mean reward, each with a 95% interval.
 
-Prompts, seeds and sampling are the same every time, so two evaluations differ only by the weights.
+Prompts, seeds and sampling are the same every time, so two evaluations differ only by the weights. An
+`Evaluation` may have what held-out pairs say beside that, or alone (`rlhf.evaluation.pairs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
@@ -15,42 +16,71 @@ from rlhf.config.run import Config
 from rlhf.data.prompts import PromptDataset
 from rlhf.distributed.world import World
 from rlhf.evaluation.intervals import mean_interval, share_interval
+from rlhf.evaluation.pairs import SHOWN, PairResult
 from rlhf.rewards.success import check_objective, is_correct
 from rlhf.types import FinishReason, Group
-
-SHOWN = 8
-"""Most samples that are written into an evaluation record."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One record of RUN/eval.json."""
+    """One record of RUN/eval.json: of samples of held-out prompts, of held-out pairs, or of both."""
 
     step: int
-    accuracy: float
-    """Share of correct completions: those whose success value reaches `reward.success_threshold`."""
+    accuracy: float | None
+    """Share of correct completions: those whose success value reaches `reward.success_threshold`. None, as
+    all other figures of samples: no samples were made."""
     num_samples: int
-    ci_low: float
+    ci_low: float | None
     """Lower end of the 95% interval over prompts (samples of one prompt are not independent)."""
-    ci_high: float
+    ci_high: float | None
     samples: list[dict[str, Any]]
     num_prompts: int
-    measure: Literal["accuracy", "reward"]
-    """`accuracy` where "correct" means something: a success objective is set, or all rewards are 0 or 1."""
+    measure: Literal["accuracy", "reward", "pairs"]
+    """`accuracy` where "correct" means something: a success objective is set, or all rewards are 0 or 1.
+    `pairs` where no samples were made."""
     reward: float | None
     """Mean over prompts of the mean reward of their samples; None where no sample got a reward."""
     reward_low: float | None
     """Lower end of its 95% interval over prompts."""
     reward_high: float | None
-    truncated: float
+    truncated: float | None
     """Share of samples cut at `rollout.max_completion_tokens`."""
     no_signal: float | None
     """Share of prompts whose samples all got the same reward (no signal); None with one sample of each."""
+    pairs: PairResult | None = None
+    """What the held-out pairs say; None where there are none."""
 
     @property
     def score(self) -> float:
-        """By which checkpoints are compared."""
-        return self.accuracy if self.measure == "accuracy" or self.reward is None else self.reward
+        """By which checkpoints are compared: accuracy or reward of samples, else the accuracy of pairs."""
+        if self.measure == "reward" and self.reward is not None:
+            return self.reward
+        if self.accuracy is not None:
+            return self.accuracy
+        assert self.pairs is not None
+        return self.pairs.accuracy
+
+
+def with_pairs(sampled: Evaluation | None, pairs: PairResult, step: int) -> Evaluation:
+    """The evaluation of samples and pairs, or of pairs alone where no samples were made."""
+    if sampled is not None:
+        return replace(sampled, pairs=pairs)
+    return Evaluation(
+        step=step,
+        accuracy=None,
+        num_samples=0,
+        ci_low=None,
+        ci_high=None,
+        samples=[],
+        num_prompts=0,
+        measure="pairs",
+        reward=None,
+        reward_low=None,
+        reward_high=None,
+        truncated=None,
+        no_signal=None,
+        pairs=pairs,
+    )
 
 
 def evaluate(

@@ -72,6 +72,12 @@ class Head:
             )
         return with_candidates(statistics, found, candidates)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[n, V]` of the states `hidden` `[n, H]`, in float32, at temperature 1."""
+        weight = whole(self.module.weight)
+        logits = (self.scale * F.linear(hidden, weight, self.module.bias)).float()
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
 
 def value_head(model: nn.Module, weight: Tensor | None, device: torch.device) -> nn.Linear:
     """A linear head without bias: K scores with the given `weight` `[K, H]`, or one value, at zero."""

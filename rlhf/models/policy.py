@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config.model import LoraConfig
@@ -206,11 +206,9 @@ class Policy(Trunk):
     @torch.no_grad()
     def logits(self, packed: Packed) -> Tensor:
         """Logits `[N, V]` in float32, at temperature 1. They take much memory: only for a few tokens."""
-        head = self.head
-        logits = head.scale * nn.functional.linear(self.hidden(packed), head.module.weight, head.module.bias)
+        logits = self.head.logits(self.hidden(packed))
         free_gathered(self.model)
-        logits = logits.float()
-        return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+        return logits
 
     def dummy_pass(self, reference: Policy | None = None) -> Tensor:
         """A zero that depends on every weight.

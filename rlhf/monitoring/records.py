@@ -42,7 +42,16 @@ def whole_lines(stream: Path) -> list[str]:
 # the keys of an evaluation in RUN/eval.json
 FIELDS = ("step", "accuracy", "num_samples", "ci_low", "ci_high", "samples")
 # those that evaluations of a policy have beside them; earlier versions did not write them
-MORE_FIELDS = ("num_prompts", "measure", "reward", "reward_low", "reward_high", "truncated", "no_signal")
+MORE_FIELDS = (
+    "num_prompts",
+    "measure",
+    "reward",
+    "reward_low",
+    "reward_high",
+    "truncated",
+    "no_signal",
+    "pairs",
+)
 
 
 def append_eval(run: RunFolder, record: Mapping[str, Any]) -> None:

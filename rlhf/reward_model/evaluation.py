@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.data.pairs import Example
-from rlhf.evaluation.accuracy import SHOWN
 from rlhf.evaluation.calibration import Bin, calibration_error, pair_calibration, rating_calibration
 from rlhf.evaluation.intervals import share_interval
+from rlhf.evaluation.pairs import SHOWN
 from rlhf.reward_model.learner import RewardModelLearner, ratings_of
 from rlhf.torch_typed import integers
 
