@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhf.metrics import Partial
 from rlhf.monitoring.health import HealthWatch
 from rlhf.monitoring.progress import Display, SilentDisplay, open_display
-from rlhf.monitoring.records import append_eval, describe_eval
+from rlhf.monitoring.records import append_eval, describe_eval, eval_metrics, read_eval
 from rlhf.monitoring.run_folder import RunFolder
 from rlhf.monitoring.samples import ShownGroups, TokenTexts
 from rlhf.monitoring.sinks import Sink, SinkName, make_sink
@@ -190,21 +190,20 @@ class Monitor:
             self.warn(text)
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
-        """Records an evaluation in RUN/eval.json and as `eval/accuracy` and `eval/reward`, and prints it."""
+        """Records an evaluation in RUN/eval.json and as metrics (`eval/accuracy`), and prints it."""
         if self.run is None:
             return
+        if self.watch is None:
+            self.watch = self._new_watch()
         try:
             append_eval(self.run, record)
         except OSError as error:
             self.warn(f"{self.run.evaluations} cannot be written; this evaluation is missing in it: {error}")
-        figures = {"eval/accuracy": record["accuracy"], "eval/reward": record.get("reward")}
-        self._write(record["step"], {name: value for name, value in figures.items() if value is not None})
+        self._write(record["step"], eval_metrics(record))
         told = describe_eval(record)
         self.display.progress.held_out = told
         self.note(told)
-        if self.watch is None:
-            self.watch = self._new_watch()
-        for text in self.watch.at_once(record, "held-out"):
+        for text in (*self.watch.at_once(record, "held-out"), *self.watch.evaluated(record)):
             self.warn(text)
 
     def samples(self, step: int, groups: Sequence[Group], experience: Experience | None = None) -> None:
@@ -246,7 +245,7 @@ class Monitor:
         self.display.close()
 
     def _new_watch(self) -> HealthWatch:
-        """A HealthWatch that has the earlier steps of a resumed run."""
+        """A HealthWatch that has the earlier steps and evaluations of a resumed run."""
         watch = HealthWatch()
         # an error here is not reported: writing to the same file fails soon after, and is reported then
         with suppress(OSError, ValueError):
@@ -255,6 +254,8 @@ class Monitor:
             for line in filter(None, lines):
                 values: dict[str, float | None] = json.loads(line)
                 watch.recall({name: value for name, value in values.items() if value is not None})
+            for record in read_eval(self.run) if self.run else []:
+                watch.evaluated(record)
         return watch
 
     def _times(self) -> dict[str, float]:

@@ -21,10 +21,12 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from rlhf.monitoring.health import pairs_are_given
+
 Values = Mapping[str, float]
 
 RECENT = 10
-"""Steps in the mean of recent rewards, and in the pace from which the time left is estimated."""
+"""Steps in the mean of the recent course, and in the pace from which the time left is estimated."""
 BARS = "▁▂▃▄▅▆▇█"
 WARNING = "yellow"
 FIRST_SILENCE, LATER_SILENCE = 10.0, 30.0
@@ -44,8 +46,15 @@ class ShownMetric(NamedTuple):
     unit: str = ""
 
 
-SHOWN = (
+# the first that a step has is also shown as a curve
+COURSES = (
     ShownMetric("reward/mean", "reward", "{:.3f}"),
+    ShownMetric("pairs/accuracy", "pair accuracy", "{:.3f}"),
+)
+SHOWN = (
+    *COURSES,
+    ShownMetric("pairs/margin", "margin", "{:.3f}"),
+    ShownMetric("pairs/loss", "loss", "{:.4f}"),
     ShownMetric("kl/ref", "kl", "{:.4f}"),
     ShownMetric("entropy", "entropy", "{:.2f}"),
     ShownMetric("length/mean", "length", "{:.1f}"),
@@ -54,7 +63,15 @@ SHOWN = (
     ShownMetric("throughput/tokens_per_second", "", "{:.0f}", " tok/s"),
     ShownMetric("time/step", "", "{:.1f}", " s"),
 )
+# of given pairs they are the data's
+OF_ROLLOUTS = ("reward/mean", "length/mean", "length/truncated", "advantage/zero_fraction")
 PHASE_TIMES = ("time/rollout", "time/reward", "time/learn", "time/sync")
+
+
+def shown_metrics(values: Values) -> list[ShownMetric]:
+    """The metrics of a step that are shown."""
+    left_out = OF_ROLLOUTS if pairs_are_given(values) else ()
+    return [shown for shown in SHOWN if shown.name in values and shown.name not in left_out]
 
 
 def duration(seconds: float) -> str:
@@ -82,7 +99,8 @@ class Progress:
         self.total_steps = total_steps
         self.step = 0
         self.values: Values = {}
-        self.rewards: list[float] = []
+        self.course: dict[str, list[float]] = {metric.name: [] for metric in COURSES}
+        """The values of each of `COURSES` so far."""
         self.phase: str | None = None
         self.detail = ""
         """How far the phase is: samples, microbatches."""
@@ -113,8 +131,8 @@ class Progress:
 
     def advance(self, step: int, values: Values) -> None:
         self.step, self.values = step, values
-        if "reward/mean" in values:
-            self.rewards.append(values["reward/mean"])
+        for name, numbers in self.course.items():
+            numbers += [values[name]] if name in values else []
         self._finished = [*self._finished[-RECENT:], time.monotonic()]
 
     @property
@@ -205,11 +223,10 @@ class Lines:
     def _fields(self, values: Values) -> list[str]:
         """Each field is as wide as it has ever been, so that lines stay aligned."""
         fields: list[str] = []
-        for shown in SHOWN:
-            if shown.name in values:
-                number = shown.format.format(values[shown.name])
-                width = self._widths[shown.name] = max(self._widths.get(shown.name, 0), len(number))
-                fields.append(f"{shown.label} {number:>{width}}{shown.unit}".strip())
+        for shown in shown_metrics(values):
+            number = shown.format.format(values[shown.name])
+            width = self._widths[shown.name] = max(self._widths.get(shown.name, 0), len(number))
+            fields.append(f"{shown.label} {number:>{width}}{shown.unit}".strip())
         return fields
 
     def _print(self, line: str) -> None:
@@ -248,7 +265,7 @@ class Panels:
         progress = self.progress
         rows: list[RenderableType] = [self._bar()]
         if progress.values:
-            rows += [self._reward(), Columns(self._cells(), padding=(0, 3))]
+            rows += [self._course(), Columns(self._cells(), padding=(0, 3))]
             rows += [row for row in (self._step_time(),) if row is not None]
         if progress.phase is not None or not progress.values:
             waited = duration(time.monotonic() - progress.phase_since)
@@ -274,23 +291,29 @@ class Panels:
         )
         return grid
 
-    def _reward(self) -> RenderableType:
-        rewards = self.progress.rewards
-        if not rewards:
+    def _course(self) -> RenderableType:
+        """The first of `COURSES` that the last step shows, with its curve."""
+        shown = self._drawn()
+        if shown is None:
             return Text("")
-        text = Text.assemble(("reward ", "dim"), (f"{rewards[-1]:.3f}", "bold"))
-        if len(rewards) > 1:
+        numbers = self.progress.course[shown.name]
+        text = Text.assemble((f"{shown.label} ", "dim"), (shown.format.format(numbers[-1]), "bold"))
+        if len(numbers) > 1:
             width = max(10, self.console.width // 2)
-            change = fmean(rewards[-RECENT:]) - fmean(rewards[:RECENT])
-            text.append(f"  {sparkline(rewards, width)}", style="cyan")
-            if len(rewards) > 2 * RECENT:
+            change = fmean(numbers[-RECENT:]) - fmean(numbers[:RECENT])
+            text.append(f"  {sparkline(numbers, width)}", style="cyan")
+            if len(numbers) > 2 * RECENT:
                 text.append(f"  {change:+.3f} since the start", style="dim")
         return text
 
+    def _drawn(self) -> ShownMetric | None:
+        return next((shown for shown in shown_metrics(self.progress.values) if shown in COURSES), None)
+
     def _cells(self) -> list[Text]:
         cells: list[Text] = []
-        for shown in SHOWN:
-            if shown.name in self.progress.values and shown.name not in ("reward/mean", "time/step"):
+        drawn = self._drawn()
+        for shown in shown_metrics(self.progress.values):
+            if shown != drawn and shown.name != "time/step":
                 number = shown.format.format(self.progress.values[shown.name])
                 cells.append(Text.assemble((f"{shown.label} ".lstrip(), "dim"), number, (shown.unit, "dim")))
         return cells

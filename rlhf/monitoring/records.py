@@ -7,7 +7,9 @@ RUN/eval.json is a list with one object for each evaluation, ordered by step:
 
 `accuracy` is the share of correct completions, `ci_low` and `ci_high` bound its 95% interval. `samples` has a
 few completions, of the same prompts each time and not selected by their outcome; "right" is true for a
-correct one. `rlhf/evaluation/accuracy.py` says what the other keys are.
+correct one. `pairs` has what held-out preference pairs say (`rlhf.evaluation.pairs.PairResult`); where
+nothing was sampled beside them, the figures of samples are null. `rlhf/evaluation/accuracy.py` says what the
+other keys are.
 """
 
 from __future__ import annotations
@@ -52,6 +54,17 @@ MORE_FIELDS = (
     "no_signal",
     "pairs",
 )
+# the metrics of held-out pairs, by their keys in `pairs`
+PAIR_METRICS = {
+    "accuracy": "eval/pair_accuracy",
+    "accuracy_per_token": "eval/pair_accuracy_per_token",
+    "accuracy_reference": "eval/pair_accuracy_reference",
+    "flipped": "eval/pair_flipped",
+    "idealised": "eval/pair_idealised",
+    "topk_mass": "eval/topk_mass",
+    "topk_entropy": "eval/topk_entropy",
+    "topk_entropy_normalised": "eval/topk_entropy_normalised",
+}
 
 
 def append_eval(run: RunFolder, record: Mapping[str, Any]) -> None:
@@ -80,40 +93,73 @@ def read_eval(run: RunFolder) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], records)
 
 
-def describe_eval(record: Mapping[str, Any], shown: Headline | None = None) -> str:
-    """An evaluation in one line, for the user. `shown`: the figure that all evaluations of the run show."""
-    shown = shown or headline([record])
-    value, low, high = shown.of(record)
-    line = (
-        f"after step {record['step']}: held-out {shown.word} {value:.3f}, "
-        f"95% interval {low:.3f} to {high:.3f}, {record['num_samples']} samples"
-    )
+def eval_metrics(record: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation by the names of docs/metrics.md; those it does not have are left out."""
+    pairs: Mapping[str, Any] = record.get("pairs") or {}
+    figures = {"eval/accuracy": record["accuracy"], "eval/reward": record.get("reward")}
+    figures |= {name: pairs.get(key) for key, name in PAIR_METRICS.items()}
+    return {name: value for name, value in figures.items() if value is not None}
+
+
+def describe_eval(record: Mapping[str, Any], shown: Sequence[Headline] = ()) -> str:
+    """An evaluation in one line, for the user. `shown`: the figures that all evaluations of the run show."""
+    parts = [
+        f"held-out {figure.word} {value:.3f}, 95% interval {low:.3f} to {high:.3f}, {figure.count(record)}"
+        for figure in shown or headlines([record])
+        if figure.is_in(record)
+        for value, low, high in [figure.of(record)]
+    ]
     if record.get("truncated"):
-        line += f"; {100 * record['truncated']:.0f}% cut at the token limit"
-    return line
+        # behind the figure of samples, which comes first
+        parts.insert(1, f"{100 * record['truncated']:.0f}% cut at the token limit")
+    return f"after step {record['step']}: {'; '.join(parts)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """Which figure of an evaluation is shown: accuracy where "correct" means something, else the reward."""
+    """A figure of evaluations that is shown, by its name in words."""
 
-    word: Literal["accuracy", "reward"]
+    word: Literal["accuracy", "reward", "pair accuracy"]
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether it is of preference pairs, and so says nothing of samples."""
+        return self.word == "pair accuracy"
+
+    def is_in(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record has the figure."""
+        return bool(record.get("pairs")) if self.of_pairs else record["num_samples"] > 0
 
     def of(self, record: Mapping[str, Any]) -> tuple[float, float, float]:
-        """The figure of a record, and the bounds of its 95% interval."""
+        """The figure of a record that has it, and the bounds of its 95% interval."""
         keys = {
             "accuracy": ("accuracy", "ci_low", "ci_high"),
             "reward": ("reward", "reward_low", "reward_high"),
+            "pair accuracy": ("accuracy", "ci_low", "ci_high"),
         }
-        value, low, high = (record[key] for key in keys[self.word])
+        source = record["pairs"] if self.of_pairs else record
+        value, low, high = (source[key] for key in keys[self.word])
         return value, low, high
 
+    def count(self, record: Mapping[str, Any]) -> str:
+        """Of how many samples or pairs it is, as `128 samples`."""
+        if self.of_pairs:
+            return f"{record['pairs']['num_pairs']} pairs"
+        return f"{record['num_samples']} samples"
 
-def headline(records: Sequence[Mapping[str, Any]]) -> Headline:
-    """One figure for all of them: the reward as soon as one of them had rewards other than 0 and 1."""
-    measures = {record.get("measure", "accuracy") for record in records}
-    has_reward = all(record.get("reward") is not None for record in records)
-    return Headline("reward" if "reward" in measures and has_reward else "accuracy")
+
+def headlines(records: Sequence[Mapping[str, Any]]) -> list[Headline]:
+    """The figures that all of them show: one of samples, where any were made, then that of pairs.
+
+    Of samples it is the accuracy where "correct" means something: not as soon as one of the evaluations had
+    rewards other than 0 and 1, which are then shown.
+    """
+    sampled = [record for record in records if record["num_samples"] > 0]
+    measures = {record.get("measure", "accuracy") for record in sampled}
+    has_reward = all(record.get("reward") is not None for record in sampled)
+    of_samples = Headline("reward" if "reward" in measures and has_reward else "accuracy")
+    pairs = Headline("pair accuracy")
+    return [of_samples] * bool(sampled) + [pairs] * any(map(pairs.is_in, records))
 
 
 def read_metrics(run: RunFolder) -> list[dict[str, float]]:

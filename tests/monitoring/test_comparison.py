@@ -12,7 +12,7 @@ from rlhf.cli import main
 from rlhf.monitoring.records import append_eval
 from rlhf.monitoring.report.comparison import band_of, grouped, read_run, render
 from rlhf.monitoring.run_folder import RunFolder
-from tests.monitoring.test_report import Page, evaluation, step
+from tests.monitoring.test_report import Page, evaluation, given, paired, step
 
 
 def make_run(folder: Path, *, lr: float, seed: int, level: float) -> Path:
@@ -60,6 +60,27 @@ def test_the_page_shows_the_outcome_of_each_run_and_the_settings_that_differ(fol
     labels = [attrs["aria-label"] for tag, attrs in page.starts if tag == "svg"]
     assert "Accuracy on held-out prompts" in labels and "Reward, mean of a step" in labels
     assert "accuracy rose" in page.text
+
+
+def test_pairs_and_samples_are_compared_in_figures_of_their_own(folders: list[Path], tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "pairs")
+    run.path.mkdir()
+    run.metrics.write_text("".join(json.dumps(given(n, 0.5)) + "\n" for n in (1, 2)))
+    for record in (paired(0, 0.5), paired(2, 0.9)):
+        append_eval(run, record)
+    alone = Page(render([read_run(run.path)]))
+    assert "pair accuracy 0.500 pair accuracy 0.900 0.850 to 0.950" in " ".join(alone.text.split())
+    assert "pair accuracy rose" in alone.text
+    labels = [attrs["aria-label"] for tag, attrs in alone.starts if tag == "svg"]
+    assert "Pair accuracy on held-out pairs" in labels and "Loss of the pairs" in labels
+    assert not {"Accuracy on held-out prompts", "Reward, mean of a step"} & set(labels)
+    both = Page(render([read_run(folder) for folder in (*folders, run.path)]))
+    labels = [attrs["aria-label"] for tag, attrs in both.starts if tag == "svg"]
+    assert {
+        "Accuracy on held-out prompts",
+        "Pair accuracy on held-out pairs",
+        "Reward, mean of a step",
+    } <= set(labels)
 
 
 def test_a_comparison_replaces_its_own_page_and_no_other_file(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from rlhf.metrics import Mean
 from rlhf.monitoring.health import HealthWatch
 from rlhf.monitoring.monitor import Monitor
 from rlhf.monitoring.progress import SilentDisplay
+from rlhf.monitoring.records import append_eval
 from rlhf.monitoring.run_folder import RunFolder
 
 HEALTHY = {
@@ -97,3 +99,112 @@ def test_a_large_share_is_said_at_once_with_the_setting_to_change() -> None:
     assert same.startswith("75% of the step's completions are in groups without signal")
     assert "rollout.group_size" in same
     assert watch.at_once({"length/truncated": 1.0, "advantage/zero_fraction": 1.0}, "step's") == []
+
+
+# of a step that compares pairs of a file: half of the completions have reward 1; nothing has an advantage
+PAIRED = {
+    "reward/mean": 0.5,
+    "reward/std": 0.5,
+    "length/truncated": 0.0,
+    "offline/kept_fraction": 1.0,
+    "grad_norm": 0.7,
+    "pairs/accuracy": 0.6,
+    "pairs/margin": 0.1,
+    "pairs/loss": 0.6,
+    "pairs/chosen_logratio": 0.2,
+}
+SINGLES = PAIRED | {"reward/std": 0.0}
+
+
+@pytest.mark.parametrize("steps", [PAIRED, SINGLES, PAIRED | {"length/truncated": 1.0}])
+def test_the_labels_and_lengths_of_given_pairs_are_no_findings(steps: dict[str, float]) -> None:
+    """A pair has rewards 1 and 0; single labels may be as many good ones as bad ones at every step."""
+    watch = HealthWatch(3)
+    assert [text for _ in range(9) for text in (*watch.check(steps), *watch.at_once(steps, "step's"))] == []
+
+
+def test_what_the_policy_samples_for_its_pairs_is_still_looked_at() -> None:
+    online = {name: value for name, value in PAIRED.items() if name != "offline/kept_fraction"}
+    (said,) = told([online | {"length/truncated": 1.0}] * 9)
+    assert "end-of-sequence token is never trained" in said
+    assert "cut at the token limit" in HealthWatch().at_once(online | {"length/truncated": 0.5}, "step's")[0]
+
+
+def test_pairs_whose_loss_is_all_past_its_bound_are_one_finding() -> None:
+    said = told([PAIRED | {"grad_norm": 0.0}] * 9)
+    assert len(said) == 1 and "look at pairs/weight" in said[0] and "advantages" not in said[0]
+
+
+def falling(chosen: float, margin: float, steps: int = 6) -> list[dict[str, float]]:
+    """Steps in which chosen completions change by `chosen` nats and the margin by `margin`, with noise."""
+    return [
+        PAIRED
+        | {"pairs/chosen_logratio": -6.0 + i * chosen + 0.1 * (-1) ** i, "pairs/margin": 1.0 + i * margin}
+        for i in range(steps)
+    ]
+
+
+def test_chosen_completions_that_get_less_likely_while_the_margin_grows_are_a_finding() -> None:
+    (said,) = told(falling(-0.5, 0.2))
+    assert said.startswith("chosen completions become less likely while the margin grows")
+    for words in ("learner.lr", "algorithm.beta", "rpo or dpop", "refresh the pairs"):
+        assert words in said
+    assert told(falling(0.5, 0.2)) == [], "they rise"
+    assert told(falling(-0.5, -0.2)) == [], "the margin does not grow"
+    assert (
+        told(
+            [
+                step | {"pairs/chosen_logratio": step["pairs/chosen_logratio"] + 2.0}
+                for step in falling(-0.1, 0.2)
+            ]
+        )
+        == []
+    )
+    without = [{k: v for k, v in step.items() if k != "pairs/chosen_logratio"} for step in falling(-0.5, 0.2)]
+    assert told(without) == [], "a method without a reference has no log-ratio"
+
+
+def evaluated(entropies: Sequence[float], margins: Sequence[float]) -> list[dict[str, Any]]:
+    return [
+        {"step": 5 * i, "pairs": {"topk_entropy": entropy, "margin": margin}}
+        for i, (entropy, margin) in enumerate(zip(entropies, margins, strict=True))
+    ]
+
+
+def heard(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    watch = HealthWatch()
+    return [watch.evaluated(record) for record in records]
+
+
+def test_an_entropy_far_below_its_highest_while_the_margin_grows_is_said_once() -> None:
+    # 1 - .7 / 1.05 = 33 %; .8 would be 24 %
+    *quiet, said, later = heard(evaluated([1.0, 1.05, 0.8, 0.7, 0.6], [0.0, 1.0, 2.0, 3.0, 4.0]))
+    assert quiet == [[], [], []] and later == []
+    assert "33% below its highest while the margin" in said[0] and "checkpoint.keep_best" in said[0]
+    assert heard(evaluated([1.0, 0.5, 0.4], [2.0, 2.0, 1.0])) == [[], [], []], "the margin does not grow"
+    assert heard([{"step": 0, "pairs": None}, {"step": 5}]) == [[], []]
+
+
+def test_a_resumed_run_knows_the_highest_entropy_of_before(tmp_path: Path) -> None:
+    keys = ("accuracy", "num_samples", "ci_low", "ci_high", "samples")
+    pairs = {"num_pairs": 40, "accuracy": 0.6, "ci_low": 0.5, "ci_high": 0.7}
+    first, second = (
+        dict.fromkeys(keys) | {"num_samples": 0, "samples": []} | r | {"pairs": pairs | r["pairs"]}
+        for r in evaluated([1.0, 0.5], [0.0, 1.0])
+    )
+    append_eval(RunFolder(tmp_path), first)
+    said: list[str] = []
+    display = SilentDisplay()
+    monitor = Monitor(RunFolder(tmp_path), sinks=[], display=display, samples_per_step=0)
+    monitor.warn = said.append
+    monitor.evaluated(second)
+    assert len(said) == 1 and "50% below its highest" in said[0]
+    assert display.progress.held_out == (
+        "after step 5: held-out pair accuracy 0.600, 95% interval 0.500 to 0.700, 40 pairs"
+    )
+
+
+def test_samples_without_signal_are_no_reason_to_change_anything_where_pairs_teach() -> None:
+    record = {"no_signal": 0.9, "truncated": 0.6, "pairs": {"accuracy": 0.5}}
+    (cut,) = HealthWatch().at_once(record, "held-out")
+    assert "60% of the held-out completions are cut" in cut

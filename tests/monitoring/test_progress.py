@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rlhf.metrics import Mean
+from rlhf.metrics import Mean, Metrics
 from rlhf.monitoring.monitor import Monitor
 from rlhf.monitoring.progress import Lines, Panels, Progress, duration, open_display, sparkline
 from rlhf.monitoring.run_folder import RunFolder
@@ -37,6 +37,30 @@ def test_without_a_terminal_a_step_is_one_aligned_line(
     assert tenth.startswith(expected.replace(" 3/", "10/").replace("3%", "0%"))
 
 
+PAIRED: Metrics = {
+    "reward/mean": Mean(0.5),
+    "length/mean": Mean(20.0),
+    "length/truncated": Mean(0.0),
+    "offline/kept_fraction": Mean(1.0),
+    "pairs/accuracy": Mean(3.0, 4),
+    "pairs/margin": Mean(0.25),
+    "pairs/loss": Mean(0.5878),
+}
+
+
+def test_a_step_of_given_pairs_shows_these_and_not_the_rewards_of_their_labels(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with Monitor.start(RunFolder(tmp_path), sinks=[], total_steps=9, samples_per_step=0, settings={}) as m:
+        m.log(1, PAIRED)
+        m.log(2, {name: value for name, value in PAIRED.items() if not name.startswith("offline/")})
+    given, sampled = capsys.readouterr().out.splitlines()
+    assert given == "step 1/9  pair accuracy 0.750  margin 0.250  loss 0.5878"
+    assert sampled.startswith(
+        "step 2/9  reward 0.500  pair accuracy 0.750  margin 0.250  loss 0.5878  length 20.0"
+    )
+
+
 def test_the_time_left_follows_the_pace_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
@@ -50,12 +74,12 @@ def test_the_time_left_follows_the_pace_of_the_last_steps(monkeypatch: pytest.Mo
     assert progress.seconds_left == pytest.approx(71 * 4.0)
 
 
-def screen(width: int, steps: int, phase: str | None = None) -> str:
+def screen(width: int, steps: int, phase: str | None = None, metrics: Metrics = STEP) -> str:
     """The text of the panel on a terminal of the given width."""
     console = Console(file=io.StringIO(), width=width, height=30, force_terminal=True, color_system=None)
     panel = Panels(Progress("runs/quickstart", 40), console)
     for step in range(1, steps + 1):
-        values = {name: float(partial.value) for name, partial in STEP.items()}
+        values = {name: float(partial.value) for name, partial in metrics.items()}
         panel.advance(
             step,
             values | {"reward/mean": step / 40, "time/eval": 9.9, "time/rollout": 6.1, "time/learn": 4.2},
@@ -87,6 +111,14 @@ def test_the_panel_fits_its_terminal_and_shows_every_metric(width: int) -> None:
         "left",
     ):
         assert part in text, picture
+
+
+def test_the_panel_of_given_pairs_draws_their_accuracy() -> None:
+    text = re.sub(r"[\s│]+", " ", screen(120, steps=30, metrics=PAIRED))
+    assert re.search(r"pair accuracy 0.750 ▁+ \+0.000 since the start", text), text
+    assert "margin 0.250" in text and "loss 0.5878" in text and text.count("pair accuracy") == 1
+    for absent in ("reward", "length", "truncated", "no signal"):
+        assert absent not in text
 
 
 def test_the_panel_shows_the_phase_before_the_first_step() -> None:

@@ -149,6 +149,138 @@ def test_of_a_reward_nothing_is_claimed_but_that_it_rose(run: RunFolder) -> None
     assert "Reward on held-out prompts" in page and "Accuracy on" not in page and ">wrong<" not in page
 
 
+NOTHING_SAMPLED: dict[str, Any] = {
+    "accuracy": None,
+    "num_samples": 0,
+    "ci_low": None,
+    "ci_high": None,
+    "samples": [],
+    "num_prompts": 0,
+    "measure": "pairs",
+    "reward": None,
+    "reward_low": None,
+    "reward_high": None,
+    "truncated": None,
+    "no_signal": None,
+}
+
+
+def paired(
+    step: int, accuracy: float, pairs: int = 150, sampled: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """An evaluation on held-out pairs, alone or beside samples."""
+    found = {
+        "num_pairs": pairs,
+        "accuracy": accuracy,
+        "ci_low": accuracy - 0.05,
+        "ci_high": accuracy + 0.05,
+        "accuracy_logprob": 0.61,
+        "accuracy_per_token": 0.62,
+        "accuracy_reference": 0.55,
+        "flipped": 0.125,
+        "idealised": None,
+        "margin": 3.25,
+        "chosen_logratio": -1.0,
+        "topk_mass": 0.97,
+        "topk_entropy": 1.25,
+        "topk_entropy_normalised": 1.5,
+        "samples": [],
+    }
+    return (sampled or NOTHING_SAMPLED) | {"step": step, "pairs": found}
+
+
+def test_of_pairs_nothing_is_claimed_but_their_accuracy(run: RunFolder) -> None:
+    for record in (paired(0, 0.52), paired(3, 0.7), paired(6, 0.91)):
+        append_eval(run, record)
+    said = verdict(read_eval(run), [])
+    # bounds .05 aside: sqrt(.05^2 + .05^2) = .07
+    assert said.sentence == (
+        "Held-out pair accuracy rose from 0.52 to 0.91 (+0.39, 95% interval +0.32 to +0.46, 150 pairs)."
+    )
+    write_report(run)
+    text, page = closing_summary(run), Page(run.report.read_text()).text
+    assert text.splitlines()[2:8] == [
+        "after step 0: held-out pair accuracy 0.520, 95% interval 0.470 to 0.570, 150 pairs",
+        "  chosen is 3.25 nats further ahead of rejected than under the reference",
+        "  by log-probability 0.610 are right, under the reference 0.550; 0.125 of its wrong ones now are",
+        "after step 6: held-out pair accuracy 0.910, 95% interval 0.860 to 0.960, 150 pairs",
+        "  chosen is 3.25 nats further ahead of rejected than under the reference",
+        "  by log-probability 0.610 are right, under the reference 0.550; 0.125 of its wrong ones now are",
+    ]
+    for word in ("samples", "correct", "learned", "not known"):
+        assert word not in text.lower(), word
+    assert "Pair accuracy on held-out pairs" in page and "held-out prompts" not in page
+    assert "Pair accuracy, 95% interval" in page and "their entropy, nats" in page and "1.250" in page
+
+
+def test_pairs_that_stand_still_or_are_few_get_no_verdict() -> None:
+    still = verdict([paired(0, 0.5), paired(6, 0.53)], [])
+    assert still.outcome == "unchanged"
+    assert still.sentence.startswith(
+        "Held-out pair accuracy went from 0.50 to 0.53, and the difference may be"
+    )
+    few = verdict([paired(0, 0.5, 20), paired(6, 0.9, 20)], [])
+    assert few.outcome == "unknown" and "20 held-out pairs are too few for a verdict" in few.sentence
+
+
+def test_samples_and_pairs_are_both_told_and_samples_decide(run: RunFolder) -> None:
+    for record in (
+        paired(0, 0.5, sampled=evaluation(0, 0.93) | {"truncated": 0.25}),
+        paired(6, 0.91, sampled=evaluation(6, 0.15, right=False)),
+    ):
+        append_eval(run, record)
+    said, text = verdict(read_eval(run), []), closing_summary(run)
+    assert said.outcome == "fell"
+    assert said.sentence.startswith("It got worse: held-out accuracy fell from 0.93 to 0.15")
+    assert said.sentence.endswith(
+        "Held-out pair accuracy rose from 0.50 to 0.91 (+0.41, 95% interval +0.34 to +0.48, 150 pairs)."
+    )
+    assert (
+        "after step 0: held-out accuracy 0.930, 95% interval 0.880 to 0.980, 128 samples; 25% cut at the "
+        "token limit; held-out pair accuracy 0.500, 95% interval 0.450 to 0.550, 150 pairs"
+    ) in text
+    write_report(run)
+    page = Page(run.report.read_text()).text
+    assert "Accuracy on held-out prompts" in page and "Pair accuracy on held-out pairs" in page
+
+
+def given(number: int, accuracy: float) -> dict[str, float]:
+    found = {
+        "pairs/accuracy": accuracy,
+        "pairs/loss": 0.6,
+        "pairs/margin": 0.1 * number,
+        "offline/kept_fraction": 1.0,
+    }
+    return {"step": number, "reward/mean": 0.5, "length/mean": 20.0, "grad_norm": 0.5, **found}
+
+
+def test_a_run_on_given_pairs_shows_these_and_not_their_rewards(run: RunFolder) -> None:
+    run.evaluations.unlink()
+    entries = [
+        given(n, 0.5 + 0.05 * n) | {"pairs/chosen_logratio": 0.1, "pairs/rejected_logratio": -0.1}
+        for n in range(1, 7)
+    ]
+    run.metrics.write_text("".join(json.dumps(e) + "\n" for e in entries))
+    said = verdict([], read_metrics(run))
+    assert "The pair accuracy in training went from 0.550 to 0.800" in said.sentence and said.reasons == ()
+    write_report(run)
+    page = Page(run.report.read_text()).text
+    for title in (
+        "Loss of the pairs",
+        "Margin of chosen over rejected",
+        "Log-ratio to the reference, nats a compl",
+    ):
+        assert title in page
+    assert "Log-probability, nats a token" in page.split("Not recorded in this run")[1]
+    for title in ("Reward, mean", "Length of completions", "Tokens sampled a second", "Rollouts of a prompt"):
+        assert title not in page, title
+
+
+def test_a_run_without_pairs_does_not_miss_their_plots(run: RunFolder) -> None:
+    write_report(run)
+    assert "of the pairs" not in Page(run.report.read_text()).text
+
+
 def test_the_closing_lines_name_the_exported_model(run: RunFolder) -> None:
     assert "model  " not in closing_summary(run)
     (run.path / "model").mkdir()

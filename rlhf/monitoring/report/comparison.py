@@ -17,11 +17,11 @@ from typing import Any, cast
 import yaml
 
 from rlhf.files import write_atomically
-from rlhf.monitoring.records import headline, read_eval, read_groups, read_metrics
+from rlhf.monitoring.records import Headline, headlines, read_eval, read_groups, read_metrics
 from rlhf.monitoring.report import plots
 from rlhf.monitoring.report.browser import PAINT, browser
 from rlhf.monitoring.report.browser import STYLE as BROWSER_STYLE
-from rlhf.monitoring.report.page import PLOTS
+from rlhf.monitoring.report.page import PLOTS, plots_of
 from rlhf.monitoring.report.plots import Band
 from rlhf.monitoring.report.style import STYLE
 from rlhf.monitoring.report.verdict import verdict
@@ -161,18 +161,29 @@ def _outcomes(groups: Sequence[Runs], names: Sequence[str]) -> str:
 def _facts(run: Run) -> list[str]:
     seconds = sum(s.get("time/step", 0.0) for s in run.steps)
     first, last = run.evaluations[:1], run.evaluations[1:][-1:]
-    outcome, shown = verdict(run.evaluations, run.steps).outcome, headline(run.evaluations)
+    outcome, shown = verdict(run.evaluations, run.steps).outcome, headlines(run.evaluations)
+    word = shown[0].word if shown else ""
     return [
         str(int(run.steps[-1]["step"]) if run.steps else 0),
-        f"{shown.word} {shown.of(first[0])[0]:.3f}" if first else "none",
-        f"{shown.word} {shown.of(last[0])[0]:.3f}" if last else "none",
-        f"{shown.of(last[0])[1]:.3f} to {shown.of(last[0])[2]:.3f}" if last else "",
+        _figures_of(first, shown) or "none",
+        _figures_of(last, shown) or "none",
+        _figures_of(last, shown, interval=True),
         f"{seconds / 60:.1f}",
         ", ".join(f"{100 * share:.0f} %" for share in _split(run, seconds)),
-        {"rose": f"{shown.word} rose", "fell": f"{shown.word} fell", "unchanged": "no measurable change"}.get(
+        {"rose": f"{word} rose", "fell": f"{word} fell", "unchanged": "no measurable change"}.get(
             outcome, "not known"
         ),
     ]
+
+
+def _figures_of(
+    evaluations: Sequence[Mapping[str, Any]], shown: Sequence[Headline], *, interval: bool = False
+) -> str:
+    """The figures of an evaluation, or the intervals of them, as one cell."""
+    found = [(figure.word, *figure.of(e)) for e in evaluations for figure in shown if figure.is_in(e)]
+    if interval:
+        return "; ".join(f"{low:.3f} to {high:.3f}" for _, _, low, high in found)
+    return "; ".join(f"{word} {value:.3f}" for word, value, _, _ in found)
 
 
 def _split(run: Run, seconds: float) -> list[float]:
@@ -198,13 +209,19 @@ def _curves(groups: Sequence[Runs], names: Sequence[str]) -> str:
 
 
 def _figures(groups: Sequence[Runs], names: Sequence[str]) -> Iterator[tuple[str, list[Band]]]:
-    held_out: list[Band | None] = []
-    shown = headline([e for group in groups for run in group for e in run.evaluations])
-    for group, label in zip(groups, names, strict=True):
-        held_out.append(_band(label, [{e["step"]: shown.of(e)[0] for e in run.evaluations} for run in group]))
-    yield from _if_any(f"{shown.word.capitalize()} on held-out prompts", held_out, groups)
+    for shown in headlines([e for group in groups for run in group for e in run.evaluations]):
+        held_out = [
+            _band(
+                label,
+                [{e["step"]: shown.of(e)[0] for e in run.evaluations if shown.is_in(e)} for run in group],
+            )
+            for group, label in zip(groups, names, strict=True)
+        ]
+        where = "pairs" if shown.of_pairs else "prompts"
+        yield from _if_any(f"{shown.word.capitalize()} on held-out {where}", held_out, groups)
+    fitting = {plot for group in groups for run in group for plot in plots_of(run.steps)}
     for plot in PLOTS:
-        if len(plot.names) == 1:
+        if len(plot.names) == 1 and plot in fitting:
             found = [band_of(label, g, plot.names[0]) for g, label in zip(groups, names, strict=True)]
             yield from _if_any(plot.title, found, groups)
     seconds = [band_of(label, g, "time/step") for g, label in zip(groups, names, strict=True)]

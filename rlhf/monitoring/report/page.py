@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from rlhf.monitoring.records import headline
+from rlhf.monitoring.health import pairs_are_given
+from rlhf.monitoring.records import Headline, headlines
 from rlhf.monitoring.report import browser as report_browser
 from rlhf.monitoring.report import plots
 from rlhf.monitoring.report.browser import PAINT, browser, lengths_of, reward_text
@@ -34,7 +35,25 @@ class Plot(NamedTuple):
     """A metric that is drawn as a margin around the only curve."""
 
 
+OF_PAIRS = (
+    Plot("Loss of the pairs", ("pairs/loss",)),
+    Plot("Share of the pairs whose chosen completion is ahead", ("pairs/accuracy",)),
+    Plot("Margin of chosen over rejected", ("pairs/margin",)),
+    Plot(
+        "Log-ratio to the reference, nats a completion",
+        ("pairs/chosen_logratio", "pairs/rejected_logratio"),
+        ("chosen", "rejected"),
+        whole=False,
+    ),
+    Plot(
+        "Log-probability, nats a token",
+        ("pairs/chosen_logprob", "pairs/rejected_logprob"),
+        ("chosen", "rejected"),
+        whole=False,
+    ),
+)
 PLOTS = (
+    *OF_PAIRS,
     Plot("Reward, mean of a step", ("reward/mean",), spread="reward/std"),
     Plot("KL to the reference, nats a token", ("kl/ref",)),
     Plot("Entropy, nats a token", ("entropy",)),
@@ -58,6 +77,18 @@ PLOTS = (
     Plot("Seconds a step", ("time/rollout", "time/reward", "time/learn", "time/sync")),
     Plot("Tokens sampled a second", ("throughput/tokens_per_second",)),
 )
+# plots of what the policy samples, by their first metric; where pairs are given it would be that of the data
+OF_ROLLOUTS = (
+    "reward/mean",
+    "length/mean",
+    "length/truncated",
+    "mismatch/k3",
+    "clip_fraction",
+    "budget/effective_ratio",
+    "budget/size_0",
+    "budget/solved_0",
+    "throughput/tokens_per_second",
+)
 
 
 def render(
@@ -71,7 +102,7 @@ def render(
         f"<h1>{escape(title)}</h1>",
         _verdict(outcome),
         _facts(steps),
-        _accuracy(evaluations),
+        *(_held_out(figure, evaluations) for figure in headlines(evaluations)),
         _curves(steps, groups),
         _evaluated(evaluations),
         f"<h2>Completions in training</h2>{PAINT}{browser(groups)}" if groups else "",
@@ -110,20 +141,20 @@ def _facts(steps: Steps) -> str:
     return f'<p class="note">{", ".join(facts)}</p>'
 
 
-def _accuracy(evaluations: Records) -> str:
-    if not evaluations:
-        return ""
-    shown = headline(evaluations)
+def _held_out(shown: Headline, evaluations: Records) -> str:
+    """One figure of all evaluations that have it: a table, and a plot of more than two."""
+    evaluations = [e for e in evaluations if shown.is_in(e)]
     title = shown.word.capitalize()
-    heads = "".join(f"<th>{head}</th>" for head in ("after step", shown.word, "95% interval", "samples"))
     figures = [shown.of(e) for e in evaluations]
-    rows = "".join(
-        f"<tr><td>{e['step']}</td><td>{value:.3f}</td>"
-        f"<td>{low:.3f} to {high:.3f}</td><td>{e['num_samples']}</td></tr>"
+    heads = ["after step", shown.word, "95% interval", "pairs" if shown.of_pairs else "samples"]
+    rows = [
+        [str(e["step"]), f"{value:.3f}", f"{low:.3f} to {high:.3f}", shown.count(e).split()[0]]
         for e, (value, low, high) in zip(evaluations, figures, strict=True)
-    )
-    page = f"<h2>{title} on held-out prompts</h2>"
-    page += f'<div class="wide"><table><tr>{heads}</tr>{rows}</table></div>'
+    ]
+    if shown.of_pairs:
+        heads += PAIR_COLUMNS.values()
+        rows = [[*row, *_pair_cells(e["pairs"])] for row, e in zip(rows, evaluations, strict=True)]
+    page = f"<h2>{title} on held-out {'pairs' if shown.of_pairs else 'prompts'}</h2>{_table(heads, rows)}"
     if len(evaluations) > 2:
         steps, values = [e["step"] for e in evaluations], [value for value, _, _ in figures]
         bounds = [(low, high) for _, low, high in figures]
@@ -132,10 +163,33 @@ def _accuracy(evaluations: Records) -> str:
     return page
 
 
+# further columns of the table of held-out pairs, by their keys in RUN/eval.json
+PAIR_COLUMNS = {
+    "margin": "margin, nats",
+    "accuracy_logprob": "by log-probability",
+    "accuracy_per_token": "by that a token",
+    "accuracy_reference": "the reference's",
+    "flipped": "its wrong ones now right",
+    "idealised": "optimum of DPO",
+    "topk_mass": "mass of the top 10 tokens",
+    "topk_entropy": "their entropy, nats",
+}
+
+
+def _pair_cells(pairs: Mapping[str, float | None]) -> list[str]:
+    return ["" if (value := pairs[key]) is None else f"{value:.3f}" for key in PAIR_COLUMNS]
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
 def _evaluated(evaluations: Records) -> str:
     """Each prompt once, with the completions of the first and the last evaluation."""
     completions: dict[str, list[str]] = {}
-    judged = headline(evaluations).word == "accuracy"
+    judged = any(figure.word == "accuracy" for figure in headlines(evaluations))
     for e in [*evaluations[:1], *evaluations[1:][-1:]]:
         for sample in e["samples"]:
             head = f"after step {e['step']}: {reward_text(sample)}"
@@ -163,7 +217,7 @@ def _curves(steps: Steps, groups: Records) -> str:
         return ""
     drawn: list[str] = []
     missing: list[str] = []
-    for plot in PLOTS:
+    for plot in plots_of(steps):
         labels = plot.labels or [name.partition("/")[2] for name in plot.names]
         named = [
             (name, label)
@@ -179,6 +233,13 @@ def _curves(steps: Steps, groups: Records) -> str:
     if missing:
         page += f'<p class="note">Not recorded in this run: {escape("; ".join(missing))}.</p>'
     return page
+
+
+def plots_of(steps: Steps) -> list[Plot]:
+    """The plots that fit a run: those of pairs where it compares some, those of rollouts where it has any."""
+    unfit = OF_ROLLOUTS if any(map(pairs_are_given, steps)) else ()
+    pairs = any("pairs/loss" in values for values in steps)
+    return [plot for plot in PLOTS if (pairs or plot not in OF_PAIRS) and plot.names[0] not in unfit]
 
 
 def _draw(plot: Plot, named: Sequence[tuple[str, str]], steps: Steps) -> str:

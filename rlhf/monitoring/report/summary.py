@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.files import write_atomically
-from rlhf.monitoring.records import describe_eval, headline, read_eval, read_groups, read_metrics
+from rlhf.monitoring.records import describe_eval, headlines, read_eval, read_groups, read_metrics
 from rlhf.monitoring.report.verdict import verdict
 from rlhf.monitoring.run_folder import RunFolder
 
@@ -41,10 +41,12 @@ def closing_summary(run: RunFolder) -> str:
     evaluations = read_eval(run)
     said = verdict(evaluations, read_metrics(run))
     lines = [said.sentence, *(f"  {reason}" for reason in said.reasons), ""]
-    shown = headline(evaluations)
+    shown = headlines(evaluations)
+    judged = any(figure.word == "accuracy" for figure in shown)
     for record in evaluations[:1] + evaluations[1:][-1:]:
         lines.append(describe_eval(record, shown))
-        lines += _sample_lines(record["samples"][:SHOWN], judged=shown.word == "accuracy")
+        lines += _sample_lines(record["samples"][:SHOWN], judged=judged)
+        lines += _pair_lines(record.get("pairs"))
     lines += ["" if evaluations else "no evaluation was made", f"run folder  {run.path}"]
     if run.report.is_file():
         lines.append(f"report      {run.report}")
@@ -61,6 +63,18 @@ def _sample_lines(samples: Sequence[Mapping[str, Any]], *, judged: bool) -> list
         f"  {_outcome(sample, judged=judged):<7}  {prompt:<{width}}  ->  "
         + _shorten(sample["completion"], LINE - width - 17)
         for prompt, sample in zip(prompts, samples, strict=True)
+    ]
+
+
+def _pair_lines(pairs: Mapping[str, Any] | None) -> list[str]:
+    """What the held-out pairs say beside their accuracy."""
+    if pairs is None:
+        return []
+    now, before = pairs["accuracy_logprob"], pairs["accuracy_reference"]
+    flipped = "" if pairs["flipped"] is None else f"; {pairs['flipped']:.3f} of its wrong ones now are"
+    return [
+        f"  chosen is {pairs['margin']:.2f} nats further ahead of rejected than under the reference",
+        f"  by log-probability {now:.3f} are right, under the reference {before:.3f}{flipped}",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The verdict on a run: whether held-out accuracy or reward rose, by a 95% interval, and its warnings."""
+"""The verdict on a run: whether held-out figures rose, by a 95% interval, and its warnings."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
 
-from rlhf.monitoring.health import HealthWatch
-from rlhf.monitoring.records import headline
+from rlhf.monitoring.health import HealthWatch, pairs_are_given
+from rlhf.monitoring.records import Headline, headlines
 
 ENOUGH_PROMPTS = 30
-"""Held-out prompts below which the normal intervals are too rough for a verdict."""
+"""Held-out prompts or pairs below which the normal intervals are too rough for a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether held-out accuracy or reward rose, as a sentence, and the health warnings as reasons."""
+    """Whether held-out figures rose, as sentences, and the health warnings as reasons.
+
+    `outcome` is that of the first figure: of samples, if any were made, else of preference pairs.
+    """
 
     outcome: Literal["rose", "fell", "unchanged", "unknown"]
     sentence: str
@@ -43,42 +46,57 @@ def verdict(evaluations: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[st
     """Compares the first and the last evaluation.
 
     A figure "rose" or "fell" only if the 95% interval of the difference excludes 0. That a run learned is
-    said of an accuracy alone, and only on at least `ENOUGH_PROMPTS` held-out prompts.
+    said of the accuracy of samples alone, and only on at least `ENOUGH_PROMPTS` held-out prompts: a policy
+    may order pairs better and still write worse completions.
     """
     watch = HealthWatch()
     reasons = tuple(text for values in steps for text in watch.check(values))
-    if len(evaluations) < 2:
-        return Verdict("unknown", _by_training_reward(evaluations, steps), reasons)
-    shown, before, after = headline(evaluations), evaluations[0], evaluations[-1]
+    reasons += tuple(text for record in evaluations for text in watch.evaluated(record))
+    found = [
+        _judge(figure, before, evaluations[-1])
+        for figure in headlines(evaluations)
+        for before in evaluations[:-1][:1]
+        if figure.is_in(before) and figure.is_in(evaluations[-1])
+    ]
+    if not found:
+        return Verdict("unknown", _by_training(evaluations, steps), reasons)
+    return Verdict(found[0].outcome, " ".join(said.sentence for said in found), reasons)
+
+
+def _judge(shown: Headline, before: Mapping[str, Any], after: Mapping[str, Any]) -> Verdict:
+    """What is said of one figure."""
     change, low, high = difference(shown.of(before), shown.of(after))
     course = f"from {shown.of(before)[0]:.2f} to {shown.of(after)[0]:.2f}"
     interval = f"({change:+.2f}, 95% interval {low:+.2f} to {high:+.2f})"
-    prompts = after.get("num_prompts", ENOUGH_PROMPTS)
+    if shown.of_pairs:
+        count, items = after["pairs"]["num_pairs"], "held-out pairs"
+        interval = f"{interval[:-1]}, {count} pairs)"
+    else:
+        count, items = after.get("num_prompts", ENOUGH_PROMPTS), "held-out prompts"
+    if count < ENOUGH_PROMPTS:
+        few = f"{count} {items} are too few for a verdict; take {ENOUGH_PROMPTS} or more"
+        return Verdict("unknown", f"Held-out {shown.word} went {course} {interval}: {few}.")
     outcome = "rose" if low > 0 else "fell" if high < 0 else "unchanged"
-    if prompts < ENOUGH_PROMPTS:
-        few = f"{prompts} held-out prompts are too few for a verdict; take {ENOUGH_PROMPTS} or more"
-        return Verdict("unknown", f"Held-out {shown.word} went {course} {interval}: {few}.", reasons)
     if outcome == "unchanged":
         chance = f"{shown.word} went {course}, and the difference may be chance {interval}"
         learned = "It did not learn measurably: held-out" if shown.word == "accuracy" else "Held-out"
-        return Verdict(outcome, f"{learned} {chance}.", reasons)
-    sentence = f"Held-out reward {outcome} {course} {interval}."
-    if shown.word == "accuracy":
-        learned = "It learned" if outcome == "rose" else "It got worse"
-        sentence = f"{learned}: held-out accuracy {outcome} {course} {interval}."
-    return Verdict(outcome, sentence, reasons)
+        return Verdict(outcome, f"{learned} {chance}.")
+    if shown.word != "accuracy":
+        return Verdict(outcome, f"Held-out {shown.word} {outcome} {course} {interval}.")
+    learned = "It learned" if outcome == "rose" else "It got worse"
+    return Verdict(outcome, f"{learned}: held-out accuracy {outcome} {course} {interval}.")
 
 
-def _by_training_reward(
-    evaluations: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, float]]
-) -> str:
+def _by_training(evaluations: Sequence[Mapping[str, Any]], steps: Sequence[Mapping[str, float]]) -> str:
     made = "No evaluation was made" if not evaluations else "Only one evaluation was made"
-    rewards = [values["reward/mean"] for values in steps if "reward/mean" in values]
+    given = any(map(pairs_are_given, steps))
+    name, what = ("pairs/accuracy", "pair accuracy") if given else ("reward/mean", "reward")
+    rewards = [values[name] for values in steps if name in values]
     if len(rewards) < 2:
         return f"{made}: whether it learned is not known."
     part = max(1, len(rewards) // 5)
     first, last = fmean(rewards[:part]), fmean(rewards[-part:])
     return (
-        f"{made}: whether it learned is not known. The reward in training went from {first:.3f} to "
+        f"{made}: whether it learned is not known. The {what} in training went from {first:.3f} to "
         f"{last:.3f} (means of the first and the last {part} of {len(rewards)} steps)."
     )
