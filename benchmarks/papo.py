@@ -33,7 +33,7 @@ from rlhf.config.load import make_config
 from rlhf.config.model import ModelConfig
 from rlhf.config.perception import PerceptionConfig
 from rlhf.data.prompts import load_prompts
-from rlhf.learn.perception import MaskedPasses
+from rlhf.learn.perception.masked_passes import MaskedPasses
 from rlhf.models.loading import load_policy
 from rlhf.models.packing import pack
 from rlhf.models.pretrained import load_tokenizer

@@ -20,6 +20,7 @@ from rlhf.collect.sources import Sources
 from rlhf.config.checks import return_candidates
 from rlhf.config.run import Config
 from rlhf.distributed.world import World
+from rlhf.evaluation.pairs import PairEvaluation, held_out_pairs
 from rlhf.inputs import Inputs
 from rlhf.learn.buffer import Buffer
 from rlhf.learn.controllers import KLCoefficient
@@ -28,8 +29,8 @@ from rlhf.learn.experience import AdvantageContext, ExperienceBuilder
 from rlhf.learn.learner import Learner
 from rlhf.learn.models import Models
 from rlhf.learn.optimizer import MasterAdamW
-from rlhf.learn.perception import MaskedPasses
-from rlhf.learn.perception_watch import PerceptionWatch
+from rlhf.learn.perception.masked_passes import MaskedPasses
+from rlhf.learn.perception.watch import PerceptionWatch
 from rlhf.learn.precomputed_reference import PrecomputedReference
 from rlhf.learn.pretraining import Pretraining
 from rlhf.models.loading import load_policy, load_sharded_policy
@@ -59,6 +60,8 @@ class Components:
     constraints: Constraints
     collector: GroupSource
     pairing: Pairing
+    pair_evaluation: PairEvaluation | None
+    """Held-out pairs of a preference algorithm; None where `data.eval` has none."""
     prefetch: Prefetch
     experience: ExperienceBuilder
     learner: Learner
@@ -84,6 +87,7 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
     perception_watch = PerceptionWatch(config.perception)
     engine, sync, sampler = _rollout(config, inputs, world, policy)
     sources = Sources(config, inputs, world, models.reference or policy, sampler)
+    pair_evaluation = _pair_evaluation(models, sources)
     experience = _experience_builder(models, sources, constraints)
     learner = _learner(config, inputs, world, models, optimizer)
     rollouts = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
@@ -110,6 +114,7 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
         constraints=constraints,
         collector=collector,
         pairing=Pairing(config.pairs, inputs.algorithm),
+        pair_evaluation=pair_evaluation,
         prefetch=prefetch,
         experience=experience,
         learner=learner,
@@ -232,6 +237,23 @@ def engine_starter(
         lora_rank=lora_rank,
         ranks=ranks,
     )
+
+
+def _pair_evaluation(models: Models, sources: Sources) -> PairEvaluation | None:
+    config, held_out = sources.config, sources.inputs.eval_pairs
+    if held_out is None:
+        return None
+    evaluation = PairEvaluation(
+        held_out_pairs(held_out.groups),
+        models,
+        sources.world,
+        temperature=config.rollout.temperature,
+        microbatch_tokens=config.learner.microbatch_tokens,
+        beta=config.algorithm.get("beta") if models.reference is not None else None,
+    )
+    sources.stateful["held_out_pairs"] = evaluation
+    sources.preparations.append(evaluation.prepare)
+    return evaluation
 
 
 def _experience_builder(models: Models, sources: Sources, constraints: Constraints) -> ExperienceBuilder:

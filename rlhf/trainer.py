@@ -16,7 +16,7 @@ from rlhf.collect.sampler import Hooks
 from rlhf.components import Components, build_components
 from rlhf.config.run import Config
 from rlhf.distributed.world import World, world_size
-from rlhf.evaluation.accuracy import evaluate
+from rlhf.evaluation.accuracy import evaluate, with_pairs
 from rlhf.learn.dealing import deal
 from rlhf.loop import Loop
 from rlhf.metrics import Metrics
@@ -151,16 +151,20 @@ class Trainer(Loop[Config]):
             self.running.interrupt.check()
 
     def evaluate(self) -> float | None:
-        """The accuracy on the held-out prompts."""
-        held_out, step = self.inputs.eval, self.cursor.steps_done
-        if held_out is None:
+        """The score on the held-out prompts and pairs, by which checkpoints are compared."""
+        held_out, pairs, step = self.inputs.eval, self.components.pair_evaluation, self.cursor.steps_done
+        if held_out is None and pairs is None:
             return None
+        result, detail = None, self.monitor.detail
         with self.monitor.phase("eval"):
             # only the evaluation before step 1 can be interrupted; a later one would be lost on resume
             between = self.running.interrupt.check if step == 0 else None
-            result = evaluate(
-                self.components.sampler, held_out, self.config, self.world, step, between, self.monitor.detail
-            )
+            if held_out is not None:
+                sampler = self.components.sampler
+                result = evaluate(sampler, held_out, self.config, self.world, step, between, detail)
+            if pairs is not None:
+                result = with_pairs(result, pairs.evaluate(between, detail), step)
+        assert result is not None
         if self.world.is_main:
             self.monitor.evaluated(asdict(result))
         return result.score

@@ -24,7 +24,7 @@ from rlhf.learn.experience import AdvantageContext, ExperienceBuilder, fields_of
 from rlhf.learn.learner import Learner
 from rlhf.learn.models import Models
 from rlhf.learn.optimizer import MasterAdamW
-from rlhf.learn.perception import MaskedPasses
+from rlhf.learn.perception.masked_passes import MaskedPasses
 from rlhf.metrics import Max, Mean, Metrics, Sum
 from rlhf.models.loading import load_policy
 from rlhf.models.policy import Policy

@@ -43,7 +43,7 @@ class PerceptionConfig(Section):
     """Probability that a square is made black."""
     watch_steps: Positive = 5
     """Steps over which the metrics are averaged that show whether the KL is hacked, which means that it grows
-    although the images are used no better (rlhf/learn/perception_watch.py)."""
+    although the images are used no better (rlhf/learn/perception/watch.py)."""
     stop_at_signs: Annotated[int, Field(ge=1, le=5)] | None = None
     """The run ends when so many of the five signs of a hacked KL show at once; not given: it goes on, with a
     warning from two on."""

@@ -102,6 +102,28 @@ def as_pair(group: Group) -> Pair:
     return Pair(ordered, max(p, 1.0 - p) if known else None)
 
 
+def held_out_pairs(groups: Sequence[Group]) -> list[Group]:
+    """The groups as pairs: of more than two completions the one with the highest and the one with the lowest
+    reward. Groups of one completion and those whose rewards are equal are left out.
+
+    Raises ValueError: no pair is left.
+    """
+    pairs: list[Group] = []
+    for group in groups:
+        scored = [(t.reward, t) for t in group.trajectories if t.reward is not None]
+        if len(group.trajectories) == 2 and (group.duels or len({r for r, _ in scored}) == 2):
+            pairs.append(group)
+        elif len({r for r, _ in scored}) > 1:
+            best, worst = (pick(scored, key=lambda pair: pair[0])[1] for pick in (max, min))
+            pairs.append(replace(group, trajectories=(best, worst), duels=()))
+    if not pairs:
+        raise ValueError(
+            f"{groups[0].prompt.id}: no held-out line has two completions with unequal rewards, so there are "
+            "no pairs to evaluate on; give pairs in data.eval, or prompts alone and reward.functions"
+        )
+    return pairs
+
+
 @dataclass(frozen=True, slots=True)
 class PairResult:
     """What an evaluation says of the held-out pairs; a tie counts half in every accuracy."""

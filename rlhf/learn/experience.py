@@ -17,6 +17,7 @@ from rlhf.config.learner import LearnerConfig
 from rlhf.distributed.world import World
 from rlhf.learn.contrasts import RunningReward, contrasts_of, under_other_prompts, with_offset
 from rlhf.learn.controllers import RewardScaler
+from rlhf.learn.logprobs import sums_by_sequence, token_logprobs
 from rlhf.learn.models import Models
 from rlhf.models.packing import microbatches
 from rlhf.models.policy import Policy
@@ -145,14 +146,14 @@ class ExperienceBuilder:
         assert preference is not None and ref_logprobs is not None
         if self.running_reward is not None:
             assert old_logprobs is not None
-            return self.running_reward(_log_ratios(packed, old_logprobs, ref_logprobs))
+            return self.running_reward(sums_by_sequence(old_logprobs - ref_logprobs, packed))
         assert self.models.reference is not None
         others = under_other_prompts(groups, numbers, self.world)
         packed = self._pack(others)
-        ratios = _log_ratios(
-            packed, self.logprobs(self.policy, packed), self.logprobs(self.models.reference, packed)
-        )
-        sums = self.world.all_sum(torch.stack([ratios.sum(), torch.ones_like(ratios).sum()]))
+        differences = self.logprobs(self.policy, packed) - self.logprobs(self.models.reference, packed)
+        ratios = sums_by_sequence(differences, packed)  # [S]
+        sums = torch.stack([ratios.sum(), torch.ones_like(ratios).sum()])
+        sums = self.world.all_sum(sums.to(self.world.device))
         total, count = float(sums[0]), float(sums[1])
         return max(total / count, 0.0) if count else 0.0
 
@@ -192,20 +193,11 @@ class ExperienceBuilder:
             return None
         return self.logprobs(reference, packed)
 
-    @torch.no_grad()
     def logprobs(self, policy: Policy, packed: PackedGroups) -> Tensor:
-        """Log-probs `[N]` of all tokens under `policy`, in microbatches."""
-        result = torch.zeros_like(packed.rollout_logprobs)
-        groups = range(len(packed.prompts))
-        micros = microbatches(packed, groups, self.microbatch_tokens, layout=policy.layout)
-        for micro in in_step(micros, policy.model, self.world):
-            if micro is None:
-                policy.dummy_pass()
-                continue
-            statistics = policy.statistics(micro.packed, temperature=self.temperature, want=("logprob",))
-            assert statistics.logprob is not None
-            result[micro.index] = statistics.logprob.to(result.dtype)
-        return result
+        """Log-probs `[N]` of all tokens under `policy`, without gradient."""
+        return token_logprobs(
+            policy, packed, self.world, temperature=self.temperature, budget=self.microbatch_tokens
+        )
 
     @torch.no_grad()
     def _before_update(self, packed: PackedGroups) -> tuple[Tensor | None, Tensor | None]:
@@ -351,12 +343,6 @@ def pack_groups(
 def fields_of(packed: PackedGroups) -> dict[str, Any]:
     """The fields of `packed` by name: what an Experience of the same tokens begins with."""
     return {f.name: getattr(packed, f.name) for f in fields(PackedGroups)}
-
-
-def _log_ratios(packed: PackedGroups, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log policy - log reference of each sequence, float64 `[S]`, from log-probs `[N]`."""
-    differences = (logprobs - ref_logprobs).masked_fill(~packed.loss_mask, 0.0).double()
-    return differences.new_zeros(len(packed.group)).index_add(0, packed.sequence, differences)
 
 
 def _learnable(group: Group) -> Group:

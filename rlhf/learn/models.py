@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.learn.critic import Critic
-from rlhf.learn.perception import MaskedPasses
+from rlhf.learn.perception.masked_passes import MaskedPasses
 from rlhf.models.policy import Policy
 
 

@@ -18,8 +18,8 @@ from rlhf.config.load import make_config
 from rlhf.config.perception import PerceptionConfig
 from rlhf.config.section import ConfigError
 from rlhf.learn.learner import Learner
-from rlhf.learn.perception import MaskedPasses
-from rlhf.learn.perception_watch import PerceptionWatch
+from rlhf.learn.perception.masked_passes import MaskedPasses
+from rlhf.learn.perception.watch import PerceptionWatch
 from rlhf.metrics import Mean, Metrics, merge
 from rlhf.models.packing import Packed, microbatches
 from rlhf.models.policy import Policy

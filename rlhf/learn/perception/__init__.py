@@ -1,0 +1,1 @@
+"""Perception terms (PAPO): passes over masked images, and the watch for signs of KL hacking."""
