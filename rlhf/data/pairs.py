@@ -1,6 +1,6 @@
 """Reads data for reward models: preference pairs or ratings become tokenised examples, every line checked.
 
-    pairs      {"prompt": ..., "chosen": "text", "rejected": "text"}
+    pairs      {"prompt": ..., "chosen": ..., "rejected": ...}, as rlhf/data/preferences.py reads them
     ratings    {"prompt": ..., "completion": "text", "ratings": {"helpful": 4, "polite": null}}
 
 A prompt is text or chat messages, as in every dataset. A completion is its text and the end-of-sequence
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.reward_model import PreferenceData, ScoreConfig
 from rlhf.data.completions import completion_ids
+from rlhf.data.preferences import completion_text, with_prompt
 from rlhf.data.prompts import load_prompts
 from rlhf.types import Prompt
 
@@ -50,6 +52,7 @@ def load_examples(
     prompts = load_prompts(
         Path(path).expanduser(),
         tokenizer,
+        change=partial(with_prompt, column=data.prompt_column),
         prompt_column=data.prompt_column,
         max_prompt_tokens=data.max_prompt_tokens,
         long_prompts=data.long_prompts,
@@ -76,10 +79,7 @@ def _example(
     names = columns if score.kind == "pairs" else columns[:1]
     texts: list[str] = []
     for name in names:
-        text = prompt.columns[name]
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: column {name!r} must be text, got {text!r:.80}")
-        texts.append(text)
+        texts.append(completion_text(where, name, prompt.columns[name]))
     if score.kind == "pairs" and texts[0] == texts[1]:
         raise ValueError(f"{where}: chosen and rejected are the same text, {texts[0]!r:.80}")
     completions = tuple(completion_ids(tokenizer, text) for text in texts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -71,13 +71,14 @@ def load_prompts(
     max_prompt_tokens: int,
     long_prompts: Literal["refuse", "skip"] = "refuse",
     processor: Processor | None = None,
+    change: Callable[[Row], Row] = lambda row: row,
 ) -> PromptDataset:
     """Reads, checks and tokenises every prompt.
 
     A prompt is plain text, tokenised as it is, or a list of chat messages. Chat messages are written by the
     tokenizer's chat template, up to the opening of the assistant's turn. For a vision-language model its
     `processor` (rlhf/models/vision/processor.py) writes messages with images, including the images of
-    `image_column`.
+    `image_column`. `change` is applied to a line before it is checked.
 
     Raises ValueError, with file and line, when the path does not exist or is not a dataset, when a line is
     not a JSON object, when the prompt column is missing (the message names the most similar column), when a
@@ -86,7 +87,7 @@ def load_prompts(
     model cannot process, and for prompts longer than `max_prompt_tokens` unless `long_prompts` is "skip".
     """
     path, prompts, too_long, columns = Path(path), list[Prompt](), list[Prompt](), tuple[str, ...]()
-    for rows, found in tokenized(path, tokenizer, prompt_column, image_column, processor):
+    for rows, found in tokenized(path, tokenizer, prompt_column, image_column, processor, change):
         columns = columns or _others(rows[0], prompt_column, image_column)
         for prompt in found:
             (too_long if len(prompt.token_ids) > max_prompt_tokens else prompts).append(prompt)
@@ -106,13 +107,15 @@ def tokenized(
     prompt_column: str,
     image_column: str | None,
     processor: Processor | None,
+    change: Callable[[Row], Row] = lambda row: row,
 ) -> Iterator[tuple[list[Row], list[Prompt]]]:
-    """Yields checked lines and their prompts, many at a time. Raises ValueError as `load_prompts` does."""
+    """Yields checked lines and their prompts, many at a time; `change` is applied to a line before it is
+    checked. Raises ValueError as `load_prompts` does."""
     tokenize = partial(_tokenize, tokenizer=tokenizer)
     if processor is not None:
         folder = path.parent if path.is_file() else path
         tokenize = partial(_tokenize_with_images, tokenizer=tokenizer, processor=processor, folder=folder)
-    rows = _checked_rows(path, prompt_column)
+    rows = _checked_rows(path, prompt_column, change)
     while some := list(islice(rows, TOKENIZE_AT_ONCE)):
         yield some, list(tokenize(some, prompt_column=prompt_column, image_column=image_column))
 
@@ -208,10 +211,12 @@ def _write_chat(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase
         raise ValueError(f"{row.where}: the tokenizer's chat template refuses the prompt: {error}") from None
 
 
-def _checked_rows(path: Path, prompt_column: str) -> Iterator[Row]:
+def _checked_rows(
+    path: Path, prompt_column: str, change: Callable[[Row], Row] = lambda row: row
+) -> Iterator[Row]:
     """The rows of a dataset; raises ValueError at the first one that is malformed."""
     first: Row | None = None
-    for row in _read(path):
+    for row in map(change, _read(path)):
         if prompt_column not in row.columns:
             near = difflib.get_close_matches(prompt_column, row.columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -280,12 +285,12 @@ def _is_not_empty(content: object) -> bool:
     return bool(content.strip() if isinstance(content, str) else content)
 
 
-def columns_of(path: str | Path) -> tuple[str, ...]:
-    """The columns of a dataset's first line. Raises ValueError: it cannot be read, or has no lines."""
+def first_row(path: str | Path) -> Row:
+    """A dataset's first line. Raises ValueError: it cannot be read, or has no lines."""
     row = next(_read(Path(path).expanduser()), None)
     if row is None:
         raise ValueError(f"{path} holds no prompts: it has no lines")
-    return tuple(row.columns)
+    return row
 
 
 def _read(path: Path) -> Iterator[Row]:

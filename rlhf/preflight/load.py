@@ -17,7 +17,7 @@ from rlhf.config.checks import return_candidates
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.data.completions import OfflineDataset, load_offline
-from rlhf.data.prompts import PromptDataset, columns_of, load_prompts
+from rlhf.data.prompts import PromptDataset, first_row, load_prompts
 from rlhf.data.texts import load_texts
 from rlhf.inputs import Inputs
 from rlhf.models.pretrained import (
@@ -97,7 +97,7 @@ def _held_out(
     path = config.data.eval
     if path is None:
         return None, None
-    if algorithm.preference is None or not PAIR_COLUMNS.intersection(columns_of(path)):
+    if algorithm.preference is None or not PAIR_COLUMNS.intersection(first_row(path).columns):
         return _prompts(config, path, tokenizer, processor), None
     pairs = _offline(config, path, tokenizer, processor, eos_token_ids)
     if not config.reward.functions:

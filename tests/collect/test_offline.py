@@ -71,7 +71,7 @@ def test_lines_with_the_same_prompt_are_a_group(load: Callable[..., OfflineDatas
 
 
 def test_a_completion_may_be_a_column_of_another_name_or_chat_messages(load: Callable[..., OfflineDataset]):
-    answer = [{"role": "user", "content": "hm"}, {"role": "assistant", "content": "good"}]
+    answer = [{"role": "assistant", "content": "good"}]
     assert load([{"prompt": "one", "response": "good", "reward": 1}]).groups[0].trajectories[0].text == "good"
     named = load(
         [{"prompt": "one", "chat": answer, "score": 1}], completion_column="chat", reward_column="score"
