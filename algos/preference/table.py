@@ -65,7 +65,7 @@ def dpo(
     return to_reference(log_ratio(beta, per_token=per_token), compare, kl)
 
 
-def robust_dpo(*, beta: float = 0.1, label_smoothing: float = 0.1, kl: KL = NO_KL) -> Algorithm:
+def robust_dpo(*, beta: float = 0.01, label_smoothing: float = 0.1, kl: KL = NO_KL) -> Algorithm:
     """DPO without the bias of labels of which a known share is wrong, arXiv:2403.00409."""
     return to_reference(log_ratio(beta), compares.robust(label_smoothing), kl)
 
@@ -76,12 +76,13 @@ def ipo(*, tau: float = 0.1, per_token: bool = True, kl: KL = NO_KL) -> Algorith
 
 
 def slic(
-    *, delta: float = 1.0, beta: float = 1.0, nll_coef: float = 1.0, to_ref: bool = False, kl: KL = NO_KL,
+    *, delta: float = 1.0, beta: float = 1.0, nll_coef: float = 1.0, use_reference: bool = False,
+    kl: KL = NO_KL,
 ) -> Algorithm:
-    """Hinge on the log-probs plus NLL, arXiv:2305.10425; on log-ratios with `to_ref` (RSO, TRL's hinge)."""
-    score = log_ratio(beta) if to_ref else log_prob(beta)
+    """Hinge on log-probs plus NLL, arXiv:2305.10425; with `use_reference` on log-ratios (TRL's hinge)."""
+    score = log_ratio(beta) if use_reference else log_prob(beta)
     pull = toward_better(nll_coef, per_token=False) if nll_coef else None
-    uses = REFERENCE if to_ref else frozenset[str]()
+    uses = REFERENCE if use_reference else frozenset[str]()
     return comparing(Preference(score=score, compare=compares.hinge(delta), uses=uses, pull=pull), kl)
 
 
@@ -131,13 +132,13 @@ def kto(
     return changed(base, baseline="other_prompts", baseline_scale=beta)
 
 
-def bco(*, beta: float = 0.1, kl: KL = NO_KL) -> Algorithm:
+def bco(*, beta: float = 0.01, kl: KL = NO_KL) -> Algorithm:
     """A classifier of good and bad completions, shifted by the running mean reward, arXiv:2404.04656."""
     base = to_reference(log_ratio(beta), compares.logistic(), kl, singles())
     return changed(base, baseline="running_mean", baseline_scale=beta)
 
 
-def nca(*, beta: float = 0.1, kl: KL = NO_KL) -> Algorithm:
+def nca(*, beta: float = 0.01, kl: KL = NO_KL) -> Algorithm:
     """Noise contrastive alignment: the better one stays likely, arXiv:2402.05369."""
     return to_reference(log_ratio(beta), compares.nca(), kl, singles())
 
@@ -157,7 +158,7 @@ def exo(*, beta: float = 0.1, label_smoothing: float = 1e-3, kl: KL = NO_KL) -> 
     return to_reference(log_ratio(beta), compares.exo(label_smoothing), kl)
 
 
-def discopop(*, beta: float = 0.1, tau: float = 0.05, kl: KL = NO_KL) -> Algorithm:
+def discopop(*, beta: float = 0.05, tau: float = 0.05, kl: KL = NO_KL) -> Algorithm:
     """A blend of the logistic and the exponential loss, found by a language model, arXiv:2406.08414."""
     return to_reference(log_ratio(beta), compares.discopop(tau), kl)
 

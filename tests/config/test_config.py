@@ -186,8 +186,8 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
         "tau_negative",
         "tau_positive",
         "temperature",
-        "to_ref",
         "undesirable_weight",
+        "use_reference",
         "whiten",
     ]
 

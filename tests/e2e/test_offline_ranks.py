@@ -17,7 +17,7 @@ from tests.support import metrics_of
 STEPS = 4
 # metrics of the data that was used, of its rewards, and of the updates
 TAKEN = ("rollout/groups", "length/mean", "reward/mean", "reward/std", "offline/kept_fraction")
-LEARNED = ("loss/policy", "entropy", "grad_norm", "kl/ref")
+LEARNED = ("loss/policy", "entropy", "grad_norm", "perplexity")
 
 
 def run(folder: Path, model: Path, ranks: int, changes: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:

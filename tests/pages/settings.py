@@ -68,6 +68,10 @@ ARGUMENTS = {
         "the group. `leave_one_out`: the mean of the other rewards of the group. `prompt_value`: the frozen "
         "value of the prompt (section [prompt_value](#prompt_value))."
     ),
+    "beta": (
+        "Scale of the scores that a preference loss compares, of log-ratios to the reference for most: the "
+        "smaller it is, the further the policy moves from the reference."
+    ),
     "clip": "Bound of the ratio to the reference, which is kept in [1 - clip, 1 + clip].",
     "clip_dual": (
         "For tokens with a negative advantage: the ratio to the old policy counts as at most this (dual "
@@ -83,6 +87,8 @@ ARGUMENTS = {
         "none: no lower bound."
     ),
     "critic": "How values are learned, and how advantages come from them.",
+    "delta": "Margin from which on a pair has no loss.",
+    "desirable_weight": "Factor of the loss of good completions.",
     "divergence": (
         "Given: each prompt has a temperature of its own, chosen so that the weights of its completions "
         "differ from equal ones by this KL, in nats. None: all have `temperature`."
@@ -93,24 +99,36 @@ ARGUMENTS = {
     ),
     "entropy_coef": "Weight of the policy's entropy, which is maximised; 0: it is not in the loss.",
     "floor": "Lower bound of a token's weight, which is its probability.",
+    "gamma": "Margin that the better completion must have before the loss falls below log 2.",
     "imitation_coef": (
         "Weight of the negative log-likelihood of correct completions, which is added to the loss."
     ),
     "kl": "How the distance to the reference is measured, and how much it costs.",
+    "label_smoothing": (
+        "Share of the labels that is taken to be wrong, below 0.5; 0 trusts all of them. `exo` needs more."
+    ),
+    "lam": (
+        "`orpo`: weight of the odds ratio beside the negative log-likelihood. `dpop`: weight of what the "
+        "better completion has lost against the reference."
+    ),
+    "max_reward": "Half the margin at which `chi_po` stops: it is clipped at twice this, up and down.",
     "max_tokens": (
         "Length of a completion, in tokens, that `dr_grpo` divides losses by, and from which on `dapo` and "
         "`cispo` take 1 off the reward. Not given: `rollout.max_completion_tokens`."
     ),
     "max_weight": "Upper bound of a weight exp(advantage / temperature).",
     "mismatch": "Correction for the difference between the probabilities of engine and learner.",
+    "nll_coef": "Weight of the negative log-likelihood of the better completion; 0: it is not in the loss.",
     "normalize": (
         "Whether weights are divided by their mean, so that a learning rate means the same at every "
         "temperature."
     ),
+    "one_sided": "Whether only right pairs are clipped: very wrong ones keep their gradient.",
     "overlong_cache": (
         "Length over which long completions are punished softly: in the last so many tokens before "
         "`max_tokens` the reward falls linearly by up to 1. 0: no punishment; none: a fifth of `max_tokens`."
     ),
+    "per_token": "Whether the score of a completion is divided by its tokens.",
     "ratio_penalty": (
         "Weight of log(policy / reference), which is added to the loss of each token. It makes all "
         "completions of the data less likely, so it must be small beside the advantages."
@@ -123,6 +141,9 @@ ARGUMENTS = {
     "standardize": (
         "Whether advantages first get mean 0 and standard deviation 1 over the experience of a step."
     ),
+    "tau": (
+        "`ipo`: the margin is to become 1 / (2 tau). `discopop`: how sharply its two losses are blended."
+    ),
     "tau_negative": (
         "Steepness of the gate for tokens with a negative advantage: the higher, the faster the gradient "
         "fades as the ratio to the old policy moves away from 1."
@@ -132,6 +153,8 @@ ARGUMENTS = {
         "Temperature of the weights exp(advantage / temperature): the lower, the more the best completions "
         "outweigh the others."
     ),
+    "undesirable_weight": "Factor of the loss of bad completions.",
+    "use_reference": "Whether log-ratios to the reference are compared, and not log-probs.",
     "whiten": "Whether advantages get mean 0 and standard deviation 1 over all tokens of a step.",
 }
 """What the keyword arguments of algorithms mean: a function's arguments have no docstrings."""

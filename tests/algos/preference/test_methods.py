@@ -44,7 +44,7 @@ PAIR = (2.0, -5.0)
         # (7 - 5)^2
         ("ipo", {"tau": 0.1, "per_token": False}, PAIR, 4.0),
         # 1 - .7, TRL's hinge
-        ("slic", {"beta": 0.1, "to_ref": True, "nll_coef": 0.0}, PAIR, 0.3),
+        ("slic", {"beta": 0.1, "use_reference": True, "nll_coef": 0.0}, PAIR, 0.3),
         # max(1 - (-5 + 5.4), 0) + .5 * 5
         ("slic", {"nll_coef": 0.5}, (-5.0, -5.4), 0.6 + 2.5),
         # -log sigmoid(2 * .3 - 1)
@@ -74,9 +74,9 @@ PAIR = (2.0, -5.0)
             (2 * 0.450166 + 0.5 * 0.377541) / 2,
         ),
         # -log sigmoid(.2) - log sigmoid(.5) = .598139 + .474077
-        ("bco", {}, PAIR, 1.072216),
+        ("bco", {"beta": 0.1}, PAIR, 1.072216),
         # .598139 + (.798139 + .474077) / 2
-        ("nca", {}, PAIR, 1.234247),
+        ("nca", {"beta": 0.1}, PAIR, 1.234247),
         # .450166 + .377541
         ("apo_zero", {}, PAIR, 0.827707),
         # sigmoid(.2) + 1 - sigmoid(.7) = .549834 + .331812
@@ -84,7 +84,7 @@ PAIR = (2.0, -5.0)
         # .668188 (log .668188 - log .9) + .331812 (log .331812 - log .1)
         ("exo", {"label_smoothing": 0.1}, PAIR, 0.198972),
         # sigmoid(.7 / .05) is 1 but for 8e-7: e^-.7
-        ("discopop", {}, PAIR, 0.496585),
+        ("discopop", {"beta": 0.1}, PAIR, 0.496585),
     ],
 )
 def test_the_loss_is_the_number_worked_out_by_hand(
