@@ -40,8 +40,12 @@ def topk_likelihood(logits: Tensor, k: int = TOP) -> Tensor:
     largest = logits.topk(min(k, logits.shape[-1]), dim=-1).values
     p = (largest - logits.logsumexp(-1, keepdim=True)).exp()  # [n, k]
     mass = p.sum(-1)
-    normalised = torch.special.entr(p / mass[:, None]).sum(-1)
-    return torch.stack([mass, torch.special.entr(p).sum(-1), normalised], -1)
+    return torch.stack([mass, _entropy(p), _entropy(p / mass[:, None])], -1)
+
+
+def _entropy(p: Tensor) -> Tensor:
+    """-sum p log p `[n]` of `p` `[n, k]`, where 0 log 0 is 0."""
+    return -torch.xlogy(p, p).sum(-1)
 
 
 class TopK:
@@ -54,6 +58,6 @@ class TopK:
         """`[N, 3]`; zeros where not wanted."""
 
     def __call__(self, micro: Microbatch, hidden: Tensor) -> None:
-        for rows in self.wanted[micro.index].nonzero()[:, 0].split(CHUNK):
-            logits = self.head.logits(hidden[rows]) / self.temperature
+        for rows in torch.split(self.wanted[micro.index].nonzero()[:, 0], CHUNK):
+            logits = self.head.logits(hidden[rows]).div_(self.temperature)
             self.found[micro.index[rows]] = topk_likelihood(logits)

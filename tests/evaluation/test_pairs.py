@@ -47,8 +47,8 @@ def judged(
 ) -> PairResult:
     """The summary of pairs with these log-probs of (chosen, rejected)."""
     pairs = [as_pair(g) for g in groups or [pair()] * len(policy)]
-    both = [[LogProbs(*row) for row in rows] for rows in (policy, reference)]
-    return summary(pairs, *both, [BLAND] * len(pairs), beta)
+    now, before = ([LogProbs(*row) for row in rows] for rows in (policy, reference))
+    return summary(pairs, now, before, [BLAND] * len(pairs), beta)
 
 
 def test_accuracies_of_four_pairs_by_hand():
@@ -186,12 +186,12 @@ def figures(tiny_model_dir: Path) -> PairResult:
     policy = moved(policy_of(tiny_model_dir, dtype=torch.float64))
     reference = policy_of(tiny_model_dir, dtype=torch.float64)
     pairs = [as_pair(g) for g in PAIRS]
-    rows: list[list[LogProbs]] = [[], []]
+    now, before = list[LogProbs](), list[LogProbs]()
     likelihood: list[Likelihood] = []
     with torch.no_grad():
         for one in pairs:
             prompt = list(one.group.prompt.token_ids)
-            for which, found in zip((policy, reference), rows, strict=True):
+            for which, found in ((policy, now), (reference, before)):
                 which.layout = "padded"
                 logps: list[float] = []
                 for k, t in enumerate(one.group.trajectories):
@@ -210,7 +210,7 @@ def figures(tiny_model_dir: Path) -> PairResult:
                             )
                         )
                 found.append(LogProbs(*logps))
-    return summary(pairs, *rows, likelihood, 0.1)
+    return summary(pairs, now, before, likelihood, 0.1)
 
 
 def assert_same(found: PairResult, expected: PairResult, tolerance: float = 1e-4) -> None:

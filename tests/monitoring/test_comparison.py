@@ -12,7 +12,7 @@ from rlhf.cli import main
 from rlhf.monitoring.records import append_eval
 from rlhf.monitoring.report.comparison import band_of, grouped, read_run, render
 from rlhf.monitoring.run_folder import RunFolder
-from tests.monitoring.test_report import Page, evaluation, given, paired, step
+from tests.monitoring.test_report import Page, evaluation, given_pairs, paired, step
 
 
 def make_run(folder: Path, *, lr: float, seed: int, level: float) -> Path:
@@ -65,7 +65,7 @@ def test_the_page_shows_the_outcome_of_each_run_and_the_settings_that_differ(fol
 def test_pairs_and_samples_are_compared_in_figures_of_their_own(folders: list[Path], tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "pairs")
     run.path.mkdir()
-    run.metrics.write_text("".join(json.dumps(given(n, 0.5)) + "\n" for n in (1, 2)))
+    run.metrics.write_text("".join(json.dumps(given_pairs(n, 0.5)) + "\n" for n in (1, 2)))
     for record in (paired(0, 0.5), paired(2, 0.9)):
         append_eval(run, record)
     alone = Page(render([read_run(run.path)]))

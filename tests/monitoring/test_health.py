@@ -185,7 +185,9 @@ def test_an_entropy_far_below_its_highest_while_the_margin_grows_is_said_once() 
     assert heard([{"step": 0, "pairs": None}, {"step": 5}]) == [[], []]
 
 
-def test_a_resumed_run_knows_the_highest_entropy_of_before(tmp_path: Path) -> None:
+def test_a_resumed_run_knows_the_highest_entropy_of_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = ("accuracy", "num_samples", "ci_low", "ci_high", "samples")
     pairs = {"num_pairs": 40, "accuracy": 0.6, "ci_low": 0.5, "ci_high": 0.7}
     first, second = (
@@ -196,7 +198,7 @@ def test_a_resumed_run_knows_the_highest_entropy_of_before(tmp_path: Path) -> No
     said: list[str] = []
     display = SilentDisplay()
     monitor = Monitor(RunFolder(tmp_path), sinks=[], display=display, samples_per_step=0)
-    monitor.warn = said.append
+    monkeypatch.setattr(monitor, "warn", said.append)
     monitor.evaluated(second)
     assert len(said) == 1 and "50% below its highest" in said[0]
     assert display.progress.held_out == (

@@ -244,7 +244,7 @@ def test_samples_and_pairs_are_both_told_and_samples_decide(run: RunFolder) -> N
     assert "Accuracy on held-out prompts" in page and "Pair accuracy on held-out pairs" in page
 
 
-def given(number: int, accuracy: float) -> dict[str, float]:
+def given_pairs(number: int, accuracy: float) -> dict[str, float]:
     found = {
         "pairs/accuracy": accuracy,
         "pairs/loss": 0.6,
@@ -257,7 +257,7 @@ def given(number: int, accuracy: float) -> dict[str, float]:
 def test_a_run_on_given_pairs_shows_these_and_not_their_rewards(run: RunFolder) -> None:
     run.evaluations.unlink()
     entries = [
-        given(n, 0.5 + 0.05 * n) | {"pairs/chosen_logratio": 0.1, "pairs/rejected_logratio": -0.1}
+        given_pairs(n, 0.5 + 0.05 * n) | {"pairs/chosen_logratio": 0.1, "pairs/rejected_logratio": -0.1}
         for n in range(1, 7)
     ]
     run.metrics.write_text("".join(json.dumps(e) + "\n" for e in entries))
