@@ -200,8 +200,9 @@ def _joined(content: object) -> object:
     if not isinstance(content, list):
         return content
     parts = cast(list[object], content)
-    texts = [cast(Any, part).get("text") if isinstance(part, Mapping) else None for part in parts]
-    return "".join(texts) if all(isinstance(text, str) for text in texts) else content
+    texts = [cast(Any, part).get("text") for part in parts if isinstance(part, Mapping)]
+    whole = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if whole else parts
 
 
 def with_prompt(row: Row, column: str) -> Row:
@@ -212,7 +213,7 @@ def with_prompt(row: Row, column: str) -> Row:
     """
     if not {"chosen", "rejected"} <= row.columns.keys():
         return row
-    sides = cast(tuple[Any, Any], (row.columns["chosen"], row.columns["rejected"]))
+    sides = row.columns["chosen"], row.columns["rejected"]
     as_messages = all(isinstance(side, list) for side in sides)
     if column in row.columns and not (as_messages and all(len(side) > 1 for side in sides)):
         return row
@@ -247,7 +248,7 @@ def _common_text(chosen: str, rejected: str) -> str:
 
 def _probability(row: Row) -> float:
     value: object = row.columns[PROBABILITY]
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
         raise ValueError(
             f"{row.where}: column {PROBABILITY!r} must be a number from 0 to 1, the probability that chosen "
             f"is better than rejected, got {value!r:.80}"

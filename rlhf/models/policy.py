@@ -184,7 +184,7 @@ class Policy(Trunk):
         """Frees the weights of a frozen model that is not asked again."""
         self.free_memory()
         self._mapped = None
-        self.model.to("meta")
+        torch.nn.Module.to(self.model, "meta")
 
     def divergence(self, packed: Packed, hidden: Tensor, other: Tensor, *, temperature: float) -> Tensor:
         """Exact KL `[N]` of the policy at states `hidden` from the policy at states `other`, both `[N, H]`.

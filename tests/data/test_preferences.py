@@ -136,7 +136,7 @@ def test_a_pair_with_one_side_too_long_is_left_out(load: Callable[..., OfflineDa
     rows = [{"prompt": "one", "chosen": "good", "rejected": bad} for bad in ("b" * 40, "bad")]
     data = load(rows, long_prompts="skip")
     assert [texts(g) for g in data.groups] == [["good", "bad"]] and data.skipped == 1
-    with pytest.raises(ValueError, match="1 lines are longer than .*data.jsonl:1"):
+    with pytest.raises(ValueError, match=r"1 lines are longer than .*data\.jsonl:1"):
         load(rows)
 
 
