@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf.algos.preference.checks import check_smoothing
+
 Compare = Callable[[Tensor, Tensor], Tensor]
 """`(margin[M], target[M]) -> loss[M]`."""
 
@@ -90,6 +92,8 @@ def nca() -> Compare:
 
 def discopop(tau: float) -> Compare:
     """(1 - m) (-log sigmoid(z)) + m e^-z, with m = sigmoid(z / tau) (arXiv:2406.08414)."""
+    if not 0.0 < tau <= 1.0:
+        raise ValueError(f"tau must be above 0 and at most 1 for discopop, got {tau}")
 
     def certain(z: Tensor) -> Tensor:
         # m e^-z in one exponential: e^-z alone overflows where m is tiny
@@ -109,8 +113,3 @@ def exo(smoothing: float) -> Compare:
         return won.exp() * (won - right) + lost.exp() * (lost - wrong)
 
     return either_way(certain)
-
-
-def check_smoothing(smoothing: float) -> None:
-    if not 0.0 <= smoothing < 0.5:
-        raise ValueError(f"label_smoothing must be 0 or more and below 0.5, got {smoothing}")

@@ -90,7 +90,7 @@ def contrast_loss(batch: LossInputs, preference: Preference) -> tuple[Tensor, Me
     contrasts = batch.contrasts
     assert contrasts is not None, "the algorithm compares completions"
     compared = _compare(batch, contrasts, preference)
-    loss = (compared.losses.sum() + compared.pulled) / max(batch.counts.comparisons, 1e-9)
+    loss = (compared.losses.sum() + compared.pulled) / (batch.counts.comparisons or 1.0)
     return loss, _metrics(contrasts, preference, compared)
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlhf.algos.preference.checks import check_above_zero
+
 
 @dataclass(frozen=True, slots=True)
 class Sums:
@@ -39,6 +41,7 @@ Score = Callable[[Sums, Tensor], Tensor]
 
 def log_ratio(beta: float, *, per_token: bool = False) -> Score:
     """beta D, or beta D / tokens."""
+    check_above_zero(beta=beta)
 
     def score(sums: Sums, coefficient: Tensor) -> Tensor:
         return beta * (sums.log_ratio / sums.tokens if per_token else sums.log_ratio)
@@ -48,6 +51,7 @@ def log_ratio(beta: float, *, per_token: bool = False) -> Score:
 
 def log_prob(beta: float, *, per_token: bool = False) -> Score:
     """beta log policy, or that divided by the tokens: no reference."""
+    check_above_zero(beta=beta)
 
     def score(sums: Sums, coefficient: Tensor) -> Tensor:
         return beta * (sums.policy / sums.tokens if per_token else sums.policy)
@@ -70,6 +74,7 @@ def log_odds() -> Score:
 
 def chi(beta: float, *, limit: float = 20.0) -> Score:
     """beta (D + e^min(D, limit)): fp32 would overflow without the limit (chi^2-PO, arXiv:2407.13399)."""
+    check_above_zero(beta=beta)
 
     def score(sums: Sums, coefficient: Tensor) -> Tensor:
         return beta * (sums.log_ratio + sums.log_ratio.clamp(max=limit).exp())
@@ -79,6 +84,7 @@ def chi(beta: float, *, limit: float = 20.0) -> Score:
 
 def positive(beta: float, lam: float) -> Score:
     """beta D, less beta lam max(-D, 0) on the + side: it must not fall below the reference (DPOP)."""
+    check_above_zero(beta=beta)
 
     def score(sums: Sums, coefficient: Tensor) -> Tensor:
         fallen = (-sums.log_ratio).clamp(min=0.0)

@@ -18,6 +18,7 @@ from rlhf.algos import surrogate
 from rlhf.algos.advantage import nothing
 from rlhf.algos.algorithm import KL, NO_KL, Algorithm, FromData, Mismatch
 from rlhf.algos.preference import compares, scores
+from rlhf.algos.preference.checks import check_above_zero
 from rlhf.algos.preference.compares import Compare
 from rlhf.algos.preference.forms import Form, pair_and_single, pairs, singles
 from rlhf.algos.preference.losses import Preference, toward_better
@@ -72,6 +73,7 @@ def robust_dpo(*, beta: float = 0.01, label_smoothing: float = 0.1, kl: KL = NO_
 
 def ipo(*, tau: float = 0.1, per_token: bool = True, kl: KL = NO_KL) -> Algorithm:
     """The margin is to become 1 / (2 tau), and no more, arXiv:2310.12036."""
+    check_above_zero(tau=tau)
     return to_reference(log_ratio(1.0, per_token=per_token), compares.squared(0.5 / tau), kl)
 
 
@@ -118,6 +120,7 @@ def chi_po(
     *, beta: float = 0.05, max_reward: float = 1.0, one_sided: bool = False, kl: KL = NO_KL,
 ) -> Algorithm:
     """DPO with chi-squared beside the KL, arXiv:2407.13399; `one_sided` clips no wrong pair."""
+    check_above_zero(max_reward=max_reward)
     bound = 2.0 * max_reward
     base = to_reference(scores.chi(beta), compares.clipped_logistic(bound, one_sided=one_sided), kl)
     return changed(base, bound=bound)

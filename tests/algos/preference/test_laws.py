@@ -336,8 +336,8 @@ def test_a_method_on_comparisons_has_no_loss_of_tokens():
     assert algorithm.advantage is nothing
     batch = comparing([-4.0, -6.0], algorithm.preference.rows([Comparison(0, 1)]))  # type: ignore[union-attr]
     metrics = algorithm.loss(batch).metrics
-    assert {"entropy", "perplexity", "kl/old", "pairs/loss"} <= metrics.keys()
-    assert {"loss/policy", "ratio/mean", "ratio/max", "kl/ref", "mismatch/k3"}.isdisjoint(metrics)
+    assert {"entropy", "perplexity", "pairs/loss"} <= metrics.keys()
+    assert {"loss/policy", "ratio/mean", "ratio/max", "kl/old", "kl/ref", "mismatch/k3"}.isdisjoint(metrics)
     # k3 of two samples of the policy: e^4 - 1 - 4 and e^6 - 1 - 6, both kept at 10
     sampled = algorithm.loss(replace(batch, recorded=None)).metrics
     assert sampled["kl/ref"].value == 10.0
@@ -369,6 +369,23 @@ def test_the_odds_of_a_certain_completion_are_finite():
 def test_half_of_all_labels_wrong_or_more_is_refused(make: Any):
     with pytest.raises(ValueError, match=r"label_smoothing must be .* got 0\.5"):
         make(label_smoothing=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("dpo", "beta", 0.0),
+        ("simpo", "beta", -1.0),
+        ("dpop", "beta", 0.0),
+        ("ipo", "tau", 0.0),
+        ("chi_po", "beta", 0.0),
+        ("chi_po", "max_reward", 0.0),
+        ("discopop", "tau", 2.0),
+    ],
+)
+def test_a_setting_out_of_its_range_is_refused_by_name(name: str, setting: str, value: float):
+    with pytest.raises(ValueError, match=rf"^{setting} must be above 0.* got {value}"):
+        PREFERENCE[name](**{setting: value})
 
 
 def test_rows_become_tensors():
