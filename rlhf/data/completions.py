@@ -17,7 +17,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.data import DataConfig
-from rlhf.data.preferences import FINISH_REASON, Line, find_format
+from rlhf.data.preferences import FINISH_REASON, Format, Line, find_format
 from rlhf.data.prompts import PromptDataset, Row, first_row, tokenized
 from rlhf.models.vision.processor import Processor
 from rlhf.types import Completion, FinishReason, Group, Prompt, Trajectory
@@ -76,35 +76,24 @@ def load_offline(
     groups: dict[tuple[Any, ...], Group] = {}
     too_long: list[str] = []
     identical = 0
-    chunks = tokenized(
-        path, tokenizer, section.prompt_column, section.image_column, processor, change=found.prompt
-    )
-    for rows, prompts in chunks:
-        lines = [found.read(row) for row in rows]
-        trajectories = _trajectories(rows, lines, tokenizer, eos_token_id)
-        for row, prompt, line, of_line in zip(rows, prompts, lines, trajectories, strict=True):
-            longest = max(len(t.token_ids) for t in of_line)
-            if len(prompt.token_ids) > section.max_prompt_tokens or longest > max_completion_tokens:
-                too_long.append(row.where)
-                continue
-            if line.says_nothing:
-                identical += 1
-                continue
-            prompt = replace(prompt, columns=found.others(prompt.columns))
-            group = Group(prompt, of_line, duels=line.duels)
-            key = (row.id,)
-            if found.merges:
-                key = (prompt.token_ids, json.dumps(prompt.columns, sort_keys=True, default=repr))
-            first = groups.setdefault(key, group)
-            if first is not group:
-                groups[key] = replace(first, trajectories=first.trajectories + of_line)
+    for row, prompt, line, trajectories in _lines(path, found, tokenizer, section, eos_token_id, processor):
+        longest = max(len(t.token_ids) for t in trajectories)
+        if len(prompt.token_ids) > section.max_prompt_tokens or longest > max_completion_tokens:
+            too_long.append(row.where)
+            continue
+        if line.says_nothing:
+            identical += 1
+            continue
+        prompt = replace(prompt, columns=found.others(prompt.columns))
+        group = Group(prompt, trajectories, duels=line.duels)
+        key = (row.id,)
+        if found.merges:
+            key = (prompt.token_ids, json.dumps(prompt.columns, sort_keys=True, default=repr))
+        first = groups.setdefault(key, group)
+        if first is not group:
+            groups[key] = replace(first, trajectories=first.trajectories + trajectories)
     if too_long and (section.long_prompts == "refuse" or not groups):
-        raise ValueError(
-            f"{path}: {len(too_long)} lines are longer than data.max_prompt_tokens = "
-            f"{section.max_prompt_tokens} or rollout.max_completion_tokens = {max_completion_tokens} (the "
-            f"end-of-sequence token counts), the first is {too_long[0]}; raise the limit"
-            + (", or set data.long_prompts to skip" if groups else "")
-        )
+        raise ValueError(_too_long(path, too_long, section, max_completion_tokens, skips=bool(groups)))
     if not groups:
         raise ValueError(f"{path}: in all {identical} lines chosen and rejected are the same")
     listed = tuple(groups.values())
@@ -118,6 +107,14 @@ def load_offline(
     )
 
 
+def _too_long(path: Path, places: Sequence[str], section: DataConfig, limit: int, *, skips: bool) -> str:
+    return (
+        f"{path}: {len(places)} lines are longer than data.max_prompt_tokens = {section.max_prompt_tokens} "
+        f"or rollout.max_completion_tokens = {limit} (the end-of-sequence token counts), the first is "
+        f"{places[0]}; raise the limit" + (", or set data.long_prompts to skip" if skips else "")
+    )
+
+
 def _splitting(groups: Sequence[Group]) -> tuple[str, ...]:
     """Columns in which groups with the same prompt tokens differ."""
     first: dict[tuple[int, ...], Prompt] = {}
@@ -126,6 +123,22 @@ def _splitting(groups: Sequence[Group]) -> tuple[str, ...]:
         other = first.setdefault(prompt.token_ids, prompt).columns
         found |= dict.fromkeys(name for name, value in prompt.columns.items() if other[name] != value)
     return tuple(found)
+
+
+def _lines(
+    path: Path,
+    found: Format,
+    tokenizer: PreTrainedTokenizerBase,
+    section: DataConfig,
+    eos_token_id: int,
+    processor: Processor | None,
+) -> Iterator[tuple[Row, Prompt, Line, tuple[Trajectory, ...]]]:
+    """Every line with its prompt and its completions, tokenised."""
+    columns = section.prompt_column, section.image_column
+    for rows, prompts in tokenized(path, tokenizer, *columns, processor, change=found.prompt):
+        lines = [found.read(row) for row in rows]
+        trajectories = _trajectories(rows, lines, tokenizer, eos_token_id)
+        yield from zip(rows, prompts, lines, trajectories, strict=True)
 
 
 def _trajectories(
