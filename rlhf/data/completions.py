@@ -97,14 +97,9 @@ def load_offline(
     if not groups:
         raise ValueError(f"{path}: in all {identical} lines chosen and rejected are the same")
     listed = tuple(groups.values())
-    return OfflineDataset(
-        listed,
-        tuple(listed[0].prompt.columns),
-        skipped=len(too_long),
-        source=path,
-        splitting=_splitting(listed) if found.merges else (),
-        identical=identical,
-    )
+    splitting = _splitting(listed) if found.merges else ()
+    names = tuple(listed[0].prompt.columns)
+    return OfflineDataset(listed, names, len(too_long), path, splitting, identical)
 
 
 def _too_long(path: Path, places: Sequence[str], section: DataConfig, limit: int, *, skips: bool) -> str:
