@@ -5,39 +5,35 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
 from typing import Any
+
+from rlhf.rewards.numbers import final_answer, read_gold
 
 FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 
 Completion = str | Sequence[Mapping[str, Any]]
 
-# a minus sign belongs to the number unless it stands between two terms, as in 10-5
-NUMBER = re.compile(
-    r"(?:(?<![\w.)])[-\u2212])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
-)
-
 
 def numeric_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
-    """1 where the last number of the completion equals `answer`, else 0.
+    """1 where the number that the completion gives as its answer equals `answer`, else 0.
 
-    Numbers are integers or decimals, with or without thousands separators or a minus sign: "-1,234.50" equals
-    -1234.5. If `answer` is text, its last number is the one that must be matched.
+    rlhf/rewards/numbers.py says where the answer is looked for and what counts as a number. If `answer` is
+    text, it is read in the same way.
 
     Raises ValueError for an answer without a number.
     """
-    expected = [
-        last_number(str(value)) if isinstance(value, str) else Decimal(str(value)) for value in answer
-    ]
-    for value, number in zip(answer, expected, strict=True):
-        if number is None:
-            raise ValueError(f"numeric_match needs a number in the column 'answer', got {value!r}")
-    found = [last_number(completion_text(completion)) for completion in completions]
-    return [float(a == b) for a, b in zip(found, expected, strict=True)]
+    expected = [read_gold(value, "numeric_match") for value in answer]
+    found = [final_answer(completion_text(completion)) for completion in completions]
+    return [float(a is not None and b.equals(a)) for a, b in zip(found, expected, strict=True)]
 
 
 def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> list[float]:
-    """1 where the completion equals `answer`, white space around either ignored, else 0."""
+    """1 where the completion equals `answer`, white space around either ignored, else 0.
+
+    Raises ValueError for an answer that is None.
+    """
+    if any(value is None for value in answer):
+        raise ValueError("exact_match needs a text or a number in the column 'answer', got None")
     texts = [completion_text(completion).strip() for completion in completions]
     return [float(text == str(value).strip()) for text, value in zip(texts, answer, strict=True)]
 
@@ -89,12 +85,6 @@ def overlong(completion_ids: Sequence[Sequence[int]], max_tokens: int, cache: in
 def completion_text(completion: Completion) -> str:
     """The text that the policy wrote: a plain completion itself, or the content of its last chat message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
-def last_number(text: str) -> Decimal | None:
-    """The last number in `text`, None if there is none. Example: `last_number("3 + 5 = 8.0!") == 8`."""
-    found = NUMBER.findall(text)
-    return Decimal(found[-1].replace(",", "").replace("\u2212", "-")) if found else None
 
 
 def _is_json(text: str, check: Callable[[Any], bool]) -> bool:

@@ -18,7 +18,8 @@ from functools import lru_cache
 from typing import Any, Literal, cast
 from urllib.parse import parse_qsl
 
-from rlhf.rewards.builtin import Completion, completion_text, last_number
+from rlhf.rewards.builtin import Completion, completion_text
+from rlhf.rewards.numbers import final_answer
 
 PREFIX = "gym:"
 
@@ -31,7 +32,7 @@ def score(
     """The task's own score of each answer, from 0 to 1; partly correct answers may score in between.
 
     `extract` says which part of the completion is the answer. `tag`: the text inside the last
-    `<answer>...</answer>`, or the whole completion if it has none; `number`: the last number; `whole`: the
+    `<answer>...</answer>`, or the whole completion if it has none; `number`: the number that numeric_match reads; `whole`: the
     whole completion.
     """
     return [
@@ -70,8 +71,8 @@ def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _extract(text: str, how: str) -> str:
     if how == "number":
-        number = last_number(text)
-        return "" if number is None else str(number)
+        number = final_answer(text)
+        return "" if number is None else number.written
     if how == "tag":
         tagged = text.rpartition("</answer>")[0].rpartition("<answer>")
         return tagged[2].strip() if tagged[1] else text.strip()

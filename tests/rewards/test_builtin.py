@@ -12,41 +12,55 @@ from rlhf.rewards.builtin import (
     exact_match,
     format_match,
     json_match,
-    last_number,
     length,
     numeric_match,
     overlong,
 )
+from tests.rewards.answers import rows
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("8", "8"),
-        ("3 + 5 = 8.", "8"),
-        ("The answer is 8.0!", "8.0"),
-        ("**-12**", "-12"),
-        ("x = \u221212", "-12"),
-        ("10-5", "5"),
-        ("(2)-5", "5"),
-        ("about $1,234,567.89", "1234567.89"),
-        ("1,2,3", "3"),
-        ("12,34", "34"),
-        ("1,2345", "2345"),
-        (".5 litres", ".5"),
-        ("007", "7"),
-        ("none at all", None),
-        ("", None),
-    ],
+ROWS = rows()
+
+
+def test_the_table_has_a_row_for_each_rule() -> None:
+    assert len(ROWS) > 200
+    assert len({(completion, answer) for completion, answer, _, _ in ROWS}) == len(ROWS)
+
+
+@pytest.mark.parametrize(("completion", "answer", "score", "equal"), ROWS)
+def test_what_counts_as_the_answer(completion: str, answer: str, score: float | None, equal: float) -> None:
+    if score is None:
+        with pytest.raises(ValueError, match="needs a number in the column 'answer'"):
+            numeric_match([completion], [answer])
+    else:
+        assert numeric_match([completion], [answer]) == [score]
+
+
+@given(
+    value=st.decimals(allow_nan=False, allow_infinity=False, places=2),
+    words=st.sampled_from(["", "is", "\n", "x =", "about"]),
 )
-def test_the_last_number_of_a_text(text: str, number: str | None) -> None:
-    assert last_number(text) == (None if number is None else Decimal(number))
-
-
-@given(value=st.decimals(allow_nan=False, allow_infinity=False, places=2), words=st.text("abc= "))
 def test_a_number_is_found_however_it_is_written(value: Decimal, words: str) -> None:
     for written in (f"{value:f}", f"{value:,f}"):
-        assert last_number(f"{words} {written}. {words}") == value
+        assert numeric_match([f"so {words} {written}. It is so."], [value]) == [1.0]
+
+
+@given(st.text("0123456789+-*/^.,:% ()x\\{}$e#\n", max_size=40))
+def test_any_text_is_read_without_an_error(text: str) -> None:
+    assert numeric_match([text], [1]) in ([0.0], [1.0])
+
+
+@pytest.mark.parametrize("text", ["1" * 10_000, "-" * 10_000, "1 " * 10_000, "9^9" * 5_000, "\\frac" * 5_000])
+def test_long_nonsense_is_no_answer_and_no_error(text: str) -> None:
+    assert numeric_match([text], [7]) == [0.0]
+
+
+@pytest.mark.parametrize("answer", [None, True, float("nan"), float("inf"), [1, 2], "none", ""])
+def test_what_is_no_number_is_refused_as_answer(answer: object) -> None:
+    with pytest.raises(ValueError, match="numeric_match needs a number in the column 'answer', got"):
+        numeric_match(["1"], [answer])
+    with pytest.raises(ValueError, match="exact_match needs a text or a number"):
+        exact_match(["None"], [None])
 
 
 def test_numbers_match_by_value_and_not_by_spelling() -> None:

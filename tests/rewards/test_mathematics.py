@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf.rewards.mathematics import math_match
+from tests.rewards.answers import rows
 from tests.rewards.test_hostile import given, made_of, submit
 
 
@@ -27,6 +28,15 @@ def test_expressions_are_equal_by_value(completion: str, answer: object, equal: 
     assert math_match([completion], [answer]) == [equal]
 
 
+@pytest.mark.parametrize(("completion", "answer", "score", "equal"), rows())
+def test_plain_numbers_are_read_as_numeric_match_reads_them(
+    completion: str, answer: str, score: float | None, equal: float
+) -> None:
+    """`score` is of numeric_match: a completion that it counts as right is right here too."""
+    assert math_match([completion], [answer]) == [equal]
+    assert equal >= (score or 0.0)
+
+
 def test_a_tower_of_powers_ends_with_its_worker_or_counts_as_wrong() -> None:
     """The tower takes longer than the time limit; the other samples are scored."""
     with made_of("math_match", ("answer",), params={"seconds": 1}, timeout=20.0, memory_gib=2.0) as rewards:
@@ -36,5 +46,7 @@ def test_a_tower_of_powers_ends_with_its_worker_or_counts_as_wrong() -> None:
 
 
 def test_an_answer_that_is_no_expression_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs an expression in the column 'answer', got None"):
+        math_match(["None"], [None])
     with pytest.raises(ValueError, match="needs an expression in the column 'answer', got ''"):
         math_match(["7"], [""])
