@@ -12,7 +12,7 @@ from rlhf.data.order import order
 from rlhf.data.prompts import PromptDataset
 from rlhf.distributed.world import World
 from rlhf.metrics import Metrics, Sum, merge
-from rlhf.rewards.scoring import reward_metrics
+from rlhf.rewards.measures import reward_metrics
 from rlhf.types import Group, Prompt
 
 

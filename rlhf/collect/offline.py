@@ -26,7 +26,8 @@ from rlhf.data.order import order
 from rlhf.distributed.world import World
 from rlhf.learn.experience import ExperienceBuilder
 from rlhf.metrics import Mean, Sum
-from rlhf.rewards.scoring import Rewards, reward_metrics
+from rlhf.rewards.measures import reward_metrics
+from rlhf.rewards.scoring import Rewards
 from rlhf.types import Completion, Group, Prompt, Trajectory
 
 Sampling = Literal["groups", "completions", "positive", "priority"]

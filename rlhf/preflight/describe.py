@@ -137,6 +137,7 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
 def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     """Warnings about settings that are allowed but hardly ever intended."""
     yield from inputs.algorithm.cautions
+    yield from inputs.rewards.cautions(inputs.train.columns)
     learned = config.data.mode != "offline"
     if config.rollout.truncates and learned and not return_candidates(config, inputs.algorithm):
         yield (

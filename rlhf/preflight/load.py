@@ -174,7 +174,10 @@ def _check_installed(config: Config) -> None:
 
 def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
     specs = [RewardSpec(**function.model_dump()) for function in config.reward.functions]
-    return Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
+    rewards = Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
+    rewards.max_steps = config.steps
+    rewards.steps_per_epoch = len(prompts) / config.rollout.prompts_per_step
+    return rewards
 
 
 def _check_images(config: Config, algorithm: Algorithm, train: PromptDataset) -> None:

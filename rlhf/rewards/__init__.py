@@ -9,8 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf.rewards.measures import reward_metrics
     from rlhf.rewards.plugin import RewardSpec, load_reward
-    from rlhf.rewards.scoring import Rewards, Scoring, reward_metrics
+    from rlhf.rewards.scoring import Rewards, Scoring
     from rlhf.rewards.workers.pool import RewardError
 
 MODULE_OF = {
@@ -19,7 +20,7 @@ MODULE_OF = {
     "Rewards": "rlhf.rewards.scoring",
     "Scoring": "rlhf.rewards.scoring",
     "load_reward": "rlhf.rewards.plugin",
-    "reward_metrics": "rlhf.rewards.scoring",
+    "reward_metrics": "rlhf.rewards.measures",
 }
 
 __all__ = ["RewardError", "RewardSpec", "Rewards", "Scoring", "load_reward", "reward_metrics"]

@@ -32,8 +32,8 @@ def score(
     """The task's own score of each answer, from 0 to 1; partly correct answers may score in between.
 
     `extract` says which part of the completion is the answer. `tag`: the text inside the last
-    `<answer>...</answer>`, or the whole completion if it has none; `number`: the number that numeric_match reads; `whole`: the
-    whole completion.
+    `<answer>...</answer>`, or the whole completion if it has none; `number`: the number that
+    `numeric_match` reads; `whole`: the whole completion.
     """
     return [
         float(_scorer(entry["task"])(_extract(completion_text(completion), extract), dict(entry["entry"])))

@@ -49,7 +49,7 @@ def math_match(
         # the order matters: gold before completion, so that "x = 3" in the completion can equal the answer 3
         gold = _gold(value, library.parse, seconds)
         if decided is None:
-            # math-verify reads 3 × 4 as 4
+            # math-verify takes the second factor alone for the product
             text = text.replace("\u00d7", "*").replace("\u00f7", "/")
             found = library.parse(f"\\boxed{{{text}}}" if marked else text, parsing_timeout=seconds)
             cut_out = number is None and _is_number(found)

@@ -5,7 +5,8 @@ answer. If the whole part, or its last line, is a list of numbers or a time such
 
 What: decimal digits of any script, in these spellings.
 
-    1234  1,234  1 234  1.234,5  0.5  .5  1e5  1.5 x 10^-3  2^10  -7  3/4  \frac{3}{4}  1 1/2  ½  50%  $5.00  5 kg
+    1234  1,234  1 234  1.234,5  0.5  .5  1e5  1.5 x 10^-3  2^10  -7  3/4  \frac{3}{4}  1 1/2  ½
+    50%  $5.00  5 kg
 
 A minus sign belongs to the number unless it stands between two operands. Currency signs and units are
 ignored. A number inside a longer expression is not an answer (`0 + 2`, `10 - 7`, `2x`, `3 +` at a cut): where
@@ -219,7 +220,7 @@ def _last(text: str) -> Answer | None:
 
 
 def _before(text: str) -> int | None:
-    """From what precedes a number: its sign, None if it is part of an expression, 0 if it is part of a word."""
+    """From what precedes a number: its sign, None if it is in an expression, 0 if it is in a word."""
     if signed := re.search(r"[-+](\s*)$", text):
         return _sign(text[: signed.start()], -1 if signed[0][0] == "-" else 1, spaced=bool(signed[1]))
     if re.search(r"[^\W\d]$|\\$|\d\.$", text):

@@ -4,10 +4,11 @@
 
 This is the signature of TRL: a function written for it works unchanged. It is called by keyword. Each
 argument is a list with one entry for each completion: `prompts` and `completions` (text, or lists of messages
-for chat prompts), `completion_ids`, and the columns of the dataset; only `trainer_state` is a single object.
-A function gets the arguments that it declares, or all of them when it takes `**kwargs`. It may be `async`. It
-may also be a class, of which each worker makes one object with `params` and calls it like a function; or the
-`compute_score` of verl (`verl.py`).
+for chat prompts), `completion_ids`, and the columns of the dataset. Single objects are `trainer_state` and,
+for logging, the functions `log_extra(column, values)` and `log_metric(name, value)`. A function gets the
+arguments that it declares, or all of them when it takes `**kwargs`. It may be any callable (`signature.py`),
+also an `async` one. It may also be a class, of which each worker makes one object with `params` and calls it
+like a function; or the `compute_score` of verl (`verl.py`).
 
 A call has one sample unless `batch` asks for more, so that a deadline, an exception or a crash concerns one
 sample.
@@ -15,17 +16,23 @@ sample.
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from rlhf.plugins import load_object
-from rlhf.rewards.verl import VerlReward, is_compute_score
+from rlhf.rewards.signature import (
+    ALWAYS_GIVEN,
+    Signature,
+    called_by,
+    did_you_mean,
+    parameters_of,
+    signature_of,
+)
+from rlhf.rewards.verl import VerlReward, verl_kind
 
-ALWAYS_GIVEN = ("prompts", "completions", "completion_ids", "trainer_state")
 ENTRY_POINTS = "rlhf.rewards"
 BUILT_IN = {
     "numeric_match": "rlhf.rewards.builtin:numeric_match",
@@ -89,36 +96,6 @@ class RewardSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Signature:
-    """What a worker tells the trainer about its reward function, which the trainer does not import itself.
-
-    Example: `Signature(("completions", "answer"), (("answer",),), is_async=False, is_class=False)`.
-    """
-
-    accepts: tuple[str, ...] | None
-    """Names of the arguments that it takes; None: any keyword."""
-    requires: tuple[tuple[str, ...], ...]
-    """Arguments that it needs, each with the names (one is enough) under which the trainer may have it."""
-    is_async: bool
-    is_class: bool
-
-    def check_columns(self, name: str, columns: Iterable[str]) -> None:
-        """Raises ValueError when reward `name` needs a column that a dataset with `columns` does not have."""
-        columns = tuple(columns)
-        missing = [any_of for any_of in self.requires if not {*ALWAYS_GIVEN, *columns}.intersection(any_of)]
-        if missing:
-            needs = ", ".join(
-                f"{' or '.join(map(repr, any_of))}{_did_you_mean(any_of[0], (*ALWAYS_GIVEN, *columns))}"
-                for any_of in missing
-            )
-            has = ", ".join(repr(column) for column in columns) or "none beside the prompt"
-            raise ValueError(
-                f"reward function {name} needs columns that the dataset does not have: {needs}. "
-                f"Its columns: {has}. Add the column, or set the argument in params"
-            )
-
-
-@dataclass(frozen=True, slots=True)
 class Reward:
     """A reward function that is imported, with its signature; call it with the arguments of a batch."""
 
@@ -150,37 +127,18 @@ def load_reward(spec: RewardSpec) -> Reward:
             raise ValueError(f"reward function {spec.path}: {key!r} is given by the trainer, not by params")
     is_class = inspect.isclass(found)
     if is_class:
-        _check_params(spec.path, found, params)
+        parameters_of(spec.path, found, params)
         found, params = found(**params), {}
         if not callable(found):
             raise ValueError(
                 f"{spec.path} is a class without __call__, so its objects cannot be called to score"
             )
-    called = found if inspect.isroutine(found) else cast(Any, found).__call__
-    named, takes_any = _check_params(spec.path, called, params)
-    if is_compute_score(named):
-        verl = VerlReward(found, named)
-        requires = tuple(any_of for any_of in verl.requires if not params.keys() & set(any_of))
-        return Reward(verl, params, Signature(verl.accepts, requires, is_async=False, is_class=is_class))
-    accepts = None if takes_any else tuple(named)
-    requires = tuple((key,) for key, p in named.items() if p.default is p.empty and key not in params)
-    is_async = inspect.iscoroutinefunction(called)
-    return Reward(found, params, Signature(accepts, requires, is_async=is_async, is_class=is_class))
-
-
-def _check_params(
-    path: str, called: Callable[..., Any], params: Mapping[str, Any]
-) -> tuple[dict[str, inspect.Parameter], bool]:
-    """The function's parameters by name, and whether it takes any other keyword too."""
-    parameters = inspect.signature(called).parameters.values()
-    if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
-        raise ValueError(f"reward function {path} is called by keyword, but has positional-only parameters")
-    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    for key in params:
-        if key not in named and not takes_any:
-            raise ValueError(f"reward function {path} does not take {key!r}{_did_you_mean(key, named)}")
-    return named, takes_any
+    called = called_by(found)
+    named, takes_any = parameters_of(spec.path, called, params)
+    if kind := verl_kind(named):
+        verl = VerlReward(found, named, params, kind)
+        return Reward(verl, {}, Signature(verl.accepts, verl.requires, is_async=False, is_class=is_class))
+    return Reward(found, params, signature_of(named, takes_any, called, params, is_class=is_class))
 
 
 def _load_by_name(name: str) -> Any:
@@ -197,7 +155,7 @@ def _load_by_name(name: str) -> Any:
     if name not in offered:
         known = sorted({*BUILT_IN, *offered})
         raise ValueError(
-            f"no installed package offers a reward function {name!r}{_did_you_mean(name, known)}; "
+            f"no installed package offers a reward function {name!r}{did_you_mean(name, known)}; "
             f"expected package.module:function, path/file.py:function or one of: {', '.join(known)}"
         )
     return offered[name].load()
@@ -212,11 +170,6 @@ def _import_package(name: str, package: str, extra: str) -> None:
         raise ValueError(
             f"reward function {name} needs the package {package}: pip install 'tandem-rl[{extra}]'"
         ) from None
-
-
-def _did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(candidates), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def name_apart(names: Sequence[str]) -> list[str]:

@@ -20,8 +20,11 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from rlhf.rewards.builtin import Completion, completion_text
+from rlhf.rewards.signature import ALWAYS_GIVEN
 
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+NO_COLUMNS = {*ALWAYS_GIVEN}
+"""Arguments that are not columns of the dataset."""
 LONGEST_ANSWER = 1 << 24
 """Bytes of a response that are read at most."""
 _JITTER = random.Random()
@@ -126,8 +129,7 @@ class RemoteReward:
         kept = {
             name: values
             for name, values in columns.items()
-            if name not in ("trainer_state", "completion_ids")
-            and (self.columns is None or name in self.columns)
+            if name not in NO_COLUMNS and (self.columns is None or name in self.columns)
         }
         samples = [
             {"prompt": p, "completion": completion_text(c), **{k: v[i] for k, v in kept.items()}}
@@ -191,7 +193,7 @@ class LLMJudge:
     ) -> list[float]:
         scores: list[float] = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            filled = {name: values[i] for name, values in columns.items() if name != "trainer_state"}
+            filled = {name: values[i] for name, values in columns.items() if name not in NO_COLUMNS}
             fields = {**filled, "prompt": _question(prompt), "completion": completion_text(completion)}
             # not str.format: the completion may contain braces itself
             text = re.sub(r"\{(\w+)\}", lambda m, f=fields: str(f.get(m[1], m[0])), self.template)

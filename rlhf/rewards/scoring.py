@@ -11,19 +11,19 @@ it. Such a sample is not learned from, which is not the same as a reward of 0.
 from __future__ import annotations
 
 import logging
-import math
-import statistics
 import threading
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rlhf.metrics import Max, Mean, Metrics
-from rlhf.rewards.plugin import ALWAYS_GIVEN, RewardSpec, name_apart
+from rlhf.metrics import Metrics
+from rlhf.rewards.measures import function_metrics, reward_metrics
+from rlhf.rewards.plugin import RewardSpec, name_apart
+from rlhf.rewards.signature import ALWAYS_GIVEN
 from rlhf.rewards.workers.batch import Batch, BatchScores
 from rlhf.rewards.workers.cache import ScoreCache
 from rlhf.rewards.workers.pool import Call, Failure, Outcome, RewardError, WorkerPool
@@ -78,6 +78,10 @@ class Rewards:
         """Failed samples of each function since the last `gather`."""
         self._given_up: str | None = None
         """Why scoring is given up, empty if the failures say it; None: it is not given up."""
+        self.max_steps: int | None = None
+        """Number of steps of the run, which `trainer_state` says; None: outside a run."""
+        self.steps_per_epoch = 1.0
+        """Number of steps of one pass over the data, for `trainer_state.epoch`."""
         weakref.finalize(self, _close, self.pools)
         try:
             for pool in self.pools:
@@ -102,6 +106,12 @@ class Rewards:
             )
         for pool in self.pools:
             pool.wait_ready().check_columns(pool.name, columns)
+
+    def cautions(self, columns: Iterable[str]) -> Iterator[str]:
+        """What is allowed but hardly ever meant, of each function on a dataset with `columns`."""
+        columns = tuple(columns)
+        for pool in self.pools:
+            yield from pool.wait_ready().cautions(pool.name, columns, pool.spec.batch)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -183,8 +193,11 @@ class Rewards:
             [text for group in texts for text in group],
         )
         scoring = Scoring(self, batch, len(batch.texts) if step_samples is None else step_samples)
+        state = dict(trainer_state)
+        if self.max_steps is not None:
+            state |= {"max_steps": self.max_steps, "epoch": state["global_step"] / self.steps_per_epoch}
         for number, pool in enumerate(self.pools):
-            pool.submit(self._calls(scoring, number, trainer_state))
+            pool.submit(self._calls(scoring, number, state))
         return scoring
 
     def gather(self, scorings: Sequence[Scoring]) -> tuple[list[Group], Metrics]:
@@ -205,7 +218,11 @@ class Rewards:
             with self._changed:
                 self._failed = [0] * len(self.pools)
                 self._given_up = None
-        return groups, reward_metrics(groups) | self._timings(scorings)
+        metrics = reward_metrics(groups)
+        for number, pool in enumerate(self.pools):
+            parts = [scoring.by_function[number] for scoring in scorings]
+            metrics |= function_metrics(pool.name, parts, has_cache=self.caches[number] is not None)
+        return groups, metrics
 
     def _calls(self, scoring: Scoring, number: int, trainer_state: Mapping[str, Any]) -> list[Call]:
         pool, batch, wanted = self.pools[number], scoring.batch, scoring.by_function[number].to_score
@@ -232,6 +249,9 @@ class Rewards:
     def _finish(self, scoring: Scoring, number: int, samples: tuple[int, ...], outcome: Outcome) -> None:
         """Called by the thread of a worker with the outcome of one call."""
         name, failure = self.pools[number].name, outcome.failure
+        for column, logged in outcome.extra.items():
+            for sample, text in zip(samples, logged, strict=True):
+                self.pools[number].log(f"{scoring.batch.name(sample)} {column}: {text}")
         with self._changed:
             answered, failed = scoring.by_function[number].add(samples, outcome)
             scoring.unanswered -= answered
@@ -312,27 +332,6 @@ class Rewards:
         where = f"for {batch.name(sample)}, completion {batch.texts[sample]!r:.80}"
         return f"{pool.name} failed on {len(failures)} ({failure.message} {where})"
 
-    def _timings(self, scorings: Sequence[Scoring]) -> Metrics:
-        """For each function: seconds per sample, and the shares of its samples that failed or were cached."""
-        metrics: Metrics = {}
-        for number, pool in enumerate(self.pools):
-            parts = [scoring.by_function[number] for scoring in scorings]
-            seconds = sorted(s for part in parts for s in part.seconds)
-            failures = [failure for part in parts for _, failure in part.failures]
-            count = sum(len(part.scores) for part in parts)
-            timeouts = sum(failure.kind == "timeout" for failure in failures)
-            if count:
-                metrics[f"reward/failed/{pool.name}"] = Mean(len(failures), count)
-                metrics[f"reward/timeout/{pool.name}"] = Mean(timeouts, count)
-            if count and self.caches[number] is not None:
-                cached = sum(part.cached for part in parts)
-                metrics[f"reward/recalled/{pool.name}"] = Mean(cached, count)
-            if not seconds:
-                continue
-            metrics[f"time/reward_p50/{pool.name}"] = Max(seconds[len(seconds) // 2])
-            metrics[f"time/reward_p99/{pool.name}"] = Max(seconds[len(seconds) * 99 // 100])
-        return metrics
-
 
 def _check_cache(pool: WorkerPool) -> None:
     if not pool.spec.cache:
@@ -365,34 +364,3 @@ def _log_failure(name: str, sample: str, failure: Failure) -> None:
         details,
         name,
     )
-
-
-def reward_metrics(groups: Sequence[Group]) -> Metrics:
-    """Mean, spread and failures of the rewards, and mean and spread of each objective.
-
-    `reward/std` is the mean over groups of the standard deviation within a group.
-    """
-    samples = [trajectory for group in groups for trajectory in group.trajectories]
-    if not samples:
-        return {}
-    rewards = [sample.reward for sample in samples if sample.reward is not None]
-    metrics: Metrics = {
-        "reward/mean": Mean(math.fsum(rewards), len(rewards)),
-        "reward/std": _spread([group.rewards for group in groups]),
-        "reward/failed": Mean(len(samples) - len(rewards), len(samples)),
-    }
-    for objective in sorted({name for sample in samples for name in sample.objectives}):
-        values = [
-            [t.objectives[objective] for t in group.trajectories if objective in t.objectives]
-            for group in groups
-        ]
-        flat = [value for group in values for value in group]
-        metrics[f"reward/{objective}"] = Mean(math.fsum(flat), len(flat))
-        metrics[f"reward/std/{objective}"] = _spread(values)
-    return metrics
-
-
-def _spread(groups: Sequence[Sequence[float]]) -> Mean:
-    """The mean over groups of the standard deviation within the group."""
-    spreads = [statistics.pstdev(values) for values in groups if values]
-    return Mean(math.fsum(spreads), len(spreads))

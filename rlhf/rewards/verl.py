@@ -1,67 +1,104 @@
 """Adapter for reward functions written for verl (`compute_score`): calls them as verl does.
 
     def compute_score(data_source, solution_str, ground_truth, extra_info=None) -> float | {"score": ...}
+    def compute_score(data_sources, solution_strs, ground_truths, extra_infos) -> list of these
 
-A function with the parameters `solution_str` and `ground_truth` is taken for one. `solution_str` is the text
-of the completion; the columns `data_source` and `extra_info` are passed on; `ground_truth` is the column of
-that name or, as in verl's datasets, `reward_model["ground_truth"]`. If the function returns a dict, its entry
-`score` is the reward, as in verl.
+A function with the parameters `solution_str` and `ground_truth`, or with their plurals, is taken for one.
+`solution_str` is the text of the completion; the column `data_source` is passed on, and `extra_info` too, as
+`{}` where the dataset has no such column; `ground_truth` is the column of that name or, as in verl's
+datasets, `reward_model["ground_truth"]`. If the function returns a dict, its entry `score` is the reward.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from rlhf.rewards.builtin import completion_text
-from rlhf.rewards.workers.return_values import run_now
+from rlhf.rewards.workers.return_values import WrongReturn, run_now
 
-PASSED_ON = ("data_source", "extra_info")
+Kind = Literal["", "sample", "batch"]
 
 
-def is_compute_score(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    """Whether a function with these parameters is a `compute_score` written for verl."""
-    return {"solution_str", "ground_truth"} <= parameters.keys()
+def verl_kind(parameters: Mapping[str, inspect.Parameter]) -> Kind:
+    """ "sample" for a `compute_score` of one completion, "batch" for one of several, "" for neither."""
+    if {"solution_str", "ground_truth"} <= parameters.keys():
+        return "sample"
+    return "batch" if {"solution_strs", "ground_truths"} <= parameters.keys() else ""
 
 
 class VerlReward:
     """Gives a `compute_score` the signature of the other reward functions (rlhf/rewards/plugin.py)."""
 
-    def __init__(self, function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> None:
-        self.function = function
-        self.columns = {name for name in PASSED_ON if name in parameters}
-        self.accepts = tuple(
-            {"completions", "ground_truth", "reward_model", *parameters}.difference({"solution_str"})
-        )
-        needed = [n for n in sorted(self.columns) if parameters[n].default is inspect.Parameter.empty]
-        self.requires = (("ground_truth", "reward_model"), *((name,) for name in needed))
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        parameters: Mapping[str, inspect.Parameter],
+        params: Mapping[str, Any],
+        kind: Kind,
+    ) -> None:
+        """`params`: arguments that are the same for all samples, whatever their type."""
+        self.function, self.params, self.kind = function, params, kind
+        self.plural = "s" if kind == "batch" else ""
+        given = {
+            f"{name}{self.plural}" for name in ("solution_str", "ground_truth", "data_source", "extra_info")
+        }
+        columns = {"data_source", "extra_info"}
+        self.columns = {
+            name for name in columns if f"{name}{self.plural}" in parameters.keys() - params.keys()
+        }
+        """Columns that are passed on under verl's own names."""
+        self.others = set(parameters) - given - set(params)
+        """Columns that are passed on under the names of the function's further parameters."""
+        self.accepts = ("completions", "ground_truth", "reward_model", *sorted(self.columns | self.others))
+        needed = [n for n in sorted(self.others) if parameters[n].default is inspect.Parameter.empty]
+        source = parameters.get(f"data_source{self.plural}")
+        if "data_source" in self.columns and source is not None and source.default is source.empty:
+            needed.append("data_source")
+        truth = f"ground_truth{self.plural}"
+        self.requires = tuple((name,) for name in needed)
+        if truth not in params:
+            self.requires = (("ground_truth", "reward_model"), *self.requires)
 
     def __call__(
         self,
         completions: Sequence[Any],
         ground_truth: Sequence[Any] | None = None,
         reward_model: Sequence[Mapping[str, Any]] | None = None,
-        **others: Any,
+        **columns: Sequence[Any],
     ) -> list[Any]:
-        """`others`: columns (lists with one entry per sample) and params (the same for all samples)."""
-        if ground_truth is None:
-            assert reward_model is not None
-            ground_truth = [column["ground_truth"] for column in reward_model]
-        columns: dict[str, list[Any]] = {k: v for k, v in others.items() if isinstance(v, list)}
-        params = {name: value for name, value in others.items() if name not in columns}
+        """`columns`: lists with one entry per sample."""
+        given: dict[str, Sequence[Any]] = {"solution_str": [completion_text(c) for c in completions]}
+        if f"ground_truth{self.plural}" not in self.params:
+            if ground_truth is None:
+                assert reward_model is not None
+                ground_truth = [column["ground_truth"] for column in reward_model]
+            given["ground_truth"] = ground_truth
+        if "extra_info" in self.columns:
+            given["extra_info"] = [
+                {} if c is None else c for c in columns.pop("extra_info", [None] * len(completions))
+            ]
+        if "data_source" in columns:
+            given["data_source"] = columns.pop("data_source")
+        if self.kind == "batch":
+            return self._batch({f"{name}s": list(values) for name, values in given.items()} | columns)
+        given |= columns
         return [
-            self._score(
-                solution_str=completion_text(completion),
-                ground_truth=truth,
-                **{name: column[i] for name, column in columns.items()},
-                **params,
-            )
-            for i, (completion, truth) in enumerate(zip(completions, ground_truth, strict=True))
+            _score(self._result({name: values[i] for name, values in given.items()}))
+            for i in range(len(completions))
         ]
 
-    def _score(self, **arguments: Any) -> Any:
-        result = self.function(**arguments)
-        if inspect.iscoroutine(result):
-            result = run_now(result)
-        return cast(Mapping[str, Any], result)["score"] if isinstance(result, Mapping) else result
+    def _batch(self, arguments: Mapping[str, Any]) -> list[Any]:
+        result = self._result(arguments)
+        if isinstance(result, str | Mapping) or not hasattr(result, "__iter__"):
+            raise WrongReturn(f"must return a list of scores, got {type(result).__name__} {result!r:.80}")
+        return [_score(value) for value in result]
+
+    def _result(self, arguments: Mapping[str, Any]) -> Any:
+        result = self.function(**arguments, **self.params)
+        return run_now(result) if inspect.iscoroutine(result) else result
+
+
+def _score(result: Any) -> Any:
+    return cast(Mapping[str, Any], result)["score"] if isinstance(result, Mapping) else result

@@ -173,7 +173,7 @@ It costs $1,234. | 1234 | 1 | 1
 a 5-year plan | 5 | 1 | 1
 ٣ | 3 | 1 | 1
 １２ | 12 | 1 | 1
-"""
+"""  # noqa: RUF001
 
 NO_NUMBERS = r"""
 0 + 2 | 2 | 0 | 1
@@ -234,7 +234,7 @@ It is 12:30 | 12:30 | 1 | 1
 12:30 | 30 | 0 | 0
 3:4 | 3:4 | 1 | 1
 None | 0 | 0 | 0
-"""
+"""  # noqa: RUF001
 
 
 def rows() -> list[tuple[str, str, float | None, float]]:

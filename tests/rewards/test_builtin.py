@@ -18,7 +18,6 @@ from rlhf.rewards.builtin import (
 )
 from tests.rewards.answers import rows
 
-
 ROWS = rows()
 
 

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from rlhf.metrics import Mean
-from rlhf.rewards.plugin import RewardSpec, Signature
+from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards, Scoring
+from rlhf.rewards.signature import Signature
 from rlhf.rewards.workers import process
 from rlhf.rewards.workers.keeper import descendants
 from rlhf.rewards.workers.pool import Call, RewardError, WorkerPool
@@ -291,7 +292,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from tests.rewards.test_hostile import given, made, spec, submit
 from rlhf.rewards import Rewards
 from rlhf.rewards.workers.keeper import descendants
-from rlhf.rewards.plugin import Signature
+from rlhf.rewards.signature import Signature
 from rlhf.rewards.workers.pool import Call, WorkerPool
 from rlhf.rewards.workers.process import WorkerProcess
 rewards = Rewards([spec("misbehave", timeout=60.0, processes=999)], (), max_failed_share=1.0)

@@ -59,6 +59,8 @@ class BatchScores:
         self.seconds: list[float] = []
         self.failures: list[tuple[int, Failure]] = []
         """Samples that got no scores, each with its failure."""
+        self.logged: dict[str, list[float]] = {}
+        """What calls logged with `log_metric`, by name."""
         self.to_score: Sequence[int] = range(count)
         """Samples that the function must be called with: not cached, no duplicates."""
         self._duplicates: dict[int, list[int]] = {}
@@ -104,6 +106,8 @@ class BatchScores:
                     failed.append((i, outcome.failure))
             if self.cache is not None and scores is not None:
                 self.cache.put(self._keys[first], scores)
+        for name, values in outcome.metrics.items():
+            self.logged.setdefault(name, []).extend(values)
         self.seconds += [outcome.seconds / len(samples)] * len(samples)
         self.failures += failed
         return answered, failed

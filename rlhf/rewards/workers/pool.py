@@ -11,10 +11,11 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf.rewards.plugin import RewardSpec, Signature
+from rlhf.rewards.plugin import RewardSpec
+from rlhf.rewards.signature import Signature
 from rlhf.rewards.workers.process import StartError, WorkerLost, WorkerProcess
 
 MOST_WORKERS = 8
@@ -45,6 +46,10 @@ class Outcome:
     """One entry per sample; None for a sample that got no scores."""
     seconds: float
     failure: Failure | None
+    metrics: Mapping[str, Sequence[float]] = field(default_factory=dict[str, Sequence[float]])
+    """What the function logged with `log_metric`."""
+    extra: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Sequence[str]])
+    """What the function logged with `log_extra`: a text for each sample, by column."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +225,7 @@ class WorkerPool:
         if "scores" in answer:
             _, cause = answer["cause"] or (0, None)
             failure = None if cause is None else Failure("value", cause)
-            call.finish(call.samples, Outcome(list(answer["scores"]), seconds, failure))
+            call.finish(call.samples, Outcome(list(answer["scores"]), seconds, failure, **_logged(answer)))
         elif "wrong" in answer:
             failure = Failure("wrong", answer["wrong"])
             call.finish(call.samples, Outcome([None] * samples, seconds, failure))
@@ -262,6 +267,12 @@ class WorkerPool:
         with self._changed:
             self._queue.extendleft(reversed(calls))
             self._changed.notify_all()
+
+
+def _logged(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """The parts of an answer that `Outcome` keeps of what was logged."""
+    logged = answer.get("logged", {})
+    return {key: logged[key] for key in ("metrics", "extra") if key in logged}
 
 
 def _slow(seconds: float) -> str:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 from rlhf.plugins import absolute
-from rlhf.rewards.plugin import RewardSpec, Signature
+from rlhf.rewards.plugin import RewardSpec
+from rlhf.rewards.signature import Signature
 from rlhf.rewards.workers.keeper import SLOW
 from rlhf.rewards.workers.progress import Progress
 
@@ -106,6 +107,8 @@ class WorkerProcess:
                 requires=tuple(map(tuple, fields["requires"])),
                 is_async=fields["is_async"],
                 is_class=fields["is_class"],
+                may_read=tuple(fields["may_read"]),
+                compares=fields["compares"],
             )
         self.end()
         raise StartError(answer["refused"] or _refusal(self.name, answer))

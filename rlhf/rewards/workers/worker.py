@@ -20,10 +20,10 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from types import SimpleNamespace
 from typing import Any
 
 from rlhf.rewards.plugin import Reward, RewardSpec, load_reward
+from rlhf.rewards.workers.call_log import CallLog, with_objects
 from rlhf.rewards.workers.progress import Progress
 from rlhf.rewards.workers.return_values import WrongReturn, is_finite, read_scores, read_values, run_now
 
@@ -32,7 +32,7 @@ SEND_SECONDS = 0.02
 LONGEST_TEXT = 8000
 """Characters of a message or a traceback that are kept at most."""
 
-OURS = {"rlhf.plugins", "rlhf.rewards.plugin", "rlhf.rewards.workers.worker"}
+OURS = {"rlhf.plugins", "rlhf.rewards.plugin", "rlhf.rewards.signature", "rlhf.rewards.workers.worker"}
 """Modules whose frames are left out of tracebacks: they do not concern the author of a reward function."""
 
 Answer = dict[str, Any]
@@ -104,12 +104,12 @@ class Worker:
             return
         for call, arguments in enumerate(job):
             self.progress.begin(number, call)
-            started = time.perf_counter()
+            started, log = time.perf_counter(), CallLog(len(arguments["completions"]))
             try:
-                returned = self.reward(_with_state(arguments))
+                returned = self.reward(with_objects(arguments, log))
                 if inspect.iscoroutine(returned):
                     returned = run_now(returned)
-                result = self._read(returned, arguments)
+                result = self._read(returned, arguments) | log.answer()
             except BaseException as error:
                 # a function may raise anything, even SystemExit; the other calls continue
                 result = describe(error)
@@ -122,12 +122,13 @@ class Worker:
 
         async def one(call: int, arguments: Mapping[str, Any]) -> None:
             async with slots:
-                started = time.perf_counter()
-                seconds = self.spec.timeout * len(arguments["completions"])
+                started, log = time.perf_counter(), CallLog(len(arguments["completions"]))
+                seconds = self.spec.timeout * log.samples
                 limit = asyncio.timeout(seconds)
                 try:
                     async with limit:
-                        result = self._read(await self.reward(_with_state(arguments)), arguments)
+                        returned = await self.reward(with_objects(arguments, log))
+                        result = self._read(returned, arguments) | log.answer()
                 except BaseException as error:
                     timed_out = isinstance(error, TimeoutError) and limit.expired()
                     result = {"timeout": seconds} if timed_out else describe(error)
@@ -184,10 +185,3 @@ def _is_ours(error: BaseException) -> bool:
     while frames is not None and frames.tb_next is not None:
         frames = frames.tb_next
     return frames is not None and frames.tb_frame.f_globals.get("__name__") in OURS
-
-
-def _with_state(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with `trainer_state` as an object with attributes, as TRL passes it."""
-    if "trainer_state" not in arguments:
-        return dict(arguments)
-    return {**arguments, "trainer_state": SimpleNamespace(**arguments["trainer_state"])}
