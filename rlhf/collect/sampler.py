@@ -116,8 +116,8 @@ class Sampler:
         )
 
     def text(self, completion: Completion) -> str:
-        """The text of a completion as rewards read it, without special tokens."""
-        return decoded(self.tokenizer, completion.token_ids)
+        """The text of a completion as rewards read it (`reward.special_tokens`)."""
+        return decoded(self.tokenizer, completion.token_ids, self.rewards.dropped_tokens)
 
 
 def counted(detail: Callable[[str], None]) -> Callable[[int, int], None]:

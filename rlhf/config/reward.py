@@ -74,6 +74,10 @@ class RewardConfig(Section):
     max_failed_share: Share = 0.1
     """Largest share of a step's samples that may be without a reward because a function failed on them;
     beyond it the run stops with an error that names the function."""
+    special_tokens: Literal["drop", "keep"] = "drop"
+    """What reward functions read of special tokens in a completion. `drop`: nothing, as in TRL and verl.
+    `keep`: all but those that begin, end or pad a sequence; for models whose tags, `<think>` for example, are
+    special tokens."""
     success_objective: str | None = None
     """Objective that says whether a completion is correct, by its name; not given: the weighted sum."""
     success_threshold: float = 0.5

@@ -6,7 +6,7 @@ import copy
 import difflib
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -253,9 +253,12 @@ def eos_token_ids(path: str) -> set[int]:
     return {own} if isinstance(own, int) else set(own or ())
 
 
-def decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of token ids, without special tokens."""
-    return tokenizer.decode(list(token_ids), skip_special_tokens=True)
+def decoded(tokenizer: Any, token_ids: Sequence[int], dropped: Collection[int] | None = None) -> str:
+    """The text of token ids, without those in `dropped`; None: without any special token."""
+    if dropped is None:
+        return tokenizer.decode(list(token_ids), skip_special_tokens=True)
+    kept = [token_id for token_id in token_ids if token_id not in dropped]
+    return tokenizer.decode(kept, skip_special_tokens=False, spaces_between_special_tokens=False)
 
 
 def head_of(model: Any) -> nn.Module | None:

@@ -14,6 +14,7 @@ from rlhf.config.checks import return_candidates
 from rlhf.config.run import Config
 from rlhf.devices import this_device
 from rlhf.inputs import Inputs
+from rlhf.preflight import tags
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
 from rlhf.types import AdvantageInputs
@@ -138,6 +139,7 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     """Warnings about settings that are allowed but hardly ever intended."""
     yield from inputs.algorithm.cautions
     yield from inputs.rewards.cautions(inputs.train.columns)
+    yield from tags.cautions(config, inputs)
     learned = config.data.mode != "offline"
     if config.rollout.truncates and learned and not return_candidates(config, inputs.algorithm):
         yield (

@@ -30,6 +30,7 @@ from rlhf.models.pretrained import (
 )
 from rlhf.models.vision.processor import Processor, load_processor
 from rlhf.plugins import load_plugin
+from rlhf.preflight.tags import ends_of, opened_tag, with_opened
 from rlhf.preflight.vllm import check_adapter, check_vllm
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards
@@ -72,7 +73,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     texts = ()
     if config.ptx.path is not None:
         texts = tuple(load_texts(config.ptx, tokenizer, config.learner.microbatch_tokens))
-    rewards = _rewards(config, train)
+    rewards = _rewards(config, train, tokenizer, ends)
     if held_out is not None:
         try:
             rewards.check_columns(held_out.columns)
@@ -172,11 +173,16 @@ def _check_installed(config: Config) -> None:
         raise ConfigError(f"rollout.engine: {config.rollout.engine} is neither a class nor a function")
 
 
-def _rewards(config: Config, prompts: PromptDataset) -> Rewards:
-    specs = [RewardSpec(**function.model_dump()) for function in config.reward.functions]
-    rewards = Rewards(specs, prompts.columns, max_failed_share=config.reward.max_failed_share)
+def _rewards(
+    config: Config, train: PromptDataset, tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]
+) -> Rewards:
+    opened = opened_tag(train.prompts, tokenizer)
+    specs = [RewardSpec(**with_opened(function, opened)) for function in config.reward.functions]
+    rewards = Rewards(specs, train.columns, max_failed_share=config.reward.max_failed_share)
     rewards.max_steps = config.steps
-    rewards.steps_per_epoch = len(prompts) / config.rollout.prompts_per_step
+    rewards.steps_per_epoch = len(train) / config.rollout.prompts_per_step
+    if config.reward.special_tokens == "keep":
+        rewards.dropped_tokens = ends_of(tokenizer, eos_token_ids)
     return rewards
 
 

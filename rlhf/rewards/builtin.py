@@ -38,16 +38,22 @@ def exact_match(completions: Sequence[Completion], answer: Sequence[Any]) -> lis
     return [float(text == str(value).strip()) for text, value in zip(texts, answer, strict=True)]
 
 
-def format_match(completions: Sequence[Completion], pattern: str | Sequence[str]) -> list[float]:
+def format_match(
+    completions: Sequence[Completion], pattern: str | Sequence[str], opened: str = ""
+) -> list[float]:
     """1 where the whole completion matches `pattern`, else 0.
 
     A `pattern` given as text is a regular expression, in which the dot also matches line ends. A list names
     tags: `["think", "answer"]` asks for `<think>...</think>` and then `<answer>...</answer>`, each once, with
     only white space outside.
+
+    `opened` is put before each completion: the end of the prompt, where that already opens the first tag. A
+    run sets it for a list of tags where every prompt ends so (rlhf/preflight/tags.py).
     """
     expression = pattern if isinstance(pattern, str) else _tags(pattern)
     form = re.compile(expression, re.DOTALL)
-    return [float(form.fullmatch(completion_text(completion)) is not None) for completion in completions]
+    texts = [opened + completion_text(completion) for completion in completions]
+    return [float(form.fullmatch(text) is not None) for text in texts]
 
 
 def json_match(completions: Sequence[Completion], schema: Mapping[str, Any] | None = None) -> list[float]:

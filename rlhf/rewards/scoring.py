@@ -80,6 +80,8 @@ class Rewards:
         """Why scoring is given up, empty if the failures say it; None: it is not given up."""
         self.max_steps: int | None = None
         """Number of steps of the run, which `trainer_state` says; None: outside a run."""
+        self.dropped_tokens: frozenset[int] | None = None
+        """Ids of the tokens that completions are decoded without; None: all special tokens."""
         self.steps_per_epoch = 1.0
         """Number of steps of one pass over the data, for `trainer_state.epoch`."""
         weakref.finalize(self, _close, self.pools)
@@ -176,7 +178,7 @@ class Rewards:
         trainer_state: Mapping[str, Any],
         step_samples: int | None = None,
     ) -> Scoring:
-        """Starts scoring the completions of each prompt; `texts` are these decoded, without special tokens.
+        """Starts scoring the completions of each prompt; `texts` are these decoded.
 
         `step_samples`: the number of samples of the whole step, if the step is submitted in parts; the number
         of samples that may fail is a share of it. The parts are then passed to `gather` together.

@@ -120,6 +120,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "reward.constraints",
         "reward.functions",
         "reward.max_failed_share",
+        "reward.special_tokens",
         "reward.success_objective",
         "reward.success_threshold",
         "rollout.ahead",
