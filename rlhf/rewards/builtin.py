@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.rewards.numbers import final_answer, read_gold
 
-FENCED = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
+FENCED = re.compile(r"```(?:jsonc?)?\s*(.*?)\s*```", re.DOTALL | re.IGNORECASE)
 
 Completion = str | Sequence[Mapping[str, Any]]
 

@@ -1,7 +1,7 @@
 """Reward `code`: runs the program in a completion in the sandbox; the score is the share of tests passed.
 
-The program is the last fenced block of the completion (```python ... ```), or the whole completion when there
-is none. The column `tests` holds either Python code that raises when something is wrong (asserts; the code is
+The program is the last fenced block of the completion (```python ... ```, also `python3`, `py`, or without a
+language), or the whole completion when there is none. The column `tests` holds either Python code that raises when something is wrong (asserts; the code is
 appended to the program), or a list of `{"input": ..., "output": ...}`: what the program reads from standard
 input and what it must print. `rlhf/sandbox/runner.py` runs the programs.
 """
@@ -11,14 +11,18 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 
 from rlhf.rewards.builtin import Completion, completion_text
 from rlhf.sandbox.runner import PROTECTS, Limits, isolation, run_python
 
 logger = logging.getLogger(__name__)
 
-BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+OPENING = re.compile(r"(`{3,}|~{3,})[ \t]*([^\s`~]*)[^`~]*$")
+"""The fence that opens a block, with the language; anything may follow the language."""
+LANGUAGE = re.compile(r"(?:py(?:thon)?[\d.]*)?", re.IGNORECASE)
+"""The languages of programs: python, Python3, py, or none."""
 
 
 class CodeReward:
@@ -71,6 +75,30 @@ class CodeReward:
 
 
 def program_of(text: str) -> str:
-    """The program in a completion: its last fenced block, or the whole text if there is no block."""
-    blocks = BLOCK.findall(text)
-    return str(blocks[-1]) if blocks else text
+    """The program in a completion: its last fenced block, or the whole text if there is no block.
+
+    Blocks of other languages do not count. A block's indentation, as in a list, is taken off.
+    """
+    text = text.replace("\r\n", "\n")
+    programs = [code for language, code in _blocks(text) if LANGUAGE.fullmatch(language)]
+    return programs[-1] if programs else text
+
+
+def _blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Language and content of each fenced block that is closed; a fence may stand behind text in its line."""
+    fence, language, indent = "", "", 0
+    content: list[str] = []
+    for line in text.split("\n"):
+        if not fence:
+            opening = OPENING.search(line)
+            if opening:
+                fence, language = opening[1], opening[2]
+                indent, content = len(line) - len(line.lstrip()), []
+        elif line.strip().startswith(fence) or line.rstrip().endswith(fence):
+            last = "" if line.strip().startswith(fence) else line.rstrip().rstrip(fence[0])
+            code = "\n".join([*content, last] if last else content) + "\n"
+            # dedent would also change lines of white space, so only what needs it gets it
+            yield language, textwrap.dedent(code) if code.lstrip("\n")[:1].isspace() else code
+            fence = ""
+        else:
+            content.append(line[min(indent, len(line) - len(line.lstrip())) :])

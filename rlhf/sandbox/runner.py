@@ -28,8 +28,10 @@ from pathlib import Path
 from rlhf.sandbox.enclosure import LEVELS
 
 LAUNCHER = str(Path(__file__).with_name("enclosure.py"))
-OUTPUT_LIMIT = 1 << 16
-"""Bytes of output, and of errors, after which a program is ended."""
+OUTPUT_LIMIT = 1 << 24
+"""Bytes of output after which a program is ended."""
+ERRORS_KEPT = 1 << 16
+"""Bytes of errors that are kept; further ones are read and dropped."""
 END_SECONDS = 5.0
 """Time limit for the end of a namespace; normally it takes milliseconds."""
 PROTECTS = {
@@ -132,7 +134,8 @@ def _watch(program: subprocess.Popen[bytes], deadline: float, level: str) -> Res
     worker's keeper (rlhf/rewards/workers/keeper.py) ends it with the worker.
     """
     assert program.stdout is not None and program.stderr is not None
-    pipes = {program.stdout.fileno(): bytearray(), program.stderr.fileno(): bytearray()}
+    output, errors = program.stdout.fileno(), program.stderr.fileno()
+    pipes = {output: bytearray(), errors: bytearray()}
     still_open, ended = set(pipes), ""
     poll = select.poll()
     for pipe in pipes:
@@ -141,11 +144,12 @@ def _watch(program: subprocess.Popen[bytes], deadline: float, level: str) -> Res
         while still_open and not ended:
             for pipe, _ in poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 some = os.read(pipe, 1 << 14)
-                pipes[pipe] += some
+                if pipe == output or len(pipes[pipe]) < ERRORS_KEPT:
+                    pipes[pipe] += some
                 if not some:
                     poll.unregister(pipe)
                     still_open.discard(pipe)
-                if len(pipes[pipe]) > OUTPUT_LIMIT:
+                if len(pipes[output]) > OUTPUT_LIMIT:
                     ended = "output"
             if time.monotonic() >= deadline:
                 ended = "time"
@@ -157,8 +161,9 @@ def _watch(program: subprocess.Popen[bytes], deadline: float, level: str) -> Res
         status = _end(program, level)
         program.stdout.close()
         program.stderr.close()
-    output, errors = (bytes(text[:OUTPUT_LIMIT]).decode(errors="replace") for text in pipes.values())
-    return Result(ended, output, errors, status)
+    limits = {output: OUTPUT_LIMIT, errors: ERRORS_KEPT}
+    texts = [bytes(pipes[pipe][:limit]).decode(errors="replace") for pipe, limit in limits.items()]
+    return Result(ended, *texts, status)
 
 
 def _end(launcher: subprocess.Popen[bytes], level: str) -> int:

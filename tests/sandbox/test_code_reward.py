@@ -31,6 +31,42 @@ def test_the_last_block_is_the_program_and_without_one_all_of_it() -> None:
 
 
 @pytest.mark.parametrize(
+    "language", ["python", "python3", "Python", "PY", "py3", "python3.11", "", " python", "python title=a"]
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_fence_of_any_spelling_is_a_fence(language: str, end: str) -> None:
+    lines = [f"```{language}", "if True:", "    x = 1", "```", "Done."]
+    assert program_of(end.join(lines)) == "if True:\n    x = 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "program"),
+    [
+        ("1. Here:\n   ```python\n   if True:\n       x = 1\n   ```\n", "if True:\n    x = 1\n"),
+        ("- ```python\n  x = 1\n  ```", "x = 1\n"),
+        ("so ```python\nx = 1\n``` is it", "x = 1\n"),
+        ("```python\nx = 1```", "x = 1\n"),
+        ("~~~python\nx = 1\n~~~", "x = 1\n"),
+        ("````python\nx = '```'\n````", "x = '```'\n"),
+        ("```bash\nls\n```\nthen\n```python\nx = 1\n```\n```text\n1\n```", "x = 1\n"),
+        ("```python\nx = 1\n```\nand\n```python\nx = 2", "x = 1\n"),
+    ],
+)
+def test_where_a_block_begins_and_ends(text: str, program: str) -> None:
+    assert program_of(text) == program
+
+
+def test_much_output_and_more_errors_are_no_mistake() -> None:
+    program = "import sys\nprint('x' * 300_000)\nsys.stderr.write('y' * 300_000)"
+    pairs = [{"input": "", "output": "x" * 300_000}, {"input": "", "output": "x" * 299_999}]
+    # the second test expects another output
+    assert CodeReward(seconds=20.0)([program], [pairs]) == [0.5]
+    assert CodeReward(seconds=20.0)([program], ["assert sys"]) == [1.0]
+    result = run(program)
+    assert (result.ended, len(result.errors)) == ("", 1 << 16)
+
+
+@pytest.mark.parametrize(
     ("completion", "score"),
     [
         (ADD, 1.0),
