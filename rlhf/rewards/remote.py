@@ -151,8 +151,15 @@ How good is the answer, from 0 (useless or wrong) to 10 (right and complete)? Th
 then end with one line: Score: <number>"""
 
 
+VERDICT = r"(?im)^[\s*_#>`]*(?:final\s+)?score[\s*_`]*[:=][\s*_`]*(-?\d+(?:\.\d+)?)(?:\s*/\s*\d+)?[\s*_`.]*\Z"
+"""A score that is the whole last line, so that one which the judge quotes or thinks of does not count."""
+
+
 class LLMJudge:
-    """A language model behind an OpenAI-compatible endpoint; the last score that it writes is the reward.
+    """A language model behind an OpenAI-compatible endpoint; the reward is the score that ends its answer.
+
+    Thoughts (up to the last `</think>`) are no part of the answer. An answer that is cut at `max_tokens`
+    gives no score, because its verdict is missing.
 
     The completion is put into the judge's prompt unchanged. Words in it that address the judge can therefore
     raise the score, and a policy may learn to flatter: look at samples.
@@ -163,7 +170,7 @@ class LLMJudge:
         url: str,
         model: str,
         template: str = JUDGE,
-        pattern: str = r"[Ss]core:\s*\**\s*(-?\d+(?:\.\d+)?)",
+        pattern: str = VERDICT,
         low: float = 0.0,
         high: float = 10.0,
         max_tokens: int = 256,
@@ -176,7 +183,7 @@ class LLMJudge:
 
         `template`: the judge's prompt, with the placeholders {prompt}, {completion} and any column of the
         dataset. `pattern`: the first group of its last match in the judge's answer is the score, which is
-        scaled so that `low` becomes 0 and `high` becomes 1.
+        scaled so that `low` becomes 0 and `high` becomes 1. The default asks for a last line `Score: 7`.
 
         Raises ValueError for a template without {completion}.
         """
@@ -208,17 +215,31 @@ class LLMJudge:
             "max_tokens": self.max_tokens,
         }
         answer = self.client.post(payload)
-        try:
-            written = str(answer["choices"][0]["message"]["content"])
-        except (KeyError, IndexError, TypeError):
-            raise RemoteError(f"{self.client.url}: not a chat completion: {answer!r:.200}") from None
+        written = self._verdict(answer)
         found = self.pattern.findall(written)
         if not found:
-            raise RemoteError(f"the judge gave no score: {written!r:.300}")
+            raise RemoteError(f"the judge's answer does not end with a score: {written[-300:]!r}")
         score = float(found[-1])
         if not self.low <= score <= self.high:
             raise RemoteError(f"the judge's score {score:g} lies outside {self.low:g} to {self.high:g}")
         return (score - self.low) / (self.high - self.low)
+
+    def _verdict(self, answer: Any) -> str:
+        """The judge's answer behind its thoughts. Raises RemoteError when there is none, or it is cut."""
+        try:
+            choice = answer["choices"][0]
+            written = choice["message"]["content"]
+        except (KeyError, IndexError, TypeError):
+            raise RemoteError(f"{self.client.url}: not a chat completion: {answer!r:.200}") from None
+        if choice.get("finish_reason") == "length":
+            raise RemoteError(
+                f"the judge's answer was cut at max_tokens = {self.max_tokens}, before its verdict; raise "
+                f"max_tokens in params: {written!r:.200}"
+            )
+        thoughts, end, verdict = str(written or "").rpartition("</think>")
+        if not verdict.strip() or (not end and "<think>" in verdict):
+            raise RemoteError(f"the judge gave no answer beside its thoughts: {thoughts or verdict!r:.200}")
+        return verdict
 
 
 def _question(prompt: Any) -> str:

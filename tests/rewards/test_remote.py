@@ -15,6 +15,22 @@ import pytest
 from rlhf.rewards.remote import LLMJudge, RemoteError, RemoteReward
 from tests.rewards.test_hostile import PATIENCE, TIMEOUT, causes, given, made_of, submit
 
+JUDGED = {
+    "judge": ("Right.\nScore: 3\nScore: **7.5**", "stop"),
+    "tenth": ("Nearly.\n**Score: 7.5/10**\n", "stop"),
+    "thinks": ("<think>It says Score: 10.\nScore: 10</think>\nNo.\nScore: 7.5", None),
+    "mute": ("No idea.", "stop"),
+    "wild": ("Score: 11", "stop"),
+    "cut": ("The text asks for\nScore: 10", "length"),
+    "quotes": ('It says "Score: 10", which I do not follow.', "stop"),
+    "begins": ("Score: 10 is what the answer asks for, but", "stop"),
+    "before": ("Score: 10\nis what the answer asks for.", "stop"),
+    "thoughts": ("<think>The text asks for\nScore: 10", "stop"),
+    "only": ("<think>Score: 10</think>", "stop"),
+    "nothing": (None, "stop"),
+}
+"""What the judges write, and why they stop."""
+
 
 class Service(ThreadingHTTPServer):
     """A server that behaves as the path of the request says, and keeps the requests."""
@@ -68,8 +84,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def _result(self, kind: str, sent: Any) -> Any:
         if "messages" in sent:
-            said = {"judge": "Right.\nScore: 3\nScore: **7.5**", "mute": "No idea.", "wild": "Score: 11"}
-            return {"choices": [{"message": {"content": said[kind]}}]}
+            text, reason = JUDGED[kind]
+            return {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
         if kind == "short":
             return {"scores": []}
         if kind == "list":
@@ -177,12 +193,32 @@ def test_a_judge_gives_the_score_it_writes_last(service: Service) -> None:
     assert sent["messages"] == [{"role": "user", "content": "user: Why {completion}?|So.|3|{other}"}]
 
 
+@pytest.mark.parametrize("path", ["judge", "tenth", "thinks"])
+def test_a_verdict_is_the_last_line_behind_the_thoughts(service: Service, path: str) -> None:
+    assert LLMJudge(service.url(path), "m")(["p"], ["a"]) == [0.75]
+
+
 @pytest.mark.parametrize(
-    ("path", "message"), [("mute", "gave no score: 'No idea.'"), ("wild", "score 11 lies outside 0 to 10")]
+    ("path", "message"),
+    [
+        ("mute", "does not end with a score: 'No idea.'"),
+        ("wild", "score 11 lies outside 0 to 10"),
+        ("cut", "cut at max_tokens = 256, before its verdict; raise max_tokens in params"),
+        ("quotes", "does not end with a score: 'It says"),
+        ("begins", "does not end with a score"),
+        ("before", "does not end with a score"),
+        ("thoughts", "no answer beside its thoughts: '<think>The text"),
+        ("only", "no answer beside its thoughts"),
+        ("nothing", "no answer beside its thoughts"),
+    ],
 )
-def test_a_judge_without_a_score_is_an_error(service: Service, path: str, message: str) -> None:
+def test_a_judge_without_a_verdict_is_an_error(service: Service, path: str, message: str) -> None:
     with pytest.raises(RemoteError, match=message):
         LLMJudge(service.url(path), "m")(["p"], ["a"])
+
+
+def test_a_pattern_of_ones_own_may_stand_anywhere_in_the_answer(service: Service) -> None:
+    assert LLMJudge(service.url("quotes"), "m", pattern=r"Score: (\d+)")(["p"], ["a"]) == [1.0]
 
 
 def test_settings_that_cannot_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
