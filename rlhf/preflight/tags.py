@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlhf.config.reward import RewardFunction
 from rlhf.config.run import Config
@@ -82,7 +82,8 @@ def cautions(config: Config, inputs: Inputs) -> Iterator[str]:
 def _text(function: RewardFunction) -> str:
     """Where a function may mention tags: its `params` and, for a file, the file."""
     pattern = function.params.get("pattern")
-    tags = pattern if function.path == "format_match" and isinstance(pattern, list) else []
+    is_list = function.path == "format_match" and isinstance(pattern, list)
+    tags = cast(list[str], pattern) if is_list else []
     file = Path(function.path.rpartition(":")[0])
     source = file.read_text(errors="replace") if file.suffix == ".py" and file.is_file() else ""
     return source + json.dumps(function.params, default=str) + "".join(f"<{tag}></{tag}>" for tag in tags)

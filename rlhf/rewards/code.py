@@ -1,9 +1,10 @@
 """Reward `code`: runs the program in a completion in the sandbox; the score is the share of tests passed.
 
 The program is the last fenced block of the completion (```python ... ```, also `python3`, `py`, or without a
-language), or the whole completion when there is none. The column `tests` holds either Python code that raises when something is wrong (asserts; the code is
-appended to the program), or a list of `{"input": ..., "output": ...}`: what the program reads from standard
-input and what it must print. `rlhf/sandbox/runner.py` runs the programs.
+language), or the whole completion when there is none. The column `tests` holds either Python code that raises
+when something is wrong (asserts; the code is appended to the program), or a list of
+`{"input": ..., "output": ...}`: what the program reads from standard input and what it must print.
+`rlhf/sandbox/runner.py` runs the programs.
 """
 
 from __future__ import annotations

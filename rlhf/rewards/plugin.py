@@ -137,7 +137,11 @@ def load_reward(spec: RewardSpec) -> Reward:
     named, takes_any = parameters_of(spec.path, called, params)
     if kind := verl_kind(named):
         verl = VerlReward(found, named, params, kind)
-        return Reward(verl, {}, Signature(verl.accepts, verl.requires, is_async=False, is_class=is_class))
+        compares = "it takes solution_strs" if kind == "batch" else ""
+        signature = Signature(
+            verl.accepts, verl.requires, is_async=False, is_class=is_class, compares=compares
+        )
+        return Reward(verl, {}, signature)
     return Reward(found, params, signature_of(named, takes_any, called, params, is_class=is_class))
 
 

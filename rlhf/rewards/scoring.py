@@ -148,7 +148,8 @@ class Rewards:
         """
 
         def write(name: str, text: str) -> None:
-            with suppress(OSError), path.open("a", encoding="utf-8") as file:
+            opened = partial(path.open, "a", encoding="utf-8", errors="backslashreplace")
+            with suppress(OSError), opened() as file:
                 file.write("".join(f"{name}: {line}\n" for line in text.splitlines()))
 
         for pool in self.pools:

@@ -64,8 +64,8 @@ class Signature:
             )
         if self.compares and batch == 1:
             yield (
-                f"reward function {name} compares samples ({self.compares}), but each of its calls gets one: "
-                "set its batch to group (the completions of a prompt) or step (all of a step)"
+                f"reward function {name} seems to compare samples ({self.compares}), but each call has "
+                "one: set its batch to group (the completions of a prompt) or step (all of a step)"
             )
 
 

@@ -18,21 +18,23 @@ from dataclasses import dataclass
 from typing import Any
 
 PAIRING = {"combinations", "permutations", "pairwise", "product"}
-COMPARING = PAIRING | {
-    "max",
-    "min",
-    "mean",
-    "fmean",
-    "median",
-    "std",
-    "stdev",
-    "pstdev",
-    "var",
-    "sorted",
-    "argsort",
-    "rank",
-}
-COMPARING |= {"set", "Counter", "quantile", "argmax", "argmin", "zscore", "softmax"}
+COMPARING = PAIRING.union(
+    (
+        "max",
+        "min",
+        "mean",
+        "fmean",
+        "median",
+        "quantile",
+        "std",
+        "stdev",
+        "pstdev",
+        "var",
+        "zscore",
+        "softmax",
+    ),
+    ("sorted", "argsort", "argmax", "argmin", "rank", "set", "Counter"),
+)
 """Functions and methods whose value for a list depends on all its entries together."""
 MAKING = {"zip", "list", "tuple", "enumerate", "map", "array", "asarray", "tensor", "Series"}
 """Functions that make a list or array with the entries of their arguments."""
@@ -121,12 +123,15 @@ def _comparisons(
 ) -> Iterator[str]:
     """Calls such as `max(...)` of a list with an entry for each sample.
 
-    Such lists are the arguments in `batch`, and what is assigned from a comprehension over one of them.
+    Such lists are the arguments in `batch`, what is assigned from a comprehension over one of them, and what
+    a loop over one of them appends to.
     """
     calls: list[ast.Call] = []
     for node in _in_order(function):
         if isinstance(node, ast.Assign) and _is_batch(node.value, batch):
             batch |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.For) and _is_batch(node.iter, batch):
+            batch |= _appended_to(node)
         if isinstance(node, ast.Call):
             calls.append(node)
     for call in calls:
@@ -134,6 +139,14 @@ def _comparisons(
         compared = call.args[:1] if len(call.args) == 1 or _called(call) in PAIRING else []
         if _called(call) in COMPARING and any(_is_batch(part, batch) for part in compared + method_of):
             yield f"{ast.unparse(call)} in line {call.lineno}"
+
+
+def _appended_to(loop: ast.For) -> set[str]:
+    """Names of the lists that a loop appends to in each round."""
+    values = [statement.value for statement in loop.body if isinstance(statement, ast.Expr)]
+    methods = [call.func for call in values if isinstance(call, ast.Call) and _called(call) == "append"]
+    owners = [method.value for method in methods if isinstance(method, ast.Attribute)]
+    return {owner.id for owner in owners if isinstance(owner, ast.Name)}
 
 
 def _called(call: ast.Call) -> str:

@@ -90,9 +90,11 @@ class VerlReward:
         ]
 
     def _batch(self, arguments: Mapping[str, Any]) -> list[Any]:
-        result = self._result(arguments)
+        result: Any = self._result(arguments)
         if isinstance(result, str | Mapping) or not hasattr(result, "__iter__"):
-            raise WrongReturn(f"must return a list of scores, got {type(result).__name__} {result!r:.80}")
+            raise WrongReturn(
+                f"must return a list of scores, got {type(cast(Any, result)).__name__} {result!r:.80}"
+            )
         return [_score(value) for value in result]
 
     def _result(self, arguments: Mapping[str, Any]) -> Any:

@@ -72,7 +72,8 @@ def run_python(code: str, limits: Limits, *, standard_input: str = "", level: st
     try:
         os.chmod(folder, 0o777)
         program = os.path.join(folder, "program.py")
-        with open(program, "w") as file:
+        # what is not valid Unicode is an error of the program, not of this function
+        with open(program, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(code)
         os.chmod(program, 0o644)
         return _run(program, folder, limits, standard_input, level)
@@ -113,7 +114,7 @@ def _run(program: str, folder: str, limits: Limits, standard_input: str, level: 
         "python": python,
     }
     with tempfile.TemporaryFile() as input_file:
-        input_file.write(standard_input.encode())
+        input_file.write(standard_input.encode(errors="surrogatepass"))
         input_file.seek(0)
         launcher = subprocess.Popen(
             [python, "-I", "-S", LAUNCHER, json.dumps(settings)],
@@ -161,9 +162,9 @@ def _watch(program: subprocess.Popen[bytes], deadline: float, level: str) -> Res
         status = _end(program, level)
         program.stdout.close()
         program.stderr.close()
-    limits = {output: OUTPUT_LIMIT, errors: ERRORS_KEPT}
-    texts = [bytes(pipes[pipe][:limit]).decode(errors="replace") for pipe, limit in limits.items()]
-    return Result(ended, *texts, status)
+    printed = bytes(pipes[output][:OUTPUT_LIMIT]).decode(errors="replace")
+    complaints = bytes(pipes[errors][:ERRORS_KEPT]).decode(errors="replace")
+    return Result(ended, printed, complaints, status)
 
 
 def _end(launcher: subprocess.Popen[bytes], level: str) -> int:

@@ -167,6 +167,41 @@ def test_it_is_accepted(tmp_path: Path, kind: str) -> None:
     assert [group.rewards for group in groups] == [[value] for value in expected]
 
 
+ASYNC_METHOD = """
+class score:
+    async def __call__(self, completions): return [float(len(c)) for c in completions]
+"""
+ASYNC_COMPUTE_SCORE = """
+async def score(data_source, solution_str, ground_truth): return float(len(solution_str))
+"""
+
+
+@pytest.mark.parametrize("source", [ASYNC_METHOD, ASYNC_COMPUTE_SCORE])
+def test_an_async_function_of_another_kind_is_awaited(tmp_path: Path, source: str) -> None:
+    rewards = scored(tmp_path, source, {}, ("ground_truth", "data_source"))
+    prompts, texts = [prompt(1, ground_truth="a", data_source="b")], [["aa", "b"]]
+    groups, _ = rewards.score(prompts, completions_of(prompts, texts), texts, trainer_state={})
+    rewards.close()
+    assert groups[0].rewards == [2.0, 1.0]
+
+
+def test_text_that_is_not_valid_unicode_can_be_printed_and_logged(tmp_path: Path) -> None:
+    source = """
+        def score(completions, log_extra):
+            print("lone \\ud83d")
+            log_extra("seen", ["\\ud83d"])
+            return [1.0]
+        """
+    rewards = scored(tmp_path, source, {}, ())
+    rewards.print_to(tmp_path / "rewards.log")
+    prompts, texts = [prompt(1)], [["a"]]
+    groups, _ = rewards.score(prompts, completions_of(prompts, texts), texts, trainer_state={})
+    rewards.close()
+    assert groups[0].rewards == [1.0]
+    lines = (tmp_path / "rewards.log").read_text().splitlines()
+    assert sorted(lines) == ["score: lone \\ud83d", 'score: train.jsonl:1#0 seen: "\\ud83d"']
+
+
 LACKING = {
     "partial": "from functools import partial\ndef f(completions, gold): return [0.0]\nscore = partial(f)",
     "module": """
@@ -224,12 +259,14 @@ COMPARE = {
     "best = sorted(set(answer))": r"sorted\(set\(answer\)\)|set\(answer\)",
     "lengths = [len(c) for c in completions]; mean = np.mean(lengths)": r"np\.mean\(lengths\)",
     "t = torch.tensor([len(c) for c in completions]); u = t.std()": r"t\.std\(\)",
+    "r = []\n    for c in completions:\n        r.append(len(c))\n    best = max(r)": r"max\(r\) in line 5",
     "pairs = list(itertools.combinations(completions, 2))": r"itertools\.combinations\(completions, 2\)",
 }
 ALONE = [
     "best = [max(c.split()) for c in completions]",
     "limit = max(weights)",
     "scores = [min(1.0, len(c)) for c in completions]; log_metric('best', max(scores))",
+    "words = []\n    for w in completions[0].split():\n        words.append(len(w))\n    best = max(words)",
     "total = sum(len(c) for c in completions) / len(completions)",
 ]
 
@@ -254,9 +291,7 @@ def test_the_caution_says_what_to_set(tmp_path: Path) -> None:
     source = "def score(completions): return [len(c) / max(map(len, completions)) for c in completions]"
     rewards = scored(tmp_path, source, {}, ())
     (caution,) = rewards.cautions(())
-    assert (
-        "compares samples (max(map(len, completions)) in line 1), but each of its calls gets one" in caution
-    )
+    assert "seems to compare samples (max(map(len, completions)) in line 1), but each call has one" in caution
     assert "set its batch to group" in caution
     rewards.close()
     rewards = scored(tmp_path, source, {"batch": "group"}, ())

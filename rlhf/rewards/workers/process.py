@@ -271,7 +271,9 @@ def _refusal(name: str, answer: Mapping[str, Any]) -> str:
 def _environment(spec: RewardSpec) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key not in RANKS}
     gpus = _own_gpu_first() if spec.gpu else dict.fromkeys(GPUS, "")
-    return kept | dict.fromkeys(SINGLE_THREADED, "1") | gpus | {"PYTHONUNBUFFERED": "1"}
+    # a function may print any text, even one that is not valid Unicode
+    printing = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    return kept | dict.fromkeys(SINGLE_THREADED, "1") | gpus | printing
 
 
 def _own_gpu_first() -> dict[str, str]:
