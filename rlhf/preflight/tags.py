@@ -19,6 +19,7 @@ from rlhf.inputs import Inputs
 from rlhf.models.pretrained import decoded
 from rlhf.types import Prompt
 
+FORMAT_MATCH = ("format_match", "rlhf.rewards.builtin:format_match")
 EXAMINED = 64
 """Prompts that are examined at most."""
 TAIL = 16
@@ -44,7 +45,7 @@ def with_opened(function: RewardFunction, opened: str) -> dict[str, Any]:
     """The function's settings; `format_match` of tags of which the prompt opens the first is told so."""
     settings = function.model_dump()
     tags = settings["params"].get("pattern")
-    if function.path == "format_match" and isinstance(tags, list) and opened == f"<{tags[0]}>":
+    if function.path in FORMAT_MATCH and isinstance(tags, list) and opened == f"<{tags[0]}>":
         settings["params"] = {"opened": opened, **settings["params"]}
     return settings
 
@@ -82,7 +83,7 @@ def cautions(config: Config, inputs: Inputs) -> Iterator[str]:
 def _text(function: RewardFunction) -> str:
     """Where a function may mention tags: its `params` and, for a file, the file."""
     pattern = function.params.get("pattern")
-    is_list = function.path == "format_match" and isinstance(pattern, list)
+    is_list = function.path in FORMAT_MATCH and isinstance(pattern, list)
     tags = cast(list[str], pattern) if is_list else []
     file = Path(function.path.rpartition(":")[0])
     source = file.read_text(errors="replace") if file.suffix == ".py" and file.is_file() else ""

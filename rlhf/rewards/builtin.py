@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 from rlhf.rewards.numbers import final_answer, read_gold
@@ -91,6 +92,15 @@ def overlong(completion_ids: Sequence[Sequence[int]], max_tokens: int, cache: in
 def completion_text(completion: Completion) -> str:
     """The text that the policy wrote: a plain completion itself, or the content of its last chat message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+def last_number(text: str) -> Fraction | None:
+    """The number that `numeric_match` reads in `text`; None if there is none, or a list or a time.
+
+    Example: `last_number("3 + 5 = 8.0!") == 8`.
+    """
+    answer = final_answer(text)
+    return answer.values[0] if answer is not None and answer.kind == "one" else None
 
 
 def _is_json(text: str, check: Callable[[Any], bool]) -> bool:
