@@ -26,6 +26,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
         *(_online(config, algorithm) if config.data.mode == "online" else _from_data(config, algorithm)),
         *_replay(config, algorithm),
         *_preferences(config, algorithm),
+        *_precomputed_reference(config, algorithm),
         *_sizes(config),
         *_combinations(config),
     ]
@@ -121,6 +122,12 @@ def _preferences(config: Config, algorithm: Algorithm) -> Iterator[str]:
     if preference is None and config.pairs != PairsConfig():
         yield f"the section pairs is for preference algorithms such as dpo, but algorithm.name is {name}"
     if preference is not None:
+        if data.mix and data.reward_column is not None:
+            yield (
+                f"data.mix puts the data's completions beside rollouts, and {name} would compare their "
+                "labels (1 for chosen, 0 for rejected) with rewards: set data.reward_column to null, so that "
+                "reward.functions score both"
+            )
         if data.mode == "online" and config.rollout.group_size < 2:
             yield (
                 f"rollout.group_size is {config.rollout.group_size}, but {name} compares completions of a "
@@ -137,6 +144,11 @@ def _preferences(config: Config, algorithm: Algorithm) -> Iterator[str]:
                 f"{compared} completions that it compares in one pass, with their prompt up to {needed} "
                 "tokens: raise it, or lower data.max_prompt_tokens or rollout.max_completion_tokens"
             )
+
+
+def _precomputed_reference(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """What has to hold so that the reference needs to be asked only once."""
+    data, name = config.data, config.algorithm["name"]
     if not data.precompute_reference:
         return
     if data.mode != "offline":
@@ -151,7 +163,7 @@ def _preferences(config: Config, algorithm: Algorithm) -> Iterator[str]:
             "data.precompute_reference keeps the log-probs of the data's tokens alone, but "
             "algorithm.kl.estimator = exact compares the whole vocabulary"
         )
-    if preference is not None and preference.baseline == "other_prompts":
+    if algorithm.preference is not None and algorithm.preference.baseline == "other_prompts":
         yield (
             f"data.precompute_reference does not work with {name}, which also asks the reference for each "
             "completion behind the prompt of another pair, which changes from step to step"

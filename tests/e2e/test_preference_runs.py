@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf.config.load import make_config
+from rlhf.config.section import ConfigError
 from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
 from rlhf.trainer import Trainer
@@ -142,3 +143,57 @@ def test_single_labels_need_a_method_that_takes_them(tmp_path: Path, tiny_model_
     with pytest.raises(ValueError, match=r"train\.jsonl:1: dpo compares completions of one prompt"):
         load_inputs(make_config(made))
     load_inputs(make_config(made | {"algorithm": {"name": "kto"}}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data": {"mode": "online", "eval": None}, "rollout": {"group_size": 1}},
+            "dpo compares completions of a prompt: it needs two or more",
+        ),
+        (
+            {"data": {"mode": "offline_to_online", "mix": True}},
+            "dpo would compare their labels .* with rewards: set data.reward_column to null",
+        ),
+        (
+            {"learner": {"microbatch_tokens": 47}},
+            "learner.microbatch_tokens is 47, but dpo needs the 2 completions .* up to 48 tokens",
+        ),
+        ({"algorithm": {"name": "grpo"}, "pairs": {"rule": "all"}}, "the section pairs is for preference"),
+        ({"pairs": {"rule": "best"}}, "must be one of best_worst, .* got 'best'"),
+        (
+            {"data": {"precompute_reference": True}, "algorithm": {"name": "simpo"}},
+            "simpo with these settings has no reference",
+        ),
+        (
+            {"data": {"precompute_reference": True}, "algorithm": {"name": "kto"}},
+            "does not work with kto, .* behind the prompt of another pair",
+        ),
+        (
+            {"data": {"precompute_reference": True, "mode": "offline_to_online", "offline_steps": 2}},
+            "precompute_reference is for data.mode = offline",
+        ),
+        (
+            {
+                "data": {"precompute_reference": True},
+                "algorithm": {"kl": {"coef": 1.0, "estimator": "exact"}},
+            },
+            "algorithm.kl.estimator = exact compares the whole vocabulary",
+        ),
+    ],
+)
+def test_what_cannot_work_is_refused_when_the_config_is_read(
+    tmp_path: Path, tiny_model_dir: Path, changes: dict[str, Any], message: str
+):
+    with pytest.raises(ConfigError, match=message):
+        make_config(settings(tmp_path, tiny_model_dir, **changes))
+
+
+def test_pairs_of_sampled_completions_teach_too(tmp_path: Path, tiny_model_dir: Path):
+    """Online DPO: completions of the policy, paired by their reward."""
+    made = bandit_settings(tmp_path, tiny_model_dir, algorithm={"name": "dpo"}, steps=15)
+    train(made | {"pairs": {"rule": "best_worst"}})
+    steps = metrics_of(tmp_path)
+    assert steps[-1]["reward/mean"] > steps[0]["reward/mean"] + 0.1
+    assert all(step["pairs/groups"] <= 8 for step in steps)
