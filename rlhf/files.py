@@ -1,9 +1,12 @@
-"""Atomic file writes: a temporary file is written, synced to the disk and renamed."""
+"""Atomic file writes: a temporary file is written, synced to the disk and renamed. Pointers of Git LFS."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+LFS = b"version https://git-lfs"
+"""How the small file begins that Git LFS leaves where it has not fetched a large one."""
 
 
 def sync(path: Path) -> None:
@@ -31,3 +34,9 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether a file is a pointer of Git LFS in place of its contents."""
+    with file.open("rb") as stream:
+        return stream.read(len(LFS)) == LFS

@@ -7,37 +7,24 @@ is a function of seed and position (`rlhf/data/order.py`).
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.models.vision.images import ImageError, has_pictures, of_text
+from rlhf.data.rows import Row, quoted, read_rows
+from rlhf.models.chat import ChatError, encode_texts, messages_of, of_text, tools_of, write_chat
+from rlhf.models.vision.images import ImageError, has_pictures
 from rlhf.models.vision.processor import Processor
-from rlhf.rewards import gym
 from rlhf.types import Messages, Prompt
 
-SUFFIXES = (".jsonl", ".parquet")
 TOKENIZE_AT_ONCE = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of a dataset.
-
-    Example: `Row("train.jsonl:7", "data/train.jsonl:7", {"prompt": "What is 3 + 5?", "answer": 8})`.
-    """
-
-    id: str
-    where: str
-    """The place as error messages name it: the whole path and the line, counted from 1."""
-    columns: Mapping[str, Any]
+TOOLS = "tools"
+"""The column whose tools (JSON schemas) the chat template writes into a prompt of chat messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +63,10 @@ def load_prompts(
     """Reads, checks and tokenises every prompt.
 
     A prompt is plain text, tokenised as it is, or a list of chat messages. Chat messages are written by the
-    tokenizer's chat template, up to the opening of the assistant's turn. For a vision-language model its
-    `processor` (rlhf/models/vision/processor.py) writes messages with images, including the images of
-    `image_column`. `change` is applied to a line before it is checked.
+    tokenizer's chat template, with the tools of the column `tools`, up to the opening of the assistant's
+    turn. For a vision-language model its `processor` (rlhf/models/vision/processor.py) writes messages with
+    images, including the images of `image_column`. `change` is applied to a line before it is checked.
+    docs/data.md has every form that is accepted.
 
     Raises ValueError, with file and line, when the path does not exist or is not a dataset, when a line is
     not a JSON object, when the prompt column is missing (the message names the most similar column), when a
@@ -138,11 +126,12 @@ def _tokenize(
     chats = [i for i, content in enumerate(contents) if not isinstance(content, str)]
     texts = [i for i, content in enumerate(contents) if isinstance(content, str)]
     if chats:
-        # a chat template writes the special tokens itself
         written = [_write_chat(rows[i], contents[i], tokenizer) for i in chats]
-        _encode(tokenizer, chats, written, ids, add_special_tokens=False)
+        # a chat template writes the special tokens itself
+        encoded = cast(Any, tokenizer)(written, add_special_tokens=False)["input_ids"]
+        ids = _placed(ids, chats, encoded)
     if texts:
-        _encode(tokenizer, texts, [cast(str, contents[i]) for i in texts], ids, add_special_tokens=True)
+        ids = _placed(ids, texts, encode_texts(tokenizer, [cast(str, contents[i]) for i in texts]))
     for row, content, token_ids in zip(rows, contents, ids, strict=True):
         if not token_ids:
             raise ValueError(f"{row.where}: the tokenizer makes no token of the prompt {content!r}")
@@ -167,12 +156,12 @@ def _tokenize_with_images(
         if isinstance(content, str):
             if column_images is not None:
                 raise ValueError(f"{row.where}: a prompt with images must be chat messages, got text")
-            ids = cast(list[int], cast(Any, tokenizer)(content)["input_ids"])
+            (ids,) = encode_texts(tokenizer, [content])
             yield Prompt(row.id, tuple(ids), content, others)
             continue
         try:
-            written, images, ids = processor.prompt(row.id, content, column_images, folder)
-        except ImageError as error:
+            written, images, ids = processor.prompt(row.id, content, column_images, folder, tools=_tools(row))
+        except (ChatError, ImageError) as error:
             raise ValueError(f"{row.where}: {error}") from None
         yield Prompt(row.id, tuple(ids), written, others, images or None)
 
@@ -183,40 +172,36 @@ def _column_images(row: Row, image_column: str | None) -> object | None:
     return None if value == [] else value
 
 
-def _encode(
-    tokenizer: PreTrainedTokenizerBase,
-    places: Sequence[int],
-    texts: list[str],
-    ids: list[list[int]],
-    *,
-    add_special_tokens: bool,
-) -> None:
-    """Writes the token ids of `texts` to the given places of `ids`."""
-    encoded = cast(Any, tokenizer)(texts, add_special_tokens=add_special_tokens)["input_ids"]
-    for place, token_ids in zip(places, encoded, strict=True):
-        ids[place] = token_ids
+def _placed(ids: Sequence[list[int]], places: Sequence[int], encoded: Sequence[list[int]]) -> list[list[int]]:
+    """`ids` with the entries at `places` replaced."""
+    found = dict(zip(places, encoded, strict=True))
+    return [found.get(place, own) for place, own in enumerate(ids)]
 
 
 def _write_chat(row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase) -> str:
-    if not cast(Any, tokenizer).chat_template:
-        raise ValueError(
-            f"{row.where}: the prompt is a list of chat messages, but the tokenizer of "
-            f"{cast(Any, tokenizer).name_or_path!r} has no chat template; use an instruct model, "
-            "or give prompts as plain text"
-        )
     try:
-        written = of_text(cast(Any, messages))
-        return cast(Any, tokenizer).apply_chat_template(written, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"{row.where}: the tokenizer's chat template refuses the prompt: {error}") from None
+        return write_chat(tokenizer, of_text(cast(Any, messages)), tools=_tools(row))
+    except ChatError as error:
+        raise ValueError(f"{row.where}: {error}") from None
+
+
+def _tools(row: Row) -> list[dict[str, Any]] | None:
+    """The tools of a prompt of chat messages."""
+    try:
+        return tools_of(row.columns.get(TOOLS))
+    except ChatError as error:
+        raise ValueError(f"{row.where}: column {TOOLS!r} {error}") from None
 
 
 def _checked_rows(
     path: Path, prompt_column: str, change: Callable[[Row], Row] = lambda row: row
 ) -> Iterator[Row]:
-    """The rows of a dataset; raises ValueError at the first one that is malformed."""
+    """The rows of a dataset, their prompts as `messages_of` gives them.
+
+    Raises ValueError at the first one that is malformed.
+    """
     first: Row | None = None
-    for row in map(change, _read(path)):
+    for row in map(change, read_rows(path)):
         if prompt_column not in row.columns:
             near = difflib.get_close_matches(prompt_column, row.columns, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -224,9 +209,10 @@ def _checked_rows(
                 f"{row.where}: no column {prompt_column!r} among {quoted(row.columns)}{hint} "
                 "(data.prompt_column says which one holds the prompt)"
             )
-        problem = _problem_of(row.columns[prompt_column])
-        if problem:
-            raise ValueError(f"{row.where}: column {prompt_column!r} {problem}")
+        try:
+            content = messages_of(row.columns[prompt_column])
+        except ChatError as error:
+            raise ValueError(f"{row.where}: column {prompt_column!r} {error}") from None
         first = first or row
         if row.columns.keys() != first.columns.keys():
             differing = sorted(row.columns.keys() ^ first.columns.keys())
@@ -234,151 +220,18 @@ def _checked_rows(
                 f"{row.where}: has the columns {quoted(row.columns)}, but {first.where} has "
                 f"{quoted(first.columns)}; every line needs the same ones, {quoted(differing)} differ"
             )
-        yield row
+        yield replace(row, columns={**row.columns, prompt_column: content})
     if first is None:
         raise ValueError(f"{path} holds no prompts: it has no lines")
 
 
-def _problem_of(content: object) -> str | None:
-    """What is wrong with a prompt, as the rest of a sentence about its column; None if nothing is."""
-    if isinstance(content, str):
-        return None if content.strip() else "is empty"
-    if not isinstance(content, list):
-        return f"must be text or a list of chat messages, got {type(content).__name__} {content!r:.80}"
-    messages = cast(list[object], content)
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            return f"must be a list of chat messages, but message {number} is {message!r:.80}"
-        fields = cast(Mapping[str, object], message)
-        if isinstance(fields.get("content"), list) and isinstance(fields.get("role"), str):
-            problem = _problem_of_parts(cast(list[object], fields["content"]))
-            if problem:
-                return f"has in message {number} {problem}"
-            continue
-        for key in ("role", "content"):
-            if not isinstance(fields.get(key), str):
-                found = f"{fields.get(key)!r:.80}"
-                return f"needs text under {key!r} in each message, but message {number} has {found}"
-    if not messages or not any(_is_not_empty(cast(Any, message)["content"]) for message in messages):
-        return "is empty"
-    if cast(Any, messages[-1])["role"] == "assistant":
-        return "ends with a message of the assistant, but the policy must write that message: remove it"
-    return None
-
-
-def _problem_of_parts(parts: list[object]) -> str | None:
-    """What is wrong with the content of a message that is a list of texts and images; None if nothing is."""
-    for part in parts:
-        fields = cast(Mapping[str, object], part if isinstance(part, Mapping) else {})
-        if fields.get("type") == "image":
-            continue
-        if fields.get("type") == "text" and isinstance(fields.get("text"), str):
-            continue
-        return (
-            f"a part {part!r:.80}, which is neither {{'type': 'text', 'text': ...}} nor "
-            "{'type': 'image', 'image': ...}"
-        )
-    return None
-
-
-def _is_not_empty(content: object) -> bool:
-    return bool(content.strip() if isinstance(content, str) else content)
-
-
 def first_row(path: str | Path) -> Row:
     """A dataset's first line. Raises ValueError: it cannot be read, or has no lines."""
-    row = next(_read(Path(path).expanduser()), None)
+    row = next(read_rows(Path(path).expanduser()), None)
     if row is None:
         raise ValueError(f"{path} holds no prompts: it has no lines")
     return row
 
 
-def _read(path: Path) -> Iterator[Row]:
-    if str(path).startswith(gym.PREFIX):
-        return (Row(name, f"{path}, entry {name}", columns) for name, columns in gym.rows(str(path)))
-    if path.is_file():
-        return _read_file(path)
-    if not path.is_dir():
-        near = difflib.get_close_matches(path.name, _entries(path.parent), n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        if not near and not path.suffix:
-            hint = (
-                "; to use a dataset of the hub, save it by datasets.load_dataset(NAME, split=...)"
-                ".save_to_disk(FOLDER) and give FOLDER"
-            )
-        raise ValueError(f"there is no dataset {path} (looked from {Path.cwd()}){hint}")
-    if (path / "dataset_dict.json").is_file():
-        splits = [name for name in _entries(path) if (path / name).is_dir()]
-        example = f", for example {path / splits[0]}" if splits else ", but none is there"
-        raise ValueError(f"{path} holds several splits ({', '.join(splits)}): name one{example}")
-    if (path / "state.json").is_file():
-        return _read_saved_dataset(path)
-    files = [path / name for name in _entries(path) if name.endswith(SUFFIXES)]
-    if not files:
-        raise ValueError(
-            f"{path} is a folder without .jsonl or .parquet files, and not a saved `datasets` folder"
-        )
-    return (row for file in files for row in _read_file(file))
-
-
-def _read_file(path: Path) -> Iterator[Row]:
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path)
-    if path.suffix == ".parquet":
-        return _read_parquet(path)
-    hint = "; write one JSON object per line and name the file .jsonl" if path.suffix == ".json" else ""
-    raise ValueError(
-        f"{path}: expected a .jsonl or .parquet file or a `datasets` folder, got {path.suffix!r}{hint}"
-    )
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                value: object = json.loads(line.rstrip())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__} {value!r:.80}")
-            yield Row(f"{path.name}:{number}", where, cast(dict[str, Any], value))
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow.parquet as parquet  # pyright: ignore[reportMissingTypeStubs]
-
-    try:
-        file = cast(Any, parquet).ParquetFile(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: not a parquet file ({error})") from None
-    with file:
-        batches: Iterator[Any] = file.iter_batches(batch_size=TOKENIZE_AT_ONCE)
-        yield from _number(path, (values for batch in batches for values in batch.to_pylist()))
-
-
-def _read_saved_dataset(path: Path) -> Iterator[Row]:
-    from datasets import Dataset  # pyright: ignore[reportMissingTypeStubs]
-
-    return _number(path, cast(Any, Dataset).load_from_disk(str(path)))
-
-
-def _number(path: Path, lines: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
-    for number, columns in enumerate(lines, start=1):
-        yield Row(f"{path.name}:{number}", f"{path}:{number}", columns)
-
-
 def _others(row: Row, *taken: str | None) -> tuple[str, ...]:
     return tuple(name for name in row.columns if name not in taken)
-
-
-def _entries(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-
-
-def quoted(columns: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in columns) or "none at all"

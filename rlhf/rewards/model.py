@@ -58,7 +58,6 @@ class RewardModel:
                 f"{model} is no reward model: expected a sequence classifier, got {found or 'nothing'}"
             )
         self.tokenizer: Any = load_tokenizer(model)
-        self.tokenizer.truncation_side = "left"
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         computed = getattr(torch, resolve_dtype(dtype, device))
         kind = library.AutoModelForSequenceClassification
@@ -93,16 +92,25 @@ class RewardModel:
         return [dict(zip(self.labels, row, strict=True)) for row in scores.tolist()]
 
     def _tokens(self, prompt: Messages, completion: Completion) -> list[int]:
+        from rlhf.models.chat import encode_texts
+
         plain = isinstance(prompt, str)
+        encode: Any = self.tokenizer
+        if not self.scored_at_end and plain:
+            (ids,) = encode_texts(self.tokenizer, [f"{prompt}{completion}"], ends=True, most=self.max_tokens)
+            return ids
         if not self.scored_at_end:
             # a chat template writes the special tokens itself
-            text = f"{prompt}{completion}" if plain else self._write([*prompt, *completion])
-            limits = {"truncation": True, "max_length": self.max_tokens}
-            return self.tokenizer(text, add_special_tokens=plain, **limits)["input_ids"]
-        before = prompt if plain else self._write(prompt, add_generation_prompt=True)
-        ids = self.tokenizer(before, add_special_tokens=plain)["input_ids"]
-        ids += self.tokenizer(completion_text(completion), add_special_tokens=False)["input_ids"]
+            text = self._write([*prompt, *completion], opens=False)
+            return encode(text, add_special_tokens=False)["input_ids"][-self.max_tokens :]
+        if plain:
+            (ids,) = encode_texts(self.tokenizer, [prompt])
+        else:
+            ids = encode(self._write(prompt, opens=True), add_special_tokens=False)["input_ids"]
+        ids += encode(completion_text(completion), add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id][-self.max_tokens :]
 
-    def _write(self, messages: Sequence[Any], **how: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **how)
+    def _write(self, messages: Sequence[Any], *, opens: bool) -> str:
+        from rlhf.models.chat import of_text, without_nulls, write_chat
+
+        return write_chat(self.tokenizer, of_text(without_nulls(list(messages))), opens=opens)

@@ -32,17 +32,6 @@ class ImageError(ValueError):
     """An image cannot be read, or does not fit its prompt. The message names the image or the prompt."""
 
 
-def of_text(messages: Sequence[Message]) -> list[Message]:
-    """Messages for a chat template that takes strings: contents made of text parts alone are joined."""
-    return [
-        {**message, "content": "".join(part["text"] for part in message["content"])}
-        if not isinstance(message["content"], str)
-        and all(part.get("type") == "text" for part in message["content"])
-        else message
-        for message in messages
-    ]
-
-
 def open_picture(image: Image) -> pil.Image:
     """The image in RGB, completely decoded. Raises ImageError: there is no such file, or it is no image."""
     name = image if isinstance(image, str) else f"an image of {len(image)} bytes"

@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import torch
 import transformers
-from jinja2 import TemplateError
 from PIL import Image as pil
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.models.chat import write_chat
 from rlhf.models.pretrained import ModelError, load_model_config, local_or_hub
 from rlhf.models.vision.images import ImageError, open_picture, separate_pictures
 from rlhf.models.vision.masking import mask_patches
@@ -83,32 +83,22 @@ class Processor:
         return cast(str, self._processor.image_token)
 
     def prompt(
-        self, prompt_id: str, messages: Sequence[Mapping[str, Any]], column: object, folder: Path
+        self,
+        prompt_id: str,
+        messages: Sequence[Mapping[str, Any]],
+        column: object,
+        folder: Path,
+        *,
+        tools: list[dict[str, Any]] | None = None,
     ) -> tuple[list[dict[str, Any]], tuple[Image, ...], list[int]]:
         """Messages of a dataset -> messages with `{"type": "image"}` for images, the images, token ids.
 
         `column`: images that the dataset has beside the messages. Raises ImageError: an image cannot be read
-        or does not fit the messages (images.py).
+        or does not fit the messages (images.py); ChatError as `write_chat` does.
         """
         written, sources = separate_pictures(messages, column, folder)
-        return written, sources, self.token_ids(self.write(written), Images(prompt_id, sources))
-
-    def write(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of messages by the model's chat template, ending with the opening of the model's turn.
-
-        Raises ImageError: there is no chat template, or it refuses the messages.
-        """
-        tokenizer = cast(Any, self.tokenizer)
-        template = self._processor.chat_template or tokenizer.chat_template
-        if not template:
-            raise ImageError(f"{self.path} has no chat template to write messages with images")
-        try:
-            # the tokenizer's method, because the processor's needs a video processor
-            return tokenizer.apply_chat_template(
-                list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
-            )
-        except TemplateError as error:
-            raise ImageError(f"the chat template refuses the prompt: {error}") from None
+        text = write_chat(self.tokenizer, written, tools=tools, template=self._processor.chat_template)
+        return written, sources, self.token_ids(text, Images(prompt_id, sources))
 
     def token_ids(self, text: str, images: Images) -> list[int]:
         """Token ids of `text`, with each placeholder repeated once per feature of its image.
