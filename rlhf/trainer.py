@@ -177,11 +177,12 @@ class Trainer(Loop[Config]):
                 pass
             return
         with self.monitor.phase("export"):
+            # first, so that it is there whatever becomes of the export
+            write_report(self.folder)
             if exports:
                 reader = self.inputs.processor or self.inputs.tokenizer
                 store.export(as_whole(policy.rollout_model), reader, path / "model")
                 if policy.adapter is not None:
                     store.export(policy.adapter, reader, path / "adapter")
-            write_report(self.folder)
         self.monitor.close()
         self.monitor.note(closing_summary(self.folder))

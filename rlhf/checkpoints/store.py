@@ -179,16 +179,28 @@ def export(model: Saves, tokenizer: Saves, folder: Path) -> None:
     check_export(folder)
     beside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:
+        _remove_exports_of_dead(folder)
         beside.mkdir(parents=True)
+        # first, so that what a kill leaves can be told from the folder of somebody else
+        write_atomically(beside / EXPORT_MARK, json.dumps({"versions": _versions()}, indent=1))
         model.save_pretrained(str(beside))
         tokenizer.save_pretrained(str(beside))
-        write_atomically(beside / EXPORT_MARK, json.dumps({"versions": _versions()}, indent=1))
         for file in beside.rglob("*"):
             sync(file)
         _put_in_place(beside, folder)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
+        # transformers raises a ValueError where a config is not valid
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(f"the model could not be exported to {folder}: {error}") from error
+
+
+def _remove_exports_of_dead(folder: Path) -> None:
+    """Removes unfinished exports to `folder` whose processes were killed: named and marked by `export`."""
+    name = re.compile(rf"{re.escape(folder.name)}\.(tmp|replaced)-(\d+)")
+    for path in folder.parent.iterdir() if folder.parent.is_dir() else ():
+        match = name.fullmatch(path.name)
+        if match and (path / EXPORT_MARK).is_file() and not Path(f"/proc/{match[2]}").exists():
+            shutil.rmtree(path)
 
 
 def check_export(folder: Path) -> None:

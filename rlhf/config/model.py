@@ -57,6 +57,9 @@ class ModelConfig(Section):
     """Type that policy, reference, critic and engine compute in; the optimizer's master weights
     are always float32. `auto`: bfloat16 on a GPU, on a CPU the faster of the two, which a short measurement
     finds. RUN/config.yaml has the type that was chosen, and a resumed run keeps it."""
+    trust_remote_code: bool = False
+    """Lets Python code that `path`, `reference` and `critic.path` bring run with your rights: read it before.
+    Without it models that need code of their own are refused."""
     packing: Literal["auto", "shared_prefix", "packed", "padded"] = "auto"
     """How a group goes through the model. `shared_prefix`: its prompt once, all completions behind it.
     `packed`: sequences end to end, each with its prompt. `padded`: each sequence in a padded row. `auto`: the

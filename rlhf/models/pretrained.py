@@ -6,6 +6,8 @@ import copy
 import difflib
 import importlib
 import json
+import pickle
+import zipfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,33 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rlhf.models.layers.gated_mlp import lighten_mlps
 from rlhf.models.layers.rms_norm import fuse_norms
+from rlhf.models.weight_files import (
+    TOKENIZERS,
+    ModelError,
+    check_files,
+    check_report,
+    check_small_files,
+    damaged_json,
+)
+
+# what reading a damaged file of weights raises
+DAMAGED = (OSError, SafetensorError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 # its annotations are too incomplete for a strict check
 _transformers: Any = transformers
 _hub: Any = huggingface_hub
 
+TRUSTED: set[str] = set()
+"""The models whose own Python code may run in this process: see `trust`."""
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*vocab*", "*.tiktoken", "tekken.json", "spiece.model")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
+def trust(path: str) -> None:
+    """Lets the code that the model at `path` brings run here, with all rights of this process.
 
-class ModelError(ValueError):
-    """The model cannot be loaded, or not be trained with these settings. The message says why."""
+    `model.trust_remote_code` asks for it. Other models are loaded with the code of transformers alone, and
+    refused where that does not know them; nothing is asked on standard input.
+    """
+    TRUSTED.add(local_or_hub(path))
 
 
 def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -40,12 +57,45 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
     `path`: a model folder or the name of a model on the Hugging Face hub. Raises ModelError when there is no
     causal language model.
     """
-    try:
-        kind = _kind_of(load_model_config(path))
-        model = kind.from_pretrained(local_or_hub(path), dtype=dtype)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    # first, because transformers refuses some of these files without their name
+    generation = load_generation_config(path)
+    model = _loaded(_kind_of(load_model_config(path)), path, dtype)
+    model.generation_config = generation or model.generation_config
     return _ready(model, device)
+
+
+def _loaded(kind: Any, path: str, dtype: torch.dtype, device: str | None = None) -> Any:
+    """A model with all of its weights. Raises ModelError: files are damaged, or lack some of them."""
+    place = local_or_hub(path)
+    if Path(place).is_dir():
+        check_files(Path(place))
+    try:
+        model, report = kind.from_pretrained(
+            place,
+            dtype=dtype,
+            device_map=device,
+            output_loading_info=True,
+            # told by `check_report`, by name
+            ignore_mismatched_sizes=True,
+            **_code_of(place),
+        )
+    except DAMAGED as error:
+        raise ModelError(f"{path} cannot be loaded: {_short(error)}") from error
+    check_report(path, report)
+    return model
+
+
+def check_weights(path: str, *, head: bool = True) -> None:
+    """Raises ModelError where the files of a local model are damaged, or lack weights that `path` needs.
+
+    Without `head`, as `load_scorer` needs them. Names and shapes are read, but no weights. Of a model on the
+    hub nothing is known before it is downloaded.
+    """
+    if Path(local_or_hub(path)).is_dir():
+        config = load_model_config(path)
+        if head:
+            load_generation_config(path)
+        _loaded(_kind_of(config) if head else _scorer_kind(config), path, torch.float32, device="meta")
 
 
 def _ready(model: Any, device: torch.device | None = None) -> PreTrainedModel:
@@ -62,26 +112,33 @@ def _kind_of(config: PretrainedConfig) -> Any:
     return _transformers.AutoModelForCausalLM
 
 
+def _scorer_kind(config: PretrainedConfig) -> Any:
+    """The class of transformers that loads a reward model with its score head, else a transformer alone."""
+    scores = (config.architectures or [""])[0].endswith("ForSequenceClassification")
+    return _transformers.AutoModelForSequenceClassification if scores else _transformers.AutoModel
+
+
 def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tensor | None]:
     """A transformer without head, in float32, and the weight `[K, H]` of its score head, or None.
 
     A reward model has a score head, in Hugging Face's sequence-classification layout; a causal language model
     has none. Raises ModelError when there is neither at `path`, or when the score head is not linear.
     """
-    architecture = (load_model_config(path).architectures or [""])[0]
-    try:
-        if not architecture.endswith("ForSequenceClassification"):
-            trunk = _transformers.AutoModel.from_pretrained(local_or_hub(path), dtype=torch.float32)
-            return _ready(trunk, device), None
-        model = _transformers.AutoModelForSequenceClassification.from_pretrained(
-            local_or_hub(path), dtype=torch.float32
-        )
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} cannot be loaded: {error}") from error
+    kind = _scorer_kind(load_model_config(path))
+    model = _loaded(kind, path, torch.float32)
+    if kind is _transformers.AutoModel:
+        return _ready(model, device), None
     head = score_head_of(model)
     if not isinstance(head, nn.Linear) or "bias" in dict(head.named_parameters()):
-        raise ModelError(f"{path} is a {architecture}, whose score is not one linear map of hidden states")
+        raise ModelError(
+            f"{path} is a {type(model).__name__}, whose score is not one linear map of hidden states"
+        )
     return _ready(model.base_model, device), head.weight.detach().to(device)
+
+
+def load_classifier(path: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The sequence classifier at `path`, as transformers has it. Raises ModelError: it lacks weights."""
+    return _loaded(_transformers.AutoModelForSequenceClassification, path, dtype)
 
 
 SCORED_AT_END = {"scored_at": "end_of_sequence"}
@@ -142,8 +199,10 @@ def empty_model(path: str, dtype: torch.dtype, *, head: bool) -> PreTrainedModel
     config = load_model_config(path)
     kind = _kind_of(config) if head else _transformers.AutoModel
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(config, dtype=dtype)
+        model = kind.from_config(config, dtype=dtype, **_code_of(local_or_hub(path)))
     model.tie_weights()
+    if head:
+        model.generation_config = load_generation_config(path) or model.generation_config
     return _ready(model)
 
 
@@ -174,9 +233,11 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     if Path(place).is_dir() and not any(list(Path(place).glob(pattern)) for pattern in TOKENIZERS):
         raise ModelError(f"{path} has no tokenizer: none of {', '.join(TOKENIZERS)} is there")
     try:
-        return _transformers.AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} has no tokenizer that can be loaded: {_short(error)}") from error
+        return _transformers.AutoTokenizer.from_pretrained(place, **_code_of(place))
+    except Exception as error:
+        # the library of tokenizers raises plain exceptions, and damaged files give errors of any type
+        which = damaged_json(Path(place)) or f"{path} has no tokenizer that can be loaded"
+        raise ModelError(f"{which}: {_short(error)}") from error
 
 
 def load_model_config(path: str) -> PretrainedConfig:
@@ -184,9 +245,60 @@ def load_model_config(path: str) -> PretrainedConfig:
     place = local_or_hub(path)
     _check_json(Path(place) / "config.json")
     try:
-        return _transformers.AutoConfig.from_pretrained(place)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: its config.json cannot be used: {_short(error)}") from error
+        return _transformers.AutoConfig.from_pretrained(place, **_code_of(place))
+    except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{path} brings Python code of its own, which transformers does not have: read it, and set "
+                "model.trust_remote_code=true to let it run with your rights"
+            ) from None
+        where = "" if Path(place).is_dir() else f" (there is no folder {path} in {Path.cwd()})"
+        raise ModelError(f"{path}: its config.json cannot be used{where}: {_short(error)}") from error
+
+
+def _code_of(place: str) -> dict[str, bool]:
+    """Whether transformers may run the code of a model; not given, it would ask on standard input."""
+    return {"trust_remote_code": place in TRUSTED}
+
+
+def load_generation_config(path: str) -> Any | None:
+    """The model's generation_config.json, in a form that can be saved; None where there is none.
+
+    Many published ones set a temperature without do_sample, which transformers reads but does not save: they
+    get do_sample. Where more is wrong, only the valid token ids are kept. Its settings for sampling are not
+    used here, `rollout` has its own. Raises ModelError: the file cannot be read.
+    """
+    place = local_or_hub(path)
+    file = Path(place) / "generation_config.json"
+    if Path(place).is_dir() and not file.is_file():
+        return None
+    kind = _transformers.GenerationConfig
+    try:
+        found = kind.from_pretrained(place)
+        if _can_be_saved(found):
+            return found
+        found.do_sample = True
+        if _can_be_saved(found):
+            return found
+        # a padding id of -1 is common, and invalid
+        ids = {n: getattr(found, n) for n in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return kind(**{n: i for n, i in ids.items() if not isinstance(i, int) or i >= 0})
+    except OSError as error:
+        if not file.is_file():
+            return None
+        raise ModelError(f"{file} cannot be read: {_short(error)}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{file} is invalid: {_short(error)}; mend it, or remove it if nothing needs it"
+        ) from None
+
+
+def _can_be_saved(config: Any) -> bool:
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_json(file: Path) -> None:
@@ -213,8 +325,8 @@ def check_writes_text(path: str, config: PretrainedConfig) -> None:
     if kind not in writers and not own_code:
         raise ModelError(f"{path} is a {kind}, which writes no text: a causal language model is needed")
     folder = Path(path).expanduser()
-    if folder.is_dir() and not any(list(folder.glob(pattern)) for pattern in WEIGHTS):
-        raise ModelError(f"{folder} has no weights: none of {', '.join(WEIGHTS)} is there")
+    if folder.is_dir():
+        check_files(folder)
 
 
 def _short(error: Exception) -> str:
@@ -230,13 +342,29 @@ def local_or_hub(path: str) -> str:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
+        check_small_files(folder)
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            base = _base_of(folder / "adapter_config.json")
+            raise ModelError(
+                f"{folder} holds an adapter (LoRA) alone, for {base}: take that model, or one into which the "
+                "adapter is merged (rlhf export, or merge_and_unload of peft)"
+            )
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} is no model folder of the Hugging Face layout: it has no config.json")
         return str(folder)
     if path.startswith(("/", "~", ".")) or path.count("/") > 1:
         hint = " Make it with: python -m rlhf.small_model" if folder.name.startswith("SmolLM2") else ""
-        raise ModelError(f"there is no model folder {folder}.{hint}")
+        raise ModelError(f"there is no model folder {folder} (looked from {Path.cwd()}).{hint}")
     return path
+
+
+def _base_of(adapter: Path) -> str:
+    """The model that an adapter is for, as its adapter_config.json says."""
+    try:
+        found: Any = json.loads(adapter.read_text(encoding="utf-8"))
+        return str(found["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError):
+        return "a model that it does not name"
 
 
 def text_settings(config: Any) -> dict[str, Any]:
@@ -246,10 +374,8 @@ def text_settings(config: Any) -> dict[str, Any]:
 
 def eos_token_ids(path: str) -> set[int]:
     """Ids of the end-of-sequence tokens by the model's generation config, else its config; may be empty."""
-    try:
-        own = _transformers.GenerationConfig.from_pretrained(local_or_hub(path)).eos_token_id
-    except OSError:
-        own = text_settings(load_model_config(path)).get("eos_token_id")
+    found = load_generation_config(path)
+    own = text_settings(load_model_config(path)).get("eos_token_id") if found is None else found.eos_token_id
     return {own} if isinstance(own, int) else set(own or ())
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 import time
 from collections.abc import Generator, Iterator, Mapping
@@ -23,6 +25,12 @@ from typing import Any, cast
 import yaml
 
 from rlhf.files import write_atomically
+
+# names of rlhf/files.py and rlhf/checkpoints/store.py for what is being written, with the process's number
+_LEFTOVER = re.compile(
+    r"(config\.yaml|(metrics|samples)\.jsonl|(eval|calibration)\.json|report\.html|(wandb|trackio)_id)\.tmp-\d+"
+    r"|(model|adapter)\.(tmp|replaced)-\d+"
+)
 
 
 class RunFolderError(ValueError):
@@ -101,8 +109,7 @@ class RunFolder:
                     f"{self.path} already holds a run, which would be overwritten; "
                     "checkpoint.resume=auto continues it, another run_dir starts a new one"
                 )
-            for leftover in self.path.glob("*.tmp-*"):
-                leftover.unlink()
+            self._remove_leftovers()
             write_atomically(self.config, config)
             yield
         finally:
@@ -124,6 +131,12 @@ class RunFolder:
             records = json.loads(self.evaluations.read_text())
             kept_records = [record for record in records if record["step"] <= after]
             write_atomically(self.evaluations, json.dumps(kept_records, indent=1))
+
+    def _remove_leftovers(self) -> None:
+        """Removes what a kill left of files and exports that were being written, known by their names."""
+        for path in self.path.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _assert_ours(self) -> None:
         if self.path.exists() and not self.path.is_dir():

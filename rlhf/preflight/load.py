@@ -21,12 +21,13 @@ from rlhf.data.prompts import PromptDataset, first_row, load_prompts
 from rlhf.data.texts import load_texts
 from rlhf.inputs import Inputs
 from rlhf.models.pretrained import (
+    check_weights,
     check_writes_text,
     eos_token_ids,
     load_model_config,
     load_tokenizer,
-    local_or_hub,
     text_settings,
+    trust,
 )
 from rlhf.models.vision.processor import Processor, load_processor
 from rlhf.plugins import load_plugin
@@ -52,12 +53,9 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     algorithm = config.build_algorithm()
     _check_sampling(config, algorithm)
     _check_ahead(config, algorithm)
+    _check_models(config, algorithm)
     model = load_model_config(config.model.path)
-    check_writes_text(config.model.path, model)
     tokenizer = load_tokenizer(config.model.path)
-    for path in (config.model.reference, config.critic.path if algorithm.critic is not None else None):
-        if path is not None:
-            local_or_hub(path)
     _check_lengths(config, model)
     _check_weights(config, model)
     processor = load_processor(config.model.path, tokenizer)
@@ -79,6 +77,11 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             rewards.check_columns(held_out.columns)
         except ValueError as error:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
+    writers, critic = _models(config, algorithm)
+    for path in writers:
+        check_weights(path)
+    if critic is not None:
+        check_weights(critic, head=False)
     return Inputs(
         tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor, offline, eval_pairs
     )
@@ -126,6 +129,27 @@ def _check_singles(config: Config, algorithm: Algorithm, data: OfflineDataset) -
             f"{config.data.train}, {single.prompt.id}: {name} reads the reward of a single completion as the "
             f"probability that it is good, which must lie between 0 and 1, got {single.rewards[0]:g}"
         )
+
+
+def _models(config: Config, algorithm: Algorithm) -> tuple[list[str], str | None]:
+    """The causal language models that the run loads, and the model that its critic starts from."""
+    section = config.model
+    reference = section.reference if algorithm.needs_reference else None
+    own = algorithm.critic is not None and config.critic.trunk == "own"
+    critic = config.critic.path or section.path if own else None
+    return list(dict.fromkeys([section.path, reference or section.path])), critic
+
+
+def _check_models(config: Config, algorithm: Algorithm) -> None:
+    """Raises ModelError: a model that the run loads is not there, or its files are damaged."""
+    writers, critic = _models(config, algorithm)
+    paths = [*writers, *([] if critic is None else [critic])]
+    for path in paths if config.model.trust_remote_code else ():
+        trust(path)
+    for path in writers:
+        check_writes_text(path, load_model_config(path))
+    if critic is not None:
+        load_model_config(critic)
 
 
 def _offline(

@@ -40,18 +40,22 @@ class RewardModel:
         `dtype`: `auto` is bfloat16 on a GPU, on a CPU the faster of both types.
         `threads`: CPU threads of this worker.
 
-        Raises ModelError when there is no such model, and ValueError when it is not a sequence classifier.
+        Raises ModelError when there is no such model or it lacks weights, and ValueError when it is not a
+        sequence classifier.
         """
         import torch
-        import transformers
 
         from rlhf.compute_dtype import resolve_dtype
-        from rlhf.models.pretrained import SCORED_AT_END, load_tokenizer, local_or_hub, pad_token_of
+        from rlhf.models.pretrained import (
+            SCORED_AT_END,
+            load_classifier,
+            load_model_config,
+            load_tokenizer,
+            pad_token_of,
+        )
 
         torch.set_num_threads(threads)
-        library: Any = transformers
-        path = local_or_hub(model)
-        settings: Any = library.AutoConfig.from_pretrained(path)
+        settings: Any = load_model_config(model)
         found: list[str] = settings.architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in found):
             raise ValueError(
@@ -60,8 +64,7 @@ class RewardModel:
         self.tokenizer: Any = load_tokenizer(model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         computed = getattr(torch, resolve_dtype(dtype, device))
-        kind = library.AutoModelForSequenceClassification
-        self.model: Any = kind.from_pretrained(path, dtype=computed).to(device).eval()
+        self.model: Any = load_classifier(model, computed).to(device).eval()
         if self.model.config.pad_token_id is None:
             # without a padding token a classifier reads its score at the last token of the row, padding
             # included

@@ -370,3 +370,36 @@ def test_the_manifest_says_what_wrote_it(tmp_path: Path) -> None:
     assert manifest["step"] == 5 and manifest["world_size"] == 1
     assert torch.__version__.startswith(manifest["versions"]["torch"].partition("+")[0])
     assert set(manifest["files"]) == {"run.model.safetensors", "run.optimizer.safetensors", "state.json"}
+
+
+def test_a_killed_export_is_cleared_away_by_the_next_and_no_other_folder(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = tiny_model("llama")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    # process numbers end below 2 ** 22
+    dead = 1 << 23
+    names = (f"out.tmp-{dead}", f"out.replaced-{dead}", "out.tmp-1", "out.tmp-old", f"other.tmp-{dead}")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "export.json").write_text("{}")
+    (tmp_path / f"out.tmp-{dead + 1}").mkdir()
+    export(model, tokenizer, tmp_path / "out")
+    left = {path.name for path in tmp_path.iterdir()}
+    # one of a process that runs, two of other names, one that no export has marked
+    assert left == {"out", "out.tmp-1", "out.tmp-old", f"other.tmp-{dead}", f"out.tmp-{dead + 1}"}
+
+
+def test_what_transformers_refuses_to_save_is_told_as_a_failed_export(
+    tmp_path: Path, tiny_model: Callable[[str], Path]
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = tiny_model("llama")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    model.generation_config.temperature = 0.5
+    with pytest.raises(CheckpointError, match=r"could not be exported to .*out: GenerationConfig is invalid"):
+        export(model, tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

@@ -90,6 +90,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "model.packing",
         "model.path",
         "model.reference",
+        "model.trust_remote_code",
         "monitor.samples_per_step",
         "monitor.sinks",
         "pairs.labels",

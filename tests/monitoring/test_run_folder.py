@@ -105,8 +105,13 @@ def test_leftovers_of_a_killed_run_are_cleared_away(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     with run.claim(config="", resume=False):
         (tmp_path / "eval.json.tmp-123").touch()
+        for name in ("model.tmp-4711", "adapter.replaced-4711", "model.tmp-mine", "notes.tmp-1"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "a file").touch()
     with run.claim(config="", resume=False):
-        assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "config.yaml"]
+        kept = sorted(p.name for p in tmp_path.iterdir())
+    # the last two are no names that a run gives
+    assert kept == [".lock", "config.yaml", "model.tmp-mine", "notes.tmp-1"]
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
