@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -19,7 +20,10 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """In this context SIGINT and SIGTERM only request a stop; `check` raises Interrupted where it is safe."""
+    """In this context SIGINT and SIGTERM only request a stop; `check` raises Interrupted where it is safe.
+
+    In a thread other than the main one there is no such context: signals do what they did before.
+    """
 
     def __init__(self, announce: Callable[[str], None], *, alone: bool) -> None:
         """`announce` shows a text to the user. `alone`: this is the only rank.
@@ -33,8 +37,10 @@ class Interrupt:
         self._before: dict[int, Handler] = {}
 
     def __enter__(self) -> Interrupt:
-        for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._request)
+        # Python lets only its main thread handle signals; a run in another one leaves them to the program
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self._before[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -256,6 +256,11 @@ class Loop(ABC, Generic[Settings]):
             changes = changed_settings(self._settings_before or "", self.config.to_yaml())
             if changes:
                 monitor.warn(f"the run continues with other settings than before: {'; '.join(changes)}")
+            if cursor.other_data:
+                monitor.warn(
+                    "the training data is other data than that of the checkpoint: it was edited or replaced "
+                    "since, and the run goes on with it, in a new order"
+                )
             if cursor.steps_done >= self.config.steps:
                 monitor.warn("every step is done already; to continue the run, set steps to a larger number")
         if self.world.is_main:

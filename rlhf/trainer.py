@@ -15,6 +15,7 @@ from rlhf.checkpoints.stateful import Stateful
 from rlhf.collect.sampler import Hooks
 from rlhf.components import Components, build_components
 from rlhf.config.run import Config
+from rlhf.data.identity import digest
 from rlhf.distributed.world import World, world_size
 from rlhf.evaluation.accuracy import evaluate, with_pairs
 from rlhf.learn.dealing import deal
@@ -54,6 +55,8 @@ class Trainer(Loop[Config]):
             monitor.warn(text)
         self._components.learner.detail = monitor.detail
         monitor.expect(partial(seconds_per_step, self.config, self.inputs, world.size))
+        offline = self.inputs.offline
+        self.cursor.data = digest(self.inputs.train.prompts, () if offline is None else offline.groups)
         return {"cursor": self.cursor, **self._components.stateful}
 
     def run_resources(self) -> AbstractContextManager[object]:

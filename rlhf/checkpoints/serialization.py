@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from itertools import accumulate, islice, pairwise
@@ -10,10 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from rlhf.checkpoints.stateful import CheckpointError
 from rlhf.metrics import ExpMean, Max, Mean, Metrics, Partial, Sum
 from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import integers
-from rlhf.types import FinishReason, Group, Images, Trajectory, VersionSpan
+from rlhf.types import FinishReason, Group, Images, Prompt, Trajectory, VersionSpan
 
 KINDS: dict[str, type[Partial]] = {kind.__name__: kind for kind in (Mean, ExpMean, Sum, Max)}
 
@@ -67,7 +70,7 @@ def _numbers(partial: Partial) -> list[float]:
 
 
 def group_state(group: Group) -> dict[str, Any]:
-    """A group as JSON values; its prompt is stored as an id."""
+    """A group as JSON values; its prompt is stored as an id, and a digest of its tokens."""
     trajectories: list[dict[str, Any]] = []
     for t in group.trajectories:
         plain = {f.name: getattr(t, f.name) for f in fields(t)}
@@ -76,11 +79,26 @@ def group_state(group: Group) -> dict[str, Any]:
         if t.candidates is not None:
             plain["candidates"] = {"ids": integers(t.candidates.ids), "sizes": integers(t.candidates.sizes)}
         trajectories.append({k: list(cast(Any, v)) if isinstance(v, tuple) else v for k, v in plain.items()})
-    return {"prompt": group.prompt.id, "draw": group.draw, "trajectories": trajectories}
+    saved = {"prompt": group.prompt.id, "digest": _digest(group.prompt)}
+    return saved | {"draw": group.draw, "trajectories": trajectories}
 
 
-def group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
-    """Inverse of `group_state`, with the prompts of the run by id."""
+def _digest(prompt: Prompt) -> str:
+    return hashlib.sha256(json.dumps(prompt.token_ids).encode()).hexdigest()[:16]
+
+
+def group_of(state: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Group:
+    """Inverse of `group_state`, with the prompts of the run by id.
+
+    Raises CheckpointError: the data has no such prompt, or another one in its place.
+    """
+    prompt = prompts.get(state["prompt"])
+    # checkpoints of earlier versions have no digest
+    if prompt is None or state.get("digest", _digest(prompt)) != _digest(prompt):
+        raise CheckpointError(
+            f"the checkpoint holds completions of the prompt {state['prompt']}, which is not in the data any "
+            "more, or is another one: resume with the data as it was, or begin a new run in another run_dir"
+        )
     trajectories: list[Trajectory] = []
     for plain in state["trajectories"]:
         values: dict[str, Any] = {
@@ -94,4 +112,4 @@ def group_of(state: Mapping[str, Any], prompts: Mapping[str, Any]) -> Group:
             ids = torch.tensor(candidates["ids"], dtype=torch.int32)
             values["candidates"] = Candidates(ids, torch.tensor(candidates["sizes"], dtype=torch.long))
         trajectories.append(Trajectory(**values))
-    return Group(prompts[state["prompt"]], tuple(trajectories), draw=state["draw"])
+    return Group(prompt, tuple(trajectories), draw=state["draw"])

@@ -43,12 +43,19 @@ class Cursor(Stateful):
         self.steps_done = 0
         self.position = 0
         """Prompts drawn so far, by all ranks and including refills."""
+        self.data: str | None = None
+        """Digest of the data that the run learns from."""
+        self.other_data = False
+        """Whether the checkpoint that was loaded is of other data."""
 
     def state(self) -> dict[str, Any]:
-        return {"steps_done": self.steps_done, "position": self.position}
+        return {"steps_done": self.steps_done, "position": self.position, "data": self.data}
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         self.steps_done, self.position = state["steps_done"], state["position"]
+        # checkpoints of earlier versions have no digest
+        before = state.get("data")
+        self.other_data = before is not None and self.data is not None and before != self.data
 
 
 def state_of(parts: Mapping[str, Stateful]) -> dict[str, Any]:

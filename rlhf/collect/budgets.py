@@ -7,6 +7,7 @@ or, if `budget.cost` is tokens, as many tokens as these are expected to have.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,14 +17,20 @@ from rlhf.algos.budget import SuccessTracker, allocate, allocate_tokens, budget_
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
 from rlhf.config.reward import RewardConfig
 from rlhf.config.rollout import BudgetConfig
+from rlhf.data.identity import identity
 from rlhf.distributed.world import World
 from rlhf.metrics import Metrics
 from rlhf.rewards.success import check_objective, is_correct, success_value
 from rlhf.types import Group, Prompt
 
+log = logging.getLogger(__name__)
+
 
 class Budgets(Stateful):
-    """Tracks the success rate of each prompt seen so far and allocates completions by it."""
+    """Tracks the success rate of each prompt seen so far and allocates completions by it.
+
+    Prompts are known by their contents, so that a run goes on with edited data.
+    """
 
     def __init__(self, section: BudgetConfig, reward: RewardConfig, group_size: int, world: World) -> None:
         self.section, self.reward, self.group_size, self.world = section, reward, group_size, world
@@ -46,19 +53,19 @@ class Budgets(Stateful):
             return [self.group_size] * len(prompts)
         if self.section.probes:
             return [self.section.probes] * len(prompts)
-        return self._allocate([(p.id, []) for p in prompts])
+        return self._allocate([(identity(p), []) for p in prompts])
 
     def rest(self, probed: Sequence[Group]) -> list[int]:
         """How many more completions each prompt gets after its probes. Every rank must call it."""
         if not self.section.probes or self.section.rule == "uniform":
             return [0] * len(probed)
-        sizes = self._allocate([(g.prompt.id, self._outcomes(g)) for g in probed])
+        sizes = self._allocate([(identity(g.prompt), self._outcomes(g)) for g in probed])
         return [size - self.section.probes for size in sizes]
 
     def _allocate(self, mine: Sequence[tuple[str, list[float]]]) -> list[int]:
         """Completions of this rank's prompts, by one allocation over all ranks.
 
-        `mine`: for each prompt its id and the outcomes of this step's probes.
+        `mine`: for each prompt its identity and the outcomes of this step's probes.
         """
         parts = self.world.gather(mine)
         names = [name for part in parts for name, _ in part]
@@ -90,7 +97,7 @@ class Budgets(Stateful):
     def observe(self, groups: Sequence[Group]) -> Metrics:
         """Updates the success rates with the outcomes of a step; every rank uses those of all ranks."""
         check_objective(groups, self.reward)
-        mine = [(g.prompt.id, self._outcomes(g), _mean_tokens(g)) for g in groups]
+        mine = [(identity(g.prompt), self._outcomes(g), _mean_tokens(g)) for g in groups]
         for part in self.world.gather(mine):
             for name, outcomes, tokens in part:
                 self.tracker.update(name, outcomes)
@@ -103,9 +110,14 @@ class Budgets(Stateful):
         return budget_metrics(torch.tensor(rewards), group, threshold=threshold)
 
     def state(self) -> dict[str, Any]:
-        return {"success": self.tracker.state_dict(), "tokens": dict(self.tokens)}
+        return {"success": self.tracker.state_dict(), "tokens": dict(self.tokens), "by": "contents"}
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
+        if state.get("by") != "contents":
+            # a checkpoint of an earlier version, where prompts were known by their lines
+            if self.section.rule != "uniform":
+                log.warning("the checkpoint has success rates by line, which are not used: they begin anew")
+            return
         self.tracker.load_state_dict(state["success"])
         self.tokens = dict(state["tokens"])
 

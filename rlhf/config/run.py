@@ -65,6 +65,11 @@ class MonitorConfig(Section):
     """Where metrics are written in addition to RUN/metrics.jsonl."""
     samples_per_step: Count = 2
     """Groups of each step whose completions are written to RUN/samples.jsonl."""
+    project: str | None = None
+    """Project of the run in W&B and trackio; not given: WANDB_PROJECT for W&B, else the name of the folder
+    that `run_dir` is in."""
+    name: str | None = None
+    """Name of the run in W&B and trackio; not given: WANDB_NAME for W&B, else the name of `run_dir`."""
 
 
 class Config(Section):

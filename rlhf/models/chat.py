@@ -223,6 +223,11 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: object = None, templa
     return named[name]
 
 
+def has_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template asks for the date or the time."""
+    return "strftime_now" in str(cast(Any, tokenizer).chat_template)
+
+
 def _render(
     tokenizer: PreTrainedTokenizerBase, template: str, opens: bool, messages: Sequence[Message], tools: Any
 ) -> str:

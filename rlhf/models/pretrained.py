@@ -136,9 +136,9 @@ def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tenso
     return _ready(model.base_model, device), head.weight.detach().to(device)
 
 
-def load_classifier(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The sequence classifier at `path`, as transformers has it. Raises ModelError: it lacks weights."""
-    return _loaded(_transformers.AutoModelForSequenceClassification, path, dtype)
+def load_classifier(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The sequence classifier at `path`, in evaluation mode. Raises ModelError: it lacks weights."""
+    return _loaded(_transformers.AutoModelForSequenceClassification, path, dtype).to(device).eval()
 
 
 SCORED_AT_END = {"scored_at": "end_of_sequence"}
@@ -368,8 +368,15 @@ def _base_of(adapter: Path) -> str:
 
 
 def text_settings(config: Any) -> dict[str, Any]:
-    """The config of a model's language part, by name; the whole config for a model of text alone."""
-    return config.get_text_config().to_dict()
+    """The config of a model's language part, by name; the whole config for a model of text alone.
+
+    Settings are there under their usual names, also where the model has its own (GPT-2's n_positions is
+    max_position_embeddings).
+    """
+    text = config.get_text_config()
+    settings: dict[str, Any] = text.to_dict()
+    usual = {name: settings[own] for name, own in text.attribute_map.items() if own in settings}
+    return settings | usual
 
 
 def eos_token_ids(path: str) -> set[int]:

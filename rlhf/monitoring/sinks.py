@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sqlite3
 import uuid
 from collections.abc import Generator, Mapping
@@ -65,9 +66,10 @@ class WandB:
         folder = run.path.resolve()
         identity = _identity(folder / "wandb_id")
         with _starting("wandb", self.failures):
+            project, name = _names(settings)
             self.module.init(
-                project=folder.parent.name,
-                name=folder.name,
+                project=project or os.environ.get("WANDB_PROJECT") or folder.parent.name,
+                name=name or os.environ.get("WANDB_NAME") or folder.name,
                 dir=str(folder),
                 config=dict(settings),
                 id=identity,
@@ -89,9 +91,12 @@ class Trackio:
     def __init__(self, run: RunFolder, settings: Mapping[str, Any]) -> None:
         self.module = _import("trackio", extra="trackio")
         folder = run.path.resolve()
-        name = f"{folder.name}-{_identity(folder / 'trackio_id')}"
+        project, own = _names(settings)
+        name = f"{own or folder.name}-{_identity(folder / 'trackio_id')}"
         with _starting("trackio", self.failures):
-            self.module.init(project=folder.parent.name, name=name, config=dict(settings), resume="allow")
+            self.module.init(
+                project=project or folder.parent.name, name=name, config=dict(settings), resume="allow"
+            )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.module.log(dict(values), step=step)
@@ -125,6 +130,12 @@ def _starting(name: str, failures: tuple[type[Exception], ...]) -> Generator[Non
         ) from error
 
 
+def _names(settings: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Project and name that the settings give a run."""
+    section = settings.get("monitor", {})
+    return section.get("project"), section.get("name")
+
+
 def _identity(file: Path) -> str:
     """The id in the file, drawn at random when the run begins: names of folders are not unique."""
     if not file.exists():
@@ -135,7 +146,12 @@ def _identity(file: Path) -> str:
 def _import(name: str, *, extra: str | None) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        if not isinstance(error, ModuleNotFoundError) or (extra and error.name != name):
+            raise SinkError(
+                f"monitor.sinks asks for {name}, which is installed but cannot be imported: {error}; install "
+                f"what it needs, or remove {name} from monitor.sinks"
+            ) from error
         remedy = f"pip install 'tandem-rl[{extra}]'" if extra else f"pip install {error.name}"
         raise SinkError(
             f"monitor.sinks asks for {name}, which is not installed; {remedy}, or remove it from the list"

@@ -15,6 +15,7 @@ from rlhf.config.run import Config
 from rlhf.devices import this_device
 from rlhf.inputs import Inputs
 from rlhf.preflight import tags
+from rlhf.models.chat import has_clock
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
 from rlhf.types import AdvantageInputs
@@ -159,6 +160,11 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     if inputs.offline is not None and inputs.offline.splitting:
         columns = ", ".join(inputs.offline.splitting)
         yield f"completions of one prompt form separate groups where they differ in the columns {columns}"
+    if any(not isinstance(p.content, str) for p in inputs.train.prompts) and has_clock(inputs.tokenizer):
+        yield (
+            f"the chat template of {config.model.path} writes the date or the time (strftime_now): prompts "
+            "differ from day to day, so that no run can be repeated, and a resumed one learns from others"
+        )
     if inputs.train.skipped > len(inputs.train):
         kept = len(inputs.train)
         yield f"{inputs.train.skipped} prompts are skipped as too long, more than are kept ({kept})"

@@ -32,6 +32,7 @@ from rlhf.models.pretrained import (
 from rlhf.models.vision.processor import Processor, load_processor
 from rlhf.plugins import load_plugin
 from rlhf.preflight.tags import ends_of, opened_tag, with_opened
+from rlhf.preflight.tokens import Tokenised, check_tokens
 from rlhf.preflight.vllm import check_adapter, check_vllm
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards
@@ -71,6 +72,9 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     texts = ()
     if config.ptx.path is not None:
         texts = tuple(load_texts(config.ptx, tokenizer, config.learner.microbatch_tokens))
+    datasets = [train] if held_out is None else [train, held_out]
+    found = Tokenised(datasets, offline, texts, ends)
+    check_tokens(config.model.path, model, tokenizer, found.named())
     rewards = _rewards(config, train, tokenizer, ends)
     if held_out is not None:
         try:

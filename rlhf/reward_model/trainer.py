@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from rlhf.checkpoints.stateful import Stateful
 from rlhf.compute_dtype import in_words
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.section import ConfigError
+from rlhf.data.identity import digest
 from rlhf.data.pairs import load_examples
 from rlhf.devices import this_device
 from rlhf.distributed.world import World, world_size
@@ -27,8 +29,16 @@ from rlhf.learn.optimizer import MasterAdamW
 from rlhf.loop import Loop
 from rlhf.metrics import Max, Metrics
 from rlhf.models.loading import load_policy
-from rlhf.models.pretrained import load_tokenizer, pad_token_of
+from rlhf.models.pretrained import (
+    check_weights,
+    check_writes_text,
+    load_model_config,
+    load_tokenizer,
+    pad_token_of,
+    trust,
+)
 from rlhf.monitoring.monitor import Monitor
+from rlhf.preflight.tokens import check_tokens
 from rlhf.reward_model.evaluation import evaluate
 from rlhf.reward_model.learner import RewardModelLearner, next_batch
 from rlhf.reward_model.model import RewardModel
@@ -45,7 +55,12 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
     def __init__(self, config: RewardModelConfig) -> None:
         """Reads and checks everything except weights. Raises ValueError for bad input."""
         super().__init__(config, timeout=TIMEOUT)
-        self.tokenizer = load_tokenizer(config.model.path)
+        path = config.model.path
+        if config.model.trust_remote_code:
+            trust(path)
+        model = load_model_config(path)
+        check_writes_text(path, model)
+        self.tokenizer = load_tokenizer(path)
         self.pad_token_id = pad_token_of(self.tokenizer)
         self.train, self.held_out = (
             load_examples(path, config.data, config.score, self.tokenizer)
@@ -55,6 +70,10 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
             raise ConfigError(
                 f"batch.low is {config.batch.low}, fewer than the {world_size()} ranks that share a batch"
             )
+        examples = [*self.train, *self.held_out]
+        found = ((e.prompt.id, (*e.prompt.token_ids, *chain(*e.completions))) for e in examples)
+        check_tokens(path, model, self.tokenizer, found)
+        check_weights(path)
 
     def build(self, world: World, monitor: Monitor) -> dict[str, Stateful]:
         config = self.config
@@ -65,6 +84,7 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
         if config.model.gradient_checkpointing:
             policy.checkpoint_activations()
         self.learner = RewardModelLearner(self.model, optimizer, config, world)
+        self.cursor.data = digest([e.prompt for e in self.train])
         return {"cursor": self.cursor, "model": optimizer}
 
     def step(self) -> Metrics:

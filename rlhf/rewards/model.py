@@ -64,7 +64,7 @@ class RewardModel:
         self.tokenizer: Any = load_tokenizer(model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         computed = getattr(torch, resolve_dtype(dtype, device))
-        self.model: Any = load_classifier(model, computed).to(device).eval()
+        self.model: Any = load_classifier(model, computed, device)
         if self.model.config.pad_token_id is None:
             # without a padding token a classifier reads its score at the last token of the row, padding
             # included

@@ -13,6 +13,7 @@ from rlhf.config.load import make_config
 from rlhf.config.reward import RewardConfig
 from rlhf.config.rollout import BudgetConfig
 from rlhf.config.section import ConfigError
+from rlhf.data.identity import identity
 from rlhf.rewards.success import is_correct
 from rlhf.types import Group, Prompt
 from tests.support import ALONE, bandit_settings, metrics_of, train, trajectory
@@ -21,7 +22,7 @@ REWARD = RewardConfig.model_validate({"functions": [{"path": "a:b"}]})
 
 
 def prompts(count: int) -> list[Prompt]:
-    return [Prompt(f"p{i}", (3,), "x") for i in range(count)]
+    return [Prompt(f"p{i}", (3, i), "x") for i in range(count)]
 
 
 def group(prompt: Prompt, right: int, wrong: int) -> Group:
@@ -58,9 +59,9 @@ def test_completions_whose_reward_failed_say_nothing_about_their_prompt():
     (prompt,) = prompts(1)
     failed = tuple(trajectory([4], None) for _ in range(8))
     rule.observe([Group(prompt, failed)])
-    assert rule.tracker.rate(prompt.id) is None, "it is not seen yet"
+    assert rule.tracker.rate(identity(prompt)) is None, "it is not seen yet"
     rule.observe([Group(prompt, group(prompt, 6, 2).trajectories + failed)])
-    assert rule.tracker.rate(prompt.id) == 0.75
+    assert rule.tracker.rate(identity(prompt)) == 0.75
     probed = budgets(prior=1.0, probes=2)
     easy, broken = prompts(2)
     sizes = probed.rest([group(easy, 1, 1), Group(broken, failed[:2])])

@@ -91,6 +91,8 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "model.path",
         "model.reference",
         "model.trust_remote_code",
+        "monitor.name",
+        "monitor.project",
         "monitor.samples_per_step",
         "monitor.sinks",
         "pairs.labels",

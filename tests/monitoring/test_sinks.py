@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.monitoring.run_folder import RunFolder
+from rlhf.monitoring.sinks import SinkError, make_sink
+
 ROOT = Path(__file__).parents[2]
 # two runs with the same name in folders with the same name; the first is resumed after the second
 LOGGED = """
@@ -73,3 +76,56 @@ def test_wandb_without_a_key_is_refused_in_one_sentence(tmp_path: Path) -> None:
     done = log("wandb", tmp_path, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path))
     expected = "SinkError: monitor.sinks asks for wandb, which does not start: No API key configured"
     assert done.returncode == 1 and expected in done.stderr
+
+
+FAKE = """
+import json, os
+from pathlib import Path
+
+class Error(Exception):
+    pass
+
+def init(**how):
+    Path(os.environ["SEEN"]).write_text(json.dumps(how))
+"""
+
+
+@pytest.mark.parametrize(
+    ("section", "variables", "project", "name"),
+    [
+        ({}, {}, "runs", "own"),
+        ({}, {"WANDB_PROJECT": "p", "WANDB_NAME": "n"}, "p", "n"),
+        ({"project": "sp", "name": "sn"}, {"WANDB_PROJECT": "p", "WANDB_NAME": "n"}, "sp", "sn"),
+    ],
+)
+def test_project_and_name_come_from_settings_variables_or_folders(
+    section: dict[str, str],
+    variables: dict[str, str],
+    project: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "wandb.py").write_text(FAKE)
+    (tmp_path / "runs" / "own").mkdir(parents=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setenv("SEEN", str(tmp_path / "seen.json"))
+    for key in ("WANDB_PROJECT", "WANDB_NAME"):
+        monkeypatch.delenv(key, raising=False)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    make_sink("wandb", RunFolder(tmp_path / "runs" / "own"), {"monitor": section})
+    monkeypatch.delitem(sys.modules, "wandb")
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert (seen["project"], seen["name"]) == (project, name)
+
+
+def test_what_a_sink_needs_and_lacks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    with pytest.raises(
+        SinkError, match=r"installed but cannot be imported: No module named 'no_such_package'"
+    ):
+        make_sink("wandb", RunFolder(tmp_path), {})
