@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import importlib
-import json
 import pickle
 import zipfile
 from collections.abc import Collection, Sequence
@@ -25,7 +23,9 @@ from rlhf.models.layers.rms_norm import fuse_norms
 from rlhf.models.weight_files import (
     TOKENIZERS,
     ModelError,
+    base_of,
     check_files,
+    check_json,
     check_report,
     check_small_files,
     damaged_json,
@@ -243,7 +243,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_model_config(path: str) -> PretrainedConfig:
     """The config.json at `path`. Raises ModelError: there is none, or transformers does not know its kind."""
     place = local_or_hub(path)
-    _check_json(Path(place) / "config.json")
+    check_json(Path(place) / "config.json")
     try:
         return _transformers.AutoConfig.from_pretrained(place, **_code_of(place))
     except (OSError, ValueError, ImportError) as error:
@@ -301,22 +301,6 @@ def _can_be_saved(config: Any) -> bool:
     return True
 
 
-def _check_json(file: Path) -> None:
-    """Raises ModelError where a local config.json is damaged, or names an unknown kind of model."""
-    if not file.is_file():
-        return
-    try:
-        settings: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from None
-    known: Any = importlib.import_module("transformers.models.auto.configuration_auto")
-    kind, kinds = settings.get("model_type"), list[str](known.CONFIG_MAPPING_NAMES)
-    if kind not in kinds and "auto_map" not in settings:
-        near = difflib.get_close_matches(str(kind), kinds, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ModelError(f"{file} is of a model_type {kind!r}, which this transformers does not know{hint}")
-
-
 def check_writes_text(path: str, config: PretrainedConfig) -> None:
     """Raises ModelError for a model that is not a language model, and for a folder without weights."""
     kinds: Any = importlib.import_module("transformers.models.auto.modeling_auto")
@@ -344,7 +328,7 @@ def local_or_hub(path: str) -> str:
     if folder.is_dir():
         check_small_files(folder)
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            base = _base_of(folder / "adapter_config.json")
+            base = base_of(folder / "adapter_config.json")
             raise ModelError(
                 f"{folder} holds an adapter (LoRA) alone, for {base}: take that model, or one into which the "
                 "adapter is merged (rlhf export, or merge_and_unload of peft)"
@@ -356,15 +340,6 @@ def local_or_hub(path: str) -> str:
         hint = " Make it with: python -m rlhf.small_model" if folder.name.startswith("SmolLM2") else ""
         raise ModelError(f"there is no model folder {folder} (looked from {Path.cwd()}).{hint}")
     return path
-
-
-def _base_of(adapter: Path) -> str:
-    """The model that an adapter is for, as its adapter_config.json says."""
-    try:
-        found: Any = json.loads(adapter.read_text(encoding="utf-8"))
-        return str(found["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError):
-        return "a model that it does not name"
 
 
 def text_settings(config: Any) -> dict[str, Any]:

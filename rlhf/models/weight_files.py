@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import importlib
 import json
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -142,3 +144,28 @@ def _hint(missing: str, unexpected: list[str]) -> str:
 
 def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def check_json(file: Path) -> None:
+    """Raises ModelError where a local config.json is damaged, or names an unknown kind of model."""
+    if not file.is_file():
+        return
+    try:
+        settings: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from None
+    known: Any = importlib.import_module("transformers.models.auto.configuration_auto")
+    kind, kinds = settings.get("model_type"), list[str](known.CONFIG_MAPPING_NAMES)
+    if kind not in kinds and "auto_map" not in settings:
+        near = difflib.get_close_matches(str(kind), kinds, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ModelError(f"{file} is of a model_type {kind!r}, which this transformers does not know{hint}")
+
+
+def base_of(adapter: Path) -> str:
+    """The model that an adapter is for, as its adapter_config.json says."""
+    try:
+        found: Any = json.loads(adapter.read_text(encoding="utf-8"))
+        return str(found["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError):
+        return "a model that it does not name"

@@ -73,7 +73,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     if config.ptx.path is not None:
         texts = tuple(load_texts(config.ptx, tokenizer, config.learner.microbatch_tokens))
     datasets = [train] if held_out is None else [train, held_out]
-    found = Tokenised(datasets, offline, texts, ends)
+    found = Tokenised(datasets, [d for d in (offline, eval_pairs) if d is not None], texts, ends)
     check_tokens(config.model.path, model, tokenizer, found.named())
     rewards = _rewards(config, train, tokenizer, ends)
     if held_out is not None:
@@ -81,11 +81,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
             rewards.check_columns(held_out.columns)
         except ValueError as error:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
-    writers, critic = _models(config, algorithm)
-    for path in writers:
-        check_weights(path)
-    if critic is not None:
-        check_weights(critic, head=False)
+    _check_weight_files(config, algorithm)
     return Inputs(
         tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor, offline, eval_pairs
     )
@@ -154,6 +150,15 @@ def _check_models(config: Config, algorithm: Algorithm) -> None:
         check_writes_text(path, load_model_config(path))
     if critic is not None:
         load_model_config(critic)
+
+
+def _check_weight_files(config: Config, algorithm: Algorithm) -> None:
+    """Raises ModelError: the files of a model that the run loads lack some of its weights."""
+    writers, critic = _models(config, algorithm)
+    for path in writers:
+        check_weights(path)
+    if critic is not None:
+        check_weights(critic, head=False)
 
 
 def _offline(

@@ -20,7 +20,7 @@ class Tokenised:
     """Everything of a run that is tokenised."""
 
     prompts: Iterable[PromptDataset]
-    offline: OfflineDataset | None
+    offline: Iterable[OfflineDataset]
     texts: Iterable[Text]
     ends: tuple[int, ...]
     """The end-of-sequence tokens."""
@@ -30,7 +30,7 @@ class Tokenised:
         yield "the end-of-sequence tokens (rollout.stop_token_ids among them)", self.ends
         for dataset in self.prompts:
             yield from ((prompt.id, prompt.token_ids) for prompt in dataset.prompts)
-        for group in self.offline.groups if self.offline is not None else ():
+        for group in (group for dataset in self.offline for group in dataset.groups):
             for trajectory in group.trajectories:
                 yield f"a completion of {group.prompt.id}", trajectory.token_ids
         for number, text in enumerate(self.texts, start=1):
