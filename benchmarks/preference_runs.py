@@ -1,6 +1,6 @@
 """configs/dpo.yaml with several seeds: accuracy on held-out pairs, and the rule's truth on samples.
 
-Run: `python -m benchmarks.preference_runs --model MODEL_FOLDER --runs FOLDER --out FILE.json --figure FILE.png`.
+Run: `python -m benchmarks.preference_runs --model MODEL --runs FOLDER --out FILE.json --figure FILE.png`.
 A seed is the order of the pairs and the sampling of the evaluations; the held-out pairs and prompts are the
 same. Runs that are finished in FOLDER are read, not repeated.
 """

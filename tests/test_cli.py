@@ -28,7 +28,7 @@ def write(tmp_path: Path, tiny_model_dir: Path):
 def test_check_prints_the_plan_and_loads_no_weights(write, tiny_model_dir: Path, capsys, monkeypatch):
     load = AutoModelForCausalLM.from_pretrained
 
-    def no_weights(*place: object, **how: object) -> object:
+    def no_weights(*place: Any, **how: Any) -> Any:
         # on this device tensors have shapes but no contents
         assert how["device_map"] == "meta"
         return load(*place, **how)

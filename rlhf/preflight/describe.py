@@ -14,8 +14,8 @@ from rlhf.config.checks import return_candidates
 from rlhf.config.run import Config
 from rlhf.devices import this_device
 from rlhf.inputs import Inputs
-from rlhf.preflight import tags
 from rlhf.models.chat import has_clock
+from rlhf.preflight import tags
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
 from rlhf.types import AdvantageInputs
