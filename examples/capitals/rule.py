@@ -53,3 +53,8 @@ def rule(completions: Sequence[Any], answer: Sequence[str]) -> list[dict[str, fl
         }
         for text, a in zip(texts, answer, strict=True)
     ]
+
+
+def truth(completions: Sequence[Any], answer: Sequence[str]) -> list[float]:
+    """The score of the rule alone."""
+    return [parts["truth"] for parts in rule(completions, answer)]
