@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
-from rlhf.config.errors import explain
+from rlhf.config.errors import Arguments, explain
+from rlhf.config.trl import answer_for_method
 from rlhf.plugins import load_plugin
 
 
@@ -33,7 +34,10 @@ def algorithm_factory(name: str) -> Callable[..., Algorithm]:
         raise ValueError(
             f"algorithm.name is the file {name}: name a function in it too, as {name}:my_algorithm"
         )
-    near = difflib.get_close_matches(name, ALGORITHMS, n=1)
+    answer = answer_for_method(name)
+    if answer is not None:
+        raise ValueError(f"unknown algorithm {name!r}: {answer}")
+    near = difflib.get_close_matches(name.lower(), ALGORITHMS, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     raise ValueError(f"unknown algorithm {name!r}{hint} There are: {', '.join(ALGORITHMS)}")
 
@@ -52,7 +56,7 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     try:
         resolved = schema.model_validate(given)
     except ValidationError as error:
-        lines = explain(error, prefix="algorithm", schema=schema, owners=_owners())
+        lines = explain(error, prefix="algorithm", schema=schema, arguments=arguments_of(name))
         raise ValueError("\n".join(lines)) from None
     values = {key: getattr(resolved, key) for key in schema.model_fields}
     factory = algorithm_factory(name)
@@ -66,13 +70,18 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     return {"name": name, **values}
 
 
-def _owners() -> dict[str, str]:
-    """Each key that some algorithm has, and the names of the algorithms that have it."""
+def arguments_of(name: object) -> Arguments:
+    """What a message about an unknown setting has to know of the algorithms; `name` may be of none."""
     owners: dict[str, list[str]] = {}
-    for name, factory in ALGORITHMS.items():
+    for owner, factory in ALGORITHMS.items():
         for key in inspect.signature(factory).parameters:
-            owners.setdefault(key, []).append(name)
-    return {key: ", ".join(names) for key, names in owners.items()}
+            owners.setdefault(key, []).append(owner)
+    try:
+        parameters = inspect.signature(algorithm_factory(str(name))).parameters
+    except ValueError:
+        parameters = {}
+    own = frozenset(key for key, p in parameters.items() if not dataclasses.is_dataclass(p.default))
+    return Arguments(str(name), own, {key: ", ".join(names) for key, names in owners.items()})
 
 
 def _schema(function: Callable[..., Any], defaults: Mapping[str, Any] | None = None) -> type[BaseModel]:

@@ -7,10 +7,13 @@ import inspect
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+from rlhf.config.trl import RENAMED, answer_for_setting
 
 OTHER_NAMES: Mapping[str, Sequence[str]] = {
     "run_dir": ("output_dir", "default_local_dir"),
@@ -25,6 +28,8 @@ OTHER_NAMES: Mapping[str, Sequence[str]] = {
     "data.eval": ("val_files", "eval_dataset", "val_dataset"),
     "data.prompt_column": ("prompt_key",),
     "data.max_prompt_tokens": ("max_prompt_length",),
+    "data.max_prompt_tokens and rollout.max_completion_tokens": ("max_length",),
+    "data.precompute_reference": ("precompute_ref_log_probs",),
     "reward.functions": ("reward_funcs", "reward_fn", "reward_model", "custom_reward_function"),
     "algorithm.name": ("adv_estimator", "loss_type"),
     "algorithm.kl.coef": ("kl", "beta", "kl_coef", "kl_loss_coef", "kl_penalty_coef", "init_kl_coef"),
@@ -79,24 +84,33 @@ MEANT = {other: ours for ours, others in OTHER_NAMES.items() for other in others
 """The setting that another framework's name stands for."""
 
 
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """The settings that single algorithms have."""
+
+    algorithm: str = ""
+    """The algorithm that the run has."""
+    own: frozenset[str] = frozenset()
+    """Its settings that are no sections."""
+    owners: Mapping[str, str] = field(default_factory=dict[str, str])
+    """For each setting of any algorithm, the names of the algorithms that have it."""
+
+
 def explain(
-    error: ValidationError, *, prefix: str, schema: type[BaseModel], owners: Mapping[str, str] | None = None
+    error: ValidationError, *, prefix: str, schema: type[BaseModel], arguments: Arguments = Arguments()
 ) -> Iterator[str]:
     """A line for each problem of `error`: the key, what was expected, what came, and for an unknown key the
     one that was probably meant.
 
-    `prefix`: dotted key of the section that `schema` describes. `owners`: for a key that `schema` does not
-    have, the names of the algorithms that have it.
+    `prefix`: dotted key of the section that `schema` describes. `arguments`: what an unknown key may stand
+    for besides the settings of `schema`.
     """
     problems, before = error.errors(), None
     for problem in problems:
         where = ".".join([prefix, *map(str, problem["loc"])] if prefix else map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            owner = (owners or {}).get(where.rpartition(".")[2])
-            hint = nearest_setting(where, prefix, schema, cutoff=0.6 if owner is None else 0.85)
-            help_text = f"; did you mean {hint}?" if hint else f", which is one of {owner}" if owner else ""
-            yield f"unknown setting {where}{help_text}"
+            yield f"unknown setting {where}{_help(where, problem['input'], prefix, schema, arguments)}"
         elif problem["type"] == "too_short":
             # pydantic also calls a list too short when its entries have problems, which have own lines
             if not any(len(p["loc"]) > len(problem["loc"]) for p in problems):
@@ -112,6 +126,23 @@ def explain(
             place = where.rpartition(".")[0]
             yield f"{place}: must {' or '.join(branches)}, got {problem['input']!r:.200}"
         before = problem
+
+
+def _help(where: str, value: object, prefix: str, schema: type[BaseModel], arguments: Arguments) -> str:
+    """What follows the unknown setting `where`: the setting of the run's algorithm, the answer for one of
+    TRL, the nearest setting, or the algorithms that have such a setting; nothing where there is none."""
+    last = where.rpartition(".")[2]
+    argument = RENAMED.get((arguments.algorithm, last), last)
+    if argument in arguments.own and f"algorithm.{argument}" != where:
+        return f"; did you mean algorithm.{argument}?"
+    answer = answer_for_setting(last, value)
+    if answer is not None:
+        return f"; coming from TRL: {answer}"
+    owner = arguments.owners.get(last)
+    hint = nearest_setting(where, prefix, schema, cutoff=0.6 if owner is None else 0.85)
+    if hint:
+        return f"; did you mean {hint}?"
+    return f", which is one of {owner}" if owner else ""
 
 
 def _branch(problem: ErrorDetails | None) -> tuple[int | str, ...] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf.config.algorithm import resolve_algorithm
+from rlhf.config.algorithm import arguments_of, resolve_algorithm
 from rlhf.config.checks import check_config
 from rlhf.config.errors import explain
 from rlhf.config.overrides import read_settings
@@ -61,7 +61,10 @@ def make_config(settings: Mapping[str, Any]) -> Config:
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("\n".join(explain(error, prefix="", schema=Config))) from None
+        algorithm: Any = settings.get("algorithm")
+        name = algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
+        lines = explain(error, prefix="", schema=Config, arguments=arguments_of(name))
+        raise ConfigError("\n".join(lines)) from None
     try:
         algorithm = resolve_algorithm(config.algorithm, max_tokens=config.rollout.max_completion_tokens)
         config = config.model_copy(update={"algorithm": algorithm})
