@@ -40,7 +40,11 @@ def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
         return
     data = config.data
     if data.mode != "offline":
-        yield f"reward.functions is empty, but with data.mode = {data.mode} there are rollouts to score"
+        pairs = "; to learn from chosen and rejected in data.train set data.mode: offline"
+        yield (
+            f"reward.functions is empty, but with data.mode = {data.mode} there are rollouts to score"
+            f"{pairs if algorithm.preference is not None else ''}"
+        )
     elif data.reward_column is None:
         yield "reward.functions is empty and data.reward_column is null: nothing gives completions a reward"
     if data.eval is not None and algorithm.preference is None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
-from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.algorithm import KL, Algorithm
 from rlhf.compute_dtype import in_words
 from rlhf.config.checks import return_candidates
 from rlhf.config.run import Config
+from rlhf.data.completions import OfflineDataset
+from rlhf.data.prompts import first_row
 from rlhf.devices import this_device
 from rlhf.inputs import Inputs
 from rlhf.models.chat import has_clock
@@ -24,18 +26,14 @@ from rlhf.types import AdvantageInputs
 def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator[str]:
     """What a run of this config will do: the lines that `rlhf check` prints."""
     rollout, learner = config.rollout, config.learner
-    lengths = sorted(len(p.token_ids) for p in inputs.train.prompts)
     samples = rollout.prompts_per_step * rollout.group_size
     if inputs.offline is not None and config.data.mode == "offline" and config.data.sampling == "groups":
         mean = inputs.offline.num_completions / len(inputs.offline.groups)
         samples = round(rollout.prompts_per_step * mean)
-    settings = {key: value for key, value in config.algorithm.items() if key != "name"}
     yield from _describe_models(config, inputs)
-    yield f"algorithm    {config.algorithm['name']} " + ", ".join(f"{k}={v}" for k, v in settings.items())
-    yield (
-        f"data         {len(inputs.train)} prompts of {lengths[0]} to {lengths[-1]} tokens "
-        f"(median {statistics.median(lengths):.0f}), {inputs.train.skipped} skipped as too long"
-    )
+    yield f"algorithm    {config.algorithm['name']} {_settings(config)}"
+    prompts = _lengths(len(p.token_ids) for p in inputs.train.prompts)
+    yield f"data         {len(inputs.train)} prompts {prompts}, {inputs.train.skipped} skipped as too long"
     yield from _describe_images(config, inputs)
     yield f"held out     {_held_out(config, inputs)}"
     yield from _describe_completions(config, inputs, world_size)
@@ -45,17 +43,44 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         f"microbatches of at most {learner.microbatch_tokens} tokens"
     )
     passes = config.steps * rollout.prompts_per_step / len(inputs.train)
-    yield (
-        f"the run      {config.steps} steps, {config.steps * samples} completions, "
-        f"{passes:.1f} passes over the data"
-    )
+    drawn = f"{config.steps * samples} completions"
+    if config.data.mode == "offline" and _learns_pairs(inputs):
+        drawn = f"{config.steps * rollout.prompts_per_step} pairs"
+    yield (f"the run      {config.steps} steps, {drawn}, {passes:.1f} passes over the data")
     yield f"run folder   {config.run_dir}"
     yield from estimate(config, inputs, world_size=world_size, machine=_machine(config, world_size)).lines()
     yield from (f"warning      {text}" for text in warnings(config, inputs))
 
 
+def _settings(config: Config) -> str:
+    """The settings of the algorithm; of a KL that is switched off no more than that."""
+    values = {key: value for key, value in config.algorithm.items() if key != "name"}
+    off = isinstance(values.get("kl"), KL) and not values["kl"].coef
+    return ", ".join(f"{k}=none" if k == "kl" and off else f"{k}={v}" for k, v in values.items())
+
+
+def _lengths(tokens: Iterable[int]) -> str:
+    counts = sorted(tokens)
+    return f"of {counts[0]} to {counts[-1]} tokens (median {statistics.median(counts):.0f})"
+
+
+def _are_pairs(data: OfflineDataset) -> bool:
+    return all(len(g.trajectories) == 2 for g in data.groups)
+
+
+def _learns_pairs(inputs: Inputs) -> bool:
+    """Whether a preference algorithm learns from data of pairs alone."""
+    data = inputs.offline
+    return data is not None and inputs.algorithm.preference is not None and _are_pairs(data)
+
+
 def _held_out(config: Config, inputs: Inputs) -> str:
-    pairs = "" if inputs.eval_pairs is None else f"{len(inputs.eval_pairs.groups)} groups of completions"
+    pairs = ""
+    if inputs.eval_pairs is not None:
+        what = "pairs" if _are_pairs(inputs.eval_pairs) else "groups of completions"
+        same = inputs.eval_pairs.identical
+        left_out = f" ({same} more left out, whose completions are the same)" if same else ""
+        pairs = f"{len(inputs.eval_pairs.groups)} {what}{left_out}"
     if inputs.eval is None:
         return pairs or "none"
     several = len(config.reward.functions) > 1
@@ -91,7 +116,10 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
         reference = "the model with its adapter switched off"
     if reference and config.data.precompute_reference:
         reference += ", asked once before the first step and then given up"
-    yield f"reference    {reference or 'none: no KL term, not loaded'}"
+    why = "no KL term"
+    if inputs.algorithm.preference is not None:
+        why = f"{config.algorithm['name']} compares log-probs of the policy alone"
+    yield f"reference    {reference or f'none: {why}, not loaded'}"
     if inputs.algorithm.critic is not None:
         start = config.critic.path or config.model.path
         kind = "a head on the policy" if config.critic.trunk == "policy" else f"its own model, from {start}"
@@ -113,20 +141,25 @@ def _machine(config: Config, world_size: int) -> Machine:
 def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> Iterator[str]:
     """Where the completions of a step come from, and which functions reward them."""
     rollout, data, offline = config.rollout, config.data, inputs.offline
-    given = offline is not None and data.reward_column is not None
-    functions = [f"{f.path} x {f.weight:g}" for f in config.reward.functions]
-    yield f"rewards      {', '.join([f'column {data.reward_column} of the data'] * given + functions)}"
+    yield f"rewards      {_rewards(config, inputs)}"
     for c in config.reward.constraints:
         bound = f"at most {c.bound:g}" if c.at_least is None else f"at least {c.bound:g}"
         yield f"constraint   mean of {c.objective} {bound}: multiplier from {c.start:g}, rate {c.rate:g}"
     samples = rollout.prompts_per_step * rollout.group_size
     drawn = f"{rollout.prompts_per_step} prompts x {rollout.group_size} = {samples} completions"
     sampled = f"{drawn} of at most {rollout.max_completion_tokens} tokens on {world_size} rank(s)"
+    if offline is not None:
+        yield from _describe_data(offline)
+    if inputs.algorithm.preference is not None and (offline is None or not _are_pairs(offline)):
+        yield from _describe_pairing(config, offline)
     if offline is None:
         yield f"a step       {sampled}"
         return
-    yield f"completions  {offline.num_completions} in the data, {offline.skipped} skipped as too long"
     groups = f"{rollout.prompts_per_step} prompts with all their completions"
+    if _learns_pairs(inputs):
+        groups = f"{rollout.prompts_per_step} pairs"
+    elif offline.num_completions == len(offline.groups):
+        groups = f"{rollout.prompts_per_step} prompts with a completion each"
     first = groups if data.sampling == "groups" else f"{samples} completions, drawn as {data.sampling}"
     if data.mode == "offline":
         yield f"a step       {first}, from the data"
@@ -136,11 +169,61 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
     yield f"then         {sampled}" + (", and those in the data of the same prompts" if data.mix else "")
 
 
+def _rewards(config: Config, inputs: Inputs) -> str:
+    """What gives completions their rewards; of functions that score held-out samples alone, that they do."""
+    functions = ", ".join(f"{f.path} x {f.weight:g}" for f in config.reward.functions)
+    column = config.data.reward_column
+    if inputs.offline is None or column is None:
+        return functions
+    columns = first_row(inputs.offline.source).columns
+    given = f"column {column} of the data"
+    if "chosen" in columns:
+        given = "1 for chosen, 0 for rejected" + (
+            ", labels by probability" if "probability" in columns else ""
+        )
+    elif "completions" in columns and config.data.completion_column is None:
+        given = "column rewards of the data"
+    elif column not in columns and "label" in columns:
+        given = "1 or 0 by column label of the data"
+    if not functions:
+        return given
+    if config.data.mode == "offline":
+        if inputs.eval is None:
+            return f"{given}; {functions} is not used, without data.eval"
+        return f"{given}; samples of held-out prompts by {functions}"
+    return f"{given}, {functions}"
+
+
+def _describe_data(data: OfflineDataset) -> Iterator[str]:
+    lengths = _lengths(len(t.token_ids) for g in data.groups for t in g.trajectories)
+    pairs = f", as {len(data.groups)} pairs" if _are_pairs(data) else ""
+    skipped = f", {data.skipped} lines skipped as too long"
+    yield f"completions  {data.num_completions} {lengths} in the data{pairs}{skipped}"
+    if data.identical:
+        yield f"             {data.identical} pairs left out, because their two completions are the same"
+
+
+def _describe_pairing(config: Config, data: OfflineDataset | None) -> Iterator[str]:
+    """How a preference algorithm makes comparisons of completions that are no pairs yet."""
+    pairs = config.pairs
+    if data is not None and data.num_completions == len(data.groups):
+        yield "comparisons  none: each completion is good or bad by itself"
+        return
+    gap = f" at least {pairs.min_gap:g} apart" if pairs.min_gap else ""
+    yield f"pairs        of each prompt by pairs.rule = {pairs.rule}, of different rewards{gap}"
+
+
 def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     """Warnings about settings that are allowed but hardly ever intended."""
     yield from inputs.algorithm.cautions
     yield from inputs.rewards.cautions(inputs.train.columns)
     yield from tags.cautions(config, inputs)
+    prefers = inputs.algorithm.preference is not None
+    if prefers and config.data.mode == "online" and {"chosen", "rejected"} <= set(inputs.train.columns):
+        yield (
+            f"{config.data.train} has chosen and rejected, but with data.mode = online only its prompts are "
+            "used: completions are sampled and scored; to learn from its pairs set data.mode: offline"
+        )
     learned = config.data.mode != "offline"
     if config.rollout.truncates and learned and not return_candidates(config, inputs.algorithm):
         yield (

@@ -63,7 +63,9 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     check_adapter(config, processor)
     ends = _eos_token_ids(config, tokenizer)
     offline = None
-    if config.data.mode != "online":
+    if config.data.mode == "online":
+        _check_has_prompts(config)
+    else:
         offline = _offline(config, config.data.train, tokenizer, processor, ends)
         _check_singles(config, algorithm, offline)
     train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
@@ -110,6 +112,17 @@ def _held_out(
     for prompt in pairs.prompts.prompts:
         different.setdefault(prompt.token_ids, prompt)
     return replace(pairs.prompts, prompts=tuple(different.values())), pairs
+
+
+def _check_has_prompts(config: Config) -> None:
+    """Raises ConfigError when completions are to be sampled, and the data has pairs without a prompt."""
+    path, prompt = config.data.train, config.data.prompt_column
+    columns = first_row(path).columns
+    if {"chosen", "rejected"} <= set(columns) and prompt not in columns:
+        raise ConfigError(
+            f"{path} has chosen and rejected and no column {prompt}: to learn from them set data.mode: "
+            "offline, with algorithm.name dpo for example; to sample completions give it the prompts"
+        )
 
 
 def _check_singles(config: Config, algorithm: Algorithm, data: OfflineDataset) -> None:

@@ -254,5 +254,5 @@ def test_check_says_what_a_run_from_data_will_do(tmp_path: Path, tiny_model_dir:
     config = make_config(settings(tmp_path, tiny_model_dir))
     text = "\n".join(describe(config, Trainer(config).inputs))
     assert "rewards      column reward of the data\n" in text
-    assert "completions  80 in the data, 0 skipped" in text
+    assert "in the data, 0 lines skipped" in text and "completions  80 of" in text
     assert "8 prompts with all their completions, from the data" in text
