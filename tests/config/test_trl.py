@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,3 +132,15 @@ def test_answers_name_only_settings_and_algorithms_that_exist():
             assert name in ALGORITHMS, answer
     assert not REPLACED.keys() & MEANT.keys(), "answered in two ways"
     assert all(new in inspect.signature(PREFERENCE[name]).parameters for (name, _), new in RENAMED.items())
+
+
+def test_the_page_has_the_tables():
+    page = (Path(__file__).parents[2] / "docs" / "preferences.md").read_text()
+    section = page.partition("## Coming from TRL")[2]
+    rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    shown = [(key, answer.replace("`", "")) for keys, answer in rows for key in re.findall(r"\w+", keys)]
+    assert sorted(shown) == sorted([*LOSS_TYPES.items(), *REPLACED.items(), *METHODS.items()])
+    named = re.findall(r"`(\w+)`\s`([\w.]+)`", section)
+    assert len(named) >= 9
+    for other, ours in named:
+        assert ours in (f"algorithm.{other}", MEANT.get(other)), other
