@@ -197,3 +197,14 @@ def test_pairs_of_sampled_completions_teach_too(tmp_path: Path, tiny_model_dir: 
     steps = metrics_of(tmp_path)
     assert steps[-1]["reward/mean"] > steps[0]["reward/mean"] + 0.1
     assert all(step["pairs/groups"] <= 8 for step in steps)
+
+
+def test_an_adapter_is_its_own_reference_and_is_not_given_up(tmp_path: Path, tiny_model_dir: Path):
+    pytest.importorskip("peft")
+    changes = {"model": {"lora": {"rank": 4}}, "data": {"precompute_reference": True}, "steps": 3}
+    trainer = Trainer(make_config(settings(tmp_path, tiny_model_dir, **changes)))
+    trainer.run()
+    assert not any(p.is_meta for p in trainer.components.policy.model.parameters())
+    steps = metrics_of(tmp_path)
+    assert steps[0]["pairs/margin"] == pytest.approx(0.0, abs=1e-5)
+    assert steps[-1]["pairs/margin"] > 0
