@@ -201,8 +201,9 @@ def test_pairs_of_sampled_completions_teach_too(tmp_path: Path, tiny_model_dir: 
 
 def test_an_adapter_is_its_own_reference_and_is_not_given_up(tmp_path: Path, tiny_model_dir: Path):
     pytest.importorskip("peft")
-    changes = {"model": {"lora": {"rank": 4}}, "data": {"precompute_reference": True}, "steps": 3}
-    trainer = Trainer(make_config(settings(tmp_path, tiny_model_dir, **changes)))
+    made = settings(tmp_path, tiny_model_dir, data={"precompute_reference": True}, steps=3)
+    made["model"]["lora"] = {"rank": 4}
+    trainer = Trainer(make_config(made))
     trainer.run()
     assert not any(p.is_meta for p in trainer.components.policy.model.parameters())
     steps = metrics_of(tmp_path)
