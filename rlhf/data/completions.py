@@ -3,13 +3,13 @@
 `rlhf/data/preferences.py` has the formats. Nobody recorded with what probability the completions were
 sampled, so their trajectories have no `rollout_logprobs`. The end-of-sequence token is appended to each
 completion, except where a column `finish_reason` says "length" (truncated). Prompt and completion are
-tokenised apart and joined.
+tokenised apart and joined. `rlhf/data/chats.py` makes the trajectories of chats of several turns.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.data import DataConfig
+from rlhf.data.chats import ChatTokenizer
 from rlhf.data.preferences import FINISH_REASON, Format, Line, find_format
 from rlhf.data.prompts import PromptDataset, Row, first_row, tokenized
 from rlhf.models.vision.processor import Processor
@@ -41,6 +42,8 @@ class OfflineDataset:
     """Columns that differ between lines with the same prompt, so that these lines form several groups."""
     identical: int = 0
     """Number of pairs left out because their two completions are the same."""
+    imitates: bool = False
+    """Whether it is of chats without a column of rewards: each has the reward 1."""
 
     @property
     def prompts(self) -> PromptDataset:
@@ -59,24 +62,26 @@ def load_offline(
     *,
     max_completion_tokens: int,
     eos_token_id: int,
+    end_token_ids: Iterable[int] = (),
     processor: Processor | None = None,
 ) -> OfflineDataset:
     """Reads, checks and tokenises every line.
 
     A completion is text, or one chat message of the assistant. A reward is a number, or null for a completion
     that is not learned from. If `section.reward_column` is None, no completion has a reward yet, and reward
-    functions score them later.
+    functions score them later. `end_token_ids` are tokens by which a chat template may end a turn, beside
+    `eos_token_id`.
 
-    Raises ValueError, with file and line, whenever `load_prompts` does, and for a missing column, a
-    completion that is empty or not text, a reward that is not a finite number, and completions longer than
-    the limit unless `section.long_prompts` is "skip".
+    Raises ValueError, with file and line: as in `load_prompts`; a missing column; a completion that is empty,
+    not text, or too long (unless `section.long_prompts` is "skip"); a reward that is not a finite number.
     """
     path = Path(path)
     found = find_format(first_row(path), section)
     groups: dict[tuple[Any, ...], Group] = {}
-    too_long: list[str] = []
-    identical = 0
-    for row, prompt, line, trajectories in _lines(path, found, tokenizer, section, eos_token_id, processor):
+    too_long, identical = list[str](), 0
+    ends = frozenset({eos_token_id, *end_token_ids})
+    tokens = ChatTokenizer(tokenizer, eos_token_id, ends, takes_images=processor is not None)
+    for row, prompt, line, trajectories in _lines(path, found, tokens, section, processor):
         longest = max(len(t.token_ids) for t in trajectories)
         if len(prompt.token_ids) > section.max_prompt_tokens or longest > max_completion_tokens:
             too_long.append(row.where)
@@ -87,7 +92,7 @@ def load_offline(
         prompt = replace(prompt, columns=found.others(prompt.columns))
         group = Group(prompt, trajectories, duels=line.duels)
         key = (row.id,)
-        if found.merges:
+        if found.merges and line.chat is None:
             key = (prompt.token_ids, json.dumps(prompt.columns, sort_keys=True, default=repr))
         first = groups.setdefault(key, group)
         if first is not group:
@@ -99,7 +104,7 @@ def load_offline(
     listed = tuple(groups.values())
     splitting = _splitting(listed) if found.merges else ()
     names = tuple(listed[0].prompt.columns)
-    return OfflineDataset(listed, names, len(too_long), path, splitting, identical)
+    return OfflineDataset(listed, names, len(too_long), path, splitting, identical, found.imitates)
 
 
 def _too_long(path: Path, places: Sequence[str], section: DataConfig, limit: int, *, skips: bool) -> str:
@@ -123,33 +128,40 @@ def _splitting(groups: Sequence[Group]) -> tuple[str, ...]:
 def _lines(
     path: Path,
     found: Format,
-    tokenizer: PreTrainedTokenizerBase,
+    tokens: ChatTokenizer,
     section: DataConfig,
-    eos_token_id: int,
     processor: Processor | None,
 ) -> Iterator[tuple[Row, Prompt, Line, tuple[Trajectory, ...]]]:
     """Every line with its prompt and its completions, tokenised."""
     columns = section.prompt_column, section.image_column
-    for rows, prompts in tokenized(path, tokenizer, *columns, processor, change=found.prompt):
+    for rows, prompts in tokenized(path, tokens.tokenizer, *columns, processor, change=found.prompt):
         lines = [found.read(row) for row in rows]
-        trajectories = _trajectories(rows, lines, tokenizer, eos_token_id)
+        trajectories = _trajectories(rows, lines, tokens)
         yield from zip(rows, prompts, lines, trajectories, strict=True)
 
 
 def _trajectories(
-    rows: Sequence[Row], lines: Sequence[Line], tokenizer: PreTrainedTokenizerBase, eos_token_id: int
+    rows: Sequence[Row], lines: Sequence[Line], tokens: ChatTokenizer
 ) -> Iterator[tuple[Trajectory, ...]]:
     """The trajectories of each line."""
     texts = [text for line in lines for text in line.texts]
-    encoded = iter(cast(Any, tokenizer)(texts, add_special_tokens=False)["input_ids"])
+    encoded = iter(_encoded(tokens.tokenizer, texts))
     for row, line in zip(rows, lines, strict=True):
         reason = _finish_reason(row)
+        if line.chat is not None:
+            yield (tokens.trajectory(row, line.chat, line.rewards[0], reason),)
+            continue
         of_line: list[Trajectory] = []
         for index, (text, reward) in enumerate(zip(line.texts, line.rewards, strict=True)):
-            ids = [*next(encoded), eos_token_id] if reason == FinishReason.STOP else next(encoded)
+            ids = [*next(encoded), tokens.eos_token_id] if reason == FinishReason.STOP else next(encoded)
             completion = Completion(row.id, index, tuple(ids), None, reason, versions=())
             of_line.append(Trajectory.single_turn(completion, text=text, reward=reward, objectives={}))
         yield tuple(of_line)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    # a tokenizer refuses an empty list
+    return cast(Any, tokenizer)(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
 def _finish_reason(row: Row) -> FinishReason:

@@ -1,10 +1,11 @@
-"""Which completions a line of a dataset has, by its columns: pairs, single labels, lists, or one completion.
+"""Which completions a line of a dataset has, by its columns: pairs, labels, lists, one completion, chats.
 
     {"prompt": ..., "chosen": ..., "rejected": ...}            a pair; `probability` beside it is a soft label
     {"chosen": ..., "rejected": ...}                           a pair whose common beginning is the prompt
     {"prompt": ..., "completion": ..., "label": true}          a completion that is good or bad by itself
     {"prompt": ..., "completions": [...], "rewards": [...]}    several completions
     {"prompt": ..., "completion": ..., "reward": 0.8}          one; lines with one prompt are one group
+    {"messages": [...]}                                        a chat; its reward is 1 where no column has it
 
 Text or chat messages everywhere, as TRL has them. Differences from TRL: 1. the common beginning of two texts
 is cut back to the last white space, so that no word is split (TRL cuts back a single blank at its end); 2. a
@@ -23,7 +24,9 @@ from itertools import takewhile
 from typing import Any, cast
 
 from rlhf.config.data import DataConfig
-from rlhf.data.prompts import Row, quoted
+from rlhf.data.chats import MESSAGES, is_chat, join_prompt, split_messages
+from rlhf.data.rows import Row, quoted
+from rlhf.models.chat import Message
 from rlhf.types import Duel
 
 FINISH_REASON = "finish_reason"
@@ -38,6 +41,8 @@ class Line:
     texts: tuple[str, ...]
     rewards: tuple[float | None, ...]
     duels: tuple[Duel, ...] = ()
+    chat: tuple[Message, ...] | None = None
+    """The messages of a chat, prompt included, in place of a text (rlhf/data/chats.py)."""
 
     @property
     def says_nothing(self) -> bool:
@@ -55,7 +60,9 @@ class Format:
     merges: bool = False
     """Whether lines with the same prompt form one group. Else each line is a group."""
     prompt: Callable[[Row], Row] = lambda row: row
-    """Puts the prompt into its column, for pairs whose prompt is their common beginning."""
+    """Puts the prompt into its column, where it is a part of the completions or of a chat."""
+    imitates: bool = False
+    """Whether no column has a reward, so that each chat has the reward 1."""
 
     def others(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """The columns that are not read here."""
@@ -83,21 +90,64 @@ def find_format(row: Row, section: DataConfig) -> Format:
     completion = section.completion_column
     if completion is None:
         completion = "response" if "response" in there else "completion"
+    if MESSAGES in there and completion not in there and section.prompt_column != MESSAGES:
+        return _chats(row, section)
     if "label" in there and section.reward_column not in there:
         _require(columns, (completion,), where, "a labelled completion")
         return Format(_Singles(completion, scored), frozenset({completion, "label", FINISH_REASON}))
-    for setting, name in (("completion_column", completion), ("reward_column", section.reward_column)):
-        if name is not None and name not in there:
-            near = difflib.get_close_matches(name, columns, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            other = ", or to null to have the completions scored" if setting == "reward_column" else ""
-            raise ValueError(
-                f"{where}: no column {name!r} among {quoted(columns)}{hint} Set data.{setting} to its "
-                f"name{other}. Or give pairs (chosen, rejected), labels (completion, label) or lists "
-                "(completions, rewards)"
-            )
-    taken = {completion, FINISH_REASON, *filter(None, [section.reward_column])}
-    return Format(_One(completion, section.reward_column), frozenset(taken), merges=True)
+    _require_named(row, "completion_column", completion)
+    reward = _Reward.of(row, section, is_chat(row.columns[completion]))
+    return Format(
+        _One(section.prompt_column, completion, reward),
+        frozenset({completion, FINISH_REASON, reward.column or completion}),
+        merges=True,
+        prompt=partial(join_prompt, prompt_column=section.prompt_column, completion=completion),
+        imitates=reward.otherwise is not None,
+    )
+
+
+def _chats(row: Row, section: DataConfig) -> Format:
+    reward = _Reward.of(row, section, True)
+    return Format(
+        lambda row: Line((), (reward(row),), chat=tuple(row.columns[MESSAGES])),
+        frozenset({MESSAGES, FINISH_REASON, reward.column or MESSAGES}),
+        prompt=partial(split_messages, prompt_column=section.prompt_column),
+        imitates=reward.otherwise is not None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Reward:
+    """The reward of a line: that of a column, or the same for all."""
+
+    column: str | None
+    otherwise: float | None = None
+
+    @classmethod
+    def of(cls, row: Row, section: DataConfig, chat: bool) -> _Reward:
+        name = section.reward_column
+        if chat and name == DataConfig.model_fields["reward_column"].default and name not in row.columns:
+            return cls(None, 1.0)
+        if name is not None:
+            _require_named(row, "reward_column", name)
+        return cls(name)
+
+    def __call__(self, row: Row) -> float | None:
+        return self.otherwise if self.column is None else _number(row, self.column, row.columns[self.column])
+
+
+def _require_named(row: Row, setting: str, name: str) -> None:
+    """Raises ValueError: there is no column `name`, which a setting of the section `data` gives."""
+    if name in row.columns:
+        return
+    near = difflib.get_close_matches(name, row.columns, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    other = ", or to null to have the completions scored" if setting == "reward_column" else ""
+    raise ValueError(
+        f"{row.where}: no column {name!r} among {quoted(row.columns)}{hint} Set data.{setting} to its "
+        f"name{other}. Or give pairs (chosen, rejected), labels (completion, label), lists "
+        "(completions, rewards) or chats (messages)"
+    )
 
 
 def _require(columns: Sequence[str], wanted: Sequence[str], where: str, what: str) -> None:
@@ -157,12 +207,16 @@ class _Lists:
 
 @dataclass(frozen=True, slots=True)
 class _One:
+    prompt: str
     completion: str
-    reward: str | None
+    reward: _Reward
 
     def __call__(self, row: Row) -> Line:
-        reward = None if self.reward is None else _number(row, self.reward, row.columns[self.reward])
-        return Line((_column_text(row, self.completion),), (reward,))
+        given: object = row.columns[self.completion]
+        if is_chat(given):
+            chat = (*row.columns[self.prompt], *cast(list[Message], given))
+            return Line((), (self.reward(row),), chat=chat)
+        return Line((_column_text(row, self.completion),), (self.reward(row),))
 
 
 def _column_text(row: Row, column: str) -> str:

@@ -71,7 +71,7 @@ def messages_of(content: object) -> Messages:
         raise ChatError(
             f"must be text or a list of chat messages, got {type(content).__name__} {content!r:.80}"
         )
-    messages = [_message(entry, number) for number, entry in enumerate(cast(list[object], content))]
+    messages = messages_in(cast(list[object], content))
     if not any(_is_not_empty(message["content"]) for message in messages):
         raise ChatError("is empty")
     if messages[-1]["role"] == "assistant":
@@ -79,6 +79,11 @@ def messages_of(content: object) -> Messages:
             "ends with a message of the assistant, but the policy must write that message: remove it"
         )
     return messages
+
+
+def messages_in(content: Sequence[object]) -> list[dict[str, Any]]:
+    """The messages of a list in the form of `messages_of`, whoever speaks last; raises ChatError too."""
+    return [_message(entry, number) for number, entry in enumerate(content)]
 
 
 def _message(entry: object, number: int) -> dict[str, Any]:

@@ -177,7 +177,9 @@ def _rewards(config: Config, inputs: Inputs) -> str:
         return functions
     columns = first_row(inputs.offline.source).columns
     given = f"column {column} of the data"
-    if "chosen" in columns:
+    if inputs.offline.imitates:
+        given = "1 for every chat of the data"
+    elif "chosen" in columns:
         given = "1 for chosen, 0 for rejected" + (
             ", labels by probability" if "probability" in columns else ""
         )

@@ -126,11 +126,19 @@ def _check_has_prompts(config: Config) -> None:
 
 
 def _check_singles(config: Config, algorithm: Algorithm, data: OfflineDataset) -> None:
-    """Raises ConfigError when the algorithm compares pairs and a line has a single completion."""
+    """Raises ConfigError when the algorithm compares pairs and a line has a single completion, or when it
+    compares at all and there are chats, which are for imitation."""
     single = next((g for g in data.groups if len(g.trajectories) == 1), None)
     if algorithm.preference is None or single is None:
         return
     name = config.algorithm["name"]
+    chat = next((g for g in data.groups if any(t.turns and t.turns[-1] > 0 for t in g.trajectories)), None)
+    if data.imitates or chat is not None:
+        raise ConfigError(
+            f"{config.data.train}, {(chat or single).prompt.id}: {name} compares better completions with "
+            "worse ones, and a chat is neither: it is to be imitated; set algorithm.name=sft, or give pairs "
+            "(chosen, rejected) or labels (completion, label), each with one message of the assistant"
+        )
     if not algorithm.preference.form.takes_singles:
         raise ConfigError(
             f"{config.data.train}, {single.prompt.id}: {name} compares completions of one prompt, and here "
@@ -188,6 +196,7 @@ def _offline(
         config.data,
         max_completion_tokens=config.rollout.max_completion_tokens,
         eos_token_id=eos if isinstance(eos, int) else eos_token_ids[0],
+        end_token_ids=eos_token_ids,
         processor=processor,
     )
 
