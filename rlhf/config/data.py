@@ -13,10 +13,11 @@ class DataConfig(Section):
     """Datasets to train and evaluate on, and whether completions are sampled or come from the dataset."""
 
     train: str
-    """Prompts to train on: a jsonl or parquet file, a `datasets` folder, or `gym:TASK?setting=value` for a
-    task of reasoning-gym."""
+    """Prompts to train on, or with `mode: offline` completions: a jsonl or parquet file, a `datasets` folder,
+    or `gym:TASK?setting=value` for a task of reasoning-gym."""
     eval: str | None = None
-    """Held-out prompts, in one of the same forms; not given: there are no evaluations."""
+    """Held-out prompts, in one of the same forms, or for a preference algorithm held-out pairs; not given:
+    there are no evaluations."""
     mode: Literal["online", "offline", "offline_to_online"] = "online"
     """Where completions come from. `online`: the policy samples them. `offline`: the dataset has them.
     `offline_to_online`: both, as `offline_steps` and `mix` say."""

@@ -47,7 +47,8 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
     """Number of the newest checkpoints that are kept."""
     keep_best: Count = 0
-    """Number of checkpoints that are kept in addition: those with the highest accuracy in an evaluation."""
+    """Number of checkpoints that are kept in addition: those with the best evaluation, by accuracy, mean
+    reward or accuracy of held-out pairs, whichever the run shows."""
     background: bool | None = None
     """Whether a checkpoint is written while the next step is computed, from a copy in the host's memory; not
     given: with a GPU it is, on a CPU it is not."""
