@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config.reward_model import PreferenceData, ScoreConfig
 from rlhf.data.completions import completion_ids
-from rlhf.data.preferences import completion_text, with_prompt
+from rlhf.data.pair_prompts import with_prompt
+from rlhf.data.preferences import completion_text
 from rlhf.data.prompts import load_prompts
 from rlhf.types import Prompt
 

@@ -7,9 +7,8 @@
     {"prompt": ..., "completion": ..., "reward": 0.8}          one; lines with one prompt are one group
     {"messages": [...]}                                        a chat; its reward is 1 where no column has it
 
-Text or chat messages everywhere, as TRL has them. Differences from TRL: 1. the common beginning of two texts
-is cut back to the last white space, so that no word is split (TRL cuts back a single blank at its end); 2. a
-pair whose two completions are the same is left out, and counted.
+Text or chat messages everywhere, as TRL has them; `rlhf/data/pair_prompts.py` finds the prompt of a pair.
+Difference from TRL: a pair whose two completions are the same is left out, and counted.
 """
 
 from __future__ import annotations
@@ -18,19 +17,21 @@ import difflib
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any, cast
 
 from rlhf.config.data import DataConfig
 from rlhf.data.chats import MESSAGES, is_chat, join_prompt, split_messages
+from rlhf.data.pair_prompts import with_prompt
 from rlhf.data.rows import Row, quoted
-from rlhf.models.chat import Message
+from rlhf.models.chat import ChatError, Message, messages_in, of_text
 from rlhf.types import Duel
 
 FINISH_REASON = "finish_reason"
 PROBABILITY = "probability"
+BESIDE_CONTENT = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+"""Keys of a message under which some formats have what the assistant wrote beside its content."""
 ADVICE = "give the last message of the assistant alone in it, and the messages before it in the prompt"
 
 
@@ -43,11 +44,8 @@ class Line:
     duels: tuple[Duel, ...] = ()
     chat: tuple[Message, ...] | None = None
     """The messages of a chat, prompt included, in place of a text (rlhf/data/chats.py)."""
-
-    @property
-    def says_nothing(self) -> bool:
-        """Whether it is a pair of the same completion twice."""
-        return len(self.texts) == 2 and self.texts[0] == self.texts[1]
+    says_nothing: bool = False
+    """Whether it is a pair of the same completion twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +90,10 @@ def find_format(row: Row, section: DataConfig) -> Format:
         completion = "response" if "response" in there else "completion"
     if MESSAGES in there and completion not in there and section.prompt_column != MESSAGES:
         return _chats(row, section)
-    if "label" in there and section.reward_column not in there:
+    # where reward functions score the completions, `label` is a column for them, for example the answer
+    if "label" in there and not scored and section.reward_column not in there:
         _require(columns, (completion,), where, "a labelled completion")
-        return Format(_Singles(completion, scored), frozenset({completion, "label", FINISH_REASON}))
+        return Format(_Singles(completion), frozenset({completion, "label", FINISH_REASON}))
     _require_named(row, "completion_column", completion)
     reward = _Reward.of(row, section, is_chat(row.columns[completion]))
     return Format(
@@ -167,19 +166,19 @@ class _Pairs:
     def __call__(self, row: Row) -> Line:
         texts = tuple(_column_text(row, name) for name in ("chosen", "rejected"))
         duels = (Duel(0, 1, _probability(row)),) if self.soft else ()
-        return Line(texts, (None, None) if self.scored else (1.0, 0.0), duels)
+        rewards = (None, None) if self.scored else (1.0, 0.0)
+        return Line(texts, rewards, duels, says_nothing=texts[0] == texts[1])
 
 
 @dataclass(frozen=True, slots=True)
 class _Singles:
     completion: str
-    scored: bool
 
     def __call__(self, row: Row) -> Line:
         label: object = row.columns["label"]
         if not (isinstance(label, bool) or label in (0, 1)):
             raise ValueError(f"{row.where}: column 'label' must be true or false, got {label!r:.80}")
-        return Line((_column_text(row, self.completion),), (None if self.scored else float(bool(label)),))
+        return Line((_column_text(row, self.completion),), (float(bool(label)),))
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,22 +225,12 @@ def _column_text(row: Row, column: str) -> str:
 def completion_text(where: str, column: str, value: object) -> str:
     """The text of a completion: text as it is, or the content of a single assistant message.
 
-    Raises ValueError, which begins with `where`: it is neither, or there are several messages.
+    Raises ValueError, which begins with `where`: it is neither, there are several messages, or the message
+    has more than its content.
     """
     text = value
-    if isinstance(value, list) and value and all(isinstance(m, Mapping) for m in cast(list[object], value)):
-        messages = cast(list[Mapping[str, object]], value)
-        if len(messages) > 1:
-            roles = ", ".join(str(message.get("role")) for message in messages)
-            raise ValueError(
-                f"{where}: column {column!r} must hold one message of the assistant, got {len(messages)} "
-                f"({roles}); {ADVICE}"
-            )
-        role, text = messages[0].get("role"), _joined(messages[0].get("content"))
-        if role != "assistant":
-            raise ValueError(
-                f"{where}: the message in column {column!r} must be the assistant's, but its role is {role!r}"
-            )
+    if value and isinstance(value, list | Mapping):
+        text = _content(where, column, cast(list[object], value if isinstance(value, list) else [value]))
     if not isinstance(text, str) or not text:
         raise ValueError(
             f"{where}: column {column!r} must be non-empty text or one chat message, got {value!r:.80}"
@@ -249,55 +238,29 @@ def completion_text(where: str, column: str, value: object) -> str:
     return text
 
 
-def _joined(content: object) -> object:
-    """The content of a message whose parts are all text as one text; any other as it is."""
-    if not isinstance(content, list):
-        return content
-    parts = cast(list[object], content)
-    texts = [cast(Any, part).get("text") for part in parts if isinstance(part, Mapping)]
-    whole = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
-    return "".join(texts) if whole else parts
-
-
-def with_prompt(row: Row, column: str) -> Row:
-    """The row with its prompt in `column` and the answers alone in chosen and rejected.
-
-    A prompt that stands in both completions is taken from there: it is their longest common list of leading
-    messages, or their longest common beginning, cut back to the last white space.
-    """
-    if not {"chosen", "rejected"} <= row.columns.keys():
-        return row
-    sides = row.columns["chosen"], row.columns["rejected"]
-    as_messages = all(isinstance(side, list) for side in sides)
-    if column in row.columns and not (as_messages and all(len(side) > 1 for side in sides)):
-        return row
-    if as_messages:
-        prompt: Any = _common_messages(*sides)
-    elif all(isinstance(side, str) for side in sides):
-        prompt = _common_text(*sides)
-    else:
-        return row
-    if not prompt:
+def _content(where: str, column: str, given: list[object]) -> object:
+    try:
+        messages = of_text(messages_in(given))
+    except ChatError as error:
+        raise ValueError(f"{where}: column {column!r} {error}") from None
+    if len(messages) > 1:
+        roles = ", ".join(message["role"] for message in messages)
         raise ValueError(
-            f"{row.where}: there is no column {column!r}, and chosen and rejected do not begin alike: the "
-            "prompt cannot be told from the completions; give it a column of its own"
+            f"{where}: column {column!r} must hold one message of the assistant, got {len(messages)} "
+            f"({roles}); {ADVICE}"
         )
-    chosen, rejected = (side[len(prompt) :] for side in sides)
-    return replace(row, columns={**row.columns, column: prompt, "chosen": chosen, "rejected": rejected})
-
-
-def _common_messages(chosen: list[Any], rejected: list[Any]) -> list[Any]:
-    """The messages that both begin with; at least one is left for each completion."""
-    most = min(len(chosen), len(rejected)) - 1
-    same = next((i for i in range(most) if chosen[i] != rejected[i]), most)
-    return chosen[:same]
-
-
-def _common_text(chosen: str, rejected: str) -> str:
-    """The text that both begin with, up to and with the last white space; the completions keep some text."""
-    alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen.rstrip(), rejected.rstrip(), strict=False))
-    common = "".join(character for character, _ in alike)
-    return common[: max((i + 1 for i, character in enumerate(common) if character.isspace()), default=0)]
+    [message] = messages
+    if message["role"] != "assistant":
+        raise ValueError(
+            f"{where}: the message in column {column!r} must be the assistant's, but its role is "
+            f"{message['role']!r}"
+        )
+    if beside := [key for key in BESIDE_CONTENT if message.get(key)]:
+        raise ValueError(
+            f"{where}: the message in column {column!r} has {quoted(beside)}, and only its content would be "
+            "learned from; write all that the model is to write into the content"
+        )
+    return message["content"]
 
 
 def _probability(row: Row) -> float:

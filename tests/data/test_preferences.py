@@ -17,6 +17,9 @@ from rlhf.types import Duel, Group
 EOS = 2
 ASK = [{"role": "user", "content": "one two"}]
 
+SYSTEM = {"role": "system", "content": "Hm"}
+SHAREGPT = [{"from": "human", "value": "one two"}]
+
 
 def says(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
@@ -60,11 +63,36 @@ def test_text_messages_and_an_implicit_prompt_give_the_same_tokens(load: Callabl
         {"chosen": [*ASK, *says("good")], "rejected": [*ASK, *says("bad")]},
         # as UltraFeedback: the prompt stands beside whole conversations
         {"prompt": "one two", "chosen": [*ASK, *says("good")], "rejected": [*ASK, *says("bad")]},
+        {"prompt": None, "chosen": [*ASK, *says("good")], "rejected": [*ASK, *says("bad")]},
+        {"prompt": ASK, "chosen": says("good")[0], "rejected": says("bad")[0]},
+        # one side has a key that the other lacks
+        {"chosen": [ASK[0] | {"name": None}, *says("good")], "rejected": [*ASK, *says("bad")]},
+        {"chosen": [*SHAREGPT, {"from": "gpt", "value": "good"}], "rejected": [*ASK, *says("bad")]},
     ]
     groups = [only(load([row])) for row in forms]
     assert len({g.prompt.token_ids for g in groups}) == 1
     assert len({tuple(t.token_ids for t in g.trajectories) for g in groups}) == 1
-    assert [g.prompt.content for g in groups] == [ASK] * 4
+    assert [g.prompt.content for g in groups] == [ASK] * len(forms)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ([SYSTEM, *ASK], [SYSTEM, *ASK]),
+        # the first message of a longer chat
+        (ASK, [*ASK, *says("three?"), *ASK]),
+        ("one  two ", [*ASK, *says("three?"), *ASK]),
+        ("Answer this: one two", ASK),
+    ],
+)
+def test_a_prompt_beside_whole_chats_may_be_longer_or_shorter(
+    load: Callable[..., OfflineDataset], given: Any, kept: list[dict[str, str]]
+):
+    start = [message for message in kept if message is not SYSTEM]
+    row = {"prompt": given, "chosen": [*start, *says("good")], "rejected": [*start, *says("bad")]}
+    group = only(load([row]))
+    assert group.prompt.content == kept
+    assert texts(group) == ["good", "bad"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +131,17 @@ def test_lists_of_completions_are_a_group(load: Callable[..., OfflineDataset]):
     assert [t.reward for t in group.trajectories] == [0.1, None, -2.0]
 
 
+def test_a_list_of_equal_completions_is_no_pair_and_stays(load: Callable[..., OfflineDataset]):
+    data = load([{"prompt": "one", "completions": ["a", "a"], "rewards": [1, 0.5]}])
+    assert texts(only(data)) == ["a", "a"] and data.identical == 0
+
+
+def test_where_reward_functions_score_a_column_label_is_theirs(load: Callable[..., OfflineDataset]):
+    rows = [{"prompt": "2 + 2?", "completion": text, "label": "4"} for text in ("4", "5")]
+    group = only(load(rows, reward_column=None))
+    assert texts(group) == ["4", "5"] and group.prompt.columns == {"label": "4"}
+
+
 def test_lines_with_one_prompt_stay_apart(load: Callable[..., OfflineDataset]):
     rows = [{"prompt": "one", "chosen": "good", "rejected": bad} for bad in ("x", "y")]
     data = load(rows)
@@ -116,7 +155,7 @@ def test_lines_with_one_prompt_stay_apart(load: Callable[..., OfflineDataset]):
     [
         {"chosen": "good", "rejected": "bad"},
         {"completions": ["good", "bad"]},
-        {"completion": "good", "label": True},
+        {"completion": "good"},
     ],
 )
 def test_reward_functions_may_score_any_format(load: Callable[..., OfflineDataset], row: dict[str, Any]):
@@ -150,8 +189,35 @@ def test_a_pair_with_one_side_too_long_is_left_out(load: Callable[..., OfflineDa
             r"one message of the assistant, got 3 \(assistant, user, assistant\)",
         ),
         ({"prompt": "x", "chosen": "a", "rejected": ASK}, "must be the assistant's, but its role is 'user'"),
-        ({"chosen": "a b", "rejected": "c d"}, "do not begin alike: the prompt cannot be told"),
+        ({"chosen": "a b", "rejected": "c d"}, "do not begin alike, so that the prompt cannot be told"),
         ({"chosen": says("a"), "rejected": says("b")}, "do not begin alike"),
+        # answers that begin alike are no prompt where there is one
+        (
+            {
+                "prompt": "x",
+                "chosen": [*says("a"), *ASK, *says("b")],
+                "rejected": [*says("a"), *ASK, *says("c")],
+            },
+            r"'chosen' must hold one message of the assistant, got 3 \(assistant, user, assistant\); give",
+        ),
+        (
+            {"prompt": "x", "chosen": [*ASK, *says("a")], "rejected": [*ASK, *says("b")]},
+            "column 'prompt' has another prompt, 'x', than chosen and rejected begin with",
+        ),
+        (
+            {"prompt": [SYSTEM], "chosen": [*ASK, *says("a")], "rejected": [*ASK, *says("b")]},
+            "has another prompt, .*remove the column",
+        ),
+        ({"chosen": [*ASK, *says("a")], "rejected": "b"}, "chosen, which is chat messages, and .* is text"),
+        ({"chosen": [*ASK, "a"], "rejected": [*ASK, "b"]}, "column 'chosen' must be .* message 1 is 'a'"),
+        (
+            {"prompt": "x", "chosen": [says("a")[0] | {"tool_calls": [{"name": "f"}]}], "rejected": "b"},
+            "column 'chosen' has 'tool_calls', and only its content would be learned from; write",
+        ),
+        (
+            {"prompt": "x", "chosen": "a", "rejected": [says("b")[0] | {"reasoning_content": "hm"}]},
+            "column 'rejected' has 'reasoning_content'",
+        ),
         ({"prompt": "x", "chosen": "a", "rejected": "b", "probability": 1.5}, "a number from 0 to 1"),
         ({"prompt": "x", "completion": "a", "label": "yes"}, "must be true or false, got 'yes'"),
         ({"prompt": "x", "label": True}, "a labelled completion needs the columns 'completion'"),
