@@ -1,7 +1,8 @@
 """The prompt of a preference pair: in a column of its own, or what chosen and rejected both begin with.
 
 Difference from TRL: the common beginning of two texts is cut back to the last white space, so that no word is
-split ("it is bl|ue", "it is bl|ack"); TRL cuts back a single blank.
+split ("it is bl|ue", "it is bl|ack"). As in TRL, a blank before the answers belongs to them: many tokenizers
+make one token of a blank and the word behind it, and so the tokens are those of the whole text.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def _common_text(chosen: str, rejected: str) -> str:
     alike = takewhile(lambda pair: pair[0] == pair[1], zip(chosen.rstrip(), rejected.rstrip(), strict=False))
     common = "".join(character for character, _ in alike)
     end = max((i + 1 for i, character in enumerate(common) if character.isspace()), default=0)
-    return common[:end]
+    return common[:end].removesuffix(" ")
 
 
 def _agreed(row: Row, column: str, given: object, start: list[Message]) -> object:

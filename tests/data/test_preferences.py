@@ -98,11 +98,12 @@ def test_a_prompt_beside_whole_chats_may_be_longer_or_shorter(
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt", "answers"),
     [
-        ("Sky: it is blue", "Sky: it is red", "Sky: it is ", ["blue", "red"]),
+        ("Sky: it is blue", "Sky: it is red", "Sky: it is", [" blue", " red"]),
         # no word is split, although both begin with bl
-        ("Sky: blue", "Sky: black", "Sky: ", ["blue", "black"]),
-        ("Sky: blue", "Sky: blue or so", "Sky: ", ["blue", "blue or so"]),
-        ("Q?\n yes ", "Q?\n yes no", "Q?\n ", ["yes ", "yes no"]),
+        ("Sky: blue", "Sky: black", "Sky:", [" blue", " black"]),
+        ("Sky: blue", "Sky: blue or so", "Sky:", [" blue", " blue or so"]),
+        ("Q?\n yes ", "Q?\n yes no", "Q?\n", [" yes ", " yes no"]),
+        ("Q?\nyes", "Q?\nno", "Q?\n", ["yes", "no"]),
     ],
 )
 def test_the_common_beginning_of_two_texts_is_the_prompt(
@@ -190,6 +191,7 @@ def test_a_pair_with_one_side_too_long_is_left_out(load: Callable[..., OfflineDa
         ),
         ({"prompt": "x", "chosen": "a", "rejected": ASK}, "must be the assistant's, but its role is 'user'"),
         ({"chosen": "a b", "rejected": "c d"}, "do not begin alike, so that the prompt cannot be told"),
+        ({"chosen": " a", "rejected": " b"}, "do not begin alike"),
         ({"chosen": says("a"), "rejected": says("b")}, "do not begin alike"),
         # answers that begin alike are no prompt where there is one
         (
