@@ -292,7 +292,10 @@ def test_defaults_are_those_of_the_paper(tmp_path: Path, tiny_model_dir: Path):
     ("row", "message"),
     [
         ({"prompt": "p", "chosen": "x"}, "rejected is missing"),
-        ({"prompt": "p", "chosen": "x", "rejected": ""}, "column 'rejected' must be non-empty text or one chat message, got ''"),
+        (
+            {"prompt": "p", "chosen": "x", "rejected": ""},
+            "column 'rejected' must be non-empty text or one chat message, got ''",
+        ),
         ({"prompt": "p", "chosen": "x", "rejected": "x"}, "the same text"),
         ({"prompt": "p", "chosen": "x" * 600, "rejected": "y"}, "a completion of 601 tokens"),
     ],
