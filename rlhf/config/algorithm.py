@@ -7,6 +7,7 @@ import difflib
 import inspect
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -76,10 +77,9 @@ def arguments_of(name: object) -> Arguments:
     for owner, factory in ALGORITHMS.items():
         for key in inspect.signature(factory).parameters:
             owners.setdefault(key, []).append(owner)
-    try:
+    parameters: Mapping[str, inspect.Parameter] = {}
+    with suppress(ValueError):
         parameters = inspect.signature(algorithm_factory(str(name))).parameters
-    except ValueError:
-        parameters = {}
     own = frozenset(key for key, p in parameters.items() if not dataclasses.is_dataclass(p.default))
     return Arguments(str(name), own, {key: ", ".join(names) for key, names in owners.items()})
 

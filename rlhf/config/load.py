@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -62,7 +62,7 @@ def make_config(settings: Mapping[str, Any]) -> Config:
         config = Config.model_validate(settings)
     except ValidationError as error:
         algorithm: Any = settings.get("algorithm")
-        name = algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm
+        name = cast(Mapping[str, Any], algorithm).get("name") if isinstance(algorithm, Mapping) else algorithm
         lines = explain(error, prefix="", schema=Config, arguments=arguments_of(name))
         raise ConfigError("\n".join(lines)) from None
     try:

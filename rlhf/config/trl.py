@@ -13,7 +13,7 @@ from rlhf.algos.table import ALGORITHMS
 
 SORTS = "not here: it sorts the margins of a whole batch"
 NOT_YET = "not here yet"
-LOSS_TYPES: Mapping[str, str] = {
+LOSS_TYPES: dict[str, str] = {
     "sigmoid": "algorithm.name=dpo, with algorithm.label_smoothing for conservative DPO",
     "sigmoid_norm": "algorithm.name=dpo with algorithm.per_token=true",
     "robust": "algorithm.name=robust_dpo",
@@ -40,7 +40,7 @@ LOSS_TYPES: Mapping[str, str] = {
 }
 """TRL's `loss_type`, and what to set for it."""
 
-METHODS: Mapping[str, str] = {
+METHODS: dict[str, str] = {
     "cdpo": "algorithm.name=dpo with algorithm.label_smoothing",
     "conservative_dpo": "algorithm.name=dpo with algorithm.label_smoothing",
     "rdpo": "algorithm.name=robust_dpo",
@@ -59,7 +59,7 @@ METHODS: Mapping[str, str] = {
 }
 """Other names of methods, lower case and with _ for -, and what to set for them."""
 
-REPLACED: Mapping[str, str] = {
+REPLACED: dict[str, str] = {
     "rpo_alpha": "algorithm.name=rpo with algorithm.nll_coef",
     "cpo_alpha": "algorithm.name=cpo with algorithm.nll_coef",
     "simpo_gamma": "algorithm.name=simpo with algorithm.gamma",
