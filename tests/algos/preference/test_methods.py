@@ -93,6 +93,15 @@ def test_the_loss_is_the_number_worked_out_by_hand(
     assert loss_of(PREFERENCE[name](**settings), logprobs) == pytest.approx(expected, abs=2e-6)
 
 
+def test_discopop_begins_uphill():
+    # with l = -log sigmoid(z): m' (e^-z - l) - (1 - m) sigmoid(-z) - m e^-z at z = 0, where m' = 1 / (4 tau)
+    slope = (1 - math.log(2)) / (4 * 0.05) - 0.5 * 0.5 - 0.5
+    assert slope == pytest.approx(0.784264, abs=1e-6)
+    algorithm, step = PREFERENCE["discopop"](beta=1.0), 1e-3
+    rise = loss_of(algorithm, (step, 0.0)) - loss_of(algorithm, (-step, 0.0))
+    assert rise / (2 * step) == pytest.approx(slope, abs=1e-3)
+
+
 def test_per_token_scores_divide_each_completion_by_its_own_tokens():
     # 2 / 10 + 5 / 20 = .45, (.45 - 5)^2
     assert loss_of(PREFERENCE["ipo"](), PAIR, (10, 20)) == pytest.approx(20.7025)
