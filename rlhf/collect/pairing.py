@@ -7,7 +7,7 @@ equal, or its completions are the same.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from rlhf.algos.preference.pairing import (
 from rlhf.config.pairs import PairsConfig
 from rlhf.metrics import Mean, Metrics, Sum
 from rlhf.plugins import load_plugin
-from rlhf.types import Duel, FinishReason, Group, Trajectory, is_learnable
+from rlhf.types import Duel, FinishReason, Group, is_learnable
 
 
 class Pairing:
@@ -63,13 +63,11 @@ class Pairing:
 
     def _comparisons(self, group: Group) -> list[Comparison]:
         """The comparisons of one group, by the places of its trajectories."""
-        places = [i for i, t in enumerate(group.trajectories) if is_learnable(t)]
-        if len(places) < 2:
+        if len(group.trajectories) < 2:
             return []
-        found = compare_group(
-            _scored(group, places), rule=self.rule, label=self._label(group), min_gap=self.section.min_gap
+        return compare_group(
+            _scored(group), rule=self.rule, label=self._label(group), min_gap=self.section.min_gap
         )
-        return [Comparison(places[c.better], places[cast(int, c.other)], c.probability) for c in found]
 
     def _label(self, group: Group) -> Label:
         if self.section.labels == "auto":
@@ -84,19 +82,14 @@ def _own_rule(path: str) -> Rule:
     return cast(Rule, found)
 
 
-def _scored(group: Group, places: Sequence[int]) -> Scored:
-    trajectories = [group.trajectories[i] for i in places]
-    place = {old: new for new, old in enumerate(places)}
-    duels: Mapping[tuple[int, int], float] = {
-        (place[d.first], place[d.second]): d.probability
-        for d in group.duels
-        if d.first in place and d.second in place
-    }
+def _scored(group: Group) -> Scored:
+    """What a rule sees: a trajectory that cannot be learned from has no reward, so it is in no comparison."""
+    trajectories = group.trajectories
     return Scored(
-        rewards=[_reward(t) for t in trajectories],
+        rewards=[t.reward if is_learnable(t) else None for t in trajectories],
         tokens=[len(t.token_ids) for t in trajectories],
         truncated=[t.finish_reason == FinishReason.LENGTH for t in trajectories],
-        duels=duels,
+        duels={(d.first, d.second): d.probability for d in group.duels},
         draw=group.draw,
     )
 
@@ -123,8 +116,3 @@ def _described(groups: Sequence[Group]) -> Metrics:
         "pairs/probability": Mean(sum(d.probability for d in duels), float(len(duels))),
         "pairs/truncated": Mean(float(truncated), float(len(trajectories))),
     }
-
-
-def _reward(trajectory: Trajectory) -> float:
-    assert trajectory.reward is not None
-    return trajectory.reward

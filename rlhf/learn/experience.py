@@ -146,7 +146,9 @@ class ExperienceBuilder:
         assert preference is not None and ref_logprobs is not None
         if self.running_reward is not None:
             assert old_logprobs is not None
-            return self.running_reward(sums_by_sequence(old_logprobs - ref_logprobs, packed))
+            return self.running_reward(
+                sums_by_sequence(old_logprobs - ref_logprobs, packed).to(self.world.device)
+            )
         assert self.models.reference is not None
         others = under_other_prompts(groups, numbers, self.world)
         packed = self._pack(others)

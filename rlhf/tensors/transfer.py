@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def numbers(*scalars: Mapping[str, Tensor]) -> list[dict[str, float]]:
-    """The same as numbers: all of them leave the device in one transfer."""
+    """The scalars as floats, by the same names: all of them leave the device in one transfer."""
     stacked = torch.stack([x for named in scalars for x in named.values()]).cpu()
     values = iter(float(x) for x in stacked.unbind())
     return [{name: next(values) for name in named} for named in scalars]
