@@ -14,6 +14,7 @@ own group size counts, no correction is made for it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -88,12 +89,25 @@ def reinforce_pp(
 
     Tokens outside the mask get 0, and their penalties do not count.
     """
+    raw = to_go(rewards, token_penalty, sequence, loss_mask)
+    return whiten(raw, loss_mask & ~raw.isnan(), all_sum=all_sum).to(rewards.dtype)
+
+
+def to_go(
+    rewards: Float[Tensor, " S"],
+    token_penalty: Float[Tensor, " N"],
+    sequence: Int[Tensor, " N"],
+    loss_mask: Bool[Tensor, " N"],
+) -> Float[Tensor, " N"]:
+    """The reward of each token's sequence minus the penalties from the token on, in float64.
+
+    Penalties outside the mask do not count. NaN where the reward is missing.
+    """
     penalty = token_penalty.double().masked_fill(~loss_mask, 0.0)
     total = penalty.new_zeros(len(rewards)).index_add(0, sequence, penalty)
     # penalties from the batch's start to the end of the token's sequence, minus those before the token
     still_to_come = total.cumsum(0)[sequence] - (penalty.cumsum(0) - penalty)
-    to_go = rewards.double()[sequence] - still_to_come
-    return whiten(to_go, loss_mask & ~to_go.isnan(), all_sum=all_sum).to(rewards.dtype)
+    return rewards.double()[sequence] - still_to_come
 
 
 def reinforce_pp_baseline(
@@ -140,6 +154,27 @@ def per_sequence(normalize: Callable[[Tensor, Tensor], Tensor]) -> Advantage:
 def nothing(inputs: AdvantageInputs) -> Tensor:
     """0 everywhere: the algorithm has no loss of tokens (`Algorithm.loss` leaves that part out)."""
     return torch.zeros_like(inputs.token_penalty)
+
+
+def own_only(advantage: Advantage) -> Advantage:
+    """The advantage among what the policy itself sampled; 0 for completions of other models or of data."""
+
+    def of_own(inputs: AdvantageInputs) -> Tensor:
+        if inputs.own is None:
+            return advantage(inputs)
+        known = replace(inputs, rewards=inputs.rewards.masked_fill(~inputs.own, torch.nan))
+        return advantage(known)
+
+    return of_own
+
+
+def preference_to_go(inputs: AdvantageInputs) -> Tensor:
+    """P - 1/2 minus the penalties from this token on, where the reward is P(the completion wins) (Nash-MD-PG,
+    arXiv:2312.00886 eq. 3). TRL's NashMDTrainer takes off each token's own penalty alone, which is biased.
+    """
+    x = inputs
+    raw = to_go(x.rewards - 0.5, x.token_penalty, x.sequence, x.loss_mask)
+    return raw.masked_fill(~x.loss_mask | raw.isnan(), 0.0).to(x.rewards.dtype)
 
 
 def gdpo_advantage(inputs: AdvantageInputs) -> Tensor:

@@ -100,6 +100,11 @@ class Algorithm:
         return self.kl.coef > 0 or self._anchored_at_reference or compared
 
     @property
+    def needs_iterate(self) -> bool:
+        """Whether completions are compared with the policy of the last iteration."""
+        return self.preference is not None and "iterate" in self.preference.uses
+
+    @property
     def has_advantages(self) -> bool:
         """Whether tokens are learned by their advantages: not where a preference loss is all there is."""
         return self.advantage is not nothing

@@ -45,6 +45,13 @@ def sequence_mean_token_sum(
     return token_sum(loss, mask, sequence, counts) / max(counts.sequences, 1)
 
 
+def own_mean_token_sum(
+    loss: Float[Tensor, " N"], mask: Bool[Tensor, " N"], sequence: Int[Tensor, " N"], counts: Counts
+) -> Float[Tensor, ""]:
+    """Sum over tokens / number of sequences that the policy sampled: for losses that are 0 on all others."""
+    return token_sum(loss, mask, sequence, counts) / max(counts.sampled, 1)
+
+
 def sequence_mean_constant(
     loss: Float[Tensor, " N"],
     mask: Bool[Tensor, " N"],

@@ -55,6 +55,8 @@ class Selection:
     """How many more rounds of sampling may replace the groups that were not accepted."""
     drop_truncated: bool = False
     """Completions cut at the length limit are compared, but not learned from (overlong filtering)."""
+    own_only: bool = False
+    """Completions of other models are compared with the policy's own, but not learned from."""
 
 
 EVERYTHING = Selection()

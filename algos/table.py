@@ -24,6 +24,7 @@ from rlhf.algos.advantage import (
 from rlhf.algos.algorithm import KL, NO_KL, TOKEN_TIS, Algorithm, Mismatch
 from rlhf.algos.critic import RAW, CriticLoss, RewardScaling, constrained
 from rlhf.algos.imitation import IMITATION
+from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.table import PREFERENCE
 from rlhf.algos.ratio import sequence_ratio, token_ratio
 from rlhf.algos.reduction import (
@@ -214,6 +215,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "gdpo": gdpo,
     **IMITATION,
     **PREFERENCE,
+    **ONLINE_PREFERENCE,
     "ppo": ppo,
     "ppo_max": ppo_max,
     "vapo": vapo,

@@ -33,11 +33,13 @@ from torch import Tensor
 from benchmarks.runs import machine
 from rlhf.algos.advantage import nothing
 from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.preference.losses import ComparedGroup, Pull
+from rlhf.algos.preference.pairing import Comparison
 from rlhf.algos.table import ALGORITHMS
 from rlhf.tensors.contrasts import Contrasts
-from rlhf.types import Counts, LossInputs
+from rlhf.types import Counts, LossInputs, Source
 
-RECORDED = (0, 50, 100, 200, 400, 800, 1600)
+RECORDED = (0, 50, 100, 200, 300, 400, 800, 1600)
 OVERSHOOT: dict[str, Algorithm] = {
     "dpo": ALGORITHMS["dpo"](beta=0.1),
     "chi_po": ALGORITHMS["chi_po"](beta=0.1, max_reward=1.0),
@@ -62,6 +64,9 @@ class Pairs:
     better: Tensor
     other: Tensor
     kept: Tensor
+    of_reference: Tensor | None = None
+    """Where the better one was sampled from the reference, and the other from the policy; else it is the
+    other way round. None: both are data."""
 
 
 def loss(algorithm: Algorithm, policy: Tensor, reference: Tensor, pairs: Pairs) -> Tensor:
@@ -94,9 +99,22 @@ def loss(algorithm: Algorithm, policy: Tensor, reference: Tensor, pairs: Pairs) 
         contrasts=None if preference is None else contrasts_of(share),
         pull=None
         if preference is None or preference.pull is None
-        else preference.pull(1) * better * share.repeat_interleave(2),
+        else (pulls_of(preference.pull, pairs, run, column) * share[:, None]).flatten(),
     )
     return algorithm.loss(batch).loss
+
+
+def pulls_of(pull: Pull, pairs: Pairs, run: Tensor, column: Tensor) -> Tensor:
+    """The pull on the two completions of each pair `[M, 2]`."""
+
+    def of(*sources: Source) -> Tensor:
+        return torch.tensor(pull(ComparedGroup([Comparison(0, 1)], [1, 1], sources)), dtype=torch.float64)
+
+    if pairs.of_reference is None:
+        return of(Source.DATA, Source.DATA).expand(len(run), 2)
+    is_reference = pairs.of_reference[run, column][:, None]
+    either = of(Source.REFERENCE, Source.POLICY), of(Source.POLICY, Source.REFERENCE)
+    return torch.where(is_reference, *either)
 
 
 def contrasts_of(weight: Tensor) -> Contrasts:

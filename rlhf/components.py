@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
+from rlhf.algos.algorithm import Algorithm
 from rlhf.checkpoints.stateful import Stateful
 from rlhf.collect.budgets import Budgets
 from rlhf.collect.collector import Collector
@@ -26,6 +27,7 @@ from rlhf.learn.buffer import Buffer
 from rlhf.learn.controllers import KLCoefficient
 from rlhf.learn.critic import Critic, critic_section
 from rlhf.learn.experience import AdvantageContext, ExperienceBuilder
+from rlhf.learn.iterate import Iterate, frozen_copy
 from rlhf.learn.learner import Learner
 from rlhf.learn.models import Models
 from rlhf.learn.optimizer import MasterAdamW
@@ -41,9 +43,11 @@ from rlhf.models.vision.embeddings import Vision
 from rlhf.rewards.constraints import Constraints
 from rlhf.rewards.success import is_correct
 from rlhf.rollout.engine import RolloutEngine
+from rlhf.rollout.engine_group import EngineGroup
 from rlhf.rollout.factory import make_engine
 from rlhf.sync.engine_on_demand import EngineOnDemand, SyncOnDemand
 from rlhf.sync.weight_sync import Sync, WeightSync, choose_probe_prompt
+from rlhf.types import Source
 
 TOLERANCE = {"bfloat16": 0.1, "float32": 1e-3}
 """`rollout.sync_tolerance`, in nats, where none is set: by `model.dtype`."""
@@ -62,6 +66,8 @@ class Components:
     pairing: Pairing
     pair_evaluation: PairEvaluation | None
     """Held-out pairs of a preference algorithm; None where `data.eval` has none."""
+    iterate: Iterate | None
+    """The policy of the last iteration; None without `iteration.steps`."""
     prefetch: Prefetch
     experience: ExperienceBuilder
     learner: Learner
@@ -78,15 +84,13 @@ class Components:
 def build_components(config: Config, inputs: Inputs, world: World) -> Components:
     """Loads the weights of all models. Raises ModelError."""
     models = _models(config, inputs, world)
-    policy, critic = models.policy, models.critic
-    optimizer = MasterAdamW(policy.model, _dtype(config), config.learner, config.steps)
-    if config.model.gradient_checkpointing:
-        _checkpoint_activations(models)
+    optimizer = MasterAdamW(models.policy.model, _dtype(config), config.learner, config.steps)
+    iterate = None if models.iterate is None else Iterate(models.policy, models.iterate, config.iteration)
     budgets = Budgets(config.budget, config.reward, config.rollout.group_size, world)
     constraints = Constraints(config.reward.constraints, inputs.rewards, world)
     perception_watch = PerceptionWatch(config.perception)
-    engine, sync, sampler = _rollout(config, inputs, world, policy)
-    sources = Sources(config, inputs, world, models.reference or policy, sampler)
+    engine, sync, sampler = _rollout(config, inputs, world, models)
+    sources = Sources(config, inputs, world, models.reference or models.policy, sampler)
     pair_evaluation = _pair_evaluation(models, sources)
     experience = _experience_builder(models, sources, constraints)
     learner = _learner(config, inputs, world, models, optimizer)
@@ -105,9 +109,10 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
         "ahead": prefetch,
         "hacking": perception_watch,
         **sources.stateful,
+        **_present(critic=models.critic, iterate=iterate),
     }
     return Components(
-        policy=policy,
+        policy=models.policy,
         engine=engine,
         sampler=sampler,
         budgets=budgets,
@@ -115,6 +120,7 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
         collector=collector,
         pairing=Pairing(config.pairs, inputs.algorithm),
         pair_evaluation=pair_evaluation,
+        iterate=iterate,
         prefetch=prefetch,
         experience=experience,
         learner=learner,
@@ -122,9 +128,13 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
         kl=kl,
         buffer=buffer,
         perception_watch=perception_watch,
-        stateful=stateful if critic is None else stateful | {"critic": critic},
+        stateful=stateful,
         preparations=sources.preparations,
     )
+
+
+def _present(**parts: Stateful | None) -> dict[str, Stateful]:
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _models(config: Config, inputs: Inputs, world: World) -> Models:
@@ -134,13 +144,20 @@ def _models(config: Config, inputs: Inputs, world: World) -> Models:
         policy, reference = _whole_models(config, inputs, world)
     else:
         policy, reference = _sharded_models(config, inputs, world, sharding)
-    return Models(
+    iterate = _iterate(config, inputs, sharding, policy) if config.iteration.steps else None
+    if config.iteration.reference == "iterate" and inputs.algorithm.needs_reference:
+        reference = iterate
+    models = Models(
         algorithm=inputs.algorithm,
         policy=policy,
         reference=reference,
+        iterate=iterate,
         critic=_critic(config, inputs, sharding or world.device, policy),
         perception=MaskedPasses.of(config, policy),
     )
+    if config.model.gradient_checkpointing:
+        _checkpoint_activations(models)
+    return models
 
 
 def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Policy | None]:
@@ -149,16 +166,34 @@ def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy,
     policy = load_policy(section, section.path, world.device, inputs.processor)
     if section.lora is not None:
         policy.add_adapter(section.lora, seed=config.seed)
-    if not inputs.algorithm.needs_reference:
+    if not _needs_starting_reference(config, inputs.algorithm):
         return policy, None
     if section.lora is not None and section.reference is None:
         return policy, WithoutAdapter(policy)
     path = section.reference or section.path
     reference = load_policy(section, path, world.device, inputs.processor)
     reference.freeze(_dtype(config))
-    if world.device.type == "cpu":
+    is_sampled = config.rollout.sources & {Source.REFERENCE, Source.MIXTURE}
+    if world.device.type == "cpu" and not is_sampled:
         reference.leave_in_file(path)
     return policy, reference
+
+
+def _needs_starting_reference(config: Config, algorithm: Algorithm) -> bool:
+    """Whether the model of the start (or `model.reference`) has to be loaded beside the policy."""
+    if config.iteration.reference == "iterate":
+        return False
+    return algorithm.needs_reference or bool(config.rollout.sources & {Source.REFERENCE, Source.MIXTURE})
+
+
+def _iterate(config: Config, inputs: Inputs, sharding: Sharding | None, policy: Policy) -> Policy:
+    """A frozen model like the policy, whose weights `Iterate` sets."""
+    if sharding is not None:
+        return load_sharded_policy(config.model, config.model.path, sharding, trains=False)
+    frozen = frozen_copy(policy, inputs.processor)
+    if policy.adapter is None:
+        frozen.freeze(_dtype(config))
+    return frozen
 
 
 def _sharded_models(
@@ -170,7 +205,7 @@ def _sharded_models(
     if not config.rollout.elsewhere:
         policy.replica = load_model(section.path, world.device, _dtype(config))
         policy.replica.requires_grad_(requires_grad=False)
-    if not inputs.algorithm.needs_reference:
+    if not _needs_starting_reference(config, inputs.algorithm):
         return policy, None
     path = section.reference or section.path
     return policy, load_sharded_policy(section, path, sharding, trains=False)
@@ -193,10 +228,10 @@ def _checkpoint_activations(models: Models) -> None:
 
 
 def _rollout(
-    config: Config, inputs: Inputs, world: World, policy: Policy
+    config: Config, inputs: Inputs, world: World, models: Models
 ) -> tuple[RolloutEngine, Sync, Sampler]:
     """The engine, what sends it the policy's weights, and what samples prompts with it."""
-    section = config.rollout
+    section, policy = config.rollout, models.policy
     policy.merge()
     tolerance = section.sync_tolerance or TOLERANCE[config.model.dtype]
     candidates = return_candidates(config, inputs.algorithm)
@@ -211,8 +246,25 @@ def _rollout(
     start = engine_starter(config, inputs, policy.rollout_model, lora_rank=rank, ranks=world)
     on_demand = config.data.mode == "offline"
     engine = EngineOnDemand(start, sync) if on_demand else start()
+    others = _frozen_engines(config, inputs, models)
+    if others:
+        engine = EngineGroup(engine, others)
     sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed, candidates)
     return engine, SyncOnDemand(sync) if on_demand else sync, sampler
+
+
+def _frozen_engines(
+    config: Config, inputs: Inputs, models: Models
+) -> dict[Source, Callable[[], RolloutEngine]]:
+    """What makes the engines of the samplers that sample from another model than the policy."""
+    kind = config.rollout.engine if config.rollout.engine in ("native", "hf") else "native"
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": kind})})
+    frozen = {Source.REFERENCE: models.reference, Source.ITERATE: models.iterate}
+    return {
+        source: engine_starter(config, inputs, model.rollout_model)
+        for source, model in frozen.items()
+        if model is not None and source in config.rollout.sources
+    }
 
 
 def engine_starter(

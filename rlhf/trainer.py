@@ -101,6 +101,9 @@ class Trainer(Loop[Config]):
         self.monitor.learned(components.learner.entropy)
         cursor.steps_done += 1
         self.monitor.phase("sync")
+        iterate = components.iterate
+        if iterate is not None and iterate.after(cursor.steps_done):
+            iterate.check(components.sync.prompt, self.world, tolerance=components.sync.tolerance)
         components.sync.push(components.engine, version=cursor.steps_done)
         components.prefetch.settle()
         metrics = self.world.merge(components.buffer.empty())

@@ -16,6 +16,7 @@ Names (one word, one meaning):
     rollout_logprobs   by the engine, of the distribution really sampled from
     old_logprobs       by the learner, at the weights before the update
     ref_logprobs       by the frozen reference
+    iterate_logprobs   by the policy of the last iteration, frozen
     logprobs           by the policy being differentiated
     candidates         the tokens that truncated sampling left; all log-probs above are then among them
     loss_mask          True where the policy chose the token and learns from it
@@ -102,6 +103,18 @@ class Prompt:
         return None if not self.images else Images(self.id, self.images)
 
 
+class Source(StrEnum):
+    """What wrote a completion: the policy, a frozen model, a mixture of two, or nobody here (a dataset)."""
+
+    POLICY = "policy"
+    REFERENCE = "reference"
+    ITERATE = "iterate"
+    """The policy of the last iteration (`iteration.steps`)."""
+    MIXTURE = "mixture"
+    """The geometric mixture of policy and reference."""
+    DATA = "data"
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What an engine returns for one sample of a request.
@@ -115,11 +128,12 @@ class Completion:
     token_ids: tuple[int, ...]
     rollout_logprobs: tuple[float, ...] | None
     """One a token, in the distribution really sampled from (temperature, top-p and top-k applied). Engines
-    always give them. None: no engine made this completion, it was read from a file."""
+    always give them. None: it is no sample of the policy at the learner's temperature."""
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
     candidates: Candidates | None = None
     """The tokens that each token was drawn from, if the request asked for them and sampling was truncated."""
+    source: Source = Source.POLICY
 
     def __post_init__(self) -> None:
         if self.rollout_logprobs is not None:
@@ -142,7 +156,7 @@ class Trajectory:
     loss_mask: tuple[bool, ...]
     turns: tuple[int, ...]
     rollout_logprobs: tuple[float, ...] | None
-    """0.0 where `loss_mask` is False. None: nobody recorded them, as for completions from a dataset."""
+    """0.0 where `loss_mask` is False. None: it is no sample of the policy at the learner's temperature."""
     finish_reason: FinishReason
     versions: tuple[VersionSpan, ...]
     text: str
@@ -151,6 +165,7 @@ class Trajectory:
     objectives: Mapping[str, float] = field(default_factory=dict[str, float])
     candidates: Candidates | None = None
     """None: sampling was not truncated, or the learner's log-probs are over the whole vocabulary anyway."""
+    source: Source = Source.POLICY
 
     @classmethod
     def single_turn(
@@ -169,6 +184,7 @@ class Trajectory:
             reward=reward,
             objectives=objectives,
             candidates=completion.candidates,
+            source=completion.source,
         )
 
 
@@ -209,6 +225,8 @@ class Counts:
     """Sequences with at least one unmasked token."""
     correct_tokens: int = 0
     """Unmasked tokens of correct completions; counted for an algorithm that imitates those."""
+    sampled: int = 0
+    """Sequences that the policy sampled, as opposed to a frozen model or a dataset."""
     comparisons: float = 0.0
     """Sum of the shares of the contrasts: pairs, or completions where labels are single."""
 
@@ -290,6 +308,8 @@ class Experience(PackedGroups):
     ref_logprobs: Tensor | None
     """fp32 `[N]`. None: no reference is needed, or the learner's own passes give them (exact KL)."""
     advantages: Tensor  # fp32 [N]
+    iterate_logprobs: Tensor | None = None
+    """fp32 `[N]`. None: the algorithm does not compare with the policy of the last iteration."""
     correct: Tensor | None = None
     """bool `[S]`: completions that solve their prompt. None: the algorithm does not ask."""
     pull: Tensor | None = None
@@ -316,6 +336,8 @@ class AdvantageInputs:
     """`[S]`: the frozen value of each sequence's prompt, when the algorithm asks for it."""
     temperature_factors: Tensor | None = None
     """`[S]`: the factor of the temperature of each sequence's prompt, when the algorithm asks for it."""
+    own: Tensor | None = None
+    """bool `[S]`: what the policy sampled. None: all of it."""
     all_sum: Callable[[Tensor], Tensor] = lambda t: t
     """Adds a tensor up over the ranks: the identity on one rank."""
 
@@ -349,6 +371,7 @@ class LossInputs:
     """Those of this microbatch, with its numbers of sequences; none of them is cut."""
     pull: Tensor | None = None
     """`[S]` of this microbatch."""
+    iterate_logprobs: Tensor | None = None
 
 
 def is_learnable(trajectory: Trajectory) -> bool:

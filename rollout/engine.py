@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf.config.rollout import RolloutConfig
 from rlhf.metrics import Metrics
 from rlhf.tensors.candidates import leaves_out
-from rlhf.types import Completion, Prompt
+from rlhf.types import Completion, Prompt, Source
 
 PauseMode = Literal["abort", "wait", "keep"]
 
@@ -79,6 +79,10 @@ class RolloutRequest:
 
     prompt: Prompt
     params: SamplingParams
+    source: Source = Source.POLICY
+    """What is sampled from; engines of one model do not look at it (rollout/engine_group.py)."""
+    mixture: float = 0.0
+    """Share of the reference, in log-probs, where `source` is MIXTURE."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
     pairs              + better - other, label P                            DPO and most others
     singles            + better, label P, and + other, label 1 - P          KTO, BCO, NCA, APO-zero
     pair_and_single    the pair, and P times "+ better, label 0"            APO-down
+    against_own        the pair, and "+ own - mean of the pair, label 0"    SPAC
 
 `stack` makes the tensors of many rows.
 """
@@ -16,6 +17,7 @@ import torch
 
 from rlhf.algos.preference.pairing import Comparison
 from rlhf.tensors.contrasts import Contrasts
+from rlhf.types import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,29 +42,30 @@ class Row:
 class Form:
     """The rows of a comparison: `pairs(Comparison(0, 1))`."""
 
-    rows: Callable[[Comparison], tuple[Row, ...]]
+    rows: Callable[[Comparison, Sequence[Source]], tuple[Row, ...]]
+    """A comparison, and the source of each completion of its group -> its rows."""
     takes_singles: bool
     """Whether a completion can be judged alone (`Comparison.other` None)."""
 
-    def __call__(self, comparison: Comparison) -> tuple[Row, ...]:
+    def __call__(self, comparison: Comparison, sources: Sequence[Source] = ()) -> tuple[Row, ...]:
         if comparison.other is None and not self.takes_singles:
             raise ValueError(
                 "the algorithm compares pairs, and there is a completion that is judged alone; "
                 "take kto, bco, nca or apo_zero, or give two completions of a prompt"
             )
-        return self.rows(comparison)
+        return self.rows(comparison, sources)
 
 
-def _pair(comparison: Comparison) -> tuple[Row, ...]:
+def _pair(comparison: Comparison, sources: Sequence[Source]) -> tuple[Row, ...]:
     assert comparison.other is not None
     return (Row(((comparison.better, 1.0), (comparison.other, -1.0)), comparison.probability),)
 
 
-def _pair_and_single(comparison: Comparison) -> tuple[Row, ...]:
+def _pair_and_single(comparison: Comparison, sources: Sequence[Source]) -> tuple[Row, ...]:
     assert comparison.other is not None
     sides = ((comparison.better, comparison.probability), (comparison.other, 1.0 - comparison.probability))
     down = tuple(Row(((i, 1.0),), target=0.0, weight=p, share=0.0) for i, p in sides if p > 0)
-    return (*_pair(comparison), *down)
+    return (*_pair(comparison, sources), *down)
 
 
 pairs = Form(_pair, takes_singles=False)
@@ -77,7 +80,7 @@ def singles(weight: float = 1.0) -> Form:
     the two losses and 1 their sum, as TRL's trainers do. A completion judged alone has the factor 1.
     """
 
-    def rows(comparison: Comparison) -> tuple[Row, ...]:
+    def rows(comparison: Comparison, sources: Sequence[Source]) -> tuple[Row, ...]:
         better = Row(((comparison.better, 1.0),), comparison.probability)
         if comparison.other is None:
             return (better,)
@@ -85,6 +88,21 @@ def singles(weight: float = 1.0) -> Form:
         return tuple(replace(row, weight=weight, share=0.5) for row in (better, other))
 
     return Form(rows, takes_singles=True)
+
+
+def against_own(pair_weight: float) -> Form:
+    """The pair, weighted; and each sample that is no data, over the mean of the pair, with label 0: it is to
+    become less likely than the data. Several samples share the weight 1.
+    """
+
+    def rows(comparison: Comparison, sources: Sequence[Source]) -> tuple[Row, ...]:
+        pair = tuple(replace(row, weight=pair_weight) for row in _pair(comparison, sources))
+        own = [i for i, source in enumerate(sources) if source != Source.DATA]
+        data = tuple((i, -0.5) for i, _ in pair[0].entries)
+        down = (Row(((i, 1.0), *data), target=0.0, weight=1.0 / len(own), share=0.0) for i in own)
+        return (*pair, *down)
+
+    return Form(rows, takes_singles=False)
 
 
 def stack(rows: Sequence[Row]) -> Contrasts:

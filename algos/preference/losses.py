@@ -25,15 +25,60 @@ from rlhf.algos.preference.scores import Score, Sums
 from rlhf.metrics import Mean, Metrics
 from rlhf.tensors.contrasts import Contrasts
 from rlhf.tensors.transfer import numbers
-from rlhf.types import LossInputs
+from rlhf.types import LossInputs, Source
 
-Pull = Callable[[int], float]
-"""Tokens of the better completion -> the constant that multiplies its log-prob in the loss."""
+
+@dataclass(frozen=True, slots=True)
+class ComparedGroup:
+    """What a loss sees of a group before it packs it: its comparisons, and each completion's tokens and
+    source."""
+
+    comparisons: Sequence[Comparison]
+    tokens: Sequence[int]
+    sources: Sequence[Source]
+
+
+Pull = Callable[[ComparedGroup], list[float]]
+"""A group -> the constant that multiplies the log-prob of each of its completions in the loss."""
 
 
 def toward_better(coef: float, *, per_token: bool) -> Pull:
     """-coef, or -coef / tokens: adds coef times the negative log-likelihood of the better completion."""
-    return lambda tokens: -coef / max(tokens, 1) if per_token else -coef
+
+    def pull(group: ComparedGroup) -> list[float]:
+        pulls = [0.0] * len(group.tokens)
+        for comparison in group.comparisons:
+            tokens = max(group.tokens[comparison.better], 1) if per_token else 1
+            pulls[comparison.better] -= coef / tokens
+        return pulls
+
+    return pull
+
+
+def away_from(source: Source, coef: float) -> Pull:
+    """+coef on what `source` sampled: adds coef times its mean log-likelihood for each comparison."""
+
+    def pull(group: ComparedGroup) -> list[float]:
+        pulled = [s == source for s in group.sources]
+        share = coef * len(group.comparisons) / max(sum(pulled), 1)
+        return [share * is_pulled for is_pulled in pulled]
+
+    return pull
+
+
+def below_data(coef: float) -> Pull:
+    """+coef on samples, -coef on the data that is compared, each a mean, for each comparison (SPAC)."""
+
+    def pull(group: ComparedGroup) -> list[float]:
+        own = [s != Source.DATA for s in group.sources]
+        pulls = [coef * len(group.comparisons) / max(sum(own), 1) * is_own for is_own in own]
+        for comparison in group.comparisons:
+            for i in (comparison.better, comparison.other):
+                if i is not None and any(own):
+                    pulls[i] -= 0.5 * coef
+        return pulls
+
+    return pull
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +92,7 @@ class Preference:
     compare: Compare
     form: Form = pairs
     uses: frozenset[str] = frozenset()
-    """The frozen models that the score reads: `reference`."""
+    """The frozen models that the score reads: `reference`, `iterate` (the policy of the last iteration)."""
     weight: float = 1.0
     """Factor of the compare part."""
     baseline: Literal["none", "other_prompts", "running_mean"] = "none"
@@ -57,21 +102,22 @@ class Preference:
     baseline_scale: float = 1.0
     """The baseline, in nats, times this is the offset of a margin."""
     pull: Pull | None = None
-    """What multiplies the log-prob of the better completion of each comparison. None: 0."""
+    """What multiplies the log-prob of each completion. None: 0."""
     bound: float | None = None
     """Where `compare` clips margins, for metrics. None: it does not."""
 
-    def rows(self, comparisons: Sequence[Comparison]) -> list[Row]:
+    def rows(self, group: ComparedGroup) -> list[Row]:
         """The rows of all comparisons of a group. Raises ValueError: the form takes no single completion."""
-        return [row for comparison in comparisons for row in self.form(comparison)]
+        return [row for comparison in group.comparisons for row in self.form(comparison, group.sources)]
 
-    def pulls(self, comparisons: Sequence[Comparison], tokens: Sequence[int]) -> list[float]:
-        """The pull of each completion of a group, which have `tokens` tokens."""
-        pulls = [0.0] * len(tokens)
-        if self.pull is not None:
-            for comparison in comparisons:
-                pulls[comparison.better] += self.pull(tokens[comparison.better])
-        return pulls
+    def pulls(self, group: ComparedGroup) -> list[float]:
+        """The pull of each completion of a group."""
+        return [0.0] * len(group.tokens) if self.pull is None else self.pull(group)
+
+    def learned(self, group: ComparedGroup) -> set[int]:
+        """The completions of a group that the loss depends on."""
+        used = {i for row in self.rows(group) for i, _ in row.entries}
+        return used | {i for i, pull in enumerate(self.pulls(group)) if pull}
 
 
 class Compared(NamedTuple):
@@ -96,12 +142,20 @@ def contrast_loss(batch: LossInputs, preference: Preference) -> tuple[Tensor, Me
 
 def _compare(batch: LossInputs, contrasts: Contrasts, preference: Preference) -> Compared:
     policy = _completion_sums(batch.logprobs, batch)  # [N], of which the first S are sequences
-    reference = None
-    if "reference" in preference.uses:
-        assert batch.ref_logprobs is not None, "the algorithm needs a reference"
-        reference = _completion_sums(batch.ref_logprobs, batch)[contrasts.sequence]
+
+    def frozen(name: str, logprobs: Tensor | None) -> Tensor | None:
+        if name not in preference.uses:
+            return None
+        assert logprobs is not None, f"the algorithm needs the log-probs of the {name}"
+        return _completion_sums(logprobs, batch)[contrasts.sequence]
+
     tokens = _completion_sums(torch.ones_like(policy), batch).clamp(min=1)
-    sums = Sums(policy[contrasts.sequence], reference, tokens[contrasts.sequence])
+    sums = Sums(
+        policy[contrasts.sequence],
+        frozen("reference", batch.ref_logprobs),
+        tokens[contrasts.sequence],
+        frozen("iterate", batch.iterate_logprobs),
+    )
     contrasts = _in(policy.dtype, contrasts)
     scores = contrasts.coefficient * preference.score(sums, contrasts.coefficient)
     margin = torch.index_add(-contrasts.offset, 0, contrasts.contrast, scores)
@@ -164,8 +218,9 @@ def _side_totals(sums: Sums, share: Tensor) -> dict[str, Tensor]:
         "logprob": (share * sums.policy.detach()).sum(),
         "tokens": (share * sums.tokens).sum(),
     }
-    if sums.reference is not None:
-        totals["logratio"] = (share * sums.log_ratio.detach()).sum()
+    if sums.reference is not None or sums.iterate is not None:
+        ratio = sums.log_ratio_to_iterate if sums.reference is None else sums.log_ratio
+        totals["logratio"] = (share * ratio.detach()).sum()
     return totals
 
 

@@ -5,6 +5,7 @@ A rule turns a scored group into comparisons. With rewards .1 .9 .5 .2 (completi
     best_worst    1 over 0, the default        first_two    1 over 0
     best_second   1 over 2                     all          1 over 2, 1 over 3, 1 over 0, 2 over 3, ...
     best_random   1 over any other one, drawn by the number of the group
+    of_data       best_worst of what the data has      dno_prct    every two with a large gap
 
 Completions without a reward are in no comparison, and equal rewards are no comparison. RLHFlow's script picks
 by the reward less a penalty for length but orients and drops ties by the raw one, which may turn a pair
@@ -17,6 +18,9 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from rlhf.types import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,8 @@ class Scored:
     rewards: Sequence[float | None]
     tokens: Sequence[int]
     truncated: Sequence[bool]
+    sources: Sequence[Source] = ()
+    """What wrote each completion; empty where a rule does not ask."""
     duels: Mapping[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
     """(i, j) -> P(i is better than j), where a label or a judge says so."""
     draw: int = 0
@@ -83,6 +89,74 @@ def every_pair(scored: Scored) -> list[Comparison]:
     return [c for place, i in enumerate(order) for j in order[place + 1 :] for c in _over(scored, i, j)]
 
 
+def of_data(scored: Scored) -> list[Comparison]:
+    """The highest over the lowest of the dataset's own completions; samples are beside them (HyPO, SPAC)."""
+    data = [r if s == Source.DATA else None for r, s in zip(scored.rewards, scored.sources, strict=True)]
+    return best_worst(replace(scored, rewards=data))
+
+
+def dno_prct(scored: Scored) -> list[Comparison]:
+    """Every two of which the better has a reward of at least 5 of 6 and leads by 2, or by 1 if the policy
+    wrote it (DNO-Prct, arXiv:2404.03715 algorithm 2).
+    """
+
+    def is_clear(comparison: Comparison) -> bool:
+        own = scored.sources[comparison.better] != Source.DATA
+        return _reward(scored, comparison.better) >= 5.0 and _gap(scored, comparison) >= (1.0 if own else 2.0)
+
+    return [c for c in every_pair(scored) if is_clear(c)]
+
+
+def adjusted(
+    scored: Scored, *, truncated: Literal["keep", "drop", "lose"] = "keep", length_penalty: float = 0.0
+) -> Scored:
+    """The group with `length_penalty` a token off its rewards, and with truncated completions as they are
+    (`keep`), without a reward (`drop`), or below all others, also for a judge (`lose`).
+    """
+    rewards = [
+        None if r is None else r - length_penalty * n
+        for r, n in zip(scored.rewards, scored.tokens, strict=True)
+    ]
+    cut = [i for i, is_cut in enumerate(scored.truncated) if is_cut]
+    duels = dict(scored.duels)
+    if truncated != "keep":
+        for i in cut:
+            rewards[i] = None if truncated == "drop" or rewards[i] is None else -math.inf
+    if truncated == "lose":
+        ended = [i for i in range(len(rewards)) if i not in cut]
+        for i, j in [(i, j) for i in ended for j in cut]:
+            duels.pop((j, i), None)
+            duels[i, j] = 1.0
+    return replace(scored, rewards=rewards, duels=duels)
+
+
+def win_rates(scored: Scored) -> list[float | None]:
+    """The mean of P(a completion beats another) over those of other sources, or over all others where there
+    is one source. P is a duel's, else the sigmoid of the difference of rewards; None: no P is known.
+    """
+    return [_win_rate(scored, i) for i in range(len(scored.rewards))]
+
+
+def _win_rate(scored: Scored, i: int) -> float | None:
+    others = [j for j in range(len(scored.rewards)) if j != i]
+    foreign = [j for j in others if scored.sources[j] != scored.sources[i]]
+    known = [p for j in foreign or others if (p := _probability(scored, i, j)) is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _probability(scored: Scored, i: int, j: int) -> float | None:
+    """P(i is better than j), where a judge or rewards say so."""
+    judged = by_preference(scored, Comparison(i, j))
+    if judged is not None:
+        return judged.probability if judged.better == i else 1.0 - judged.probability
+    if scored.rewards[i] is None or scored.rewards[j] is None:
+        return None
+    if scored.rewards[i] == scored.rewards[j]:
+        return 0.5
+    rated = by_reward(scored, Comparison(i, j))
+    return rated.probability if rated.better == i else 1.0 - rated.probability
+
+
 def hard(scored: Scored, comparison: Comparison) -> Comparison:
     """The probability that the rule gave: 1 for the rules of this file."""
     return comparison
@@ -124,6 +198,8 @@ RULES: dict[str, Rule] = {
     "best_random": best_random,
     "first_two": first_two,
     "all": every_pair,
+    "of_data": of_data,
+    "dno_prct": dno_prct,
 }
 LABELS: dict[str, Label] = {"hard": hard, "reward": by_reward, "preference": by_preference}
 

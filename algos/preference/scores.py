@@ -3,6 +3,8 @@
     log_ratio   beta D                          chi        beta (D + e^D)
     log_prob    beta log policy                 positive   beta (D - lam max(-D, 0)) on the + side
     log_odds    a - log(1 - e^a), with a the mean log-prob of a token
+    to_iterate  beta (log policy - log iterate)
+    between     log policy - (tau / eta) log reference - (1 - tau / eta) log iterate
 
 D = log policy - log reference of the whole completion, in nats.
 """
@@ -27,12 +29,19 @@ class Sums:
     reference: Tensor | None
     tokens: Tensor
     """Tokens of the completion, at least 1."""
+    iterate: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:
         """D, in nats."""
         assert self.reference is not None, "the algorithm needs a reference"
         return self.policy - self.reference
+
+    @property
+    def log_ratio_to_iterate(self) -> Tensor:
+        """log policy - log iterate, in nats."""
+        assert self.iterate is not None, "the algorithm needs the policy of the last iteration"
+        return self.policy - self.iterate
 
 
 Score = Callable[[Sums, Tensor], Tensor]
@@ -89,5 +98,31 @@ def positive(beta: float, lam: float) -> Score:
     def score(sums: Sums, coefficient: Tensor) -> Tensor:
         fallen = (-sums.log_ratio).clamp(min=0.0)
         return beta * (sums.log_ratio - lam * fallen.masked_fill(coefficient < 0, 0.0))
+
+    return score
+
+
+def to_iterate(beta: float) -> Score:
+    """beta (log policy - log iterate): DPO's score with the policy of the last iteration as reference."""
+    check_above_zero(beta=beta)
+
+    def score(sums: Sums, coefficient: Tensor) -> Tensor:
+        return beta * sums.log_ratio_to_iterate
+
+    return score
+
+
+def between(tau: float, eta: float) -> Score:
+    """(tau / eta) D + (1 - tau / eta) (log policy - log iterate) (INPO, arXiv:2407.00617).
+
+    Raises ValueError unless 0 < tau <= eta.
+    """
+    check_above_zero(tau=tau, eta=eta)
+    if tau > eta:
+        raise ValueError(f"tau must be at most eta, got tau = {tau} and eta = {eta}")
+    share = tau / eta
+
+    def score(sums: Sums, coefficient: Tensor) -> Tensor:
+        return share * sums.log_ratio + (1.0 - share) * sums.log_ratio_to_iterate
 
     return score

@@ -16,7 +16,7 @@ from rlhf.checkpoints.stateful import CheckpointError
 from rlhf.metrics import ExpMean, Max, Mean, Metrics, Partial, Sum
 from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import integers
-from rlhf.types import FinishReason, Group, Images, Prompt, Trajectory, VersionSpan
+from rlhf.types import Duel, FinishReason, Group, Images, Prompt, Source, Trajectory, VersionSpan
 
 KINDS: dict[str, type[Partial]] = {kind.__name__: kind for kind in (Mean, ExpMean, Sum, Max)}
 
@@ -75,12 +75,14 @@ def group_state(group: Group) -> dict[str, Any]:
     for t in group.trajectories:
         plain = {f.name: getattr(t, f.name) for f in fields(t)}
         plain |= {"finish_reason": t.finish_reason.value, "objectives": dict(t.objectives)}
+        plain["source"] = t.source.value
         plain |= {"versions": [[v.version, v.start, v.end] for v in t.versions]}
         if t.candidates is not None:
             plain["candidates"] = {"ids": integers(t.candidates.ids), "sizes": integers(t.candidates.sizes)}
         trajectories.append({k: list(cast(Any, v)) if isinstance(v, tuple) else v for k, v in plain.items()})
     saved = {"prompt": group.prompt.id, "digest": _digest(group.prompt)}
-    return saved | {"draw": group.draw, "trajectories": trajectories}
+    duels = [[d.first, d.second, d.probability] for d in group.duels]
+    return saved | {"draw": group.draw, "trajectories": trajectories, "duels": duels}
 
 
 def _digest(prompt: Prompt) -> str:
@@ -106,10 +108,14 @@ def group_of(state: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Group:
         }
         values["versions"] = tuple(VersionSpan(*v) for v in plain["versions"])
         values["finish_reason"] = FinishReason(plain["finish_reason"])
+        # checkpoints of earlier versions have no source: what nobody recorded came from data
+        unrecorded = plain["rollout_logprobs"] is None
+        values["source"] = Source(plain.get("source", Source.DATA if unrecorded else Source.POLICY))
         # checkpoints of earlier versions call the candidates "kept"
         candidates = values.pop("kept", None) or values.get("candidates")
         if candidates is not None:
             ids = torch.tensor(candidates["ids"], dtype=torch.int32)
             values["candidates"] = Candidates(ids, torch.tensor(candidates["sizes"], dtype=torch.long))
         trajectories.append(Trajectory(**values))
-    return Group(prompt, tuple(trajectories), draw=state["draw"])
+    duels = tuple(Duel(*duel) for duel in state.get("duels", ()))
+    return Group(prompt, tuple(trajectories), draw=state["draw"], duels=duels)

@@ -28,7 +28,7 @@ from rlhf.learn.experience import ExperienceBuilder
 from rlhf.metrics import Mean, Sum
 from rlhf.rewards.measures import reward_metrics
 from rlhf.rewards.scoring import Rewards
-from rlhf.types import Completion, Group, Prompt, Trajectory
+from rlhf.types import Completion, Group, Prompt, Source, Trajectory
 
 Sampling = Literal["groups", "completions", "positive", "priority"]
 
@@ -228,4 +228,5 @@ def _scores(group: Group) -> list[Score]:
 
 
 def _completion(prompt: Prompt, index: int, trajectory: Trajectory) -> Completion:
-    return Completion(prompt.id, index, trajectory.token_ids, None, trajectory.finish_reason, versions=())
+    ids, reason = trajectory.token_ids, trajectory.finish_reason
+    return Completion(prompt.id, index, ids, None, reason, versions=(), source=Source.DATA)

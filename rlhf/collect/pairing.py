@@ -1,7 +1,7 @@
-"""Decides which completions of a prompt are compared, for algorithms with a preference loss.
+"""Decides which completions of a prompt are compared and learned from, for preference algorithms.
 
-A group leaves here with the completions that a pair needs and no others, which would cost a forward pass for
-nothing, and with its pairs in `Group.duels`. A group without a pair is not learned from: its rewards are
+A group leaves here with the completions that the loss needs and no others, which would cost a forward pass
+for nothing, and with its pairs in `Group.duels`. A group without a pair is not learned from: its rewards are
 equal, or its completions are the same.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.preference.losses import Preference
 from rlhf.algos.preference.pairing import (
     LABELS,
     RULES,
@@ -19,12 +20,15 @@ from rlhf.algos.preference.pairing import (
     Label,
     Rule,
     Scored,
+    adjusted,
     compare_group,
+    win_rates,
 )
 from rlhf.config.pairs import PairsConfig
+from rlhf.learn.contrasts import compared_group
 from rlhf.metrics import Mean, Metrics, Sum
 from rlhf.plugins import load_plugin
-from rlhf.types import Duel, FinishReason, Group, is_learnable
+from rlhf.types import Duel, FinishReason, Group, Source, is_learnable
 
 
 class Pairing:
@@ -33,6 +37,7 @@ class Pairing:
     def __init__(self, section: PairsConfig, algorithm: Algorithm) -> None:
         """Raises ValueError: the rule is a function that cannot be found."""
         self.section, self.preference = section, algorithm.preference
+        self.own_only = algorithm.selection.own_only
         self.rule: Rule = RULES[section.rule] if section.rule in RULES else _own_rule(section.rule)
 
     def __call__(self, groups: Sequence[Group]) -> tuple[list[Group], Metrics]:
@@ -41,7 +46,7 @@ class Pairing:
         Without a preference loss these are all groups, as they are.
         """
         if self.preference is None:
-            return list(groups), {}
+            return [self._own(g) for g in groups] if self.own_only else list(groups), {}
         paired: list[Group] = []
         metrics: Metrics = {}
         tied = identical = 0
@@ -54,7 +59,7 @@ class Pairing:
             tied += not found
             identical += bool(found) and not different
             if different:
-                paired.append(_compared(group, different))
+                paired.append(_compared(group, different, self.preference))
         total = float(len(groups))
         metrics["pairs/groups"] = Sum(float(len(paired)))
         metrics["pairs/tied"] = Mean(float(tied), total)
@@ -66,8 +71,29 @@ class Pairing:
         if len(group.trajectories) < 2:
             return []
         return compare_group(
-            _scored(group), rule=self.rule, label=self._label(group), min_gap=self.section.min_gap
+            self._scored(group), rule=self.rule, label=self._label(group), min_gap=self.section.min_gap
         )
+
+    def _own(self, group: Group) -> Group:
+        """The policy's own trajectories, each with its win rate in place of its reward."""
+        rates = win_rates(self._scored(group))
+        own = [(t, r) for t, r in zip(group.trajectories, rates, strict=True) if t.source == Source.POLICY]
+        return replace(group, trajectories=tuple(replace(t, reward=rate) for t, rate in own), duels=())
+
+    def _scored(self, group: Group) -> Scored:
+        """What a rule sees: a trajectory that cannot be learned from has no reward, so it is in no
+        comparison.
+        """
+        trajectories = group.trajectories
+        scored = Scored(
+            rewards=[t.reward if is_learnable(t) else None for t in trajectories],
+            tokens=[len(t.token_ids) for t in trajectories],
+            truncated=[t.finish_reason == FinishReason.LENGTH for t in trajectories],
+            sources=[t.source for t in trajectories],
+            duels={(d.first, d.second): d.probability for d in group.duels},
+            draw=group.draw,
+        )
+        return adjusted(scored, truncated=self.section.truncated, length_penalty=self.section.length_penalty)
 
     def _label(self, group: Group) -> Label:
         if self.section.labels == "auto":
@@ -82,27 +108,17 @@ def _own_rule(path: str) -> Rule:
     return cast(Rule, found)
 
 
-def _scored(group: Group) -> Scored:
-    """What a rule sees: a trajectory that cannot be learned from has no reward, so it is in no comparison."""
-    trajectories = group.trajectories
-    return Scored(
-        rewards=[t.reward if is_learnable(t) else None for t in trajectories],
-        tokens=[len(t.token_ids) for t in trajectories],
-        truncated=[t.finish_reason == FinishReason.LENGTH for t in trajectories],
-        duels={(d.first, d.second): d.probability for d in group.duels},
-        draw=group.draw,
-    )
-
-
 def _same(group: Group, comparison: Comparison) -> bool:
     """Whether both completions have the same tokens, so that nothing can be learned from the pair."""
     first, second = comparison.better, cast(int, comparison.other)
     return group.trajectories[first].token_ids == group.trajectories[second].token_ids
 
 
-def _compared(group: Group, comparisons: Sequence[Comparison]) -> Group:
-    """The group with the compared trajectories alone, in their order, and the comparisons as its duels."""
-    used = sorted({i for c in comparisons for i in (c.better, cast(int, c.other))})
+def _compared(group: Group, comparisons: Sequence[Comparison], preference: Preference) -> Group:
+    """The group with the trajectories that the loss depends on, in their order, and the comparisons as its
+    duels.
+    """
+    used = sorted(preference.learned(compared_group(group, comparisons)))
     place = {old: new for new, old in enumerate(used)}
     duels = tuple(Duel(place[c.better], place[cast(int, c.other)], c.probability) for c in comparisons)
     return replace(group, trajectories=tuple(group.trajectories[i] for i in used), duels=duels)

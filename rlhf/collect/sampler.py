@@ -13,7 +13,7 @@ from rlhf.metrics import Mean, Metrics, Sum
 from rlhf.models.pretrained import decoded
 from rlhf.rewards.scoring import Rewards, Scoring
 from rlhf.rollout.engine import Measured, RolloutEngine, RolloutRequest, generate, sampling_of
-from rlhf.types import Completion, FinishReason, Group, Prompt
+from rlhf.types import Completion, FinishReason, Group, Prompt, Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Sampler:
     """Makes requests to an engine, and groups from the completions; training and evaluation both use it."""
 
     engine: RolloutEngine
+    """An `EngineGroup` where `section.samplers` sample from other models than the policy."""
     rewards: Rewards
     tokenizer: PreTrainedTokenizerBase
     section: RolloutConfig
@@ -45,12 +46,36 @@ class Sampler:
     def request(
         self, prompt: Prompt, *, n: int, label: str, return_candidates: bool = False
     ) -> RolloutRequest:
-        """A request for `n` completions; `label` names the draw, and its seed and request id depend on it."""
+        """A request to the policy for `n` completions; `label` names the draw, and its seed and request id
+        depend on it.
+        """
         limit, seed = self.section.max_completion_tokens, derive_seed(self.seed, label)
         params = sampling_of(
             self.section, n=n, max_tokens=limit, seed=seed, return_candidates=return_candidates
         )
         return RolloutRequest(replace(prompt, id=f"{prompt.id}@{label}"), params)
+
+    def _requests(self, prompt: Prompt, size: int, label: str) -> list[RolloutRequest]:
+        """One request for a group of `size`, or one for each of `section.samplers`."""
+        candidates = self.return_candidates
+        if not self.section.samplers:
+            return [self.request(prompt, n=size, label=label, return_candidates=candidates)]
+        requests: list[RolloutRequest] = []
+        for number, sampler in enumerate(self.section.samplers):
+            asked = self.request(prompt, n=sampler.n, label=f"{label}/{number}", return_candidates=candidates)
+            temperature = self.section.temperature if sampler.temperature is None else sampler.temperature
+            params = replace(asked.params, temperature=temperature)
+            source, mixture = Source(sampler.source), sampler.mixture or 0.0
+            requests.append(replace(asked, params=params, source=source, mixture=mixture))
+        return requests
+
+    def _as_learned(self, request: RolloutRequest, completion: Completion) -> Completion:
+        """The completion with its source. Its log-probs are those that the learner computes only where the
+        policy sampled it at the learner's temperature.
+        """
+        if request.source == Source.POLICY and request.params.temperature == self.section.temperature:
+            return completion
+        return replace(completion, source=request.source, rollout_logprobs=None, versions=(), candidates=None)
 
     def generate(
         self,
@@ -72,17 +97,23 @@ class Sampler:
         A group is submitted as soon as it is complete, while others are still decoded. If a reward function
         needs the whole step in one call, all groups are submitted together at the end.
         """
-        places = [place for place, size in enumerate(sizes) if size]
-        requests = [
-            self.request(prompts[p], n=sizes[p], label=labels[p], return_candidates=self.return_candidates)
-            for p in places
+        of_prompt = [
+            self._requests(prompts[p], sizes[p], labels[p]) if sizes[p] else [] for p in range(len(prompts))
         ]
+        places = [(p, part) for p, asked in enumerate(of_prompt) for part in range(len(asked))]
+        requests = [of_prompt[p][part] for p, part in places]
+        done: list[dict[int, list[Completion]]] = [{} for _ in prompts]
         groups: list[list[Completion]] = [[] for _ in prompts]
         scorings: dict[int, Scoring] = {}
         together = self.rewards.sees_whole_step
 
-        def finished(number: int, group: list[Completion]) -> None:
-            place = places[number]
+        def finished(number: int, part: list[Completion]) -> None:
+            place, sampler = places[number]
+            done[place][sampler] = [self._as_learned(requests[number], c) for c in part]
+            if len(done[place]) < len(of_prompt[place]):
+                return
+            whole = [c for _, own in sorted(done[place].items()) for c in own]
+            group = [replace(c, index=i) if c.index != i else c for i, c in enumerate(whole)]
             groups[place] = group
             if not together:
                 scorings[place] = self._submit([prompts[place]], [group], hooks.step, step_samples=sum(sizes))

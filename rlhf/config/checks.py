@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from rlhf.algos.algorithm import Algorithm
 from rlhf.config.pairs import PairsConfig
 from rlhf.config.run import Config
+from rlhf.config.sampler_checks import sampler_problems
 
 
 def return_candidates(config: Config, algorithm: Algorithm) -> bool:
@@ -27,6 +28,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
         *_replay(config, algorithm),
         *_preferences(config, algorithm),
         *_precomputed_reference(config, algorithm),
+        *sampler_problems(config, algorithm),
         *_sizes(config),
         *_combinations(config),
     ]
@@ -123,10 +125,11 @@ def _replay(config: Config, algorithm: Algorithm) -> Iterator[str]:
 def _preferences(config: Config, algorithm: Algorithm) -> Iterator[str]:
     """What pairs need, and what the settings of pairs are for."""
     data, name, preference = config.data, config.algorithm["name"], algorithm.preference
-    if preference is None and config.pairs != PairsConfig():
+    compares = preference is not None or algorithm.selection.own_only
+    if not compares and config.pairs != PairsConfig():
         yield f"the section pairs is for preference algorithms such as dpo, but algorithm.name is {name}"
     if preference is not None:
-        if data.mix and data.reward_column is not None:
+        if data.mix and data.reward_column is not None and config.pairs.rule != "of_data":
             yield (
                 f"data.mix puts the data's completions beside rollouts, and {name} would compare their "
                 "labels (1 for chosen, 0 for rejected) with rewards: set data.reward_column to null, so that "
@@ -137,7 +140,7 @@ def _preferences(config: Config, algorithm: Algorithm) -> Iterator[str]:
                 f"rollout.group_size is {config.rollout.group_size}, but {name} compares completions of a "
                 "prompt: it needs two or more"
             )
-        sampled = data.mode == "online" and config.pairs.rule == "all"
+        sampled = data.mode == "online" and config.pairs.rule in ("all", "dno_prct")
         compared = config.rollout.group_size if sampled else 2
         needed = data.max_prompt_tokens + compared * config.rollout.max_completion_tokens
         if config.model.packing in ("packed", "padded"):

@@ -37,6 +37,21 @@ class LearnerConfig(Section):
     are added up, so memory depends on this number and the result does not: lower it when memory runs out."""
 
 
+class IterationConfig(Section):
+    """The iterate: the policy of the last iteration, kept frozen beside the policy, to sample from or to
+    compare with (docs/preferences.md)."""
+
+    steps: Count = 0
+    """Steps of an iteration, after which the policy becomes the iterate; 0: there is none. Until then the
+    iterate is the model that the run begins with."""
+    reference: Literal["start", "iterate"] = "start"
+    """The reference of every algorithm. `start`: `model.reference`, for the whole run. `iterate`: the
+    iterate, so that each iteration is compared with the last one (iterative DPO, GRPO with a moving
+    reference)."""
+    mix: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the policy in the new iterate; the rest is the iterate before. 1: it becomes the policy."""
+
+
 class CriticConfig(Section):
     """The model of the critic, for algorithms that have one (`ppo`, `ppo_max`, `vapo`, `awr_token`). What it
     learns is set in `algorithm.critic`; its other optimizer settings are those of `learner`."""

@@ -17,13 +17,21 @@ class PairsConfig(Section):
     rule: str = "best_worst"
     """Pairs of a group of several completions. `best_worst`: the highest against the lowest reward.
     `best_second`: the highest against the next. `best_random`: the highest against a random other one.
-    `first_two`: the first two. `all`: every two. Or a function of your own, as `path/file.py:function`."""
+    `first_two`: the first two. `all`: every two. `of_data`: the best against the worst of those that the
+    data has for the prompt (HyPO, SPAC). `dno_prct`: every two of which the better has a reward of 5 or more
+    and leads by 2, or by 1 if the policy wrote it (DNO). Or a function of your own, as
+    `path/file.py:function`."""
     labels: Literal["auto", "hard", "reward"] = "auto"
     """The probability that the better one of a pair is really better. `auto`: that of the data's column
     `probability`, 1 where there is none. `hard`: 1. `reward`: the sigmoid of the difference of the two
     rewards."""
     min_gap: Annotated[float, Field(ge=0.0)] = 0.0
     """Two completions whose rewards differ by less than this, or not at all, are no pair."""
+    truncated: Literal["keep", "drop", "lose"] = "keep"
+    """Completions that were cut at their limit. `keep`: compared like others. `drop`: in no pair. `lose`:
+    worse than all that ended by themselves."""
+    length_penalty: Annotated[float, Field(ge=0.0)] = 0.0
+    """What each token takes off a reward before completions are compared."""
 
     @field_validator("rule")
     @classmethod

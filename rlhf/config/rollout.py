@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.config.section import Count, Positive, Section
 from rlhf.tensors.candidates import leaves_out
+from rlhf.types import Source
 
 ENGINES = ("native", "hf", "vllm", "vllm-server")
 
@@ -36,6 +37,32 @@ class VLLMConfig(Section):
     ...)."""
 
 
+class SamplerConfig(Section):
+    """One of the samplers of `rollout.samplers`: what it samples from, and how many completions of each
+    prompt."""
+
+    source: Literal["policy", "reference", "iterate", "mixture"] = "policy"
+    """What is sampled from. `policy`: the policy. `reference`: the frozen reference. `iterate`: the policy of
+    the last iteration (`iteration.steps`). `mixture`: policy and reference together, by `mixture`. All but
+    the policy are sampled by an engine in this process."""
+    n: Positive = 1
+    """Completions of each prompt."""
+    temperature: Annotated[float, Field(ge=0.0)] | None = None
+    """Temperature of this sampler, 0: the most probable token is always taken; not given:
+    `rollout.temperature`."""
+    mixture: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Share of the reference's log-probs with `source: mixture`; 0: the policy, 1: the reference."""
+
+    @model_validator(mode="after")
+    def has_a_share_if_it_mixes(self) -> SamplerConfig:
+        if (self.source == "mixture") != (self.mixture is not None):
+            raise ValueError(
+                "source: mixture and the share of the reference in it go together, for example "
+                f"{{source: mixture, mixture: 0.125}}; got source: {self.source}, mixture: {self.mixture}"
+            )
+        return self
+
+
 class RolloutConfig(Section):
     """The engine that samples completions, how many it samples in a step, and how it draws their tokens."""
 
@@ -46,7 +73,11 @@ class RolloutConfig(Section):
     prompts_per_step: Positive = 32
     """Prompts of one step, over all ranks."""
     group_size: Positive = 8
-    """Completions of each prompt, which form a group; with `budget.rule: knapsack` the mean over prompts."""
+    """Completions of each prompt, which form a group; with `budget.rule: knapsack` the mean over prompts.
+    With `samplers` it is their sum."""
+    samplers: tuple[SamplerConfig, ...] = ()
+    """What samples the completions of a prompt, for example
+    `[{source: policy, n: 1}, {source: reference, n: 1}]`; not given: the policy, `group_size` times."""
     max_completion_tokens: Positive = 512
     """Most tokens of a completion; a longer one is cut."""
     ahead: Literal[0, 1] = 0
@@ -71,6 +102,33 @@ class RolloutConfig(Section):
     beyond it the run stops. Not given: 0.1 in bfloat16, 0.001 in float32."""
     vllm: VLLMConfig = VLLMConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def samplers_make_the_group(cls, given: Any) -> Any:
+        """`group_size` is the sum over the samplers, where there are any and it is not given."""
+        if not isinstance(given, dict):
+            return given
+        settings = cast(dict[str, Any], given)
+        sizes = [_size(sampler) for sampler in settings.get("samplers") or ()]
+        if sizes and "group_size" not in settings and None not in sizes:
+            return settings | {"group_size": sum(n for n in sizes if n is not None)}
+        return settings
+
+    @model_validator(mode="after")
+    def has_the_size_of_its_samplers(self) -> RolloutConfig:
+        total = sum(sampler.n for sampler in self.samplers)
+        if self.samplers and total != self.group_size:
+            raise ValueError(
+                f"the samplers make {total} completions of a prompt, but group_size is {self.group_size}: "
+                "leave group_size out"
+            )
+        return self
+
+    @property
+    def sources(self) -> frozenset[Source]:
+        """What completions are sampled from."""
+        return frozenset(Source(s.source) for s in self.samplers) or frozenset({Source.POLICY})
+
     @property
     def truncates(self) -> bool:
         """Whether `top_p`, `top_k` or `min_p` keep some tokens from being drawn."""
@@ -92,6 +150,12 @@ class RolloutConfig(Section):
                 f"got {engine!r}{hint}"
             )
         return engine
+
+
+def _size(sampler: Any) -> int | None:
+    """`n` of a sampler as it was given; None where it is no number."""
+    n = cast(Any, sampler).get("n", 1) if isinstance(sampler, dict) else getattr(sampler, "n", None)
+    return n if isinstance(n, int) else None
 
 
 class BudgetConfig(Section):

@@ -19,7 +19,13 @@ from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config.algorithm import algorithm_factory
 from rlhf.config.data import DataConfig, PromptValueConfig, ReplayConfig
-from rlhf.config.learner import CriticConfig, DistributedConfig, LearnerConfig, PtxConfig
+from rlhf.config.learner import (
+    CriticConfig,
+    DistributedConfig,
+    IterationConfig,
+    LearnerConfig,
+    PtxConfig,
+)
 from rlhf.config.model import ModelConfig
 from rlhf.config.pairs import PairsConfig
 from rlhf.config.perception import PerceptionConfig
@@ -93,6 +99,7 @@ class Config(Section):
     """`name` (a key of `ALGORITHMS`, or `path/file.py:function`) and keyword arguments of that function; or
     the name alone."""
     pairs: PairsConfig = PairsConfig()
+    iteration: IterationConfig = IterationConfig()
     rollout: RolloutConfig = RolloutConfig()
     budget: BudgetConfig = BudgetConfig()
     prompt_value: PromptValueConfig = PromptValueConfig()

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.rows import Row
 from rlhf.models.chat import ChatError, Message, messages_in, of_text, template_of, tools_of, write_chat
 from rlhf.models.pretrained import decoded
-from rlhf.types import FinishReason, Trajectory
+from rlhf.types import FinishReason, Source, Trajectory
 
 MESSAGES = "messages"
 TOOLS = "tools"
@@ -168,6 +168,7 @@ class ChatTokenizer:
             versions=(),
             text=decoded(self.tokenizer, ids),
             reward=reward,
+            source=Source.DATA,
         )
 
     def _stop(self, own: list[int], following: list[int]) -> tuple[int, bool]:

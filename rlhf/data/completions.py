@@ -21,7 +21,7 @@ from rlhf.data.chats import ChatTokenizer
 from rlhf.data.preferences import FINISH_REASON, Format, Line, find_format
 from rlhf.data.prompts import PromptDataset, Row, first_row, tokenized
 from rlhf.models.vision.processor import Processor
-from rlhf.types import Completion, FinishReason, Group, Prompt, Trajectory
+from rlhf.types import Completion, FinishReason, Group, Prompt, Source, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def _trajectories(
         of_line: list[Trajectory] = []
         for index, (text, reward) in enumerate(zip(line.texts, line.rewards, strict=True)):
             ids = [*next(encoded), tokens.eos_token_id] if reason == FinishReason.STOP else next(encoded)
-            completion = Completion(row.id, index, tuple(ids), None, reason, versions=())
+            completion = Completion(row.id, index, tuple(ids), None, reason, versions=(), source=Source.DATA)
             of_line.append(Trajectory.single_turn(completion, text=text, reward=reward, objectives={}))
         yield tuple(of_line)
 

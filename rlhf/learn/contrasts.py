@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algos.preference.forms import Row, stack
-from rlhf.algos.preference.losses import Preference
+from rlhf.algos.preference.losses import ComparedGroup, Preference
 from rlhf.algos.preference.pairing import Comparison
 from rlhf.algos.value import RunningMoments
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
@@ -31,6 +31,12 @@ def comparisons_of(group: Group) -> list[Comparison]:
     return [Comparison(d.first, d.second, d.probability) for d in group.duels]
 
 
+def compared_group(group: Group, comparisons: Sequence[Comparison]) -> ComparedGroup:
+    """What a preference loss sees of a group with these comparisons."""
+    tokens = [sum(t.loss_mask) for t in group.trajectories]
+    return ComparedGroup(comparisons, tokens, [t.source for t in group.trajectories])
+
+
 def contrasts_of(groups: Sequence[Group], preference: Preference) -> tuple[Contrasts, Tensor | None]:
     """The contrasts of all comparisons, and the pull `[S]` on each sequence's log-prob, if there is any.
 
@@ -39,9 +45,9 @@ def contrasts_of(groups: Sequence[Group], preference: Preference) -> tuple[Contr
     rows: list[Row] = []
     pulls: list[float] = []
     for group in groups:
-        compared = comparisons_of(group)
-        rows += [row.shifted(len(pulls)) for row in preference.rows(compared)]
-        pulls += preference.pulls(compared, [sum(t.loss_mask) for t in group.trajectories])
+        pulled = compared_group(group, comparisons_of(group))
+        rows += [row.shifted(len(pulls)) for row in preference.rows(pulled)]
+        pulls += preference.pulls(pulled)
     return stack(rows), None if preference.pull is None else torch.tensor(pulls)
 
 

@@ -30,6 +30,7 @@ from rlhf.types import (
     FinishReason,
     Group,
     PackedGroups,
+    Source,
     Trajectory,
     is_learnable,
 )
@@ -107,6 +108,7 @@ class ExperienceBuilder:
             packed = replace(packed, contrasts=contrasts)
         old_logprobs, values = self._before_update(packed)
         ref_logprobs = self._ref_logprobs(groups, packed)
+        iterate_logprobs = self._iterate_logprobs(packed, ref_logprobs)
         if preference is not None and packed.contrasts is not None and preference.baseline != "none":
             offset = preference.baseline_scale * self._baseline(
                 groups, numbers, packed, old_logprobs, ref_logprobs
@@ -123,6 +125,7 @@ class ExperienceBuilder:
             **fields_of(packed),
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
+            iterate_logprobs=iterate_logprobs,
             perception=perception,
             critic=None if self.algorithm.critic is None else self.algorithm.critic.targets(inputs),
             correct=self._correct(groups),
@@ -194,6 +197,13 @@ class ExperienceBuilder:
         if reference is None or self.algorithm.needs_exact_kl:
             return None
         return self.logprobs(reference, packed)
+
+    def _iterate_logprobs(self, packed: PackedGroups, ref_logprobs: Tensor | None) -> Tensor | None:
+        iterate = self.models.iterate
+        if iterate is None or not self.algorithm.needs_iterate:
+            return None
+        same = iterate is self.models.reference and ref_logprobs is not None
+        return ref_logprobs if same else self.logprobs(iterate, packed)
 
     def logprobs(self, policy: Policy, packed: PackedGroups) -> Tensor:
         """Log-probs `[N]` of all tokens under `policy`, without gradient."""
@@ -291,6 +301,7 @@ class ExperienceBuilder:
             loss_mask=packed.loss_mask,
             prompt_values=by_sequence(values) if algorithm.needs_prompt_value else None,
             temperature_factors=None if algorithm.prompt_temperature is None else by_sequence(factors),
+            own=_own(trajectories, device),
             all_sum=self.world.all_sum,
         )
 
@@ -359,6 +370,12 @@ def _candidates(trajectories: Sequence[Trajectory], device: torch.device) -> Can
     return Candidates.join([t.candidates or Candidates.of([()] * len(t.token_ids)) for t in trajectories]).to(
         device
     )
+
+
+def _own(trajectories: Sequence[Trajectory], device: torch.device) -> Tensor | None:
+    """bool `[S]`: what the policy sampled; None where it is all."""
+    own = [t.source == Source.POLICY for t in trajectories]
+    return None if all(own) else torch.tensor(own, device=device)
 
 
 def _reward(trajectory: Trajectory) -> float:

@@ -201,6 +201,9 @@ class Learner:
             if experience.contrasts is None
             else experience.contrasts.within(micro.sequences).to(index.device),
             pull=None if experience.pull is None else experience.pull[sequences],
+            iterate_logprobs=None
+            if experience.iterate_logprobs is None
+            else experience.iterate_logprobs[index],
         )
 
     def _minibatch(
@@ -222,13 +225,18 @@ class Learner:
         unmasked = torch.bincount(experience.sequence[experience.loss_mask], minlength=num_sequences)  # [S]
         unmasked = unmasked * torch.isin(experience.group, chosen)
         correct = unmasked[:0] if experience.correct is None else unmasked[experience.correct]
-        sums = torch.stack([unmasked.sum(), (unmasked > 0).sum(), correct.sum()])
-        tokens, sequences, correct_tokens = integers(self.world.all_sum(sums))
+        own = unmasked if experience.recorded is None else unmasked[_own(experience)]
+        sums = torch.stack([unmasked.sum(), (unmasked > 0).sum(), correct.sum(), (own > 0).sum()])
+        tokens, sequences, correct_tokens, sampled = integers(self.world.all_sum(sums))
         comparisons = 0.0
         if self.algorithm.preference is not None:
             [comparisons] = numbers(self.world.all_sum(_shares(experience, groups).to(self.world.device)))
         return Counts(
-            tokens=tokens, sequences=sequences, correct_tokens=correct_tokens, comparisons=comparisons
+            tokens=tokens,
+            sequences=sequences,
+            correct_tokens=correct_tokens,
+            sampled=sampled,
+            comparisons=comparisons,
         )
 
     def _with_signal(
@@ -256,6 +264,13 @@ class Learner:
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.world.all_sum(torch.tensor(int(flag), device=self.world.device)).item())
+
+
+def _own(experience: Experience) -> Tensor:
+    """bool `[S]`: sequences that the policy sampled."""
+    assert experience.recorded is not None
+    unrecorded = torch.bincount(experience.sequence[~experience.recorded], minlength=len(experience.group))
+    return unrecorded == 0
 
 
 def _compared(experience: Experience) -> set[int]:

@@ -18,6 +18,8 @@ class Models:
     policy: Policy
     reference: Policy | None = None
     """The frozen model that the policy is compared with."""
+    iterate: Policy | None = None
+    """The policy of the last iteration, frozen; it may be the reference too."""
     critic: Critic | None = None
     perception: MaskedPasses | None = None
     """The policy's passes over masked images, for an algorithm with a perception term."""
@@ -25,5 +27,6 @@ class Models:
     def __post_init__(self) -> None:
         algorithm = self.algorithm
         assert self.reference is not None or not algorithm.needs_reference
+        assert self.iterate is not None or not algorithm.needs_iterate
         assert (self.critic is None) == (algorithm.critic is None)
         assert (self.perception is None) == (algorithm.perception is None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,8 @@ class Adapter:
         targets = _targets(model, section.targets)
         # sharing the parameter objects means that casting the model's weights casts those of `merged` too
         self.merged = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        self.base_model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        """The model without the adapter, of the same weights: what an engine samples the reference from."""
         config = peft.LoraConfig(
             r=section.rank,
             lora_alpha=section.alpha,
@@ -61,11 +63,33 @@ class Adapter:
         with self.peft.disable_adapter():
             yield
 
+    @property
+    def weights(self) -> dict[str, nn.Parameter]:
+        """A and B of every layer, by name."""
+        return {name: weight for name, weight in self._model.named_parameters() if ".lora_" in name}
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Generator[None]:
+        """Within this context, which must not end between a forward and its backward, the adapter has other
+        A and B.
+        """
+        before = {name: weight.data for name, weight in self.weights.items()}
+        try:
+            for name, weight in self.weights.items():
+                weight.data = weights[name]
+            yield
+        finally:
+            for name, weight in self.weights.items():
+                weight.data = before[name]
+
     @torch.no_grad()
-    def merge(self) -> None:
-        """Writes W + (alpha / rank) B A into `merged`, from the present A and B, in the compute type."""
+    def merge(self, into: PreTrainedModel | None = None) -> None:
+        """Writes W + (alpha / rank) B A into `merged`, from the present A and B, in the compute type.
+
+        `into`: another model like `base_model`, which is written to instead.
+        """
         for name, layer in self._layers.items():
-            target = self.merged.get_submodule(name)
+            target = (self.merged if into is None else into).get_submodule(name)
             base = layer.get_base_layer().weight
             weight = _merged(base, layer)
             if target.get_parameter("weight") is base:

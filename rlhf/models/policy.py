@@ -8,6 +8,7 @@ head computes something else is refused instead of trained wrongly.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -234,5 +235,41 @@ class WithoutAdapter(Policy):
         with self._trained.off():
             return self._policy.hidden(packed)
 
+    @property
+    def rollout_model(self) -> PreTrainedModel:
+        return self._trained.base_model
+
     def give_up(self) -> None:
         """Nothing: the weights are the policy's."""
+
+
+class WithAdapterOf(Policy):
+    """An earlier version of a policy with an adapter: the same weights and layout, and A and B of its own."""
+
+    def __init__(self, policy: Policy) -> None:
+        assert policy.adapter is not None
+        super().__init__(policy.model, layout=policy.layout)
+        self.vision = policy.vision
+        self._policy, self._trained = policy, policy.adapter
+        self.weights = {name: weight.detach().clone() for name, weight in self._trained.weights.items()}
+        """A and B of that version."""
+        self._merged: PreTrainedModel | None = None
+
+    def hidden(self, packed: Packed) -> Tensor:
+        assert not torch.is_grad_enabled(), "a backward would see the trained adapter"
+        with self._trained.holding(self.weights):
+            return self._policy.hidden(packed)
+
+    @property
+    def rollout_model(self) -> PreTrainedModel:
+        """A copy of the weights with this version's adapter merged; made when it is first asked for."""
+        if self._merged is None:
+            base = self._trained.base_model
+            self._merged = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+            self.merge()
+        return self._merged
+
+    def merge(self) -> None:
+        if self._merged is not None:
+            with self._trained.holding(self.weights):
+                self._trained.merge(self._merged)

@@ -9,7 +9,8 @@ Each line is an object for one group:
 `advantage` is one number where all tokens of a completion have the same advantage, else a list with one
 number for each token. `entropy` (nats, whole vocabulary) is from the forward pass of the update. A completion
 that was not learned from has neither. `entropy` is also absent where the group was skipped (all its
-advantages were 0) and where the run was stopped between two updates of the step.
+advantages were 0) and where the run was stopped between two updates of the step. A completion that the policy
+did not sample has its `source`: `reference`, `iterate`, `mixture` or `data`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf.torch_typed import numbers
-from rlhf.types import Experience, Group, Trajectory, is_learnable
+from rlhf.types import Experience, Group, Source, Trajectory, is_learnable
 
 DIGITS = 4
 
@@ -94,6 +95,8 @@ def _completion(trajectory: Trajectory, texts: TokenTexts | None) -> dict[str, A
         "finish_reason": str(trajectory.finish_reason),
         "num_tokens": sum(trajectory.loss_mask),
     }
+    if trajectory.source != Source.POLICY:
+        record["source"] = str(trajectory.source)
     return record if texts is None else record | {"tokens": texts(trajectory.token_ids)}
 
 

@@ -20,7 +20,7 @@ from rlhf.models.chat import has_clock
 from rlhf.preflight import tags
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
-from rlhf.types import AdvantageInputs
+from rlhf.types import AdvantageInputs, Source
 
 
 def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator[str]:
@@ -37,6 +37,7 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     yield from _describe_images(config, inputs)
     yield f"held out     {_held_out(config, inputs)}"
     yield from _describe_completions(config, inputs, world_size)
+    yield from _describe_samplers(config)
     updates = learner.epochs * learner.minibatches
     yield (
         f"updates      {learner.epochs} epoch(s) x {learner.minibatches} minibatch(es) = {updates} a step, "
@@ -105,7 +106,9 @@ def _describe_images(config: Config, inputs: Inputs) -> Iterator[str]:
 
 
 def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
-    reference = config.model.reference or config.model.path if inputs.algorithm.needs_reference else None
+    sources = config.rollout.sources
+    needed = inputs.algorithm.needs_reference or bool(sources & {Source.REFERENCE, Source.MIXTURE})
+    reference = config.model.reference or config.model.path if needed else None
     lora = config.model.lora
     adapter = "" if lora is None else f", LoRA of rank {lora.rank}"
     yield (
@@ -116,14 +119,29 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
         reference = "the model with its adapter switched off"
     if reference and config.data.precompute_reference:
         reference += ", asked once before the first step and then given up"
+    if reference and config.iteration.reference == "iterate":
+        reference = "the iterate"
     why = "no KL term"
     if inputs.algorithm.preference is not None:
         why = f"{config.algorithm['name']} compares log-probs of the policy alone"
     yield f"reference    {reference or f'none: {why}, not loaded'}"
+    if config.iteration.steps:
+        share = "" if config.iteration.mix == 1.0 else f"by a share of {config.iteration.mix:g} "
+        yield (
+            f"iterate      becomes the policy {share}every {config.iteration.steps} steps; until then it is "
+            f"{config.model.path}"
+        )
     if inputs.algorithm.critic is not None:
         start = config.critic.path or config.model.path
         kind = "a head on the policy" if config.critic.trunk == "policy" else f"its own model, from {start}"
         yield f"critic       {kind}, learning rate {config.critic.lr:g}"
+
+
+def _describe_samplers(config: Config) -> Iterator[str]:
+    for sampler in config.rollout.samplers:
+        temperature = config.rollout.temperature if sampler.temperature is None else sampler.temperature
+        share = "" if sampler.mixture is None else f", {sampler.mixture:g} of the reference"
+        yield f"sampled      {sampler.n} of each prompt from the {sampler.source}{share}, at {temperature:g}"
 
 
 def seconds_per_step(config: Config, inputs: Inputs, world_size: int) -> float:
@@ -232,7 +250,8 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
             "rollout.top_k, top_p or min_p truncates the distribution, and with algorithm.mismatch.kind = "
             "none the loss is computed as if it had not been truncated"
         )
-    if config.rollout.group_size == 1 and learned and not _learns_from_one(inputs.algorithm):
+    alone = config.rollout.group_size == 1 and not config.data.mix
+    if alone and learned and not _learns_from_one(inputs.algorithm):
         yield (
             f"rollout.group_size is 1, and {config.algorithm['name']} compares the completions of a prompt: "
             "all advantages are 0, so that no reward is learned from"

@@ -60,7 +60,7 @@ class SyncOnDemand:
     """The weight sync of an `EngineOnDemand`: weights are sent and checked only when an engine is started."""
 
     def __init__(self, sync: WeightSync) -> None:
-        self._sync = sync
+        self._sync, self.prompt, self.tolerance = sync, sync.prompt, sync.tolerance
 
     def push(self, engine: RolloutEngine, version: int) -> SyncReport:
         return engine.update_weights(self._sync, version)

@@ -74,6 +74,11 @@ class ProbeResult:
 class Sync(Protocol):
     """Sends the learner's weights to an engine."""
 
+    prompt: Prompt
+    """What the probe completes."""
+    tolerance: float
+    """Largest mean difference of log-probs, in nats."""
+
     def push(self, engine: RolloutEngine, version: int) -> SyncReport: ...
 
 

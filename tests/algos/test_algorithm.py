@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.algos.algorithm import KL, Algorithm, LossOutput, Mismatch
-from rlhf.algos.preference.table import PREFERENCE
 from rlhf.algos.table import ALGORITHMS
 from rlhf.metrics import merge
 from rlhf.types import Counts, LossInputs
@@ -35,7 +34,9 @@ TENSORS = (
     "correct",
 )
 # the laws of methods that compare completions are in tests/algos/preference
-every_algorithm = pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in PREFERENCE])
+every_algorithm = pytest.mark.parametrize(
+    "name", [name for name, make in ALGORITHMS.items() if not make(**REQUIRED.get(name, {})).preference]
+)
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=5)
 
 

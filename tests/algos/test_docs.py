@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from rlhf.algos.algorithm import KL, Algorithm, Mismatch
+from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.table import PREFERENCE
 from rlhf.algos.ratio import CORRECTIONS
 from rlhf.algos.table import ALGORITHMS
@@ -20,13 +21,14 @@ from rlhf.types import Counts, LossInputs
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "algorithms.md").read_text()
 # methods that compare completions have a page of their own
-BOTH = TEXT + (DOCS / "preferences.md").read_text()
+BOTH = TEXT + "".join((DOCS / f"{page}.md").read_text() for page in ("preferences", "preferences_online"))
+COMPARING = PREFERENCE.keys() | ONLINE_PREFERENCE.keys()
 SHARED = {"kl", "mismatch", "entropy_coef", "critic", "reward_scaling"}
 
 
 def section(name: str) -> str:
     found = re.search(rf"^### `{name}`$(.*?)(?=^##)", BOTH, re.MULTILINE | re.DOTALL)
-    assert found, f"neither docs/algorithms.md nor docs/preferences.md has a section for {name}"
+    assert found, f"no page has a section for {name}"
     return found[1]
 
 
@@ -42,19 +44,21 @@ def test_every_setting_is_written_down_with_its_default(name: str):
     assert written <= inspect.signature(ALGORITHMS[name]).parameters.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in PREFERENCE])
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in COMPARING])
 def test_every_algorithm_has_a_row_with_its_kl(name: str):
     row = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}` |"))
     kl = inspect.signature(ALGORITHMS[name]).parameters["kl"].default
     assert (f"{kl.coef:g} {kl.estimator}, {kl.placement}" if kl.coef else "| none |") in row
 
 
-@pytest.mark.parametrize("name", PREFERENCE)
+@pytest.mark.parametrize("name", sorted(COMPARING))
 def test_every_method_on_comparisons_has_a_row_that_says_whether_it_needs_a_reference(name: str):
     row = next(line for line in BOTH.splitlines() if line.startswith(f"| `{name}` |"))
-    algorithm = PREFERENCE[name]()
-    assert row.split("|")[6].strip() == ("yes" if algorithm.needs_reference else "no")
-    assert algorithm.kl.coef == 0
+    algorithm = ALGORITHMS[name]()
+    needs = {"reference": algorithm.needs_reference, "iterate": algorithm.needs_iterate}
+    models = " and ".join(model for model, needed in needs.items() if needed)
+    assert row.split("|")[6].strip() == ("yes" if models == "reference" else models or "no")
+    assert algorithm.kl.coef == 0 or name == "nash_md"
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo_max", "vapo"])

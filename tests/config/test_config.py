@@ -71,6 +71,9 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "eval.every",
         "eval.max_prompts",
         "eval.samples",
+        "iteration.mix",
+        "iteration.reference",
+        "iteration.steps",
         "learner.betas",
         "learner.epochs",
         "learner.eps",
@@ -96,8 +99,10 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "monitor.samples_per_step",
         "monitor.sinks",
         "pairs.labels",
+        "pairs.length_penalty",
         "pairs.min_gap",
         "pairs.rule",
+        "pairs.truncated",
         "perception.coef",
         "perception.entropy_coef",
         "perception.estimator",
@@ -133,6 +138,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "rollout.max_completion_tokens",
         "rollout.min_p",
         "rollout.prompts_per_step",
+        "rollout.samplers",
         "rollout.stop_token_ids",
         "rollout.sync_tolerance",
         "rollout.temperature",
@@ -155,6 +161,7 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
     keys = {key for name in ALGORITHMS for key in resolve_algorithm(minimal(name), max_tokens=64)} - {"name"}
     assert sorted(keys) == [
         "advantage_clip",
+        "alpha",
         "baseline",
         "beta",
         "clip",
@@ -167,6 +174,7 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
         "divergence",
         "drop_truncated",
         "entropy_coef",
+        "eta",
         "floor",
         "gamma",
         "imitation_coef",
@@ -181,6 +189,7 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
         "normalize",
         "one_sided",
         "overlong_cache",
+        "penalty",
         "per_token",
         "ratio_penalty",
         "refill",
@@ -210,7 +219,8 @@ def test_every_shipped_config_loads(path: Path):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_picking_a_name_is_picking_the_algorithm(name: str):
-    make_config(settings(algorithm=minimal(name))).build_algorithm()
+    iteration = {"steps": 5 if name in ("sppo", "dno", "inpo", "spac") else 0}
+    make_config(settings(algorithm=minimal(name), iteration=iteration)).build_algorithm()
 
 
 @pytest.mark.parametrize(

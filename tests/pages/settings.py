@@ -63,6 +63,10 @@ INTRO = {
 
 ARGUMENTS = {
     "advantage_clip": "Bound of advantages, up and down, after `whiten`; none: no bound.",
+    "alpha": (
+        "What the log-prob of a frozen model's sample is multiplied with in the loss (`selm`: times beta), "
+        "which makes it less likely; 0: plain DPO."
+    ),
     "baseline": (
         "What is taken off a reward to get the advantage. `none`: nothing. `group_mean`: the mean reward of "
         "the group. `leave_one_out`: the mean of the other rewards of the group. `prompt_value`: the frozen "
@@ -98,6 +102,9 @@ ARGUMENTS = {
         "filtering); their rewards are still compared with those of the group."
     ),
     "entropy_coef": "Weight of the policy's entropy, which is maximised; 0: it is not in the loss.",
+    "eta": (
+        "`dno`: scale of the log-ratios to the iterate. `inpo`: pairs are to differ by 1 / (2 eta) nats."
+    ),
     "floor": "Lower bound of a token's weight, which is its probability.",
     "gamma": "Margin that the better completion must have before the loss falls below log 2.",
     "imitation_coef": (
@@ -129,6 +136,10 @@ ARGUMENTS = {
         "`max_tokens` the reward falls linearly by up to 1. 0: no punishment; none: a fifth of `max_tokens`."
     ),
     "per_token": "Whether the score of a completion is divided by its tokens.",
+    "penalty": (
+        "How the policy's own sample is held below the data: `logsigmoid`, log(1 + e^u), or `linear`, u, which "
+        "has no lower bound."
+    ),
     "ratio_penalty": (
         "Weight of log(policy / reference), which is added to the loss of each token. It makes all "
         "completions of the data less likely, so it must be small beside the advantages."

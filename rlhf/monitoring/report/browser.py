@@ -96,6 +96,8 @@ def _head(completion: Record) -> str:
     advantage = completion.get("advantage")
     if isinstance(advantage, int | float):
         parts.append(f"advantage {advantage:+.2f}")
+    if "source" in completion:
+        parts.append(f"from the {completion['source']}")
     if "num_tokens" in completion:
         parts.append(f"{completion['num_tokens']} tokens")
     if completion.get("finish_reason") == "length":

@@ -16,14 +16,16 @@ from rlhf.algos.preference import compares
 from rlhf.algos.preference.compares import Compare
 from rlhf.algos.preference.forms import Row, pair_and_single, pairs, singles, stack
 from rlhf.algos.preference.losses import Preference, contrast_loss
+from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.pairing import Comparison
 from rlhf.algos.preference.scores import log_odds, log_ratio
 from rlhf.algos.preference.table import PREFERENCE
 from rlhf.metrics import merge
-from rlhf.types import Counts, LossInputs
-from tests.algos.preference.comparing import comparing
+from rlhf.types import Counts, LossInputs, Source
+from tests.algos.preference.comparing import comparing, group_of
 
-every_method = pytest.mark.parametrize("name", PREFERENCE)
+METHODS = PREFERENCE | {name: make for name, make in ONLINE_PREFERENCE.items() if make().preference}
+every_method = pytest.mark.parametrize("name", METHODS)
 COMPARES: dict[str, Compare] = {
     "logistic": compares.logistic(),
     "smoothed": compares.logistic(smoothing=0.2),
@@ -40,25 +42,31 @@ MARGINS = torch.tensor([-40.0, -2.0, -0.3, 0.0, 0.4, 1.2, 3.0, 40.0], dtype=torc
 
 
 def preference_of(name: str, **settings: Any) -> Preference:
-    preference = PREFERENCE[name](**settings).preference
+    preference = METHODS[name](**settings).preference
     assert preference is not None
     return preference
 
 
 def random_batch(preference: Preference, seed: int) -> LossInputs:
-    """Three groups of 2, 3 and 2 completions of several tokens: hard and soft labels, singles where taken."""
+    """Three groups of 2, 3 and 2 completions of several tokens: hard and soft labels, singles where taken.
+
+    Each group has one more completion, which a frozen model has sampled.
+    """
     generator = torch.Generator().manual_seed(seed)
     groups = [[Comparison(1, 0)], [Comparison(0, 2, 0.8), Comparison(1, 2, 0.55)], [Comparison(1, 0, 0.7)]]
     if preference.form.takes_singles:
         groups[2] = [Comparison(0, None, 1.0), Comparison(1, None, 0.3)]
-    sizes, rows, pull = [2, 3, 2], list[Row](), list[float]()
-    lengths = torch.randint(1, 5, (7,), generator=generator).tolist()
+    sizes, rows, pull = [3, 4, 3], list[Row](), list[float]()
+    samplers = [Source.REFERENCE, Source.ITERATE, Source.ITERATE]
+    lengths = torch.randint(1, 5, (10,), generator=generator).tolist()
     first = 0
-    for size, comparisons in zip(sizes, groups, strict=True):
-        rows += [row.shifted(first) for row in preference.rows(comparisons)]
-        pull += preference.pulls(comparisons, lengths[first : first + size])
+    for size, comparisons, sampler in zip(sizes, groups, samplers, strict=True):
+        sources = [Source.DATA] * (size - 1) + [sampler]
+        group = group_of(comparisons, lengths[first : first + size], sources)
+        rows += [row.shifted(first) for row in preference.rows(group)]
+        pull += preference.pulls(group)
         first += size
-    batch = comparing([0.0] * 7, rows, lengths=lengths, pull=pull)
+    batch = comparing([0.0] * 10, rows, lengths=lengths, pull=pull)
     n = len(batch.sequence)
     logprobs = -torch.rand(n, generator=generator, dtype=torch.float64) * 2 - 0.05
     noise = torch.randn(n, generator=generator, dtype=torch.float64)
@@ -72,6 +80,7 @@ def random_batch(preference: Preference, seed: int) -> LossInputs:
         batch,
         logprobs=logprobs.requires_grad_(),
         ref_logprobs=logprobs.detach() + 0.3 * noise,
+        iterate_logprobs=logprobs.detach() - 0.2 * noise.flip(0),
         loss_mask=mask,
         contrasts=replace(contrasts, offset=offset),
     )
@@ -83,7 +92,7 @@ def gradient(algorithm: Algorithm, batch: LossInputs) -> Tensor:
 
 @every_method
 def test_the_gradient_is_that_of_finite_differences(name: str):
-    algorithm = PREFERENCE[name]()
+    algorithm = METHODS[name]()
     batch = random_batch(preference_of(name), seed=1)
 
     def loss(logprobs: Tensor) -> Tensor:
@@ -95,11 +104,11 @@ def test_the_gradient_is_that_of_finite_differences(name: str):
 
 @every_method
 def test_splitting_the_contrasts_over_microbatches_changes_nothing(name: str):
-    algorithm = PREFERENCE[name]()
+    algorithm = METHODS[name]()
     batch = random_batch(preference_of(name), seed=2)
     whole = algorithm.loss(batch)
-    # the groups are sequences 0 1, 2 3 4 and 5 6
-    parts = [part_of(batch, [5, 6]), part_of(batch, [2, 3, 4, 0, 1])]
+    # the groups are sequences 0 to 2, 3 to 6 and 7 to 9
+    parts = [part_of(batch, [7, 8, 9]), part_of(batch, [3, 4, 5, 6, 0, 1, 2])]
     split = [algorithm.loss(part) for part in parts]
     assert sum(o.loss.item() for o in split) == pytest.approx(whole.loss.item(), abs=1e-12)
     got = torch.autograd.grad(split[0].loss + split[1].loss, batch.logprobs)[0]
@@ -116,9 +125,10 @@ def part_of(batch: LossInputs, sequences: list[int]) -> LossInputs:
     sizes = torch.tensor([int((batch.sequence == s).sum()) for s in sequences])
     assert batch.contrasts is not None and batch.ref_logprobs is not None and batch.recorded is not None
     per_token = ("logprobs", "entropy", "old_logprobs", "rollout_logprobs", "advantages", "loss_mask", "turn")
+    frozen = ("ref_logprobs", "iterate_logprobs")
     return replace(
         batch,
-        **{key: getattr(batch, key)[tokens] for key in (*per_token, "ref_logprobs", "recorded")},
+        **{key: getattr(batch, key)[tokens] for key in (*per_token, *frozen, "recorded")},
         sequence=torch.arange(len(sequences)).repeat_interleave(sizes),
         contrasts=batch.contrasts.within(torch.tensor(sequences)),
         pull=None if batch.pull is None else batch.pull[torch.tensor(sequences)],
@@ -177,7 +187,8 @@ def test_turning_a_comparison_around_with_the_other_probability_changes_nothing(
     preference = preference_of("slic", nll_coef=0.0) if name == "hinge" else preference_of(name)
 
     def loss(comparison: Comparison) -> float:
-        return contrast_loss(comparing([-1.0, -3.0], preference.rows([comparison])), preference)[0].item()
+        batch = comparing([-1.0, -3.0], preference.rows(group_of([comparison])))
+        return contrast_loss(batch, preference)[0].item()
 
     assert loss(Comparison(0, 1, 0.8)) == pytest.approx(loss(Comparison(1, 0, 0.2)), rel=1e-6)
     assert loss(Comparison(0, 1, 0.8)) != pytest.approx(loss(Comparison(1, 0, 0.8)), abs=1e-3)
@@ -186,7 +197,7 @@ def test_turning_a_comparison_around_with_the_other_probability_changes_nothing(
 def test_adding_to_both_log_ratios_changes_dpo_in_nothing_but_chi_po():
     def loss(name: str, shift: float) -> float:
         preference = preference_of(name)
-        rows = preference.rows([Comparison(0, 1)])
+        rows = preference.rows(group_of([Comparison(0, 1)]))
         return contrast_loss(comparing([0.5 + shift, -0.5 + shift], rows), preference)[0].item()
 
     assert loss("dpo", 1.0) == pytest.approx(loss("dpo", 0.0), abs=1e-12)
@@ -207,7 +218,7 @@ def test_a_pair_beyond_the_bound_of_chi_po_has_no_gradient_unless_it_is_wrong_an
     def slopes(**settings: Any) -> list[float]:
         preference = preference_of("chi_po", beta=0.1, **settings)
         # .1 (3 + e^3) = 2.3 for the first: right, wrong; within the bound
-        rows = [r for c in [(0, 1), (1, 0), (2, 1)] for r in preference.rows([Comparison(*c)])]
+        rows = preference.rows(group_of([Comparison(0, 1), Comparison(1, 0), Comparison(2, 1)]))
         batch = comparing(torch.tensor([3.0, 0.0, 1.0], dtype=torch.float64).requires_grad_(), rows)
         loss, metrics = contrast_loss(batch, preference)
         assert metrics["pairs/clipped"].value == pytest.approx(2 / 3)
@@ -243,13 +254,14 @@ def test_a_form_of_pairs_refuses_a_single_label(form: Any):
 
 
 def test_the_methods_that_take_single_labels_are_those_that_the_error_names():
-    assert {n for n in PREFERENCE if preference_of(n).form.takes_singles} == {"kto", "bco", "nca", "apo_zero"}
+    takes_singles = {n for n in METHODS if preference_of(n).form.takes_singles}
+    assert takes_singles == {"kto", "bco", "nca", "apo_zero", "sppo"}
 
 
 def test_a_single_label_counts_as_one_comparison():
     # 1 - sigmoid(.2), sigmoid(-.5), and the mean of both is that of the pair
     preference = preference_of("kto")
-    rows = preference.rows([Comparison(0, None, 1.0), Comparison(1, None, 0.0)])
+    rows = preference.rows(group_of([Comparison(0, None, 1.0), Comparison(1, None, 0.0)]))
     assert contrast_loss(comparing([2.0, -5.0], rows), preference)[0].item() == pytest.approx(
         0.413853, abs=1e-6
     )
@@ -259,7 +271,7 @@ def test_the_baseline_is_taken_from_margins():
     # beta (D - z0) with z0 1: 1 - sigmoid(.1), sigmoid(-.6)
     preference = preference_of("kto")
     assert (preference.baseline, preference.baseline_scale) == ("other_prompts", 0.1)
-    batch = comparing([2.0, -5.0], preference.rows([Comparison(0, 1)]), offset=[0.1, 0.1])
+    batch = comparing([2.0, -5.0], preference.rows(group_of([Comparison(0, 1)])), offset=[0.1, 0.1])
     expected = (1 - 1 / (1 + math.exp(-0.1)) + 1 / (1 + math.exp(0.6))) / 2
     assert contrast_loss(batch, preference)[0].item() == pytest.approx(expected, abs=1e-7)
 
@@ -268,12 +280,13 @@ def test_the_metrics_of_a_pair_and_a_tie():
     preference = preference_of("rpo")
     comparisons = [Comparison(0, 1), Comparison(2, 3), Comparison(4, 5)]
     lengths = [2, 4, 1, 1, 1, 1]
+    group = group_of(comparisons, lengths)
     batch = comparing(
         [-4.0, -6.0, -3.0, -1.0, -1.0, -1.0],
-        preference.rows(comparisons),
+        preference.rows(group),
         reference=[-5.0, -4.0, -1.0, -1.0, -1.0, -1.0],
         lengths=lengths,
-        pull=preference.pulls(comparisons, lengths),
+        pull=preference.pulls(group),
     )
     loss, metrics = contrast_loss(batch, preference)
     got = {name: value.value for name, value in metrics.items()}
@@ -301,22 +314,21 @@ def test_the_metrics_of_a_pair_and_a_tie():
 
 def test_the_metrics_of_singles_take_the_side_of_the_label_and_skip_what_has_no_share():
     kto, down = preference_of("kto"), preference_of("apo_down")
-    _, metrics = contrast_loss(comparing([2.0, -5.0], kto.rows([Comparison(0, 1)])), kto)
+    _, metrics = contrast_loss(comparing([2.0, -5.0], kto.rows(group_of([Comparison(0, 1)]))), kto)
     assert metrics["pairs/chosen_logratio"].value == 2.0
     assert metrics["pairs/rejected_logratio"].value == -5.0
     # .2 on the good side, .5 on the bad one
     assert metrics["pairs/margin"].value == pytest.approx(0.35)
     assert metrics["pairs/accuracy"].value == 1.0
-    _, metrics = contrast_loss(comparing([2.0, -5.0], down.rows([Comparison(0, 1)])), down)
+    _, metrics = contrast_loss(comparing([2.0, -5.0], down.rows(group_of([Comparison(0, 1)]))), down)
     assert metrics["pairs/margin"].value == pytest.approx(0.7)
     assert metrics["pairs/loss"].value == pytest.approx(0.881646, abs=1e-6)
     assert metrics["pairs/rejected_tokens"].value == 1.0
 
 
 def test_without_a_reference_there_are_no_log_ratios():
-    _, metrics = contrast_loss(
-        comparing([-0.5, -0.8], preference_of("simpo").rows([Comparison(0, 1)])), preference_of("simpo")
-    )
+    simpo = preference_of("simpo")
+    _, metrics = contrast_loss(comparing([-0.5, -0.8], simpo.rows(group_of([Comparison(0, 1)]))), simpo)
     assert "pairs/chosen_logratio" not in metrics
     assert "pairs/pull" not in metrics
     assert not PREFERENCE["simpo"]().needs_reference
@@ -334,7 +346,8 @@ def test_a_microbatch_without_comparisons_adds_nothing():
 def test_a_method_on_comparisons_has_no_loss_of_tokens():
     algorithm = PREFERENCE["dpo"](kl=KL(coef=0.1))
     assert algorithm.advantage is nothing
-    batch = comparing([-4.0, -6.0], algorithm.preference.rows([Comparison(0, 1)]))  # type: ignore[union-attr]
+    assert algorithm.preference is not None
+    batch = comparing([-4.0, -6.0], algorithm.preference.rows(group_of([Comparison(0, 1)])))
     metrics = algorithm.loss(batch).metrics
     assert {"entropy", "perplexity", "pairs/loss"} <= metrics.keys()
     assert {"loss/policy", "ratio/mean", "ratio/max", "kl/old", "kl/ref", "mismatch/k3"}.isdisjoint(metrics)
@@ -349,7 +362,7 @@ def test_a_method_on_comparisons_has_no_loss_of_tokens():
 def test_log_probs_are_added_up_in_fp32():
     # bf16 would give 256 for the sum of 300 ones
     preference = replace(preference_of("ipo", per_token=False), score=log_ratio(1.0))
-    batch = comparing([-300.0, 0.0], preference.rows([Comparison(0, 1)]), lengths=[300, 1])
+    batch = comparing([-300.0, 0.0], preference.rows(group_of([Comparison(0, 1)])), lengths=[300, 1])
     assert batch.ref_logprobs is not None
     small = replace(batch, logprobs=batch.logprobs.bfloat16(), ref_logprobs=batch.ref_logprobs.bfloat16())
     loss, metrics = contrast_loss(small, preference)
@@ -381,11 +394,14 @@ def test_half_of_all_labels_wrong_or_more_is_refused(make: Any):
         ("chi_po", "beta", 0.0),
         ("chi_po", "max_reward", 0.0),
         ("discopop", "tau", 2.0),
+        ("sppo", "beta", 0.0),
+        ("inpo", "eta", 0.0),
+        ("dno", "eta", -1.0),
     ],
 )
 def test_a_setting_out_of_its_range_is_refused_by_name(name: str, setting: str, value: float):
     with pytest.raises(ValueError, match=rf"^{setting} must be above 0.* got {value}"):
-        PREFERENCE[name](**{setting: value})
+        METHODS[name](**{setting: value})
 
 
 def test_rows_become_tensors():

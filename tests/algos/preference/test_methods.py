@@ -10,7 +10,7 @@ import pytest
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.preference.pairing import Comparison
 from rlhf.algos.preference.table import PREFERENCE
-from tests.algos.preference.comparing import comparing
+from tests.algos.preference.comparing import comparing, group_of
 
 
 def loss_of(
@@ -23,10 +23,9 @@ def loss_of(
     preference = algorithm.preference
     assert preference is not None
     comparisons = [Comparison(0, 1, probability)]
-    pull = preference.pulls(comparisons, lengths or [1] * len(logprobs))
-    return algorithm.loss(
-        comparing(logprobs, preference.rows(comparisons), lengths=lengths, pull=pull)
-    ).loss.item()
+    group = group_of(comparisons, lengths or [1] * len(logprobs))
+    batch = comparing(logprobs, preference.rows(group), lengths=lengths, pull=preference.pulls(group))
+    return algorithm.loss(batch).loss.item()
 
 
 PAIR = (2.0, -5.0)

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
-from rlhf.algos.preference.pairing import LABELS, RULES, Comparison, Scored, compare_group
+from rlhf.algos.preference.pairing import (
+    LABELS,
+    RULES,
+    Comparison,
+    Scored,
+    adjusted,
+    compare_group,
+    win_rates,
+)
+from rlhf.types import Source
 
 REWARDS = (0.1, 0.9, 0.5, 0.2)
 
@@ -56,7 +66,7 @@ def test_best_random_draws_any_other_one_and_the_same_again():
     assert compare_group(scored(0.9, 0.1, draw=5), rule=RULES["best_random"]) == [Comparison(0, 1)]
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", sorted(RULES.keys() - {"of_data", "dno_prct"}))
 def test_equal_rewards_are_no_pair_and_neither_is_what_has_no_reward(rule: str):
     assert compare_group(scored(0.5, 0.5, 0.5), rule=RULES[rule]) == []
     assert compare_group(scored(None, None), rule=RULES[rule]) == []
@@ -116,3 +126,68 @@ def test_a_rule_of_the_users_own_may_give_its_own_probability():
         return [Comparison(2, 1, math.exp(-1))]
 
     assert compare_group(scored(*REWARDS), rule=rule) == [Comparison(2, 1, math.exp(-1))]
+
+
+def test_of_data_compares_the_datasets_completions_alone():
+    sources = [Source.POLICY, Source.DATA, Source.DATA, Source.ITERATE]
+    group = replace(scored(9.0, 0.0, 1.0, -9.0), sources=sources)
+    assert compare_group(group, rule=RULES["of_data"]) == [Comparison(2, 1)]
+    assert compare_group(replace(group, sources=[Source.POLICY] * 4), rule=RULES["of_data"]) == []
+
+
+def test_dno_prct_takes_clear_pairs_and_trusts_the_policys_own():
+    # scores of 6: a gold completion of 6, own ones of 5 4 3 2 1
+    group = replace(scored(6.0, 5.0, 4.0, 3.0, 2.0, 1.0), sources=[Source.DATA] + [Source.POLICY] * 5)
+    found = compare_group(group, rule=RULES["dno_prct"])
+    # the gold leads by 2 over 4 and below, the 5 by 1 over 4 and below; 4 and less is no better one
+    assert {(c.better, c.other) for c in found} == {(0, j) for j in (2, 3, 4, 5)} | {
+        (1, j) for j in (2, 3, 4, 5)
+    }
+    gold = replace(group, sources=[Source.DATA] * 6)
+    assert (1, 2) not in {(c.better, c.other) for c in compare_group(gold, rule=RULES["dno_prct"])}
+
+
+def test_a_length_penalty_decides_who_is_better():
+    # .1 .9 .5 .2 less .001 a token: 0 .1 .4 .1
+    group = replace(scored(0.1, 0.9, 0.5, 0.2), tokens=[100, 800, 100, 100])
+    assert compare_group(group) == [Comparison(1, 0)]
+    assert adjusted(group, length_penalty=0.001).rewards == pytest.approx([0.0, 0.1, 0.4, 0.1])
+    assert compare_group(adjusted(group, length_penalty=0.001)) == [Comparison(2, 0)]
+
+
+def test_truncated_completions_are_compared_dropped_or_lose():
+    group = replace(
+        scored(0.1, 0.9, 0.5, 0.7), truncated=[False, True, False, True], duels={(1, 0): 0.9, (0, 2): 0.3}
+    )
+    assert compare_group(adjusted(group, truncated="keep")) == [Comparison(1, 0)]
+    assert compare_group(adjusted(group, truncated="drop")) == [Comparison(2, 0)]
+    lose = adjusted(group, truncated="lose")
+    assert compare_group(lose) == [Comparison(2, 1)]
+    # whatever a judge or the rewards say of them
+    assert compare_group(lose, rule=RULES["all"], label=LABELS["reward"])[0] == Comparison(
+        2, 0, expected(0.4)
+    )
+    assert {
+        (c.better, c.other): c.probability for c in compare_group(lose, rule=RULES["all"], label=by_duel)
+    } == {(2, 0): 0.7, (2, 1): 1.0, (2, 3): 1.0, (0, 1): 1.0, (0, 3): 1.0}
+
+
+by_duel = LABELS["preference"]
+
+
+def expected(gap: float) -> float:
+    return 1.0 / (1.0 + math.exp(-gap))
+
+
+def test_a_win_rate_is_the_mean_over_completions_of_other_sources():
+    own, other = Source.POLICY, Source.MIXTURE
+    group = replace(scored(1.0, 0.0, 0.5), sources=[own, other, other], duels={(0, 1): 0.9})
+    # a judge says .9 for the first pair; rewards say sigmoid(.5) for the second
+    rates = win_rates(group)
+    assert rates[0] == pytest.approx((0.9 + expected(0.5)) / 2)
+    assert rates[1] == pytest.approx(0.1)
+    # one source: all others; equal rewards are one half, also when both lost
+    same = replace(scored(1.0, 1.0, None), sources=[own] * 3)
+    assert win_rates(same) == [0.5, 0.5, None]
+    lost = adjusted(replace(same, truncated=[True, True, False]), truncated="lose")
+    assert win_rates(lost) == [0.25, 0.25, 1.0]
