@@ -26,6 +26,7 @@ class RewardFunction(Section):
     memory_gib: Annotated[float, Field(gt=0.0)] = 4.0
     processes: Positive = 128
     gpu: bool = False
+    variables: tuple[str, ...] = ()
 
 
 class ConstraintConfig(Section):

@@ -14,12 +14,14 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, cast
 from urllib.parse import parse_qsl
 
 from rlhf.rewards.builtin import Completion, completion_text
+from rlhf.rewards.expressions import NotAnExpression, guard_library
 from rlhf.rewards.numbers import final_answer
+from rlhf.sandbox.confined import call_confined
 
 PREFIX = "gym:"
 
@@ -34,11 +36,15 @@ def score(
     `extract` says which part of the completion is the answer. `tag`: the text inside the last
     `<answer>...</answer>`, or the whole completion if it has none; `number`: the number that
     `numeric_match` reads; `whole`: the whole completion.
+
+    Some tasks evaluate answers as Python: each is judged in a process of its own (rlhf/sandbox/confined.py),
+    and an answer that is neither a value nor a formula (expressions.py) scores 0.
     """
-    return [
-        float(_scorer(entry["task"])(_extract(completion_text(completion), extract), dict(entry["entry"])))
-        for completion, entry in zip(completions, gym, strict=True)
-    ]
+    scores: list[float] = []
+    for completion, entry in zip(completions, gym, strict=True):
+        answer, task = _extract(completion_text(completion), extract), _scorer(entry["task"])
+        scores.append(call_confined(partial(_judge, task, answer, dict(entry["entry"]))))
+    return scores
 
 
 def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -81,7 +87,17 @@ def _extract(text: str, how: str) -> str:
 
 @lru_cache
 def _scorer(task: str) -> Any:
-    return _library().get_score_answer_fn(task)
+    scorer = _library().get_score_answer_fn(task)
+    guard_library("reasoning_gym")
+    return scorer
+
+
+def _judge(task: Any, answer: str, entry: dict[str, Any]) -> float:
+    """The task's score; 0 for an answer that the task would have to run as code."""
+    try:
+        return float(task(answer, entry))
+    except NotAnExpression:
+        return 0.0
 
 
 def _registered(task: str) -> tuple[Any, Any]:

@@ -93,6 +93,9 @@ class RewardSpec:
     """Most processes of a worker, itself and those that it starts; a worker beyond it is killed."""
     gpu: bool = False
     """Whether the workers may use the GPUs of the run."""
+    variables: Sequence[str] = ()
+    """Names of environment variables that the function needs, such as keys of services. It gets those that
+    every program needs (`PATH`, `HOME`, ...), that of `params.key_variable`, and these, no others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,17 @@ def launch(settings: dict[str, Any]) -> None:
         os.setuid(NOBODY)
         # after a change of user /proc/self belongs to root, unless the process is dumpable
         _check(libc, libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
+    enter_namespaces(libc)
+    _close_files(libc, settings["folder"])
+    _become(settings, libc)
+
+
+def enter_namespaces(libc: Any) -> None:
+    """Goes on in a child with namespaces of its own: without network, without sight of other processes.
+
+    This process waits for the child, ends as the child does, and never returns. Raises OSError where the
+    system allows no namespaces.
+    """
     user, group = os.getuid(), os.getgid()
     _check(libc, libc.unshare(sum(CLONE.values()) | CLONE_NET), "unshare")
     _write("/proc/self/setgroups", "deny")
@@ -56,8 +67,6 @@ def launch(settings: dict[str, Any]) -> None:
             os.kill(os.getpid(), -code)
         os._exit(code)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    _close_files(libc, settings["folder"])
-    _become(settings, libc)
 
 
 def _wait(child: int, signals: set[signal.Signals]) -> int:
@@ -74,19 +83,24 @@ def _wait(child: int, signals: set[signal.Signals]) -> int:
             return status
 
 
-def _close_files(libc: Any, folder: str) -> None:
-    """Makes all mounts read-only, except a small tmpfs over `folder`, into which the program is copied."""
-    with open(os.path.join(folder, "program.py"), "rb") as file:
-        program = file.read()
+def make_read_only(libc: Any) -> None:
+    """Makes all mounts read-only, and lets /proc show the processes of this namespace alone."""
     _check(libc, libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None), "mount")
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY, 0, 0, 0)
     size = ctypes.sizeof(attributes)
     done = libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/", AT_RECURSIVE, ctypes.byref(attributes), size)
     _check(libc, done, "mount_setattr")
-    mounted = libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=32m,mode=777")
-    _check(libc, mounted, "mount")
     # read-only, because root could change settings of the kernel in /proc
     _check(libc, libc.mount(b"proc", b"/proc", b"proc", MS_CLOSED, None), "mount")
+
+
+def _close_files(libc: Any, folder: str) -> None:
+    """Makes all mounts read-only, except a small tmpfs over `folder`, into which the program is copied."""
+    with open(os.path.join(folder, "program.py"), "rb") as file:
+        program = file.read()
+    make_read_only(libc)
+    mounted = libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=32m,mode=777")
+    _check(libc, mounted, "mount")
     os.chdir(folder)
     with open("program.py", "wb") as file:
         file.write(program)

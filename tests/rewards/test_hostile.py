@@ -20,7 +20,7 @@ from rlhf.metrics import Mean
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards, Scoring
 from rlhf.rewards.signature import Signature
-from rlhf.rewards.workers import process
+from rlhf.rewards.workers import environment
 from rlhf.rewards.workers.keeper import descendants
 from rlhf.rewards.workers.pool import Call, RewardError, WorkerPool
 from rlhf.rewards.workers.process import WorkerProcess
@@ -351,9 +351,9 @@ def test_each_ranks_workers_see_its_own_gpu_first(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: named != "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    environment = process._environment(spec("misbehave", gpu=True))
-    assert environment.get("CUDA_VISIBLE_DEVICES") == (seen if named != "" else "")
-    assert process._environment(spec("misbehave"))["CUDA_VISIBLE_DEVICES"] == ""
+    given = environment.environment(spec("misbehave", gpu=True))
+    assert given.get("CUDA_VISIBLE_DEVICES") == (seen if named != "" else "")
+    assert environment.environment(spec("misbehave"))["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_a_sample_costs_the_trainer_a_small_part_of_a_millisecond() -> None:

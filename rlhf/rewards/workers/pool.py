@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.signature import Signature
+from rlhf.rewards.workers.environment import hidden
 from rlhf.rewards.workers.process import StartError, WorkerLost, WorkerProcess
 
 MOST_WORKERS = 8
@@ -232,7 +233,8 @@ class WorkerPool:
         elif "timeout" in answer:
             self._fail(call, Failure("timeout", _slow(answer["timeout"])), seconds)
         else:
-            self._fail(call, Failure("exception", answer["raised"], answer["traceback"]), seconds)
+            raised = answer["raised"] + hidden(answer["raised"], self.spec)
+            self._fail(call, Failure("exception", raised, answer["traceback"]), seconds)
 
     def _lost(self, unanswered: dict[int, Call], lost: WorkerLost) -> None:
         """Fails the call that was under way when the worker was lost; queues the other calls again.

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, cast
 from rlhf.plugins import absolute
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.signature import Signature
+from rlhf.rewards.workers.environment import environment, hidden
 from rlhf.rewards.workers.keeper import SLOW
 from rlhf.rewards.workers.progress import Progress
 
@@ -32,11 +33,6 @@ END_SECONDS = 30.0
 """Time limit for a keeper to kill its process tree; normally it takes milliseconds."""
 LONGEST_ANSWER = 1 << 24
 """Bytes of the answer to one call; a longer one is treated as an error."""
-
-# a worker must not compete with the threads of the trainer, and must not take itself for a rank of the run
-SINGLE_THREADED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
-GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class WorkerLost(Exception):
@@ -87,7 +83,7 @@ class WorkerProcess:
             self._keeper = subprocess.Popen(
                 [sys.executable, "-P", str(KEEPER), json.dumps(settings)],
                 pass_fds=(workers_data.fileno(), keepers_line.fileno(), self._progress.descriptor),
-                env=_environment(spec),
+                env=environment(spec),
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -111,7 +107,7 @@ class WorkerProcess:
                 compares=fields["compares"],
             )
         self.end()
-        raise StartError(answer["refused"] or _refusal(self.name, answer))
+        raise StartError((answer["refused"] or _refusal(self.name, answer)) + hidden(str(answer), self.spec))
 
     def run(self, calls: Sequence[Mapping[str, Any]], *, is_async: bool) -> Iterator[tuple[int, Any]]:
         """Yields number and answer of each call as they arrive. Raises WorkerLost; the process is then gone.
@@ -266,20 +262,3 @@ def _refusal(name: str, answer: Mapping[str, Any]) -> str:
     # the traceback without its heading and without the frames of the import system
     shown = [line for line in lines if not line.startswith(("Traceback", '  File "<frozen'))]
     return "\n".join([f"reward function {name} cannot be loaded: {answer['raised']}", *shown])
-
-
-def _environment(spec: RewardSpec) -> dict[str, str]:
-    kept = {key: value for key, value in os.environ.items() if key not in RANKS}
-    gpus = _own_gpu_first() if spec.gpu else dict.fromkeys(GPUS, "")
-    # a function may print any text, even one that is not valid Unicode
-    printing = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
-    return kept | dict.fromkeys(SINGLE_THREADED, "1") | gpus | printing
-
-
-def _own_gpu_first() -> dict[str, str]:
-    """Environment in which the GPU of this rank is the first: a worker uses the first GPU that it sees."""
-    # imported here because it imports torch, which a process that starts workers may not need
-    from rlhf.devices import visible_gpus
-
-    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), visible_gpus()
-    return {GPUS[0]: ",".join([*gpus[rank:], *gpus[:rank]])} if gpus else {}

@@ -1,0 +1,69 @@
+"""The environment variables of reward workers: those that programs need to run, and those that are named.
+
+The environment of a training run holds keys: of the Hugging Face hub, of W&B, of clouds. A reward
+function judges what a policy wrote, often with libraries of others, so it gets no key that its settings do
+not name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from rlhf.rewards.plugin import RewardSpec
+
+# a worker must not compete with the threads of the trainer
+SINGLE_THREADED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+KEPT = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|LANG|LANGUAGE|LC_\w+|TZ|TERM|TMPDIR|TEMP|TMP|XDG_\w+|VIRTUAL_ENV|CONDA_\w+"
+    r"|PYTHON\w+|LD_LIBRARY_PATH|LD_PRELOAD|SSL_CERT_(FILE|DIR)|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE"
+    r"|(ATEN|DNNL|ONEDNN|MKL|OMP|KMP|GOMP|MALLOC|GLIBC|NUMBA|TRITON)_\w+|TORCH\w*|CUDA_\w+|NVIDIA_\w+|ROCM_\w+"
+    r"|HF_(HOME|HUB_CACHE|HUB_OFFLINE|DATASETS_\w+|ENDPOINT)|HUGGINGFACE_HUB_CACHE|TRANSFORMERS_\w+"
+    r"|TOKENIZERS_PARALLELISM|NLTK_DATA|COVERAGE_\w+"
+)
+"""What a worker gets without being asked for: where things are, and how libraries compute."""
+SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
+"""In a name, what makes its value a secret wherever it stands."""
+
+
+def environment(spec: RewardSpec) -> dict[str, str]:
+    """The environment of a worker. Raises ValueError where `variables` names one that is not set."""
+    for name in spec.variables:
+        if name not in os.environ:
+            raise ValueError(
+                f"reward function {spec.path}: the environment variable {name}, named by variables, "
+                "is not set"
+            )
+    kept = {name: value for name, value in os.environ.items() if _is_given(name, spec)}
+    gpus = _own_gpu_first() if spec.gpu else dict.fromkeys(GPUS, "")
+    # a function may print any text, even one that is not valid Unicode
+    printing = {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    return kept | dict.fromkeys(SINGLE_THREADED, "1") | gpus | printing
+
+
+def hidden(message: str, spec: RewardSpec) -> str:
+    """What to add to a function's error whose message names a variable that is set, but not given to it."""
+    names = [name for name in re.findall(r"\b[A-Z][A-Z0-9_]{2,}\b", message) if name in os.environ]
+    missing = sorted({name for name in names if not _is_given(name, spec)})
+    if not missing:
+        return ""
+    return (
+        f"\n{', '.join(missing)} is set here, but reward functions get the environment variables that their "
+        f"settings name, no others: add variables: [{', '.join(missing)}] to this function"
+    )
+
+
+def _is_given(name: str, spec: RewardSpec) -> bool:
+    if name in spec.variables or name == spec.params.get("key_variable"):
+        return True
+    return KEPT.fullmatch(name) is not None and SECRET.search(name) is None
+
+
+def _own_gpu_first() -> dict[str, str]:
+    """Environment in which the GPU of this rank is the first: a worker uses the first GPU that it sees."""
+    # imported here because it imports torch, which a process that starts workers may not need
+    from rlhf.devices import visible_gpus
+
+    rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), visible_gpus()
+    return {GPUS[0]: ",".join([*gpus[rank:], *gpus[:rank]])} if gpus else {}
