@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+SAVED = ".saved"
+"""A file of a run with the name of its newest checkpoint: that there was one is known even where the folder
+of checkpoints is missing."""
 LFS = b"version https://git-lfs"
 """How the small file begins that Git LFS leaves where it has not fetched a large one."""
 

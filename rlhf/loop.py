@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from rlhf.checkpoints.saver import Saver
-from rlhf.checkpoints.stateful import Cursor, Stateful
+from rlhf.checkpoints.stateful import CheckpointError, Cursor, Stateful
 from rlhf.compute_dtype import config_with, in_words, slowness, with_dtype
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
@@ -116,9 +116,10 @@ class Loop(ABC, Generic[Settings]):
     def prepare(self) -> None:
         """Runs before the first step of every run, a resumed one too."""
 
-    def last_sampled_step(self) -> int:
-        """The last step whose completions RUN/samples.jsonl has already, when a run resumes."""
-        return self.cursor.steps_done
+    @property
+    def is_within_step(self) -> bool:
+        """Whether a resumed run goes on within a step, whose first updates may have been made already."""
+        return False
 
     def inspect(self, metrics: Metrics) -> tuple[Metrics, Sequence[str]]:
         """Further metrics, and warnings, that follow from the metrics of a step."""
@@ -212,7 +213,7 @@ class Loop(ABC, Generic[Settings]):
         if cursor.steps_done == 0:
             self.sync()
         self.prepare()
-        if cursor.steps_done == 0:
+        if cursor.steps_done == 0 and not self.is_within_step:
             self._evaluate()
         while cursor.steps_done < config.steps and not self.ends_early:
             started = time.monotonic()
@@ -249,7 +250,9 @@ class Loop(ABC, Generic[Settings]):
     def _resume(self) -> None:
         saver, monitor, cursor = self.running.saver, self.monitor, self.cursor
         newest = saver.newest() if self.config.checkpoint.resume == "auto" else None
-        if newest is not None:
+        if newest is None:
+            self._assert_new()
+        else:
             saver.resume(newest, self.running.stateful)
             self.sync()
             monitor.note(f"resumed from {newest} after step {cursor.steps_done} of {self.config.steps}")
@@ -264,8 +267,33 @@ class Loop(ABC, Generic[Settings]):
             if cursor.steps_done >= self.config.steps:
                 monitor.warn("every step is done already; to continue the run, set steps to a larger number")
         if self.world.is_main:
+            self.folder.write_settings(self.config.to_yaml())
             after = -1 if newest is None else cursor.steps_done
-            self.folder.cut(after=after, sampled=-1 if newest is None else self.last_sampled_step())
+            self.folder.cut(after=after, sampled=after + self.is_within_step)
+
+    def _assert_new(self) -> None:
+        """Raises CheckpointError where the folder holds a run that has saved checkpoints: to begin again
+        would overwrite it. A run that was ended before its first checkpoint begins again.
+        """
+        traces = self.world.gather(self.folder.traces())[0]
+        if traces:
+            raise CheckpointError(
+                "\n".join(
+                    [
+                        f"the run in {self.folder.path} cannot be continued: none of its checkpoints can be "
+                        "read. Nothing was changed.",
+                        *traces,
+                        *self.running.saver.passed_over,
+                        "Bring the checkpoints back (is their disk mounted? were they written by a newer "
+                        "version?), or begin a new run in another run_dir",
+                    ]
+                )
+            )
+        if self.world.is_main and self.folder.metrics.is_file() and self.folder.metrics.stat().st_size:
+            self.monitor.warn(
+                "no checkpoint was saved before the run ended: it begins again with step 1, and its logged "
+                "steps are written anew"
+            )
 
     def _save_interrupted(self) -> None:
         """Saves a checkpoint. A resumed run continues an interrupted step with its next update, or repeats

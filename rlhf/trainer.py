@@ -78,9 +78,9 @@ class Trainer(Loop[Config]):
                 self.running.interrupt.check()
                 self.monitor.note(prepare())
 
-    def last_sampled_step(self) -> int:
-        # a step that was interrupted between its updates has been sampled already
-        return self.cursor.steps_done + (self.components.buffer.experience is not None)
+    @property
+    def is_within_step(self) -> bool:
+        return self.components.buffer.experience is not None
 
     def inspect(self, metrics: Metrics) -> tuple[Metrics, list[str]]:
         return self.components.perception_watch.look(metrics)

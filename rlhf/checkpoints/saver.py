@@ -28,9 +28,8 @@ from rlhf.checkpoints.store import Entries
 from rlhf.checkpoints.tensor_files import TensorFile, tensor_files
 from rlhf.config.run import CheckpointConfig
 from rlhf.distributed.shards import is_sharded, savers
-from rlhf.distributed.watchdog import RankError
 from rlhf.distributed.world import World
-from rlhf.files import write_atomically
+from rlhf.files import SAVED, write_atomically
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,9 @@ class Saver:
         self.background = world.device.type == "cuda" if background is None else background
         self.token: str = world.gather(uuid4().hex[:8])[0]
         self._thread: threading.Thread | None = None
-        self._error: CheckpointError | RankError | None = None
+        self._error: BaseException | None = None
+        self.passed_over: list[str] = []
+        """Why `newest` did not take the checkpoints that it passed over."""
 
     def save(self, step: int, parts: Mapping[str, Stateful], *, score: float | None = None) -> None:
         """Waits for the checkpoint before, and writes one of `step`, in the background if that is set.
@@ -115,6 +116,7 @@ class Saver:
             found = [text for text in world.gather(error) if text is not None]
             if not found:
                 return self.folder / name
+            self.passed_over.append(found[0])
             if world.is_main:
                 checkpoint.warn_passed_over(found[0])
         return None
@@ -127,7 +129,8 @@ class Saver:
     def _write_in_background(self, job: _Job) -> None:
         try:
             self._write(job)
-        except (CheckpointError, RankError) as error:
+        except BaseException as error:
+            # nobody sees an exception in a thread: `check` raises it, whatever it is
             self._error = error
 
     def _write(self, job: _Job) -> None:
@@ -153,6 +156,11 @@ class Saver:
             raise CheckpointError(
                 checkpoint.why_not_written(self.folder, job.step, job.files, error)
             ) from error
+        except BaseException:
+            if main:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
+        write_atomically(self.folder.parent / SAVED, f"{beside.name.partition('.')[0]}\n")
         checkpoint.prune(
             self.folder, job.step, keep_last=self.section.keep_last, keep_best=self.section.keep_best
         )

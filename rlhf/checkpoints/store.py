@@ -257,12 +257,25 @@ def _name(step: int) -> str:
 
 
 def _found(folder: Path) -> list[tuple[int, Path]]:
-    """Steps and paths of the finished checkpoints, the newest first."""
-    if not folder.is_dir():
-        return []
-    matches = [(m, path) for path in folder.iterdir() if (m := _FOLDER.fullmatch(path.name))]
-    matches.sort(key=lambda match: (-int(match[0][1]), match[1].name))
-    return [(int(m[1]), path) for m, path in matches]
+    """Steps and paths of the finished checkpoints, the newest first.
+
+    The step is that of the manifest: a folder may have been renamed. Where the manifest cannot be read, the
+    name has to do.
+    """
+    found: list[tuple[int, Path]] = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := _FOLDER.fullmatch(path.name):
+            step = _step_in(path)
+            found.append((int(match[1]) if step is None else step, path))
+    return sorted(found, key=lambda entry: (-entry[0], entry[1].name))
+
+
+def _step_in(path: Path) -> int | None:
+    """The step that a checkpoint's manifest says; None where it cannot be read."""
+    try:
+        return int(_read_manifest(path / MANIFEST)["step"])
+    except (CheckpointError, OSError):
+        return None
 
 
 def remove_leftovers(folder: Path, token: str) -> None:
@@ -275,11 +288,14 @@ def remove_leftovers(folder: Path, token: str) -> None:
 def prune(folder: Path, step: int, *, keep_last: int, keep_best: int) -> None:
     """Removes old checkpoints after one of `step` was written: all but the last and the best ones.
 
-    Those of later steps are removed too: they are of an earlier run that was resumed from before them.
+    Those of later steps are removed too: they are of an earlier run that was resumed from before them. What
+    cannot be read, because it is damaged or of another version, is never removed.
     """
     kept = _best(folder, keep_best)
     last: set[int] = set()
     for found_step, path in _found(folder):
+        if _step_in(path) is None and ".replaced-" not in path.name:
+            continue
         if found_step > step:
             logger.warning("%s is of a later step than the one just written; it is removed", path)
         elif found_step not in last and len(last) < keep_last:
@@ -287,7 +303,15 @@ def prune(folder: Path, step: int, *, keep_last: int, keep_best: int) -> None:
             continue
         elif path in kept:
             continue
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint under another name, so that what a kill leaves of it is known as a leftover."""
+    leaving = path.with_name(f"{path.name.partition('.')[0]}.tmp-removed{os.getpid()}")
+    with suppress(OSError):
+        os.rename(path, leaving)
+        shutil.rmtree(leaving)
 
 
 def _best(folder: Path, count: int) -> set[Path]:

@@ -24,11 +24,11 @@ from typing import Any, cast
 
 import yaml
 
-from rlhf.files import write_atomically
+from rlhf.files import SAVED, write_atomically
 
 # names of rlhf/files.py and rlhf/checkpoints/store.py for what is being written, with the process's number
 _LEFTOVER = re.compile(
-    r"(config\.yaml|(metrics|samples)\.jsonl|(eval|calibration)\.json|report\.html|(wandb|trackio)_id)\.tmp-\d+"
+    r"(config\.yaml|\.saved|(metrics|samples)\.jsonl|(eval|calibration)\.json|report\.html|(wandb|trackio)_id)\.tmp-\d+"
     r"|(model|adapter)\.(tmp|replaced)-\d+"
 )
 
@@ -68,6 +68,10 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def saved(self) -> Path:
+        return self.path / SAVED
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -82,7 +86,8 @@ class RunFolder:
     def has_run(self) -> bool:
         """Whether the folder has steps or checkpoints; a run that failed before step 1 leaves none."""
         logged = self.metrics.is_file() and self.metrics.stat().st_size > 0
-        return logged or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+        saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        return logged or saved or self.saved.is_file()
 
     def settings(self) -> str | None:
         """The text of config.yaml, if there is one."""
@@ -90,9 +95,11 @@ class RunFolder:
 
     @contextmanager
     def claim(self, *, config: str, resume: bool) -> Generator[None]:
-        """Locks the folder for this process while the context lasts, and writes `config` to config.yaml.
+        """Locks the folder for this process while the context lasts.
 
-        With `resume` and no run in the folder, a new run begins. Raises RunFolderError when another process
+        A new run's `config` is written to config.yaml at once; that of a run that is resumed stays as it is
+        until the resume has succeeded (`write_settings`). With `resume` and no run in the folder, a new run
+        begins. Raises RunFolderError when another process
         has locked the folder (the message names its pid and host), when there is a run and `resume` is false,
         when there are other files, or when the folder cannot be created.
         """
@@ -110,10 +117,24 @@ class RunFolder:
                     "checkpoint.resume=auto continues it, another run_dir starts a new one"
                 )
             self._remove_leftovers()
-            write_atomically(self.config, config)
+            if not self.has_run():
+                self.write_settings(config)
             yield
         finally:
             os.close(descriptor)
+
+    def write_settings(self, text: str) -> None:
+        """Replaces config.yaml."""
+        write_atomically(self.config, text)
+
+    def traces(self) -> list[str]:
+        """What shows that a run in this folder has saved checkpoints; nothing if it has saved none yet."""
+        found = [f"{self.saved} says that {self._last_saved()} was saved"] if self.saved.is_file() else []
+        folders = sorted(path.name for path in self.checkpoints.glob("step_*") if ".tmp-" not in path.name)
+        return found + ([f"{self.checkpoints} holds {', '.join(folders)}"] if folders else [])
+
+    def _last_saved(self) -> str:
+        return self.saved.read_text(encoding="utf-8", errors="replace").strip()[:100]
 
     def cut(self, *, after: int, sampled: int | None = None) -> None:
         """Drops the entries of steps after `after`, so that a resumed run logs each step once.

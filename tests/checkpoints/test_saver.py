@@ -151,3 +151,44 @@ def test_on_a_gpu_it_is_in_the_background_unless_set(tmp_path: Path) -> None:
     assert not Saver(tmp_path, CheckpointConfig(), ALONE, timeout=1.0).background
     elsewhere = World(0, 1, torch.device("cuda", 0))
     assert Saver(tmp_path, CheckpointConfig(), elsewhere, timeout=1.0).background
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_whatever_stops_a_save_is_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(rlhf.checkpoints.store, "save_file", fail)
+    writer = saver(tmp_path / "checkpoints", background=background)
+    with pytest.raises(MemoryError, match="no memory"):
+        writer.save(1, {"part": Part(1)})
+        writer.wait()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_the_step_of_a_checkpoint_is_what_its_manifest_says(tmp_path: Path) -> None:
+    writer = saver(tmp_path, keep_last=3)
+    for step in (2, 4):
+        writer.save(step, {"part": Part(step)})
+    (tmp_path / "step_000002").rename(tmp_path / "step_000009")
+    assert writer.newest() == tmp_path / "step_000004"
+    writer.save(6, {"part": Part(6)})
+    # the renamed one is of step 2: it is neither the newest nor of a later step
+    assert steps(tmp_path) == [4, 6, 9]
+
+
+@pytest.mark.parametrize("change", [('"format": 2', '"format": 3'), ('"step": 8', '"step": 7')])
+def test_what_cannot_be_read_is_never_removed(tmp_path: Path, change: tuple[str, str]) -> None:
+    """A checkpoint of a newer version, and one whose manifest is damaged."""
+    writer = saver(tmp_path, keep_last=1)
+    writer.save(8, {"part": Part(8)})
+    manifest = tmp_path / "step_000008" / "manifest.json"
+    assert change[0] in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(*change))
+    writer.save(1, {"part": Part(1)})
+    writer.save(2, {"part": Part(2)})
+    assert steps(tmp_path) == [2, 8]
+    assert writer.newest() == tmp_path / "step_000002"
+    assert len(writer.passed_over) == 1 and "step_000008" in writer.passed_over[0]

@@ -70,6 +70,9 @@ def test_an_earlier_run_is_overwritten_only_when_resume_was_asked_for(tmp_path: 
         pass
     assert run.config.read_text() == "old"
     with run.claim(config="new", resume=True):
+        # until the run has been resumed
+        assert run.config.read_text() == "old"
+        run.write_settings("new")
         assert run.config.read_text() == "new"
 
 
