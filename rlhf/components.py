@@ -163,7 +163,7 @@ def _models(config: Config, inputs: Inputs, world: World) -> Models:
 def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Policy | None]:
     """Policy and reference, each as a whole on this rank's device."""
     section = config.model
-    policy = load_policy(section, section.path, world.device, inputs.processor)
+    policy = load_policy(section, section.path, world.device, inputs.processor, longest=_longest(config))
     if section.lora is not None:
         policy.add_adapter(section.lora, seed=config.seed)
     if not _needs_starting_reference(config, inputs.algorithm):
@@ -171,7 +171,7 @@ def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy,
     if section.lora is not None and section.reference is None:
         return policy, WithoutAdapter(policy)
     path = section.reference or section.path
-    reference = load_policy(section, path, world.device, inputs.processor)
+    reference = load_policy(section, path, world.device, inputs.processor, longest=_longest(config))
     reference.freeze(_dtype(config))
     is_sampled = config.rollout.sources & {Source.REFERENCE, Source.MIXTURE}
     if world.device.type == "cpu" and not is_sampled:
@@ -201,14 +201,15 @@ def _sharded_models(
 ) -> tuple[Policy, Policy | None]:
     """Policy and reference, each in shards; an engine in this process samples from a whole `replica`."""
     section = config.model
-    policy = load_sharded_policy(section, section.path, sharding, trains=True)
+    longest = _longest(config)
+    policy = load_sharded_policy(section, section.path, sharding, trains=True, longest=longest)
     if not config.rollout.elsewhere:
         policy.replica = load_model(section.path, world.device, _dtype(config))
         policy.replica.requires_grad_(requires_grad=False)
     if not _needs_starting_reference(config, inputs.algorithm):
         return policy, None
     path = section.reference or section.path
-    return policy, load_sharded_policy(section, path, sharding, trains=False)
+    return policy, load_sharded_policy(section, path, sharding, trains=False, longest=longest)
 
 
 def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, policy: Policy) -> Critic | None:
@@ -218,7 +219,7 @@ def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, pol
     if config.critic.trunk == "policy":
         return Critic.on_policy_trunk(policy, section, config.steps)
     path = config.critic.path or config.model.path
-    return Critic.on_own_trunk(path, device, _dtype(config), section, config.steps)
+    return Critic.on_own_trunk(path, device, _dtype(config), section, config.steps, longest=_longest(config))
 
 
 def _checkpoint_activations(models: Models) -> None:
@@ -282,7 +283,7 @@ def engine_starter(
         model,
         eos_token_ids=inputs.eos_token_ids,
         kv_cache_gib=section.kv_cache_gib,
-        max_tokens=config.data.max_prompt_tokens + section.max_completion_tokens,
+        max_tokens=_longest(config),
         dtype=_dtype(config),
         vllm=section.vllm,
         image_inputs=None if inputs.processor is None else Vision(model, inputs.processor),
@@ -343,6 +344,11 @@ def _learner(config: Config, inputs: Inputs, world: World, models: Models, optim
             budget=section.microbatch_tokens,
         )
     return Learner(models, optimizer, world, section, temperature=temperature, pretraining=pretraining)
+
+
+def _longest(config: Config) -> int:
+    """The most tokens that prompt and completion have together."""
+    return config.data.max_prompt_tokens + config.rollout.max_completion_tokens
 
 
 def _dtype(config: Config) -> torch.dtype:

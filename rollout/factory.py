@@ -41,15 +41,15 @@ def make_engine(
 
     If "native" cannot decode the model, "hf" takes its place, with a warning that says why. A name like
     `path/file.py:name` or `package.module:name` is a user's function, called with `model` and
-    `eos_token_ids`. `image_inputs` is needed for prompts with images. The other arguments are for vLLM:
-    `max_tokens` limits prompt and completion together (default: the model's limit), `dtype` is that of the
+    `eos_token_ids`. `image_inputs` is needed for prompts with images. `max_tokens` limits prompt and
+    completion together (default: the model's limit). The other arguments are for vLLM: `dtype` is that of the
     weights sent (default: that of `model`), `lora_rank` that of the policy's adapter (0: none), and `ranks`
     share servers. Raises ValueError for an unknown name, EngineError if vLLM cannot start.
     """
     if ":" in name:
         return load_object(name)(model, eos_token_ids=eos_token_ids)
     if name == "native":
-        return _native_or_hf(model, eos_token_ids, kv_cache_gib, image_inputs)
+        return _native_or_hf(model, eos_token_ids, kv_cache_gib, max_tokens, image_inputs)
     if name == "hf":
         return HFEngine(model, eos_token_ids=eos_token_ids, image_inputs=image_inputs)
     if name not in ("vllm", "vllm-server"):
@@ -76,11 +76,19 @@ def make_engine(
 
 
 def _native_or_hf(
-    model: nn.Module, eos_token_ids: Sequence[int], kv_cache_gib: float, image_inputs: ImageInputs | None
+    model: nn.Module,
+    eos_token_ids: Sequence[int],
+    kv_cache_gib: float,
+    max_tokens: int | None,
+    image_inputs: ImageInputs | None,
 ) -> NativeEngine | HFEngine:
     try:
         return NativeEngine(
-            model, eos_token_ids=eos_token_ids, kv_cache_gib=kv_cache_gib, image_inputs=image_inputs
+            model,
+            eos_token_ids=eos_token_ids,
+            kv_cache_gib=kv_cache_gib,
+            max_tokens=max_tokens,
+            image_inputs=image_inputs,
         )
     except ValueError as error:
         # attributed to the caller of `make_engine`

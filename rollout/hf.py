@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from rlhf.rollout.engine import ImageInputs, PauseMode, RolloutRequest, SyncReport, WeightSource
-from rlhf.rollout.learner_module import Model, causal_model, sampling_mode, take_weights
+from rlhf.rollout.learner_module import Model, causal_model, exact_attention, sampling_mode, take_weights
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import Drawn, RowSampling, sample
 from rlhf.types import Completion
@@ -54,7 +54,7 @@ class HFEngine:
     ) -> None:
         self._model, self._image_inputs = causal_model(model), image_inputs
         self._eos_token_ids = tuple(eos_token_ids)
-        self._attention = "sdpa" if self._model._supports_sdpa else None
+        self._attention = exact_attention(self._model)
         self._waiting: list[RolloutRequest] = []
         self._finished: list[Completion] = []
         self._version = 0

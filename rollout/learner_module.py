@@ -32,8 +32,17 @@ def causal_model(module: nn.Module) -> Model:
     return module
 
 
+def exact_attention(model: Model) -> str:
+    """The fastest registered attention that computes what the model defines: "sdpa", else "eager".
+
+    transformers' "sdpa" leaves out a soft cap of the scores.
+    """
+    capped = model.config.get_text_config().to_dict().get("attn_logit_softcapping")
+    return "sdpa" if model._supports_sdpa and not capped else "eager"
+
+
 @contextmanager
-def sampling_mode(model: Model, attention: str | None) -> Generator[None]:
+def sampling_mode(model: Model, attention: str) -> Generator[None]:
     """Evaluation mode, no gradients and the named attention; the module is restored at the end.
 
     It uses `no_grad`, not `inference_mode`: a module that keeps a tensor between forwards (such as rotary
@@ -50,13 +59,11 @@ def sampling_mode(model: Model, attention: str | None) -> Generator[None]:
 
     model.eval()
     try:
-        if attention is not None:
-            attend(attention)
+        attend(attention)
         with torch.no_grad():
             yield
     finally:
-        if attention is not None:
-            attend(before)
+        attend(before)
         for module in training:
             module.training = True
 

@@ -54,12 +54,15 @@ class Critic(Stateful):
         dtype: torch.dtype,
         section: LearnerConfig,
         total_steps: int,
+        *,
+        longest: int | None = None,
     ) -> Critic:
         """A critic from the model at `path`, as a whole on a device, or in shards.
 
-        Raises ModelError: there is no model at `path`, or it is a reward model that gives several scores.
+        `longest` is that of `load_trunk`. Raises ModelError: there is no model at `path`, or it is a reward
+        model that gives several scores.
         """
-        trunk, weight = load_trunk(path, device)
+        trunk, weight = load_trunk(path, device, longest=longest)
         head = value_head(trunk.model, weight, trunk.model.device)
         if head.out_features != 1:
             raise ModelError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ from rlhf.config.model import LoraConfig
 from rlhf.distributed.world import derive_seed
 from rlhf.models.pretrained import ModelError, head_of
 from rlhf.torch_typed import modules_by_name, seeded
+
+log = logging.getLogger(__name__)
 
 NAME = "default"
 """Name of the adapter within the names of its weights; peft leaves it out of the files it writes."""
@@ -40,6 +43,8 @@ class Adapter:
         # imported here because it is an optional dependency; its annotations are too incomplete for pyright
         peft: Any = importlib.import_module("peft")
         targets = _targets(model, section.targets)
+        if frozen := frozen_experts(model):
+            log.warning("%s: %s", model.name_or_path, frozen)
         # sharing the parameter objects means that casting the model's weights casts those of `merged` too
         self.merged = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         self.base_model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -159,6 +164,29 @@ def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
         # convolutions
         targets |= {target} if named == _ending_in(target, modules) else named
     return sorted(targets)
+
+
+def frozen_experts(model: PreTrainedModel) -> str | None:
+    """A sentence about the experts of a mixture that get no adapter; None: there are none.
+
+    transformers holds the matrices of all experts of a layer in one parameter of three dimensions, which no
+    linear layer computes with.
+    """
+    last: set[str] = set()
+    held = total = 0
+    for module in modules_by_name(model).values():
+        for name, weight in module.named_parameters(recurse=False):
+            total += weight.numel()
+            # convolutions have weights of three dimensions too
+            if weight.dim() == 3 and "bias" not in name and "Conv" not in type(module).__name__:
+                last.add(name)
+                held += weight.numel()
+    if not last:
+        return None
+    return (
+        f"the experts' weights ({', '.join(sorted(last))}; {held / total:.0%} of all) are no linear layers: "
+        "they get no adapter and stay frozen"
+    )
 
 
 def _ending_in(target: str, names: Iterable[str]) -> set[str]:

@@ -43,6 +43,11 @@ class GroupSpan:
     def end(self) -> int:
         return self.start + self.prompt + sum(self.completions)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence: the prompt and one completion."""
+        return self.prompt + max(self.completions, default=0)
+
 
 @dataclass(frozen=True, slots=True)
 class Packed:
@@ -61,6 +66,11 @@ class Packed:
     """Images of each span's prompt; empty where no prompt has any. `positions` does not account for them."""
     candidates: Candidates | None = None
     """The candidates that each of the N tokens was drawn from; None: the whole vocabulary."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(span.longest for span in self.spans)
 
 
 @dataclass(frozen=True, slots=True)

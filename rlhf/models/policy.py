@@ -17,22 +17,19 @@ from transformers import PreTrainedModel
 
 from rlhf.config.model import LoraConfig
 from rlhf.kernels.token_stats import TokenStats, whole
+from rlhf.models.attention import constant_up_to, set_attention
 from rlhf.models.heads import Head
+from rlhf.models.layers.checkpointing import checkpoint_layers
 from rlhf.models.layers.recompute import recomputing
 from rlhf.models.layers.shared_prefix import SHARED_PREFIX
 from rlhf.models.lora import Adapter
 from rlhf.models.memory_mapped import MemoryMappedWeights
 from rlhf.models.packing import Layout, Packed, least, padded, separate
-from rlhf.models.pretrained import (
-    ModelError,
-    attention_of,
-    checkpoint_activations,
-    model_folder,
-    set_attention,
-)
+from rlhf.models.pretrained import ModelError, model_folder
 from rlhf.models.sharding import backbone, free_gathered, gathered
 from rlhf.models.vision.embeddings import Vision
 from rlhf.models.vision.processor import Processor
+from rlhf.rollout.learner_module import exact_attention
 
 
 class Trunk:
@@ -46,7 +43,8 @@ class Trunk:
     def __init__(self, model: PreTrainedModel, *, layout: Layout, processor: Processor | None = None) -> None:
         self.model = model
         self.vision = None if processor is None else Vision(model, processor)
-        self._own_attention = attention_of(model)
+        self._own_attention = exact_attention(model)
+        self._longest = constant_up_to(model.config)
         self.layout = layout
 
     @property
@@ -67,21 +65,27 @@ class Trunk:
             parameter.data = parameter.data.to(dtype)
 
     def checkpoint_activations(self) -> None:
-        """Saves activation memory by running each layer's forward a second time in the backward pass."""
-        checkpoint_activations(self.model)
-        # transformers checkpoints in training mode only; dropout was switched off when the model was loaded
-        self.model.train()
+        """Saves activation memory by running each layer's forward a second time in the backward pass.
+
+        Raises ModelError: the model has no layers that can be checkpointed.
+        """
+        checkpoint_layers(self.model)
 
     @recomputing()
     def hidden(self, packed: Packed) -> Tensor:
         """Hidden states `[N, H]` that predict the completion tokens.
 
         Raises ImageError: an image cannot be read or does not fit its prompt; ModelError: a prompt has images
-        and the model was loaded without an image processor.
+        and the model was loaded without an image processor, or a sequence is too long (`constant_up_to`).
         """
         if packed.images and self.vision is None:
             kind = type(self.model).__name__
             raise ModelError(f"a prompt has images, but {kind} was loaded without an image processor")
+        if self._longest is not None and packed.longest > self._longest:
+            raise ModelError(
+                f"a sequence of {packed.longest} tokens is longer than the {self._longest} up to which the "
+                "rotary factors of the model are the same (LongRoPE or dynamic RoPE): give shorter ones"
+            )
         if self.layout == "padded":
             token_ids, mask, rows = padded(packed)
             if self.vision is not None:
@@ -89,14 +93,17 @@ class Trunk:
             states = backbone(self.model, input_ids=token_ids, attention_mask=mask, use_cache=False)
             return states.flatten(0, 1)[rows]
         packed = packed if self.layout == "shared_prefix" else separate(packed)
+        # without a mask, transformers would look for sequences in the positions, and wait for a GPU to tell
+        everything = torch.ones_like(packed.token_ids[None], dtype=torch.bool)
+        arguments: dict[str, Any] = {"spans": packed.spans, "attention_mask": everything}
         if self.vision is not None:
-            return self.vision.states(packed, spans=packed.spans)[0, packed.rows]
+            return self.vision.states(packed, **arguments)[0, packed.rows]
         states = backbone(
             self.model,
             input_ids=packed.token_ids[None],
             position_ids=packed.positions[None],
             use_cache=False,
-            spans=packed.spans,
+            **arguments,
         )  # [1, T, H]
         return states[0, packed.rows]
 

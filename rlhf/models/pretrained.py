@@ -372,24 +372,3 @@ def decoded(tokenizer: Any, token_ids: Sequence[int], dropped: Collection[int] |
 def head_of(model: Any) -> nn.Module | None:
     """The language-model head, or None."""
     return model.get_output_embeddings()
-
-
-def checkpoint_activations(model: Any) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def attention_of(model: Any) -> str:
-    """The registered name of the language model's attention; transformers has no public way to ask for it."""
-    return model.config.get_text_config()._attn_implementation
-
-
-def set_attention(model: Any, name: str) -> None:
-    """Sets the language model's attention by its registered name; a vision tower keeps its own."""
-    text = model.config.get_text_config()
-    parts = {part: name for part in model.config.sub_configs if getattr(model.config, part) is text}
-    model.set_attn_implementation(parts or name)
-
-
-def takes_attention(model: Any) -> bool:
-    """Whether the model takes its attention from transformers' AttentionInterface."""
-    return model._supports_attention_backend

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from rlhf.models.attention import DEFINITION, constant_up_to, set_attention
 from rlhf.models.layers.shared_prefix import FOLD_UP_TO
 from rlhf.models.packing import pack
 from rlhf.models.policy import Policy, Trunk
@@ -32,9 +33,12 @@ TOLERANCE = 0.01
 
 
 @torch.no_grad()
-def forward_error(policy: Policy) -> str | None:
-    """Compares log-probs of `policy` with those of the model's own forward over whole sequences."""
-    prompts, others, completions = _short_and_long(policy.model, policy.head.module.out_features)
+def forward_error(policy: Policy, window: int | None = None) -> str | None:
+    """Compares log-probs of `policy` with those of the model's own forward over whole sequences.
+
+    `window`: tokens of a sliding window, beyond which it is compared too.
+    """
+    prompts, others, completions = _short_and_long(policy.model, policy.head.module.out_features, window)
     packs = [pack([prompt], [completions]) for prompt in prompts]
     found = [policy.statistics(packed, temperature=1.0, want=("logprob",)).logprob for packed in packs]
     got = torch.cat([logprobs for logprobs in found if logprobs is not None])
@@ -70,10 +74,10 @@ def image_error(policy: Policy) -> str | None:
 
 
 @torch.no_grad()
-def hidden_state_error(trunk: Trunk) -> str | None:
-    """Compares hidden states of packed groups with those of padded rows."""
+def hidden_state_error(trunk: Trunk, window: int | None = None) -> str | None:
+    """Compares hidden states of packed groups with those of padded rows, beyond a `window` too."""
     vocabulary = text_settings(trunk.model.config)["vocab_size"]
-    prompts, others, completions = _short_and_long(trunk.model, vocabulary)
+    prompts, others, completions = _short_and_long(trunk.model, vocabulary, window)
 
     def states(several: Sequence[Tensor]) -> Tensor:
         return torch.cat([trunk.hidden(pack([prompt], [completions])) for prompt in several])
@@ -85,23 +89,27 @@ def hidden_state_error(trunk: Trunk) -> str | None:
 
 
 def _short_and_long(
-    model: PreTrainedModel, vocabulary: int
+    model: PreTrainedModel, vocabulary: int, window: int | None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """A short and a long prompt, the same two with another first token, and two completions, as token ids.
 
     On a CPU, the attention of a pack with the long prompt takes another code path than with the short one.
+    The long one is half as long again as the `window`, if there is one, as far as there are positions.
     """
-    room = text_settings(model.config).get("max_position_embeddings") or LONG_PROMPT + COMPLETION_TOKENS
-    ids = torch.arange(2, LONG_PROMPT + 9, device=model.device) % vocabulary
-    prompts = [ids[:5], ids[: min(LONG_PROMPT, room - COMPLETION_TOKENS)]]
+    length = max(LONG_PROMPT, (window or 0) * 3 // 2)
+    limits = text_settings(model.config).get("max_position_embeddings"), constant_up_to(model.config)
+    room = min(limit for limit in (*limits, length + COMPLETION_TOKENS) if limit)
+    ids = torch.arange(2, length + 9, device=model.device) % vocabulary
+    prompts = [ids[:5], ids[: min(length, room - COMPLETION_TOKENS)]]
     others = [torch.cat([ids[8:9], prompt[1:]]) for prompt in prompts]
     return prompts, others, [ids[5 : 5 + COMPLETION_TOKENS], ids[4:7]]
 
 
 @contextmanager
 def _own_attention(trunk: Trunk) -> Generator[None]:
-    """Within this context the model uses the attention it was loaded with, on padded rows."""
+    """Within this context the model computes on padded rows, with the attention that defines it."""
     layout, trunk.layout = trunk.layout, "padded"
+    set_attention(trunk.model, DEFINITION)
     try:
         yield
     finally:
@@ -123,7 +131,9 @@ def _difference(got: Tensor, expected: Tensor, changed: Tensor, *, unit: str, ot
 def _full_forward(model: PreTrainedModel, prompt: Tensor, completions: Sequence[Tensor]) -> Tensor:
     """Log-probs `[N]` of the completions' tokens by the model's own forward, head included."""
     parts = [
-        _chosen(model(input_ids=torch.cat([prompt, completion])[None]).logits, prompt, completion)
+        _chosen(
+            model(input_ids=torch.cat([prompt, completion])[None], use_cache=False).logits, prompt, completion
+        )
         for completion in completions
     ]
     return torch.cat(parts)
@@ -139,7 +149,9 @@ def _full_forward_with_images(
         if "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = F.pad(inputs["mm_token_type_ids"], (0, len(completion)))
         moved = {name: tensor.to(prompt.device) for name, tensor in inputs.items()}
-        logits = policy.model(input_ids=torch.cat([prompt, completion])[None], **moved).logits
+        logits = policy.model(
+            input_ids=torch.cat([prompt, completion])[None], use_cache=False, **moved
+        ).logits
         parts.append(_chosen(logits, prompt, completion))
     return torch.cat(parts)
 

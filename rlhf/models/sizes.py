@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from rlhf.models.attention import set_attention
 from rlhf.models.layers.recompute import memory_of, recomputing
 from rlhf.models.layers.shared_prefix import register_attention
-from rlhf.models.pretrained import empty_model, head_of, layer_classes, set_attention, text_settings
+from rlhf.models.pretrained import empty_model, head_of, layer_classes, text_settings
 from rlhf.torch_typed import modules_by_name
 
 COUNTED = "rlhf_counted"
@@ -60,8 +61,9 @@ def model_sizes(path: str, dtype: torch.dtype, *, head: bool = True) -> ModelSiz
     embedding = model.get_input_embeddings().weight
     apart = {embedding} if top is None else {embedding, top.weight}
     parameters: list[nn.Parameter] = list(model.parameters())
-    heads = settings["num_attention_heads"]
-    size = settings.get("head_dim") or settings["hidden_size"] // heads
+    # none in a model without attention
+    heads = int(settings.get("num_attention_heads") or 0)
+    size = int(settings.get("head_dim") or settings["hidden_size"] // max(heads, 1))
     depth = settings["num_hidden_layers"]
     layer_sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     weights = sum(p.numel() for p in parameters)
@@ -85,8 +87,9 @@ def kept_bytes(model: nn.Module, length: int = 16) -> int | None:
     """Bytes per token that a transformer on the meta device keeps for backward; None: not countable."""
     try:
         return kept_in_a_pass(model, length) // length
-    except (NotImplementedError, RuntimeError):
-        # the model's code reads the contents of a tensor, for example to route tokens to experts
+    except Exception:
+        # the model's code reads the contents of a tensor, for example to route tokens to experts, or fails in
+        # another way on tensors without contents
         return None
 
 

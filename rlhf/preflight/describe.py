@@ -17,6 +17,8 @@ from rlhf.data.prompts import first_row
 from rlhf.devices import this_device
 from rlhf.inputs import Inputs
 from rlhf.models.chat import has_clock
+from rlhf.models.lora import frozen_experts
+from rlhf.models.pretrained import empty_model
 from rlhf.preflight import tags
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
@@ -115,6 +117,9 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
         f"model        {config.model.path} ({inputs.model.model_type}), computes in "
         f"{in_words(config.model.dtype, this_device())}{adapter}"
     )
+    if lora is not None:
+        frozen = frozen_experts(empty_model(config.model.path, torch.float32, head=True))
+        yield from () if frozen is None else (f"warning      {frozen}",)
     if reference and lora is not None and config.model.reference is None:
         reference = "the model with its adapter switched off"
     if reference and config.data.precompute_reference:

@@ -20,6 +20,7 @@ from rlhf.data.completions import OfflineDataset, load_offline
 from rlhf.data.prompts import PromptDataset, first_row, load_prompts
 from rlhf.data.texts import load_texts
 from rlhf.inputs import Inputs
+from rlhf.models.attention import constant_up_to
 from rlhf.models.pretrained import (
     check_weights,
     check_writes_text,
@@ -304,6 +305,13 @@ def _check_ahead(config: Config, algorithm: Algorithm) -> None:
 
 def _check_lengths(config: Config, model: PretrainedConfig) -> None:
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    same = constant_up_to(model)
+    if same is not None and longest > same:
+        raise ConfigError(
+            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but the rotary factors of "
+            f"{config.model.path} change beyond {same} tokens (LongRoPE or dynamic RoPE), and log-probs "
+            "would depend on the longest sequence of a batch; lower one of the two"
+        )
     limit = text_settings(model).get("max_position_embeddings")
     if limit is not None and longest > limit:
         raise ConfigError(

@@ -53,6 +53,11 @@ class SharedPrefixCache:
         self._place: Tensor | None = None
 
     @property
+    def longest(self) -> int:
+        """The most tokens that a prompt and its continuation may have together."""
+        return max(self.prompt_lengths) + self._max_tokens
+
+    @property
     def reserved_tokens(self) -> int:
         prefix, suffix = self._prefix[0][0], self._suffix[0][0]
         return prefix.shape[0] * prefix.shape[2] + suffix.shape[0] * self._max_tokens
@@ -180,6 +185,11 @@ class Prefill:
         self._cache = cache
         self._prompts = prompts
 
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sequence."""
+        return self._cache.longest
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         outs: list[Tensor] = []
         lengths = [self._cache.prompt_lengths[prompt] for prompt in self._prompts]
@@ -197,6 +207,11 @@ class Decode:
     def __init__(self, caches: Sequence[SharedPrefixCache]) -> None:
         self._caches = caches
         self._sizes = [len(cache.owner) for cache in caches]
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a sequence."""
+        return max(cache.longest for cache in self._caches)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         if len(self._caches) == 1:

@@ -38,7 +38,7 @@ from rlhf.types import Completion, Prompt
 ATTENTION = "tandem_rollout"
 PREFILL_TOKENS = 4096
 """Most prompt tokens of one forward; a longer prompt gets a forward of its own."""
-_BEYOND_SOFTMAX = ("sliding_window", "softcap", "s_aux", "position_bias")
+_BEYOND_SOFTMAX = ("softcap", "s_aux", "position_bias")
 
 
 def _attention(
@@ -49,16 +49,19 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     rollout_pass: AttentionPass | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of every layer while the engine runs the model."""
     extra = [name for name in _BEYOND_SOFTMAX if kwargs.get(name) is not None]
     if attention_mask is not None:
         extra.append("its own mask")
-    if extra:
-        raise ValueError(f"its attention has {', '.join(extra)}")
     if rollout_pass is None:
         raise ValueError("it does not pass keyword arguments on to its attention")
+    if sliding_window is not None and sliding_window < rollout_pass.longest:
+        extra.append(f"a sliding window of {sliding_window} tokens")
+    if extra:
+        raise ValueError(f"its attention has {', '.join(extra)}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return rollout_pass.attend(int(cast(Any, module).layer_idx), query, key, value, scale), None
 
@@ -96,8 +99,9 @@ class _Cohort:
 class NativeEngine:
     """`kv_cache_gib`: memory for keys and values, GiB.
 
-    Raises ValueError when the model's attention is more than a softmax over all earlier tokens, or when
-    decoding a few tokens does not reproduce the log-probs of a plain forward.
+    `max_tokens`: the most tokens of prompt and completion together; a window no smaller is none. Raises
+    ValueError when the model's attention is more than a softmax over all earlier tokens, or when decoding a
+    few tokens does not reproduce the log-probs of a plain forward.
     """
 
     def __init__(
@@ -106,10 +110,11 @@ class NativeEngine:
         *,
         eos_token_ids: Sequence[int],
         kv_cache_gib: float = 4.0,
+        max_tokens: int | None = None,
         image_inputs: ImageInputs | None = None,
     ) -> None:
         self._model, self._image_inputs = causal_model(model), image_inputs
-        reason = self.supports(self._model)
+        reason = why_unsupported(self._model, max_tokens)
         if reason is not None:
             raise ValueError(f"the native engine cannot decode {type(self._model).__name__}: {reason}")
         self._eos_token_ids: tuple[int, ...] = ()

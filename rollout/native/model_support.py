@@ -9,7 +9,7 @@ import torch
 
 from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.rollout.hf import HFEngine
-from rlhf.rollout.learner_module import Model, causal_model, sampling_mode
+from rlhf.rollout.learner_module import Model, causal_model, exact_attention, sampling_mode
 from rlhf.types import Completion, Prompt
 
 VISION_MODELS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm")
@@ -20,12 +20,19 @@ NOISE_FACTOR = 3.0
 """Below float32 precision: the largest ratio of the engine's error to that of plain cached decoding."""
 
 
-def why_unsupported(model: Model) -> str | None:
-    """The reason why it cannot be decoded, from its class and configuration; None if there is none."""
+def why_unsupported(model: Model, max_tokens: int | None = None) -> str | None:
+    """The reason why it cannot be decoded, from its class and configuration; None if there is none.
+
+    `max_tokens`: the most tokens of prompt and completion together; None: unknown.
+    """
     config = model.config
     text = config.get_text_config()
     settings = text.to_dict()
     layers = set(settings.get("layer_types") or ["full_attention"]) - {"full_attention"}
+    window = settings.get("sliding_window") if settings.get("use_sliding_window", True) else None
+    if window is not None and max_tokens is not None and window >= max_tokens:
+        # no sequence is longer than the window
+        window, layers = None, layers - {"sliding_attention"}
     if config.is_encoder_decoder:
         return "it is an encoder-decoder"
     if text is not config and config.model_type not in VISION_MODELS:
@@ -36,8 +43,8 @@ def why_unsupported(model: Model) -> str | None:
         return f"it has layers of type {', '.join(sorted(layers))}"
     if settings.get("attn_logit_softcapping") is not None:
         return "it soft-caps its attention scores"
-    if settings.get("use_sliding_window", True) and settings.get("sliding_window") is not None:
-        return f"its attention has a sliding window of {settings['sliding_window']} tokens"
+    if window is not None:
+        return f"its attention has a sliding window of {window} tokens"
     return None
 
 
@@ -60,7 +67,8 @@ def check_decoding(engine: RolloutEngine, model: Model) -> None:
     ]
     try:
         completions = generate(engine, requests)
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
+        # the code of a model may fail in any way where it is called otherwise than transformers does
         raise ValueError(
             f"the native engine cannot decode {type(model).__name__}: {type(error).__name__}: {error}"
         ) from error
@@ -87,7 +95,7 @@ def logprob_errors(
     """
     model = causal_model(model)
     errors: list[float] = []
-    with sampling_mode(model, "sdpa" if model._supports_sdpa else None):
+    with sampling_mode(model, exact_attention(model)):
         for request, completions in zip(requests, groups, strict=True):
             prompt = request.prompt.token_ids
             for completion in completions:

@@ -58,4 +58,8 @@ def _is_gated_mlp(module: nn.Module) -> bool:
         small.gate_proj, small.up_proj = nn.Linear(hidden, intermediate), nn.Linear(hidden, intermediate)
         small.down_proj = nn.Linear(intermediate, hidden)
         x = torch.randn(1, 3, hidden)
-    return torch.equal(small(x), _forward(small, x))
+    try:
+        return torch.equal(small(x), _forward(small, x))
+    except Exception:
+        # the code of a model may fail in any way with such weights and inputs: it is left as it is
+        return False

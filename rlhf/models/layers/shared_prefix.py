@@ -39,6 +39,7 @@ import transformers
 from torch import Tensor, nn
 
 from rlhf.kernels.attention_parts import merge
+from rlhf.models.layers.masks import register_mask, window_of
 from rlhf.models.layers.varlen import one_sequence, packed_attention
 from rlhf.models.packing import GroupSpan
 from rlhf.torch_typed import unflatten
@@ -66,7 +67,6 @@ def shared_prefix_attention(
     *,
     spans: tuple[GroupSpan, ...],
     scaling: float | None = None,
-    sliding_window: int | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of packed groups, called by a layer of transformers.
@@ -74,7 +74,8 @@ def shared_prefix_attention(
     Query `[1, Hq, T, D]`, key and value `[1, Hk, T, D]` -> `[1, T, Hq, D]` and no attention weights. Raises
     NotImplementedError: the layer needs more than a softmax, or values of another size than its keys.
     """
-    assert query.shape[0] == 1 and attention_mask is None
+    assert query.shape[0] == 1
+    window = window_of(attention_mask)
     extra = [name for name in _BEYOND_SOFTMAX if others.get(name) is not None]
     if value.shape[-1] != query.shape[-1]:
         extra.append("values of another size than its keys")
@@ -82,13 +83,14 @@ def shared_prefix_attention(
         raise NotImplementedError(f"its attention has {', '.join(extra)}")
     q, k, v = query[0], key[0], value[0]
     if query.is_cuda:
-        output = packed_attention(q, k, v, spans, scale=scaling, window=sliding_window)
+        output = packed_attention(q, k, v, spans, scale=scaling, window=window)
     else:
-        output = attention_by_groups(q, k, v, spans, scale=scaling, window=sliding_window)
+        output = attention_by_groups(q, k, v, spans, scale=scaling, window=window)
     return output.transpose(0, 1)[None], None
 
 
 register_attention(SHARED_PREFIX, shared_prefix_attention)
+register_mask(SHARED_PREFIX)
 
 
 def attention_by_groups(
@@ -102,12 +104,13 @@ def attention_by_groups(
 ) -> Tensor:
     """`varlen.packed_attention` group by group, with the CPU's kernel: `[Hq, T, D]`.
 
-    A `window` shorter than a sequence needs groups of one completion each.
+    Raises NotImplementedError: a `window` is shorter than a sequence, and a group has several completions.
     """
     lengths = [span.end - span.start for span in spans]
-    if window is None or window >= max(lengths):
+    if window is None or window >= max(span.longest for span in spans):
         return cast(Any, _PackedAttention).apply(query, key, value, tuple(spans), scale).transpose(0, 1)
-    assert all(len(span.completions) == 1 for span in spans), "a sliding window over a shared prompt"
+    if any(len(span.completions) > 1 for span in spans):
+        raise NotImplementedError(f"its attention has a sliding window of {window} tokens")
     sequences = zip(*(torch.split(t, lengths, dim=1) for t in (query, key, value)), strict=True)
     return torch.cat([one_sequence(*qkv, scale=scale, window=window) for qkv in sequences], dim=1)
 

@@ -73,7 +73,7 @@ def test_a_model_that_fails_in_decoding_is_refused_with_its_error() -> None:
     attention.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "sliding_window": 4}), with_kwargs=True
     )
-    with pytest.raises(ValueError, match="its attention has sliding_window"):
+    with pytest.raises(ValueError, match="its attention has a sliding window of 4"):
         NativeEngine(model, eos_token_ids=[EOS])
 
 
