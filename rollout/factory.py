@@ -15,6 +15,7 @@ from rlhf.rollout.engine import ImageInputs, Ranks, RolloutEngine
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.learner_module import causal_model
 from rlhf.rollout.native.engine import NativeEngine
+from rlhf.rollout.native.model_support import check_decoding
 from rlhf.rollout.vllm.images import ImageFormat
 from rlhf.rollout.vllm.in_process import VLLMEngine, VLLMModel
 from rlhf.rollout.vllm.server_engine import VLLMServerEngine
@@ -51,7 +52,7 @@ def make_engine(
     if name == "native":
         return _native_or_hf(model, eos_token_ids, kv_cache_gib, max_tokens, image_inputs)
     if name == "hf":
-        return HFEngine(model, eos_token_ids=eos_token_ids, image_inputs=image_inputs)
+        return _hf(model, eos_token_ids, image_inputs)
     if name not in ("vllm", "vllm-server"):
         raise ValueError(f"unknown rollout engine {name!r}: expected {EXPECTED}")
     section = vllm or VLLMConfig()
@@ -93,7 +94,18 @@ def _native_or_hf(
     except ValueError as error:
         # attributed to the caller of `make_engine`
         warnings.warn(f"{error}; rollouts use the slower engine 'hf' instead", stacklevel=3)
-        return HFEngine(model, eos_token_ids=eos_token_ids, image_inputs=image_inputs)
+        return _hf(model, eos_token_ids, image_inputs)
+
+
+def _hf(model: nn.Module, eos_token_ids: Sequence[int], image_inputs: ImageInputs | None) -> HFEngine:
+    """The engine `hf`, without a cache where decoding with one does not reproduce the model's log-probs."""
+    engine = HFEngine(model, eos_token_ids=eos_token_ids, image_inputs=image_inputs)
+    try:
+        check_decoding(HFEngine(model, eos_token_ids=()), causal_model(model))
+    except ValueError as error:
+        warnings.warn(f"{error}; every token is computed without a cache instead", stacklevel=4)
+        engine.use_cache = False
+    return engine
 
 
 def _servers(

@@ -55,6 +55,8 @@ class HFEngine:
         self._model, self._image_inputs = causal_model(model), image_inputs
         self._eos_token_ids = tuple(eos_token_ids)
         self._attention = exact_attention(self._model)
+        self.use_cache = True
+        """Whether keys, values and states of earlier tokens are kept; else each token computes them again."""
         self._waiting: list[RolloutRequest] = []
         self._finished: list[Completion] = []
         self._version = 0
@@ -123,6 +125,7 @@ class HFEngine:
                 attention_mask=torch.ones_like(prompts),
                 **{name: torch.cat([row] * params.n) for name, row in images.items()},
                 logits_processor=LogitsProcessorList([draw]),
+                use_cache=self.use_cache,
             )
         steps = [drawn.per_row() for drawn in draw.drawn]
         for row, sampled in zip(rows, zip(*steps, strict=True), strict=True):

@@ -12,6 +12,11 @@ DEFINITION = "eager"
 """The attention as the code of a model writes it out; the others leave out what their kernels do not have."""
 
 
+def attention_of(model: Any) -> str:
+    """The registered name of the language model's attention; transformers has no public way to ask for it."""
+    return model.config.get_text_config()._attn_implementation
+
+
 def set_attention(model: Any, name: str) -> None:
     """Sets the language model's attention by its registered name; a vision tower keeps its own."""
     text = model.config.get_text_config()

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config.model import ModelConfig
-from rlhf.models.attention import caps_attention, sliding_window, takes_attention
+from rlhf.models.attention import DEFINITION, caps_attention, sliding_window, takes_attention
 from rlhf.models.packing import Layout, least
 from rlhf.models.policy import Policy, Trunk
 from rlhf.models.pretrained import ModelError, load_model, load_scorer, text_settings
 from rlhf.models.self_test import forward_error, hidden_state_error, image_error
 from rlhf.models.sharding import Sharding, free_gathered, open_policy, open_scorer
 from rlhf.models.vision.processor import Processor
+from rlhf.rollout.learner_module import exact_attention, only_eager
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 
@@ -129,6 +130,10 @@ def choose_layout(
     for layout in LAYOUTS if asked == "auto" else (cast(Layout, asked),):
         reason = why_not(trunk.model, layout, window)
         if reason is None:
+            trunk.layout = layout
+            reason = _tried(error)
+        if reason is not None and layout == "padded" and exact_attention(trunk.model) != DEFINITION:
+            only_eager(trunk.model)
             trunk.layout = layout
             reason = _tried(error)
         if reason is None:

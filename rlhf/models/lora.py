@@ -13,9 +13,10 @@ from __future__ import annotations
 import copy
 import difflib
 import importlib
+import importlib.util
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -24,11 +25,14 @@ from transformers import PreTrainedModel
 
 from rlhf.config.model import LoraConfig
 from rlhf.distributed.world import derive_seed
+from rlhf.models.attention import attention_of, set_attention
 from rlhf.models.pretrained import ModelError, head_of
+from rlhf.rollout.learner_module import exact_attention
 from rlhf.torch_typed import modules_by_name, seeded
 
 log = logging.getLogger(__name__)
 
+NOT_CALLED = "its weight is used without calling the layer"
 NAME = "default"
 """Name of the adapter within the names of its weights; peft leaves it out of the files it writes."""
 
@@ -42,9 +46,10 @@ class Adapter:
     def __init__(self, model: PreTrainedModel, section: LoraConfig, *, seed: int) -> None:
         # imported here because it is an optional dependency; its annotations are too incomplete for pyright
         peft: Any = importlib.import_module("peft")
-        targets = _targets(model, section.targets)
-        if frozen := frozen_experts(model):
-            log.warning("%s: %s", model.name_or_path, frozen)
+        targets, left_out = _targets(model, section.targets)
+        for sentence in (frozen_experts(model), left_out):
+            if sentence:
+                log.warning("%s: %s", model.name_or_path, sentence)
         # sharing the parameter objects means that casting the model's weights casts those of `merged` too
         self.merged = copy.deepcopy(model, {id(p): p for p in model.parameters()})
         self.base_model = copy.deepcopy(model, {id(p): p for p in model.parameters()})
@@ -141,13 +146,17 @@ def _merged(base: Tensor, layer: Any) -> Tensor:
     return torch.addmm(base.to(kind), up.to(kind), down.to(kind), alpha=layer.scaling[NAME]).to(base.dtype)
 
 
-def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
+def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[list[str], str | None]:
     """Names of the layers to adapt, for peft: each is the end of a module's path, or the whole path.
 
-    Without `wanted` names, every linear layer below the head. Raises ModelError: a name fits no such layer.
+    Without `wanted` names, every linear layer below the head that can have an adapter; and a sentence about
+    the others. Raises ModelError: a name fits no such layer, or there is none at all.
     """
     head, modules = head_of(model), modules_by_name(model)
-    linears = {name for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
+    # a subclass may compute something else than W x
+    plain = nn.Linear.forward
+    linears = {n for n, m in modules.items() if isinstance(m, nn.Linear) and type(m).forward is plain}
+    linears -= {n for n in linears if modules[n] is head}
     last = sorted({name.rpartition(".")[2] for name in linears})
     for target in wanted:
         if not _ending_in(target, linears):
@@ -157,13 +166,65 @@ def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> list[str]:
                 f"model.lora.targets has {target!r}, which is no linear layer of {type(model).__name__} "
                 f"below its head{hint} There are: {', '.join(last)}"
             )
-    targets: set[str] = set()
+    called = _called(model, {name: modules[name] for name in linears})
+    reasons: dict[str, str | None] = {}
     for target in wanted or last:
+        used = called & _ending_in(target, linears)
+        reasons[target] = _refused_by_peft(model, target) if used else NOT_CALLED
+    refused = {target: reason for target, reason in reasons.items() if reason}
+    told = "; ".join(f"{target} gets no adapter: {reason}" for target, reason in refused.items())
+    if wanted and refused:
+        raise ModelError(f"model.lora.targets: {told}")
+    targets: set[str] = set()
+    for target in reasons.keys() - refused.keys():
         named = _ending_in(target, linears)
         # full paths where the short name would also match other modules, such as a vision tower's
         # convolutions
         targets |= {target} if named == _ending_in(target, modules) else named
-    return sorted(targets)
+    if not targets:
+        raise ModelError(
+            f"model.lora is set, but {type(model).__name__} has no linear layer below its head that can have "
+            f"an adapter{': ' if told else ''}{told}; train the whole model"
+        )
+    return sorted(targets), told or None
+
+
+@torch.no_grad()
+def _called(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
+    """The names of those layers that a forward pass calls, and does not only take the weights of."""
+    names: set[str] = set()
+    hooks = [
+        layer.register_forward_hook(lambda *_, name=name: names.add(name)) for name, layer in layers.items()
+    ]
+    before = attention_of(model)
+    set_attention(model, exact_attention(model))
+    try:
+        model(input_ids=torch.arange(2, 8, device=model.device)[None], use_cache=False)
+    finally:
+        set_attention(model, before)
+        for hook in hooks:
+            hook.remove()
+    return names
+
+
+def _refused_by_peft(model: PreTrainedModel, target: str) -> str | None:
+    """Why peft does not put adapters beside the layers of that name; None: it does."""
+    peft: Any = importlib.import_module("peft")
+    config = peft.LoraConfig(target_modules=[target])
+    config.peft_type = peft.PeftType.LORA
+    tuners: Any = importlib.import_module("peft.tuners.tuners_utils")
+    try:
+        tuners._check_lora_target_modules_mamba(config, model, target)
+    except ValueError:
+        return NOT_CALLED
+    if importlib.util.find_spec("peft.utils.transformers_weight_conversion") is not None:
+        conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
+        with suppress(ValueError):
+            conversion.convert_peft_config_for_transformers(config, model, None)
+            if target in config.target_modules:
+                return None
+        return "peft takes layers of this name for experts"
+    return None
 
 
 def frozen_experts(model: PreTrainedModel) -> str | None:

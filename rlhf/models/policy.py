@@ -43,7 +43,6 @@ class Trunk:
     def __init__(self, model: PreTrainedModel, *, layout: Layout, processor: Processor | None = None) -> None:
         self.model = model
         self.vision = None if processor is None else Vision(model, processor)
-        self._own_attention = exact_attention(model)
         self._longest = constant_up_to(model.config)
         self.layout = layout
 
@@ -56,7 +55,7 @@ class Trunk:
         # the attention stays set between passes: with activation checkpointing, backward runs the forward
         # again
         self._layout: Layout = layout
-        set_attention(self.model, self._own_attention if layout == "padded" else SHARED_PREFIX)
+        set_attention(self.model, exact_attention(self.model) if layout == "padded" else SHARED_PREFIX)
 
     def freeze(self, dtype: torch.dtype) -> None:
         """Turns the model into a frozen reference: no gradients, weights in the compute type `dtype`."""

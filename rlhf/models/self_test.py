@@ -47,6 +47,9 @@ def forward_error(policy: Policy, window: int | None = None) -> str | None:
             torch.cat([_full_forward(policy.model, prompt, completions) for prompt in several])
             for several in (prompts, others)
         )
+        alone = _full_forward(policy.model, prompts[0], [completions[0][:1]])
+    if (alone - expected[:1]).abs().max() > TOLERANCE * (changed - expected).abs().max() + 1e-5:
+        return "a token's log-prob depends on the tokens after it: this is no causal language model"
     return _difference(got, expected, changed, unit=" nats", other="prompt")
 
 

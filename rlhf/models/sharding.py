@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from rlhf.config.learner import DistributedConfig
 from rlhf.distributed.shards import as_shard, first_row, own_rows
 from rlhf.distributed.world import World
-from rlhf.models.pretrained import ModelError, base_prefix, empty_model, layer_classes, model_folder
+from rlhf.models.pretrained import ModelError, base_prefix, empty_model, head_of, layer_classes, model_folder
 from rlhf.rollout.weight_file import WeightFile
 from rlhf.torch_typed import modules_by_name
 
@@ -128,7 +128,7 @@ def register_backbone(model: Any) -> None:
     """
 
     def forward(**inputs: Any) -> Tensor:
-        return model.base_model(**inputs).last_hidden_state
+        return transformer_of(model)(**inputs).last_hidden_state
 
     setattr(model, BACKBONE, forward)
     _fsdp.register_fsdp_forward_method(model, BACKBONE)
@@ -138,9 +138,18 @@ def backbone(model: Any, **inputs: Any) -> Tensor:
     """Last hidden states of a model, sharded or whole."""
     # weights that a pass without backward has left gathered may be older than the last update
     sharded = free_gathered(model)
-    if sharded and model.base_model is not model:
+    transformer = transformer_of(model)
+    if sharded and transformer is not model:
         return getattr(model, BACKBONE)(**inputs)
-    return model.base_model(**inputs).last_hidden_state
+    return transformer(**inputs).last_hidden_state
+
+
+def transformer_of(model: Any) -> Any:
+    """A model without its head; the model itself where it has none."""
+    if model.base_model is not model or head_of(model) is None:
+        return model.base_model
+    # the class of some models names another attribute than that of its transformer
+    return next((part for part in model.children() if isinstance(part, PreTrainedModel)), model)
 
 
 def free_gathered(model: nn.Module) -> bool:

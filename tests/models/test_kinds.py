@@ -14,17 +14,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from benchmarks.model_kinds import small_config, small_model
-from benchmarks.models import groups, packed_logprobs, plain, windowed
+from benchmarks.models import groups, packed_logprobs, plain, sequences, windowed
 from rlhf.config.load import make_config
 from rlhf.config.model import LoraConfig, ModelConfig
 from rlhf.config.section import ConfigError
-from rlhf.models.loading import load_policy
+from rlhf.models.loading import LAYOUTS, load_policy
 from rlhf.models.packing import Packed, pack
 from rlhf.models.policy import Policy
 from rlhf.models.pretrained import ModelError
 from rlhf.preflight.load import load_inputs
+from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
 from rlhf.rollout.factory import make_engine
 from rlhf.rollout.native.engine import NativeEngine
+from rlhf.rollout.native.model_support import logprob_errors
+from rlhf.types import Prompt
 from tests.conftest import save_tiny_tokenizer
 from tests.support import ALONE, bandit_settings
 
@@ -165,3 +168,98 @@ def test_experts_without_an_adapter_are_told_with_their_share(
     caplog.clear()
     policy_of(folder_of("opt", dropout=0.3)).add_adapter(LoraConfig(rank=2), seed=0)
     assert not caplog.records
+
+
+def merged_error(folder: Path) -> float:
+    """The largest difference of log-probs under an adapter from those of the merged model, in nats."""
+    policy = policy_of(folder)
+    policy.add_adapter(LoraConfig(rank=2, alpha=4.0), seed=0)
+    with torch.no_grad():
+        for name, weight in policy.model.named_parameters():
+            if "lora_B" in name:
+                weight.fill_(0.1)
+    policy.merge()
+    merged: Any = policy.rollout_model
+    merged.set_attn_implementation("eager")
+    return float((packed_logprobs(policy, groups(40)) - plain(merged, groups(40))).abs().max().detach())
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        # peft would put adapters of its own beside the experts in place of these layers
+        ("dots1", "down_proj gets no adapter: peft takes layers of this name for experts"),
+        ("mamba", "dt_proj gets no adapter: its weight is used without calling the layer"),
+        # its router is a linear layer that returns several tensors
+        ("phimoe", "the experts' weights (down_proj, gate_up_proj; 79% of all) are no linear layers"),
+    ],
+)
+def test_layers_that_cannot_have_an_adapter_get_none_and_are_told(
+    folder_of: Folder, kind: str, left_out: str, caplog: pytest.LogCaptureFixture
+):
+    pytest.importorskip("peft")
+    assert merged_error(folder_of(kind)) < 1e-4
+    assert left_out in caplog.text
+
+
+def test_an_adapter_for_a_model_without_linear_layers_is_refused(folder_of: Folder):
+    pytest.importorskip("peft")
+    with pytest.raises(
+        ModelError, match="GPT2LMHeadModel has no linear layer below its head that can have an"
+    ):
+        policy_of(folder_of("gpt2")).add_adapter(LoraConfig(rank=2), seed=0)
+
+
+def test_a_model_that_sees_later_tokens_is_refused(folder_of: Folder):
+    with pytest.raises(ModelError, match="depends on the tokens after it: this is no causal language model"):
+        policy_of(folder_of("bert-generation"))
+
+
+def test_decoding_without_a_cache_takes_the_place_of_decoding_that_is_wrong(folder_of: Folder):
+    """RWKV's cached states are not those of its forward over the whole sequence."""
+    policy = policy_of(folder_of("rwkv"))
+    with pytest.warns(UserWarning, match="every token is computed without a cache instead"):
+        engine = make_engine("hf", policy.model, eos_token_ids=())
+    prompt = Prompt("p", tuple(range(3, 20)), "")
+    requests = [RolloutRequest(prompt, SamplingParams(n=2, max_tokens=6, seed=0))]
+    assert max(logprob_errors(policy.model, requests, generate(engine, requests))) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "kind", ["qwen3_next", "mamba2", "zamba2", "granitemoehybrid", "nemotron", "llama4_text"]
+)
+def test_a_layer_that_cannot_be_replaced_is_left_as_it_is(folder_of: Folder, kind: str):
+    """Gated norms, norms of two arguments, chunked attention, a transformer under an unusual name."""
+    folder = folder_of(kind)
+    policy, packed = policy_of(folder), groups(60)
+    got, expected = packed_logprobs(policy, packed), own_logprobs(folder, packed)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("llama", {}),
+        ("qwen2_moe", {}),
+        ("gemma3_text", {"sliding_window": 16}),
+        ("gpt_oss", {"sliding_window": 16}),
+        ("deepseek_v3", {}),
+        ("qwen3_next", {}),
+        ("mamba2", {}),
+        ("bloom", {}),
+    ],
+)
+def test_no_logprob_depends_on_the_other_rows_of_its_microbatch(
+    folder_of: Folder, kind: str, own: dict[str, Any]
+):
+    """Full and sliding attention, sinks, latent attention, experts, states, positions in a bias."""
+    folder, packed = folder_of(kind, **own), groups(60)
+    for layout in LAYOUTS:
+        try:
+            policy = policy_of(folder, packing=layout)
+        except ModelError:
+            assert layout != "padded"
+            continue
+        together = packed_logprobs(policy, packed).detach()
+        alone = [packed_logprobs(policy, pack([p], [[c]])).detach() for p, c in sequences(packed)]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-5)
