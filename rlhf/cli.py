@@ -6,11 +6,13 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from rlhf.config.load import load_task
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
+from rlhf.files import drop_unwritten
 
 if TYPE_CHECKING:
     from rlhf.reward_model.trainer import RewardModelTrainer
@@ -38,10 +40,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     try:
         return _run_command(options)
+    except BrokenPipeError:
+        # whoever reads the output has seen enough, as `head`; training itself never gets here
+        return 0
     except KeyboardInterrupt:
         # a second Ctrl-C, or one before training has begun: nothing is saved now
-        sys.stderr.write(f"rlhf {options.command}: stopped at once; what was saved before is kept\n")
+        _complain(f"rlhf {options.command}: stopped at once; what was saved before is kept")
         return 130
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            drop_unwritten(stream)
 
 
 def _run_command(options: argparse.Namespace) -> int:
@@ -253,8 +261,14 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
 
 def _refuse(command: str, error: Exception) -> int:
     text = "\n  ".join(str(error).splitlines())
-    sys.stderr.write(f"rlhf {command}: {text}\n")
+    _complain(f"rlhf {command}: {text}")
     return 2
+
+
+def _complain(text: str) -> None:
+    """Writes a line to stderr, where that is still there: the exit status says the rest."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"{text}\n")
 
 
 def _quiet_libraries() -> None:

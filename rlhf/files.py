@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 SAVED = ".saved"
 """A file of a run with the name of its newest checkpoint: that there was one is known even where the folder
@@ -37,6 +39,19 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def drop_unwritten(stream: Any) -> None:
+    """Where a stream cannot be written any more, drops what it still holds: at its end, the interpreter would
+    fail on it and change the exit status.
+    """
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
 
 
 def is_pointer(file: Path) -> bool:

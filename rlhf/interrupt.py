@@ -1,4 +1,6 @@
-"""Ctrl-C and SIGTERM: the first saves and ends the run before the next update, a second ends it at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first saves and ends the run before the next update, a second ends it at
+once.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from collections.abc import Callable
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], object] | int | None
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_PRESS = 1.0
 """Seconds within which several signals count as one: the terminal sends Ctrl-C to every process, and a
 parent such as `timeout` sends it to its child again."""
@@ -20,9 +22,10 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """In this context SIGINT and SIGTERM only request a stop; `check` raises Interrupted where it is safe.
+    """In this context signals only request a stop; `check` raises Interrupted where it is safe.
 
-    In a thread other than the main one there is no such context: signals do what they did before.
+    SIGHUP comes when the terminal is closed; where it is ignored, as under `nohup`, it stays ignored. In a
+    thread other than the main one there is no such context: signals do what they did before.
     """
 
     def __init__(self, announce: Callable[[str], None], *, alone: bool) -> None:
@@ -40,6 +43,8 @@ class Interrupt:
         # Python lets only its main thread handle signals; a run in another one leaves them to the program
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._request)
         return self
 
@@ -49,7 +54,8 @@ class Interrupt:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            if time.monotonic() - self._since > ONE_PRESS:
+            # a terminal that closes may send several SIGHUP: nobody asks for an end without saving
+            if number != signal.SIGHUP and time.monotonic() - self._since > ONE_PRESS:
                 raise KeyboardInterrupt
             return
         self.requested, self._since = True, time.monotonic()

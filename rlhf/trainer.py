@@ -94,11 +94,15 @@ class Trainer(Loop[Config]):
         weight sync.
         """
         components, cursor = self.components, self.cursor
-        if components.buffer.experience is None:
+        resumes = self.is_within_step
+        if not resumes:
             self._fill()
         components.engine.release()
         self._learn()
-        self.monitor.learned(components.learner.entropy)
+        if resumes:
+            self.monitor.learned_later(cursor.steps_done + 1, components.learner.entropy)
+        else:
+            self.monitor.learned(components.learner.entropy)
         cursor.steps_done += 1
         self.monitor.phase("sync")
         iterate = components.iterate
@@ -150,7 +154,9 @@ class Trainer(Loop[Config]):
             seed=self.config.seed,
             kl_coef=self.components.kl.value,
             done=buffer.updates,
+            entropy=buffer.entropy,
         ):
+            buffer.entropy = self.components.learner.entropy
             buffer.advance(metrics)
             # raises only on a single rank: a checkpoint holds the buffer of one rank, so that several ranks
             # stop between two steps

@@ -40,9 +40,12 @@ class Buffer(Stateful):
         """Updates made from this experience so far."""
         self.metrics: Metrics = {}
         """Metrics of the rollouts and of those updates."""
+        self.entropy: Tensor | None = None
+        """Entropy `[N]` of each token at the first of those updates that learned from it, NaN for the rest;
+        None before the first update."""
 
     def fill(self, experience: Experience, metrics: Metrics) -> None:
-        self.experience, self.updates, self.metrics = experience, 0, metrics
+        self.experience, self.updates, self.metrics, self.entropy = experience, 0, metrics, None
 
     def advance(self, metrics: Metrics) -> None:
         """One more update is done."""
@@ -51,7 +54,7 @@ class Buffer(Stateful):
     def empty(self) -> Metrics:
         """Forgets the experience; returns all metrics of the step."""
         metrics = self.metrics
-        self.experience, self.updates, self.metrics = None, 0, {}
+        self.experience, self.updates, self.metrics, self.entropy = None, 0, {}, None
         return metrics
 
     def state(self) -> dict[str, Any]:
@@ -66,16 +69,19 @@ class Buffer(Stateful):
             "prompt_lengths": torch.tensor([len(p) for p in x.prompts], dtype=torch.long),
             "prompts": torch.cat([*x.prompts, x.token_ids[:0]]),
         }
+        saved |= {} if self.entropy is None else {"entropy": self.entropy}
         saved |= {f"images.{name}": tensor for name, tensor in pack_images(x.images).items()}
         return {"experience": {name: tensor.clone() for name, tensor in saved.items()}}
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         self.updates = state["updates"]
         self.metrics = metrics_from(state["metrics"])
-        self.experience = None
+        self.experience = self.entropy = None
         if not state["filled"]:
             return
         saved = {_current_name(name): tensor for name, tensor in tensors["experience"].items()}
+        # checkpoints of earlier versions have no entropy
+        self.entropy = saved.pop("entropy", None)
         lengths = integers(saved.pop("prompt_lengths"))
         prompts = torch.split(saved.pop("prompts"), lengths)
         values: dict[str, Any] = {f.name: None for f in fields(Experience)}

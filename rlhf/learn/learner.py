@@ -73,11 +73,21 @@ class Learner:
         return advantages | _value_metrics(experience, self.world)
 
     def updates(
-        self, experience: Experience, *, step: int, seed: int, kl_coef: float, done: int = 0
+        self,
+        experience: Experience,
+        *,
+        step: int,
+        seed: int,
+        kl_coef: float,
+        done: int = 0,
+        entropy: Tensor | None = None,
     ) -> Iterator[Metrics]:
-        """Makes the updates of one step, one a metrics; the first `done` of them were made before."""
+        """Makes the updates of one step, one a metrics; the first `done` of them were made before, and
+        measured `entropy` `[N]`.
+        """
         minibatches = self.section.minibatches
-        self.entropy = torch.full_like(experience.advantages, torch.nan)
+        unmeasured = torch.full_like(experience.advantages, torch.nan)
+        self.entropy = unmeasured if entropy is None else entropy.clone()
         total = self.section.epochs * minibatches
         for update in range(done, total):
             self._update = f"update {update + 1} of {total}"

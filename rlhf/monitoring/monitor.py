@@ -23,12 +23,13 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf.files import write_atomically
 from rlhf.metrics import Partial
 from rlhf.monitoring.health import HealthWatch
 from rlhf.monitoring.progress import Display, SilentDisplay, open_display
 from rlhf.monitoring.records import append_eval, describe_eval, eval_metrics, read_eval
 from rlhf.monitoring.run_folder import RunFolder
-from rlhf.monitoring.samples import ShownGroups, TokenTexts
+from rlhf.monitoring.samples import ShownGroups, TokenTexts, to_line, with_entropy
 from rlhf.monitoring.sinks import Sink, SinkName, make_sink
 from rlhf.types import Experience, Group
 
@@ -42,7 +43,7 @@ class Stream:
 
     def append(self, entry: Mapping[str, Any]) -> OSError | None:
         """Writes the entry and the earlier ones that could not be written; returns the error, if any."""
-        self.waiting.append(json.dumps(entry, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        self.waiting.append(to_line(entry) + "\n")
         try:
             self._write("".join(self.waiting).encode())
         except OSError as error:
@@ -222,6 +223,18 @@ class Monitor:
                 self._append(self.groups, record)
         self._shown = None
 
+    def learned_later(self, step: int, entropy: Tensor | None) -> None:
+        """Adds `entropy` to the samples of a step that was interrupted between its updates: RUN/samples.jsonl
+        has them already.
+        """
+        if self.run is None or entropy is None or not self.run.samples.is_file():
+            return
+        try:
+            lines = self.run.samples.read_text(encoding="utf-8").split("\n")
+            write_atomically(self.run.samples, "\n".join(with_entropy(lines, step, entropy)))
+        except (OSError, ValueError) as error:
+            self.warn(f"{self.run.samples} cannot be changed; step {step} has no entropies in it: {error}")
+
     def note(self, text: str) -> None:
         self.display.say(text, warning=False)
 
@@ -235,7 +248,7 @@ class Monitor:
         for sink in tuple(self.sinks):
             try:
                 sink.close()
-            except sink.failures as error:
+            except Exception as error:
                 self._drop(sink, error)
         self.sinks.clear()
         for stream in (self.metrics, self.groups):
@@ -270,7 +283,8 @@ class Monitor:
         for sink in tuple(self.sinks):
             try:
                 sink.write(step, values)
-            except sink.failures as error:
+            except Exception as error:
+                # the code of others, which may raise anything: the run goes on
                 self._drop(sink, error)
 
     def _append(self, stream: Stream, entry: Mapping[str, Any]) -> None:

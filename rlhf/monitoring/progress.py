@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from statistics import fmean
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -21,6 +22,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from rlhf.files import drop_unwritten
 from rlhf.monitoring.health import pairs_are_given
 
 Values = Mapping[str, float]
@@ -212,6 +214,7 @@ class Lines:
 
     def close(self) -> None:
         self._closed.set()
+        drop_unwritten(self.console.file)
 
     def _break_silence(self) -> None:
         while not self._closed.wait(min(self._silence) / 10):
@@ -234,9 +237,10 @@ class Lines:
         with self._lock:
             if self._closed.is_set() and threading.current_thread().name == "display":
                 return
-            self.console.file.write(line + "\n")
-            self.console.file.flush()
             self._last_line = time.monotonic()
+            with _writing():
+                self.console.file.write(line + "\n")
+                self.console.file.flush()
 
 
 class Panels:
@@ -246,7 +250,8 @@ class Panels:
         self.progress = progress
         self.console = console
         self.live = Live(get_renderable=self.render, console=console, refresh_per_second=4)
-        self.live.start()
+        with _writing():
+            self.live.start()
 
     def enter(self, phase: str | None) -> None:
         self.progress.enter(phase)
@@ -255,11 +260,14 @@ class Panels:
         self.progress.advance(step, values)
 
     def say(self, text: str, *, warning: bool) -> None:
-        self.console.print(Text(f"warning: {text}" if warning else text, style=WARNING if warning else ""))
+        shown = Text(f"warning: {text}", style=WARNING) if warning else Text(text)
+        with _writing():
+            self.console.print(shown)
 
     def close(self) -> None:
         self.progress.enter(None)
-        self.live.stop()
+        with _writing():
+            self.live.stop()
 
     def render(self) -> RenderableType:
         progress = self.progress
@@ -327,6 +335,18 @@ class Panels:
             text.append(" = " if i == 0 else " + ", style="dim")
             text.append(f"{name.removeprefix('time/')} ", style="dim").append(f"{values[name]:.1f}")
         return text
+
+
+@contextmanager
+def _writing() -> Generator[None]:
+    """What is shown may be lost (a closed pipe, a terminal that is gone, a log on a full disk); the run may
+    not. Its files have all of it.
+    """
+    try:
+        yield
+    except (OSError, ValueError, SystemExit):
+        # ValueError: the file is closed; SystemExit: what rich makes of a closed pipe
+        return
 
 
 def open_display(name: str, total_steps: int) -> Display:

@@ -9,14 +9,15 @@ Each line is an object for one group:
 `advantage` is one number where all tokens of a completion have the same advantage, else a list with one
 number for each token. `entropy` (nats, whole vocabulary) is from the forward pass of the update. A completion
 that was not learned from has neither. `entropy` is also absent where the group was skipped (all its
-advantages were 0) and where the run was stopped between two updates of the step. A completion that the policy
-did not sample has its `source`: `reference`, `iterate`, `mixture` or `data`.
+advantages were 0). A completion that the policy did not sample has its `source`: `reference`, `iterate`,
+`mixture` or `data`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,11 +81,35 @@ class ShownGroups:
             return {}
         advantages = [round(x, DIGITS) for x in numbers(self.experience.advantages[place])]
         found: dict[str, Any] = {"advantage": advantages[0] if len(set(advantages)) == 1 else advantages}
-        if entropy is not None:
-            nats = [round(x, DIGITS) for x in numbers(entropy[place])]
-            if not any(map(math.isnan, nats)):
-                found["entropy"] = nats
-        return found
+        return found if entropy is None else found | _entropies(entropy[place])
+
+
+def with_entropy(lines: Sequence[str], step: int, entropy: Tensor) -> list[str]:
+    """Lines of samples.jsonl, those of `step` with `entropy` `[N]` of the experience that they begin."""
+    written: list[str] = []
+    start = 0
+    for line in lines:
+        record: dict[str, Any] = json.loads(line) if line else {}
+        if record.get("step") == step:
+            for completion in record["completions"]:
+                # a completion that was not learned from has no advantage, and no tokens in the experience
+                if "advantage" in completion and "tokens" in completion:
+                    end = start + len(completion["tokens"])
+                    completion |= _entropies(entropy[start:end])
+                    start = end
+        written.append(to_line(record) if record.get("step") == step else line)
+    return written
+
+
+def to_line(entry: Mapping[str, Any]) -> str:
+    """An object as a line of a .jsonl file, without the line end."""
+    return json.dumps(entry, ensure_ascii=False, allow_nan=False, default=str)
+
+
+def _entropies(entropy: Tensor) -> dict[str, Any]:
+    """The entry of a completion; none where some token was not measured."""
+    nats = [round(x, DIGITS) for x in numbers(entropy)]
+    return {} if any(map(math.isnan, nats)) else {"entropy": nats}
 
 
 def _completion(trajectory: Trajectory, texts: TokenTexts | None) -> dict[str, Any]:

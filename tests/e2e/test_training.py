@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -140,8 +139,8 @@ def test_a_run_stopped_in_the_middle_of_its_buffer_goes_on_with_the_next_update(
     assert stopped == straight and len(stopped) == 4
     assert [record["critic/warmup"] for record in stopped] == [1.0, 0.0, 0.0, 0.0]
     folders = [tmp_path / name / "run" for name in ("straight", "stopped")]
-    # the entropies of the step that was stopped were measured by passes that are not saved
-    assert len({re.sub(r', "entropy": [^]]*]', "", (f / "samples.jsonl").read_text()) for f in folders}) == 1
+    samples = [(folder / "samples.jsonl").read_text() for folder in folders]
+    assert samples[0] == samples[1] and samples[0].count('"entropy"') > 4 * 4
     last = [load(folder / "checkpoints" / "step_000004", device="cpu") for folder in folders]
     assert last[0].state == last[1].state
     for file, tensors in last[0].tensors.items():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -200,3 +203,50 @@ def test_a_run_says_how_far_each_phase_is(tmp_path: Path, tiny_model_dir: Path) 
         train(settings)
     assert "64 of 64 samples" in heard and "320 of 320 samples" in heard
     assert "update 1 of 2, microbatch 1" in heard and "update 2 of 2, microbatch 1" in heard
+
+
+LOGS = """
+import sys
+from pathlib import Path
+from rlhf.metrics import Mean
+from rlhf.monitoring.monitor import Monitor
+from rlhf.monitoring.run_folder import RunFolder
+
+run = RunFolder(Path(sys.argv[1]))
+with Monitor.start(run, sinks=[], total_steps=2, samples_per_step=0, settings={}) as m:
+    for step in (1, 2):
+        m.log(step, {"reward/mean": Mean(1.0)})
+        m.warn("x" * 10000)
+"""
+
+
+@pytest.mark.parametrize("reader", ["head", "full"])
+def test_output_that_nobody_can_read_does_not_end_the_run(tmp_path: Path, reader: str) -> None:
+    """`| head`, which closes the pipe, and a log on a full disk."""
+    if reader == "head":
+        read, write = os.pipe()
+        os.close(read)
+    else:
+        write = os.open("/dev/full", os.O_WRONLY)
+    command = [sys.executable, "-c", LOGS, str(tmp_path)]
+    ended = subprocess.run(command, stdout=write, stderr=write, cwd=Path(__file__).parents[2])
+    os.close(write)
+    assert ended.returncode == 0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+class Gone(io.StringIO):
+    """A terminal that was closed."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_panel_on_a_terminal_that_is_gone_does_not_end_the_run() -> None:
+    panel = Panels(Progress("run", 2), Console(file=Gone(), force_terminal=True))
+    panel.say("look out", warning=True)
+    panel.advance(1, {"reward/mean": 1.0})
+    panel.close()

@@ -137,8 +137,8 @@ ARGUMENTS = {
     ),
     "per_token": "Whether the score of a completion is divided by its tokens.",
     "penalty": (
-        "How the policy's own sample is held below the data: `logsigmoid`, log(1 + e^u), or `linear`, u, which "
-        "has no lower bound."
+        "How the policy's own sample is held below the data: `logsigmoid`, log(1 + e^u), or `linear`, u, "
+        "which has no lower bound."
     ),
     "ratio_penalty": (
         "Weight of log(policy / reference), which is added to the loss of each token. It makes all "
