@@ -20,7 +20,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from rlhf.metrics import Metrics
+from rlhf.metrics import Metrics, Sum
 from rlhf.rewards.measures import function_metrics, reward_metrics
 from rlhf.rewards.plugin import RewardSpec, name_apart
 from rlhf.rewards.signature import ALWAYS_GIVEN
@@ -225,6 +225,9 @@ class Rewards:
         for number, pool in enumerate(self.pools):
             parts = [scoring.by_function[number] for scoring in scorings]
             metrics |= function_metrics(pool.name, parts, has_cache=self.caches[number] is not None)
+            if pool.replaced:
+                metrics[f"reward/replaced/{pool.name}"] = Sum(float(pool.replaced))
+                pool.replaced = 0
         return groups, metrics
 
     def _calls(self, scoring: Scoring, number: int, trainer_state: Mapping[str, Any]) -> list[Call]:

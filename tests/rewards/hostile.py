@@ -289,3 +289,17 @@ SHAPES: dict[str, Any] = {
 
 def shapes(completions: Sequence[str]) -> Any:
     return SHAPES.get(completions[0], [1.0])
+
+
+_KEPT: list[bytearray] = []
+
+
+def leak(completions: Sequence[str]) -> list[float]:
+    """Keeps 100 MiB of each call."""
+    _KEPT.append(bytearray(100 << 20))
+    return [float(len(text)) for text in completions]
+
+
+def leak_untouched(completions: Sequence[str]) -> list[float]:
+    """Needs more than there is, in each call."""
+    return [float(len(bytearray(1 << 34))) for _ in completions]

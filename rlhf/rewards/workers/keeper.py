@@ -43,6 +43,8 @@ TAIL = 4000
 """Bytes of the worker's last output that the final report holds."""
 SLOW = "it was too slow"
 """Reason reported when the trainer asks to kill a worker that is within its other limits."""
+OVER_MEMORY = "it and its processes held"
+"""How the reason begins for a worker that is killed for its memory."""
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -192,8 +194,7 @@ class Keeper:
         # resident sizes count shared pages once per process; the exact size takes longer to read
         if sum(map(_resident, pids)) > self.memory and (used := sum(map(_proportional, pids))) > self.memory:
             return (
-                f"it and its processes held {used / 2**30:.1f} GiB, more than the "
-                f"{self.memory / 2**30:.1f} GiB allowed"
+                f"{OVER_MEMORY} {used / 2**30:.1f} GiB, more than the {self.memory / 2**30:.1f} GiB allowed"
             )
         return None
 

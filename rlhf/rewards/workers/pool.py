@@ -8,6 +8,7 @@ a failure.
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,8 @@ class WorkerPool:
         self._busy: set[WorkerProcess] = set()
         self._closing = False
         self._broken: Exception | None = None
+        self.replaced = 0
+        """Workers that were replaced because earlier calls had used up their memory."""
 
     def start(self) -> None:
         """Starts the first worker, without waiting until it is ready."""
@@ -205,6 +208,12 @@ class WorkerPool:
         try:
             arguments = [call.arguments(call.samples) for call in calls]
             for number, answer in worker.run(arguments, is_async=self.signature.is_async):
+                if worker.has_answered and _lacks_memory(answer):
+                    # earlier calls may have left it none: a new worker is asked again
+                    worker.end()
+                    self._ask_again(unanswered)
+                    return False
+                worker.has_answered = True
                 call = unanswered.pop(number)
                 if not unanswered:
                     # whoever waits for this answer may now close the pool: the worker is then ended, not
@@ -213,12 +222,21 @@ class WorkerPool:
                         self._busy.discard(worker)
                 self._answered(call, answer)
         except WorkerLost as lost:
-            self._lost(unanswered, lost)
+            if worker.has_answered and lost.for_memory and not self._closing:
+                self._ask_again(unanswered)
+            else:
+                self._lost(unanswered, lost)
             return False
         finally:
             with self._changed:
                 self._busy.discard(worker)
         return True
+
+    def _ask_again(self, unanswered: dict[int, Call]) -> None:
+        """Queues the calls of a worker that has ended because its memory was used up."""
+        with self._changed:
+            self.replaced += 1
+        self._requeue(list(unanswered.values()))
 
     def _answered(self, call: Call, answer: Mapping[str, Any]) -> None:
         """Finishes a call with its answer. Whatever the function did, the failure is part of the outcome."""
@@ -275,6 +293,11 @@ def _logged(answer: Mapping[str, Any]) -> dict[str, Any]:
     """The parts of an answer that `Outcome` keeps of what was logged."""
     logged = answer.get("logged", {})
     return {key: logged[key] for key in ("metrics", "extra") if key in logged}
+
+
+def _lacks_memory(answer: Mapping[str, Any]) -> bool:
+    """Whether a call failed for want of memory, by the words of Python, numpy, torch and the system."""
+    return re.search(r"MemoryError|[Cc]an(not|'t) allocate memory", answer.get("raised", "")) is not None
 
 
 def _slow(seconds: float) -> str:

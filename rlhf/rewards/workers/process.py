@@ -23,7 +23,7 @@ from rlhf.plugins import absolute
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.signature import Signature
 from rlhf.rewards.workers.environment import environment, hidden
-from rlhf.rewards.workers.keeper import SLOW
+from rlhf.rewards.workers.keeper import OVER_MEMORY, SLOW
 from rlhf.rewards.workers.progress import Progress
 
 KEEPER = Path(__file__).with_name("keeper.py")
@@ -45,6 +45,11 @@ class WorkerLost(Exception):
     def __init__(self, kind: str, message: str, output: str, call: int | None) -> None:
         super().__init__(message)
         self.kind, self.output, self.call = kind, output, call
+
+    @property
+    def for_memory(self) -> bool:
+        """Whether the process was killed for the memory that it held."""
+        return OVER_MEMORY in str(self)
 
 
 class StartError(ValueError):
@@ -68,6 +73,8 @@ class WorkerProcess:
             poll.register(self._data, select.POLLIN)
         self._both.register(self._line, select.POLLIN)
         self._ended: str | None = None
+        self.has_answered = False
+        """Whether it has answered a call, so that what it holds may be of earlier calls."""
         self._tail = ""
         self._folder = Path(tempfile.gettempdir()) / f"reward-{uuid.uuid4().hex[:12]}"
         settings = {
