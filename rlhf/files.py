@@ -41,6 +41,13 @@ def write_atomically(path: Path, text: str) -> None:
     sync(path.parent)
 
 
+def follow_umask(path: Path) -> None:
+    """Gives a file the permissions of new files: safetensors makes files for their owner alone."""
+    status = Path("/proc/self/status").read_text()
+    umask = next((int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask")), 0o077)
+    path.chmod(0o666 & ~umask)
+
+
 def drop_unwritten(stream: Any) -> None:
     """Where a stream cannot be written any more, drops what it still holds: at its end, the interpreter would
     fail on it and change the exit status.

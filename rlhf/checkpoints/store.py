@@ -38,7 +38,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 
 from rlhf.checkpoints.stateful import CheckpointError
 from rlhf.checkpoints.tensor_files import ROWS, SavedTensors, TensorFile
-from rlhf.files import sync, write_atomically
+from rlhf.files import follow_umask, sync, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ def write_files(folder: Path, files: Iterable[TensorFile], state: Mapping[str, A
     for file in files:
         metadata = {ROWS: json.dumps(file.rows)} if file.rows else None
         save_file(file.tensors, folder / file.name, metadata)
+        follow_umask(folder / file.name)
         sync(folder / file.name)
         names.append(file.name)
     if state is not None:
@@ -186,6 +187,8 @@ def export(model: Saves, tokenizer: Saves, folder: Path) -> None:
         model.save_pretrained(str(beside))
         tokenizer.save_pretrained(str(beside))
         for file in beside.rglob("*"):
+            if file.is_file():
+                follow_umask(file)
             sync(file)
         _put_in_place(beside, folder)
     except (OSError, SafetensorError, ValueError) as error:

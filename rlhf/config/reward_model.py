@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from rlhf.config.learner import LearnerConfig
 from rlhf.config.model import ModelConfig
 from rlhf.config.run import CheckpointConfig, MonitorConfig
+from rlhf.config.secrets import masked
 from rlhf.config.section import Count, Positive, Section
 
 
@@ -148,4 +149,4 @@ class RewardModelConfig(Section):
 
     def to_yaml(self) -> str:
         """The text of RUN/config.yaml: every setting with the value that holds, defaults included."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+        return yaml.safe_dump(masked(self.model_dump(mode="json")), sort_keys=False, width=110)

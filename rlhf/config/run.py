@@ -31,6 +31,7 @@ from rlhf.config.pairs import PairsConfig
 from rlhf.config.perception import PerceptionConfig
 from rlhf.config.reward import RewardConfig
 from rlhf.config.rollout import BudgetConfig, RolloutConfig
+from rlhf.config.secrets import masked
 from rlhf.config.section import Count, Positive, Section
 
 
@@ -144,9 +145,10 @@ class Config(Section):
         return dataclasses.replace(algorithm, perception=self.perception.term)
 
     def to_yaml(self) -> str:
-        """The text of RUN/config.yaml: every setting with the value that holds, defaults included."""
+        """The text of RUN/config.yaml: every setting with the value that holds, defaults included; secrets
+        masked."""
         plain = {key: _plain(value) for key, value in self.model_dump(mode="json").items()}
-        return yaml.safe_dump(plain, sort_keys=False, width=110)
+        return yaml.safe_dump(masked(plain), sort_keys=False, width=110)
 
 
 def _plain(value: Any) -> Any:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
+from rlhf.config.secrets import masked
 from rlhf.distributed.world import World
 from rlhf.monitoring.monitor import Monitor
 from rlhf.monitoring.run_folder import RunFolder
@@ -36,7 +37,7 @@ def recording(
             sinks=config.monitor.sinks,
             total_steps=config.steps,
             samples_per_step=samples_per_step,
-            settings=config.model_dump(mode="json"),
+            settings=masked(config.model_dump(mode="json")),
             texts=texts,
         ) as monitor,
     ):

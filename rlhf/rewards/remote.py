@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
+from rlhf.config.secrets import masked_text
 from rlhf.rewards.builtin import Completion, completion_text
 from rlhf.rewards.signature import ALWAYS_GIVEN
 
@@ -49,8 +50,13 @@ class Client:
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"expected an address like http://host:8000/score, got {url!r}")
-        self.url, self.headers = url, {"Content-Type": "application/json", **headers}
+            raise ValueError(f"expected an address like http://host:8000/score, got {masked_text(url)!r}")
+        for name, value in headers.items():
+            if not re.fullmatch(r"[!-~]+( +[!-~]+)*", str(value)):
+                raise ValueError(f"the header {name} must be one line of printable ASCII characters")
+        # for messages
+        self.url = masked_text(url)
+        self.headers = {"Content-Type": "application/json", **headers}
         self.seconds, self.attempts, self.pause = seconds, attempts, pause
         self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         self._place = parts.netloc.rpartition("@")[2]
@@ -253,7 +259,14 @@ def _authorization(key_variable: str | None) -> dict[str, str]:
         return {}
     if not os.environ.get(key_variable):
         raise ValueError(f"the environment variable {key_variable}, named by key_variable, is not set")
-    return {"Authorization": f"Bearer {os.environ[key_variable]}"}
+    # a file that the variable was read from may have ended with a line end
+    key = os.environ[key_variable].strip()
+    if not re.fullmatch(r"[!-~]+", key):
+        raise ValueError(
+            f"the environment variable {key_variable}, named by key_variable, must hold a key: one line of "
+            "printable ASCII characters without blanks"
+        )
+    return {"Authorization": f"Bearer {key}"}
 
 
 def _decoded(url: str, text: bytes) -> Any:

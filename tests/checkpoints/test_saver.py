@@ -192,3 +192,11 @@ def test_what_cannot_be_read_is_never_removed(tmp_path: Path, change: tuple[str,
     assert steps(tmp_path) == [2, 8]
     assert writer.newest() == tmp_path / "step_000002"
     assert len(writer.passed_over) == 1 and "step_000008" in writer.passed_over[0]
+
+
+def test_all_files_of_a_checkpoint_have_the_permissions_of_new_files(tmp_path: Path) -> None:
+    saver(tmp_path).save(1, {"part": Part(1)})
+    (tmp_path / "new").touch()
+    expected = (tmp_path / "new").stat().st_mode
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "step_000001").iterdir()}
+    assert len(modes) == 3 and set(modes.values()) == {expected}, modes

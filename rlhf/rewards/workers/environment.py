@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 
+from rlhf.config.secrets import MASK, holds_mask
 from rlhf.rewards.plugin import RewardSpec
 
 # a worker must not compete with the threads of the trainer
@@ -35,6 +36,11 @@ def environment(spec: RewardSpec) -> dict[str, str]:
                 f"reward function {spec.path}: the environment variable {name}, named by variables, "
                 "is not set"
             )
+    if holds_mask(dict(spec.params)):
+        raise ValueError(
+            f"reward function {spec.path}: a secret in its params is masked ({MASK}), because config.yaml "
+            "does not keep secrets; give it again, or name an environment variable as key_variable"
+        )
     kept = {name: value for name, value in os.environ.items() if _is_given(name, spec)}
     gpus = _own_gpu_first() if spec.gpu else dict.fromkeys(GPUS, "")
     # a function may print any text, even one that is not valid Unicode
