@@ -177,7 +177,7 @@ def test_methods_with_frozen_models_learn(tmp_path: Path, tiny_model_dir: Path, 
         assert all(step["pairs/pull"] < 0 and step["grad_norm"] > 0 for step in steps)
     else:
         assert sum(margins) > 0.02, margins
-    assert "mismatch/k3" in steps[-1] and "kl/ref" in steps[-1] or name in ("sppo", "dno")
+    assert ("mismatch/k3" in steps[-1] and "kl/ref" in steps[-1]) or name in ("sppo", "dno")
 
 
 @pytest.mark.parametrize("name", ["selm", "spac"])
