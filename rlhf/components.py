@@ -118,7 +118,7 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
         budgets=budgets,
         constraints=constraints,
         collector=collector,
-        pairing=Pairing(config.pairs, inputs.algorithm),
+        pairing=Pairing(config.pairs, inputs.algorithm, inputs.rewards.win_rate),
         pair_evaluation=pair_evaluation,
         iterate=iterate,
         prefetch=prefetch,

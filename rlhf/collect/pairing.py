@@ -34,9 +34,12 @@ from rlhf.types import Duel, FinishReason, Group, Source, is_learnable
 class Pairing:
     """Applies the rule of the section `pairs` to the groups of a step."""
 
-    def __init__(self, section: PairsConfig, algorithm: Algorithm) -> None:
-        """Raises ValueError: the rule is a function that cannot be found."""
-        self.section, self.preference = section, algorithm.preference
+    def __init__(self, section: PairsConfig, algorithm: Algorithm, win_rate: str | None = None) -> None:
+        """`win_rate`: the objective that a judge gives where there are no reward functions.
+
+        Raises ValueError: the rule is a function that cannot be found.
+        """
+        self.section, self.preference, self.win_rate = section, algorithm.preference, win_rate
         self.own_only = algorithm.selection.own_only
         self.rule: Rule = RULES[section.rule] if section.rule in RULES else _own_rule(section.rule)
 
@@ -97,7 +100,9 @@ class Pairing:
 
     def _label(self, group: Group) -> Label:
         if self.section.labels == "auto":
-            return LABELS["preference" if group.duels else "hard"]
+            # a judge's duels have already made the rewards that the rule goes by
+            decided = any(self.win_rate in t.objectives for t in group.trajectories)
+            return LABELS["preference" if group.duels and not decided else "hard"]
         return LABELS[self.section.labels]
 
 

@@ -129,6 +129,8 @@ def evaluation_config(request: Request, source: Source) -> Config:
         tree["model"]["path"] = source.name
     if request.data is not None:
         data["eval"] = request.data
+    # a judge compares what a run samples
+    reward.pop("preference", None)
     if request.rewards:
         reward["functions"] = [{"path": path} for path in request.rewards]
     if not data.get("eval"):

@@ -27,6 +27,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
         *(_online(config, algorithm) if config.data.mode == "online" else _from_data(config, algorithm)),
         *_replay(config, algorithm),
         *_preferences(config, algorithm),
+        *_judge(config, algorithm),
         *_precomputed_reference(config, algorithm),
         *sampler_problems(config, algorithm),
         *_sizes(config),
@@ -40,9 +41,15 @@ def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
     """Something has to give completions a reward, wherever one is needed."""
     if config.reward.functions:
         return
-    data = config.data
-    if data.mode != "offline":
-        pairs = "; to learn from chosen and rejected in data.train set data.mode: offline"
+    data, judge = config.data, config.reward.preference
+    if judge is not None and data.mode != "offline":
+        if data.mode != "online" and data.reward_column is None:
+            yield "data.reward_column is null, but reward.preference compares what is sampled, not the data's"
+    elif data.mode != "offline":
+        pairs = (
+            "; a judge of pairs is reward.preference, and to learn from chosen and rejected in data.train "
+            "set data.mode: offline"
+        )
         yield (
             f"reward.functions is empty, but with data.mode = {data.mode} there are rollouts to score"
             f"{pairs if algorithm.preference is not None else ''}"
@@ -50,7 +57,8 @@ def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
     elif data.reward_column is None:
         yield "reward.functions is empty and data.reward_column is null: nothing gives completions a reward"
     if data.eval is not None and algorithm.preference is None:
-        yield f"reward.functions is empty, but data.eval = {data.eval} is evaluated by them: give some"
+        alone = "; a judge has nothing to compare there" if judge is not None else ""
+        yield f"reward.functions is empty, but data.eval = {data.eval} is evaluated by them: give some{alone}"
     if algorithm.needs_prompt_value and config.prompt_value.targets == "greedy":
         yield (
             "reward.functions is empty, but prompt_value.targets = greedy scores completions with them; "
@@ -151,6 +159,44 @@ def _preferences(config: Config, algorithm: Algorithm) -> Iterator[str]:
                 f"{compared} completions that it compares in one pass, with their prompt up to {needed} "
                 "tokens: raise it, or lower data.max_prompt_tokens or rollout.max_completion_tokens"
             )
+
+
+def _judge(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """What a judge of pairs needs, and that its answers are used."""
+    data, reward = config.data, config.reward
+    if reward.preference is None:
+        if config.pairs.labels == "preference" and data.mode == "online":
+            yield "pairs.labels is preference, but there is no judge: set reward.preference, or another label"
+        return
+    if data.mode == "offline" or data.mix:
+        setting = "data.mode = offline" if data.mode == "offline" else "data.mix"
+        yield f"reward.preference compares completions that are sampled together, but {setting} is set"
+    if config.rollout.group_size < 2:
+        yield (
+            f"rollout.group_size is {config.rollout.group_size}, but reward.preference compares completions "
+            "of a prompt: it needs two or more"
+        )
+    if config.budget.rule != "uniform":
+        yield (
+            f"budget.rule is {config.budget.rule}, which goes by correct completions, and samples in parts "
+            "that reward.preference could not compare: set it to uniform"
+        )
+    if not reward.functions:
+        if reward.constraints or reward.success_objective is not None:
+            yield (
+                "reward.constraints and reward.success_objective are of reward functions, but the reward is "
+                "a win rate: its mean over a group is always about 1/2"
+            )
+    elif algorithm.preference is None:
+        yield (
+            "reward.preference beside reward.functions only labels pairs, and "
+            f"{config.algorithm['name']} has none: leave one of the two out"
+        )
+    elif config.pairs.labels != "preference" and ":" not in config.pairs.rule:
+        yield (
+            "reward.preference beside reward.functions only labels pairs, but pairs.labels is "
+            f"{config.pairs.labels}: set it to preference, or leave one of the two out"
+        )
 
 
 def _precomputed_reference(config: Config, algorithm: Algorithm) -> Iterator[str]:

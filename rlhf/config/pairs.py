@@ -21,10 +21,11 @@ class PairsConfig(Section):
     data has for the prompt (HyPO, SPAC). `dno_prct`: every two of which the better has a reward of 5 or more
     and leads by 2, or by 1 if the policy wrote it (DNO). Or a function of your own, as
     `path/file.py:function`."""
-    labels: Literal["auto", "hard", "reward"] = "auto"
+    labels: Literal["auto", "hard", "reward", "preference"] = "auto"
     """The probability that the better one of a pair is really better. `auto`: that of the data's column
-    `probability`, 1 where there is none. `hard`: 1. `reward`: the sigmoid of the difference of the two
-    rewards."""
+    `probability`, 1 where there is none, and 1 where a judge's win rates are the rewards, as in TRL's online
+    DPO. `hard`: 1. `reward`: the sigmoid of the difference of the two rewards. `preference`: what the judge,
+    or the data's column `probability`, says of the two; a pair of which nothing is said is left out."""
     min_gap: Annotated[float, Field(ge=0.0)] = 0.0
     """Two completions whose rewards differ by less than this, or not at all, are no pair."""
     truncated: Literal["keep", "drop", "lose"] = "keep"

@@ -9,15 +9,13 @@ from pydantic import Field, model_validator
 from rlhf.config.section import Count, Positive, Section, Share
 
 
-class RewardFunction(Section):
-    """One reward function."""
+class Function(Section):
+    """One function that runs in workers: a reward function or a judge."""
 
     # RewardSpec in rlhf/rewards/plugin.py has the same fields and says what they mean
     path: str
-    weight: float = 1.0
     params: dict[str, Any] = Field(default_factory=dict)
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
-    weights: dict[str, float] = Field(default_factory=dict)
     timeout: Annotated[float, Field(gt=0.0)] = 10.0
     workers: Positive | None = None
     batch: Positive | Literal["group", "step"] = 1
@@ -27,6 +25,23 @@ class RewardFunction(Section):
     processes: Positive = 128
     gpu: bool = False
     variables: tuple[str, ...] = ()
+
+
+class RewardFunction(Function):
+    """One reward function."""
+
+    weight: float = 1.0
+    weights: dict[str, float] = Field(default_factory=dict)
+
+
+class JudgeConfig(Function):
+    """A judge that compares completions of a prompt two by two (docs/rewards.md#pairwise-judges): a function
+    `judge(prompts, completions)` with two completions for each prompt, or one that is built in. A sample is
+    one comparison."""
+
+    both_orders: bool = True
+    """Whether each duel is judged twice, each completion once in the first place:
+    p = (P(a, b) + 1 - P(b, a)) / 2. It takes the judge's bias for a place out, at twice the calls."""
 
 
 class ConstraintConfig(Section):
@@ -68,13 +83,18 @@ class RewardConfig(Section):
     """The reward functions, the share of samples they may fail on, and when a completion is correct."""
 
     functions: tuple[RewardFunction, ...] = ()
-    """The reward functions: their scores, each times its `weight`, add up to the reward. With `data.mode:
-    offline` and rewards in the dataset it may be empty."""
+    """The reward functions: their scores, each times its `weight`, add up to the reward. It may be empty with
+    a judge in `preference`, and with `data.mode: offline` where the dataset has rewards."""
+    preference: JudgeConfig | None = None
+    """The judge of sampled completions; not given: none. Without reward functions the reward of a completion
+    is its mean win rate against the others of its prompt; beside them the judge only gives labels to
+    pairs."""
     constraints: tuple[ConstraintConfig, ...] = ()
     """Bounds on the means of single objectives; they move the objectives' weights."""
     max_failed_share: Share = 0.1
     """Largest share of a step's samples that may be without a reward because a function failed on them;
-    beyond it the run stops with an error that names the function."""
+    beyond it the run stops with an error that names the function. The same share of a step's comparisons may
+    be without a verdict of the judge."""
     special_tokens: Literal["drop", "keep"] = "drop"
     """What reward functions read of special tokens in a completion. `drop`: nothing, as in TRL and verl.
     `keep`: all but those that begin, end or pad a sequence; for models whose tags, `<think>` for example, are

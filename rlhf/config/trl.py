@@ -40,13 +40,14 @@ LOSS_TYPES: dict[str, str] = {
 }
 """TRL's `loss_type`, and what to set for it."""
 
+ONLINE = "algorithm.name=dpo with data.mode=online and reward.functions"
 METHODS: dict[str, str] = {
     "cdpo": "algorithm.name=dpo with algorithm.label_smoothing",
     "conservative_dpo": "algorithm.name=dpo with algorithm.label_smoothing",
     "rdpo": "algorithm.name=robust_dpo",
     "rso": LOSS_TYPES["hinge"],
-    "online_dpo": "algorithm.name=dpo with data.mode=online and reward.functions",
-    "oaif": "algorithm.name=dpo with data.mode=online and reward.functions",
+    "online_dpo": f"{ONLINE} or reward.preference",
+    "oaif": f"{ONLINE} or reward.preference",
     "smaug": "algorithm.name=dpop",
     "apo": "algorithm.name=apo_zero or apo_down",
     "chipo": "algorithm.name=chi_po",
@@ -76,7 +77,7 @@ REPLACED: dict[str, str] = {
         f"{NOT_YET}: in a reward function of your own subtract it where completion_ids does not end with the "
         "end-of-sequence token"
     ),
-    "judge": "reward.functions, which give each completion a number; judges of pairs are not here yet",
+    "judge": "reward.preference: {path: my_judge.py:MyJudge}; judges of TRL work as they are",
     "reward_model_path": "reward.functions=[{path: reward_model, params: {model: PATH}}]",
     "sync_ref_model": f"{NOT_YET}: the reference stays as it is; begin a new run from RUN/model",
     "ref_model_mixup_alpha": f"{NOT_YET}: the reference stays as it is",

@@ -100,7 +100,10 @@ def evaluate(
     total = len(prompts) if config.eval.max_prompts is None else min(len(prompts), config.eval.max_prompts)
     mine = [prompts[i] for i in range(world.rank, total, world.size)]
     requests = [sampler.request(p, n=config.eval.samples, label=f"eval/{p.id}") for p in mine]
-    groups, _ = sampler.score(mine, sampler.generate(requests, between, detail), step)
+    completions = sampler.generate(requests, between, detail)
+    # samples of one policy win half of their duels with each other, whatever it has learned
+    with sampler.rewards.without_judge():
+        groups, _ = sampler.score(mine, completions, step)
     check_objective(groups, config.reward)
     parts = world.gather([_record(g, config) for g in groups])
     records = [record for part in parts for record in part]

@@ -142,6 +142,14 @@ def _displaced(_: Sequence[Values], last: Sequence[Values]) -> bool:
     return below and _trend(last, chosen) < 0 < _trend(last, margin)
 
 
+def _one_place_wins(_: Sequence[Values], last: Sequence[Values]) -> bool:
+    """A judge that nearly always prefers the same place, whichever completion stands there."""
+    if sum(values.get("duels/asked", 0.0) for values in last) < ENOUGH_DUELS:
+        return False
+    shares = [values.get("duels/first", 0.5) for values in last]
+    return min(shares) > ONE_PLACE or max(shares) < 1.0 - ONE_PLACE
+
+
 def _constant_reward(_: Sequence[Values], last: Sequence[Values]) -> bool:
     reward = last[0].get("reward/mean")
     same = reward is not None and all(values.get("reward/mean") == reward for values in last)
@@ -180,6 +188,10 @@ MANY = 0.5
 """Share of completions that are cut, or in groups without signal, which is said as soon as it is seen."""
 DISPLACED = -5.0
 """Mean log-ratio of chosen completions to the reference, in nats, below which they have become unlikely."""
+ONE_PLACE = 0.9
+"""Share of the comparisons that one place wins, beyond which a judge judges the place; a rule of thumb."""
+ENOUGH_DUELS = 20
+"""Duels, over all steps looked at, from which this can be said."""
 MUCH_ENTROPY = 0.3
 """Share by which the entropy of the most probable tokens has to be below its highest."""
 LIKELIHOOD = (
@@ -244,6 +256,13 @@ FINDINGS = (
         "chosen completions become less likely while the margin grows: pairs/chosen_logratio is below "
         f"{DISPLACED:g} nats and falls; lower learner.lr or raise algorithm.beta, add an anchor "
         "(algorithm.name=rpo or dpop), or refresh the pairs (online)",
+    ),
+    Finding(
+        "place",
+        _one_place_wins,
+        "the judge prefers the completion in one place in more than 9 of 10 comparisons (duels/first), so it "
+        "judges the place and not the text; keep reward.preference.both_orders=true, which makes ties of "
+        "these duels, and take another judge or template",
     ),
     Finding(
         "collapse",

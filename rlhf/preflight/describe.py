@@ -11,6 +11,7 @@ import torch
 from rlhf.algos.algorithm import KL, Algorithm
 from rlhf.compute_dtype import in_words
 from rlhf.config.checks import return_candidates
+from rlhf.config.reward import JudgeConfig
 from rlhf.config.run import Config
 from rlhf.data.completions import OfflineDataset
 from rlhf.data.prompts import first_row
@@ -22,6 +23,7 @@ from rlhf.models.pretrained import empty_model
 from rlhf.preflight import tags
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
+from rlhf.rewards.judges.duels import asking
 from rlhf.types import AdvantageInputs, Source
 
 
@@ -165,6 +167,8 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
     """Where the completions of a step come from, and which functions reward them."""
     rollout, data, offline = config.rollout, config.data, inputs.offline
     yield f"rewards      {_rewards(config, inputs)}"
+    if config.reward.preference is not None:
+        yield from _describe_judge(config, config.reward.preference)
     for c in config.reward.constraints:
         bound = f"at most {c.bound:g}" if c.at_least is None else f"at least {c.bound:g}"
         yield f"constraint   mean of {c.objective} {bound}: multiplier from {c.start:g}, rate {c.rate:g}"
@@ -195,6 +199,8 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
 def _rewards(config: Config, inputs: Inputs) -> str:
     """What gives completions their rewards; of functions that score held-out samples alone, that they do."""
     functions = ", ".join(f"{f.path} x {f.weight:g}" for f in config.reward.functions)
+    if config.reward.preference is not None:
+        functions = functions or "mean win rate of a completion against the others of its prompt"
     column = config.data.reward_column
     if inputs.offline is None or column is None:
         return functions
@@ -217,6 +223,20 @@ def _rewards(config: Config, inputs: Inputs) -> str:
             return f"{given}; {functions} is not used, without data.eval"
         return f"{given}; samples of held-out prompts by {functions}"
     return f"{given}, {functions}"
+
+
+def _describe_judge(config: Config, judge: JudgeConfig) -> Iterator[str]:
+    """The judge of pairs, and how often it is called."""
+    asked, rollout = asking(config), config.rollout
+    duels = len(list(asked.duels(rollout.group_size)))
+    orders = " x 2 orders" if judge.both_orders else ""
+    calls = rollout.prompts_per_step * asked.calls(rollout.group_size)
+    yield (
+        f"judge        {judge.path}: {rollout.prompts_per_step} prompts x {duels} duels{orders} = {calls} "
+        "calls a step, fewer where completions are the same"
+    )
+    if not config.reward.functions:
+        yield "             held-out prompts are not sampled: the judge has nothing to compare there"
 
 
 def _describe_data(data: OfflineDataset) -> Iterator[str]:

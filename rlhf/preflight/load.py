@@ -35,6 +35,9 @@ from rlhf.plugins import load_plugin
 from rlhf.preflight.tags import ends_of, opened_tag, with_opened
 from rlhf.preflight.tokens import Tokenised, check_tokens
 from rlhf.preflight.vllm import check_adapter, check_vllm
+from rlhf.rewards.judges.duels import asking
+from rlhf.rewards.judges.judged import JudgedRewards
+from rlhf.rewards.judges.plugin import JudgeSpec
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards
 from rlhf.types import Prompt
@@ -105,9 +108,16 @@ def _held_out(
     if path is None:
         return None, None
     if algorithm.preference is None or not PAIR_COLUMNS.intersection(first_row(path).columns):
+        if not config.reward.functions and config.reward.preference is not None:
+            raise ConfigError(
+                f"data.eval, {path}, has prompts alone, whose samples reward.functions would score; "
+                "reward.preference has nothing to compare them with: give reward.functions too (with "
+                "pairs.labels: preference), or pairs (chosen, rejected) in data.eval, or leave data.eval out"
+            )
         return _prompts(config, path, tokenizer, processor), None
     pairs = _offline(config, path, tokenizer, processor, eos_token_ids)
     if not config.reward.functions:
+        # a judge has nothing to compare the samples with
         return None, pairs
     different: dict[tuple[int, ...], Prompt] = {}
     for prompt in pairs.prompts.prompts:
@@ -130,6 +140,12 @@ def _check_singles(config: Config, algorithm: Algorithm, data: OfflineDataset) -
     """Raises ConfigError when the algorithm compares pairs and a line has a single completion, or when it
     compares at all and there are chats, which are for imitation."""
     single = next((g for g in data.groups if len(g.trajectories) == 1), None)
+    offline = config.data.mode == "offline"
+    if offline and config.pairs.labels == "preference" and not any(g.duels for g in data.groups):
+        raise ConfigError(
+            f"pairs.labels is preference, but {config.data.train} has no column probability, so no pair "
+            "would have a label: set it to auto or hard"
+        )
     if algorithm.preference is None or single is None:
         return
     name = config.algorithm["name"]
@@ -234,7 +250,12 @@ def _rewards(
 ) -> Rewards:
     opened = opened_tag(train.prompts, tokenizer)
     specs = [RewardSpec(**with_opened(function, opened)) for function in config.reward.functions]
-    rewards = Rewards(specs, train.columns, max_failed_share=config.reward.max_failed_share)
+    judge, share = config.reward.preference, config.reward.max_failed_share
+    if judge is None:
+        rewards = Rewards(specs, train.columns, max_failed_share=share)
+    else:
+        spec = JudgeSpec(**judge.model_dump(exclude={"both_orders"}))
+        rewards = JudgedRewards(specs, train.columns, spec, asking(config), max_failed_share=share)
     rewards.max_steps = config.steps
     rewards.steps_per_epoch = len(train) / config.rollout.prompts_per_step
     if config.reward.special_tokens == "keep":

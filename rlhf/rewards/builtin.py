@@ -94,6 +94,13 @@ def completion_text(completion: Completion) -> str:
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
+def as_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """A prompt as one text: of a chat, a line `role: content` for each message."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
 def last_number(text: str) -> Fraction | None:
     """The number that `numeric_match` reads in `text`; None if there is none, or a list or a time.
 

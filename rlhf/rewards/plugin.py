@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rlhf.plugins import load_object
 from rlhf.rewards.signature import (
@@ -60,6 +60,12 @@ class RewardSpec:
     Example: `RewardSpec("my_rewards.py:brevity", weight=0.1, params={"limit": 50})`.
     """
 
+    # what messages call the function, what it scores, and what it gives
+    kind: ClassVar[str] = "reward function"
+    scored: ClassVar[str] = "sample"
+    score: ClassVar[str] = "reward"
+    none_given: ClassVar[str] = "no function applies to them"
+
     path: str
     """The function: `package.module:function`, `path/file.py:function`, the name of a built-in
     (docs/rewards.md), or a name that an installed package offers in the entry-point group `rlhf.rewards`."""
@@ -97,6 +103,15 @@ class RewardSpec:
     """Names of environment variables that the function needs, such as keys of services. It gets those that
     every program needs (`PATH`, `HOME`, ...), that of `params.key_variable`, and these, no others."""
 
+    @property
+    def called(self) -> str:
+        """What messages call it before it has a name: what it is, and where."""
+        return f"{self.kind} {self.path}"
+
+    def load(self) -> Reward:
+        """What a worker calls; raises as `load_reward` does."""
+        return load_reward(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Reward:
@@ -121,23 +136,20 @@ def load_reward(spec: RewardSpec) -> Reward:
     Raises ValueError when there is no such function (the nearest name is suggested), it cannot be called, or
     it does not take one of `params`. An exception of the imported module or of the class is passed on.
     """
-    found = load_object(spec.path) if ":" in spec.path else _load_by_name(spec.path)
+    found = find(spec, BUILT_IN)
     if not callable(found):
         raise ValueError(f"{spec.path} must be a function or a class, got {found!r:.80}")
     params = dict(spec.params)
-    for key in params:
-        if key in ALWAYS_GIVEN:
-            raise ValueError(f"reward function {spec.path}: {key!r} is given by the trainer, not by params")
     is_class = inspect.isclass(found)
     if is_class:
-        parameters_of(spec.path, found, params)
+        parameters_of(spec.called, found, params)
         found, params = found(**params), {}
         if not callable(found):
             raise ValueError(
                 f"{spec.path} is a class without __call__, so its objects cannot be called to score"
             )
     called = called_by(found)
-    named, takes_any = parameters_of(spec.path, called, params)
+    named, takes_any = parameters_of(spec.called, called, params)
     if kind := verl_kind(named):
         verl = VerlReward(found, named, params, kind)
         compares = "it takes solution_strs" if kind == "batch" else ""
@@ -148,21 +160,33 @@ def load_reward(spec: RewardSpec) -> Reward:
     return Reward(found, params, signature_of(named, takes_any, called, params, is_class=is_class))
 
 
-def _load_by_name(name: str) -> Any:
+def find(spec: RewardSpec, built_in: Mapping[str, str]) -> Any:
+    """The object that `spec.path` names: in a file or package, among those built in, or offered by a package.
+
+    Raises ValueError when there is none, or `params` has an argument that the trainer gives.
+    """
+    for key in spec.params:
+        if key in ALWAYS_GIVEN:
+            raise ValueError(f"{spec.called}: {key!r} is given by the trainer, not by params")
+    return load_object(spec.path) if ":" in spec.path else _find_by_name(spec.path, built_in, spec)
+
+
+def _find_by_name(name: str, built_in: Mapping[str, str], spec: RewardSpec) -> Any:
     if name.endswith(".py"):
-        raise ValueError(f"a reward is the file {name}: name a function in it too, as {name}:my_reward")
-    if name in BUILT_IN:
+        what = spec.kind.removesuffix(" function")
+        raise ValueError(f"a {what} is the file {name}: name a function in it too, as {name}:my_{what}")
+    if name in built_in:
         if name in NEEDS:
             _import_package(name, *NEEDS[name])
-        return load_object(BUILT_IN[name])
+        return load_object(built_in[name])
     # imported here, because it takes as long to import as everything else in a worker
     from importlib.metadata import entry_points
 
     offered = {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
     if name not in offered:
-        known = sorted({*BUILT_IN, *offered})
+        known = sorted({*built_in, *offered})
         raise ValueError(
-            f"no installed package offers a reward function {name!r}{did_you_mean(name, known)}; "
+            f"no installed package offers a {spec.kind} {name!r}{did_you_mean(name, known)}; "
             f"expected package.module:function, path/file.py:function or one of: {', '.join(known)}"
         )
     return offered[name].load()

@@ -20,7 +20,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from rlhf.config.secrets import masked_text
-from rlhf.rewards.builtin import Completion, completion_text
+from rlhf.rewards.builtin import Completion, as_text, completion_text
 from rlhf.rewards.signature import ALWAYS_GIVEN
 
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -34,6 +34,10 @@ _JITTER = random.Random()
 
 class RemoteError(RuntimeError):
     """The service did not respond, or its response cannot be used."""
+
+
+class NoVerdict(RemoteError):
+    """The answer of a judge is complete as a response, but does not say what the judge thinks."""
 
 
 class Client:
@@ -125,7 +129,7 @@ class RemoteReward:
         of the dataset that are sent; all of them if not given. Raises ValueError when the variable is not
         set.
         """
-        sent = {**(headers or {}), **_authorization(key_variable)}
+        sent = {**(headers or {}), **authorization(key_variable)}
         self.client = Client(url, headers=sent, seconds=seconds, attempts=attempts, pause=pause)
         self.columns = None if columns is None else set(columns)
 
@@ -196,7 +200,7 @@ class LLMJudge:
         if "{completion}" not in template:
             raise ValueError("the judge's template must have {completion}, or it judges nothing")
         address = url.rstrip("/") + "/chat/completions"
-        headers = _authorization(key_variable)
+        headers = authorization(key_variable)
         self.client = Client(address, headers=headers, seconds=seconds, attempts=attempts, pause=pause)
         self.model, self.template, self.pattern = model, template, re.compile(pattern)
         self.low, self.high, self.max_tokens = low, high, max_tokens
@@ -206,11 +210,9 @@ class LLMJudge:
     ) -> list[float]:
         scores: list[float] = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-            filled = {name: values[i] for name, values in columns.items() if name not in NO_COLUMNS}
-            fields = {**filled, "prompt": _question(prompt), "completion": completion_text(completion)}
-            # not str.format: the completion may contain braces itself
-            text = re.sub(r"\{(\w+)\}", lambda m, f=fields: str(f.get(m[1], m[0])), self.template)
-            scores.append(self._score(text))
+            given = {name: values[i] for name, values in columns.items() if name not in NO_COLUMNS}
+            fields = {**given, "prompt": as_text(prompt), "completion": completion_text(completion)}
+            scores.append(self._score(filled(self.template, fields)))
         return scores
 
     def _score(self, text: str) -> float:
@@ -221,40 +223,47 @@ class LLMJudge:
             "max_tokens": self.max_tokens,
         }
         answer = self.client.post(payload)
-        written = self._verdict(answer)
+        written, _ = judge_answer(answer, self.client.url, self.max_tokens)
         found = self.pattern.findall(written)
         if not found:
-            raise RemoteError(f"the judge's answer does not end with a score: {written[-300:]!r}")
+            raise NoVerdict(f"the judge's answer does not end with a score: {written[-300:]!r}")
         score = float(found[-1])
         if not self.low <= score <= self.high:
             raise RemoteError(f"the judge's score {score:g} lies outside {self.low:g} to {self.high:g}")
         return (score - self.low) / (self.high - self.low)
 
-    def _verdict(self, answer: Any) -> str:
-        """The judge's answer behind its thoughts. Raises RemoteError when there is none, or it is cut."""
-        try:
-            choice = answer["choices"][0]
-            written = choice["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise RemoteError(f"{self.client.url}: not a chat completion: {answer!r:.200}") from None
-        if choice.get("finish_reason") == "length":
-            raise RemoteError(
-                f"the judge's answer was cut at max_tokens = {self.max_tokens}, before its verdict; raise "
-                f"max_tokens in params: {written!r:.200}"
-            )
-        thoughts, end, verdict = str(written or "").rpartition("</think>")
-        if not verdict.strip() or (not end and "<think>" in verdict):
-            raise RemoteError(f"the judge gave no answer beside its thoughts: {thoughts or verdict!r:.200}")
-        return verdict
+
+def judge_answer(answer: Any, url: str, max_tokens: int) -> tuple[str, Mapping[str, Any]]:
+    """A judge's answer behind its thoughts, and the choice of the chat completion that it is part of.
+
+    Raises NoVerdict when there is none, or it is cut, and RemoteError for what is no chat completion.
+    """
+    try:
+        choice = answer["choices"][0]
+        written = choice["message"]["content"]
+    except (KeyError, IndexError, TypeError):
+        raise RemoteError(f"{url}: not a chat completion: {answer!r:.200}") from None
+    if choice.get("finish_reason") == "length":
+        raise NoVerdict(
+            f"the judge's answer was cut at max_tokens = {max_tokens}, before its verdict; raise "
+            f"max_tokens in params: {written!r:.200}"
+        )
+    thoughts, end, verdict = str(written or "").rpartition("</think>")
+    if not verdict.strip() or (not end and "<think>" in verdict):
+        raise NoVerdict(f"the judge gave no answer beside its thoughts: {thoughts or verdict!r:.200}")
+    return verdict, choice
 
 
-def _question(prompt: Any) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+def filled(template: str, fields: Mapping[str, Any]) -> str:
+    """The template with each {name} of `fields` in its place; others stay.
+
+    Not str.format, because a completion may contain braces itself.
+    """
+    return re.sub(r"\{(\w+)\}", lambda m: str(fields.get(m[1], m[0])), template)
 
 
-def _authorization(key_variable: str | None) -> dict[str, str]:
+def authorization(key_variable: str | None) -> dict[str, str]:
+    """The header of a request with the key in this environment variable. Raises ValueError: it is not set."""
     if key_variable is None:
         return {}
     if not os.environ.get(key_variable):

@@ -14,9 +14,8 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +44,8 @@ class Scoring:
         """Scores and failures of each reward function."""
         self.unanswered = sum(scores.unanswered for scores in self.by_function)
         """Scores still to come, counted once per sample and function."""
+        self.judging: Scoring | None = None
+        """The duels of the samples, scored by a judge; None: none are asked (rlhf/rewards/judges)."""
 
     @property
     def done(self) -> bool:
@@ -107,13 +108,13 @@ class Rewards:
                 "reward functions; rename the column"
             )
         for pool in self.pools:
-            pool.wait_ready().check_columns(pool.name, columns)
+            pool.wait_ready().check_columns(pool.called, columns)
 
     def cautions(self, columns: Iterable[str]) -> Iterator[str]:
         """What is allowed but hardly ever meant, of each function on a dataset with `columns`."""
         columns = tuple(columns)
         for pool in self.pools:
-            yield from pool.wait_ready().cautions(pool.name, columns, pool.spec.batch)
+            yield from pool.wait_ready().cautions(pool.called, columns, pool.spec.batch)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -140,6 +141,16 @@ class Rewards:
     def sees_whole_step(self) -> bool:
         """Whether a function is called once with all samples of a step: they must be submitted together."""
         return any(pool.spec.batch == "step" for pool in self.pools)
+
+    @property
+    def win_rate(self) -> str | None:
+        """The objective that is a judge's win rate and the whole reward; None: functions give the rewards."""
+        return None
+
+    @contextmanager
+    def without_judge(self) -> Iterator[None]:
+        """What is submitted meanwhile is scored by the functions alone."""
+        yield
 
     def print_to(self, path: Path) -> None:
         """Appends what reward functions print to this file, each line preceded by the function's name.
@@ -186,15 +197,13 @@ class Rewards:
 
         Raises RewardError when a function cannot be run any more.
         """
-        starts = [0]
-        for group in completions:
-            starts.append(starts[-1] + len(group))
-        batch = Batch(
-            [(prompt, range(a, b)) for prompt, (a, b) in zip(prompts, pairwise(starts), strict=True)],
-            [prompt for prompt, group in zip(prompts, completions, strict=True) for _ in group],
-            [completion for group in completions for completion in group],
-            [text for group in texts for text in group],
-        )
+        batch = Batch.of(prompts, completions, texts)
+        return self.submit_batch(batch, trainer_state=trainer_state, step_samples=step_samples)
+
+    def submit_batch(
+        self, batch: Batch, *, trainer_state: Mapping[str, Any], step_samples: int | None = None
+    ) -> Scoring:
+        """As `submit`."""
         scoring = Scoring(self, batch, len(batch.texts) if step_samples is None else step_samples)
         state = dict(trainer_state)
         if self.max_steps is not None:
@@ -263,7 +272,7 @@ class Rewards:
             scoring.unanswered -= answered
             self._failed[number] += len(failed)
             if failure is not None and failure.kind == "wrong":
-                self._given_up = f"reward function {name} {failure.message}"
+                self._given_up = f"{self.pools[number].called} {failure.message}"
             elif self._failed[number] > self._max_failed_share * scoring.step_samples:
                 self._given_up = ""
             # a wrong return stops the run with an error that says so: it is not logged as well
@@ -273,7 +282,7 @@ class Rewards:
             if scoring.done or self._given_up is not None:
                 self._changed.notify_all()
         if first and failed:
-            _log_failure(name, scoring.batch.name(failed[0][0]), failed[0][1])
+            _log_failure(self.pools[number], scoring.batch.name(failed[0][0]), failed[0][1])
 
     def _wait(self, scoring: Scoring) -> None:
         with self._changed:
@@ -314,19 +323,21 @@ class Rewards:
 
     def _refuse_too_many_failures(self, groups: Sequence[Group], scorings: Sequence[Scoring]) -> None:
         rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
-        total = max([len(rewards), *(scoring.step_samples for scoring in scorings)])
         unanswered = sum(scoring.unanswered for scoring in scorings) // max(1, len(self.pools))
-        without = rewards.count(None) - unanswered
+        total, without = len(rewards), rewards.count(None) - unanswered
+        if unanswered:
+            total = max([total, *(scoring.step_samples for scoring in scorings)])
         if without <= self._max_failed_share * total:
             return
         blame = [
             self._blame(pool, [(s.batch, s.by_function[number]) for s in scorings])
             for number, pool in enumerate(self.pools)
         ]
+        spec = self.pools[0].spec if self.pools else RewardSpec
         raise RewardError(
-            f"{without} of {total} samples have no reward, more than "
+            f"{without} of {total} {spec.scored}s have no {spec.score}, more than "
             f"max_failed_share = {self._max_failed_share}: "
-            f"{'; '.join(filter(None, blame)) or 'no function applies to them'}"
+            f"{'; '.join(filter(None, blame)) or spec.none_given}"
         )
 
     def _blame(self, pool: WorkerPool, parts: Sequence[tuple[Batch, BatchScores]]) -> str:
@@ -359,14 +370,15 @@ def _close(pools: Sequence[WorkerPool]) -> None:
         pool.close()
 
 
-def _log_failure(name: str, sample: str, failure: Failure) -> None:
+def _log_failure(pool: WorkerPool, sample: str, failure: Failure) -> None:
     details = f"\n{failure.details.rstrip()}" if failure.details else ""
     logger.warning(
-        "reward function %s failed on sample %s, which is not learned from: %s%s\n"
+        "%s failed on %s %s, which is not learned from: %s%s\n"
         "(this is logged once; the metric reward/failed/%s counts all)",
-        name,
+        pool.called,
+        pool.spec.scored,
         sample,
         failure.message,
         details,
-        name,
+        pool.name,
     )

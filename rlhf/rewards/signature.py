@@ -39,8 +39,8 @@ class Signature:
     compares: str = ""
     """The first expression in its source that compares samples; empty: none was found."""
 
-    def check_columns(self, name: str, columns: Iterable[str]) -> None:
-        """Raises ValueError when reward `name` needs a column that a dataset with `columns` does not have."""
+    def check_columns(self, who: str, columns: Iterable[str]) -> None:
+        """Raises ValueError when `who` needs a column that a dataset with `columns` does not have."""
         columns = tuple(columns)
         missing = [any_of for any_of in self.requires if not {*ALWAYS_GIVEN, *columns}.intersection(any_of)]
         if missing:
@@ -50,21 +50,21 @@ class Signature:
             )
             has = ", ".join(repr(column) for column in columns) or "none beside the prompt"
             raise ValueError(
-                f"reward function {name} needs columns that the dataset does not have: {needs}. "
+                f"{who} needs columns that the dataset does not have: {needs}. "
                 f"Its columns: {has}. Add the column, or set the argument in params"
             )
 
-    def cautions(self, name: str, columns: Iterable[str], batch: int | str) -> Iterator[str]:
-        """What may be wrong with reward `name` on a dataset with `columns`, with `batch` samples a call."""
+    def cautions(self, who: str, columns: Iterable[str], batch: int | str) -> Iterator[str]:
+        """What may be wrong with `who` on a dataset with `columns`, with `batch` samples a call."""
         lacking = [key for key in self.may_read if key not in {*ALWAYS_GIVEN, *columns}]
         if lacking:
             yield (
-                f"reward function {name} reads {', '.join(map(repr, lacking))} from its keyword arguments in "
+                f"{who} reads {', '.join(map(repr, lacking))} from its keyword arguments in "
                 "some calls, but the dataset has no such column: these calls would fail"
             )
         if self.compares and batch == 1:
             yield (
-                f"reward function {name} seems to compare samples ({self.compares}), but each call has "
+                f"{who} seems to compare samples ({self.compares}), but each call has "
                 "one: set its batch to group (the completions of a prompt) or step (all of a step)"
             )
 
@@ -84,7 +84,7 @@ def called_by(found: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def parameters_of(
-    path: str, called: Callable[..., Any], params: Mapping[str, Any]
+    who: str, called: Callable[..., Any], params: Mapping[str, Any]
 ) -> tuple[dict[str, inspect.Parameter], bool]:
     """The parameters by name, and whether any other keyword is taken too.
 
@@ -94,16 +94,14 @@ def parameters_of(
     try:
         parameters = inspect.signature(called).parameters.values()
     except ValueError:
-        raise ValueError(
-            f"reward function {path} does not say what it takes: wrap it in a function"
-        ) from None
+        raise ValueError(f"{who} does not say what it takes: wrap it in a function") from None
     if any(p.kind is p.POSITIONAL_ONLY for p in parameters):
-        raise ValueError(f"reward function {path} is called by keyword, but has positional-only parameters")
+        raise ValueError(f"{who} is called by keyword, but has positional-only parameters")
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for key in params:
         if key not in named and not takes_any:
-            raise ValueError(f"reward function {path} does not take {key!r}{did_you_mean(key, named)}")
+            raise ValueError(f"{who} does not take {key!r}{did_you_mean(key, named)}")
     fixed = set(called.keywords) if isinstance(called, partial) else set[str]()
     return {key: p for key, p in named.items() if key not in fixed or key in params}, takes_any
 

@@ -123,7 +123,7 @@ def test_every_other_setting_has_an_answer(key: str, answer: str):
 
 
 def test_answers_name_only_settings_and_algorithms_that_exist():
-    known = set(setting_names(Config)) | {"algorithm.name", "reward.functions"}
+    known = set(setting_names(Config)) | {"algorithm.name", "reward.functions", "reward.preference"}
     arguments = {key for f in PREFERENCE.values() for key in inspect.signature(f).parameters}
     for answer in (LOSS_TYPES | METHODS | REPLACED).values():
         for section, key in re.findall(r"\b(model|data|rollout|learner|reward|algorithm)\.(\w+)", answer):

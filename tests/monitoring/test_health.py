@@ -70,6 +70,16 @@ def test_a_collapse_is_reported_and_any_two_of_its_three_signs_are_not() -> None
     assert told([HEALTHY | {"perplexity": 3.0, "length/mean": 20.0}] * 5 + [before | signs] * 5) == []
 
 
+def test_a_judge_that_judges_the_place_is_reported_and_few_duels_are_not() -> None:
+    biased = HEALTHY | {"duels/asked": 8.0, "duels/first": 0.95}
+    (said,) = told([biased] * 3)
+    assert "the judge prefers the completion in one place in more than 9 of 10 comparisons" in said
+    assert len(told([biased | {"duels/first": 0.05}] * 3)) == 1
+    # one step in which the other place wins too; 3 steps of 6 duels are 18, of 20
+    assert told([biased, biased | {"duels/first": 0.4}, biased]) == []
+    assert told([biased | {"duels/asked": 6.0}] * 3) == []
+
+
 def test_a_resumed_run_is_compared_with_its_own_first_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

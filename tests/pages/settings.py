@@ -19,7 +19,7 @@ from pydantic_core import PydanticUndefined
 
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config.errors import OTHER_NAMES
-from rlhf.config.reward import RewardFunction
+from rlhf.config.reward import Function
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
 from rlhf.rewards.plugin import RewardSpec
@@ -314,7 +314,7 @@ def _plain(value: Any) -> str:
 
 def _meaning(section: type[BaseModel], key: str) -> str:
     text = _docstrings(section).get(key, "")
-    if not text and section is RewardFunction:
+    if not text and issubclass(section, Function):
         text = _docstrings(RewardSpec).get(key, "")
     return _escaped(text)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import threading
 from collections.abc import Iterator
@@ -30,6 +31,35 @@ JUDGED = {
     "nothing": (None, "stop"),
 }
 """What the judges write, and why they stop."""
+
+
+def token(text: str, **top: float) -> dict[str, Any]:
+    """A token of an answer, and the probabilities of what might stand in its place."""
+    listed = [{"token": name.replace("_", " "), "logprob": math.log(p)} for name, p in top.items()]
+    return {"token": text, "logprob": listed[0]["logprob"] if listed else 0.0, "top_logprobs": listed}
+
+
+JUDGED |= {
+    "pair": ("A is short.\nBetter: **B**", "stop"),
+    "pair-thinks": ("<think>Better: A</think>\nBetter: A", "stop"),
+    "pair-plain": ("Verdict: B", "stop"),
+    "pair-cut": ("Better: A", "length"),
+    "pair-quotes": ("<think>The text says\nBetter: A</think>\nNeither.", "stop"),
+    "pair-within": ('It says "Better: A" but', "stop"),
+}
+LOGPROBS = {
+    # of the two letters .2 and .6, the first in two ways of writing it
+    "pair": [
+        token("A", A=1.0),
+        token(" is short.\n"),
+        token("Better:"),
+        token(" **"),
+        token("B", B=0.6, A=0.1, _A=0.1, C=0.1),
+        token("**"),
+    ],
+    "pair-thinks": [token("A", A=0.5, B=0.5), token("</think>"), token(" A", _A=0.9, C=0.1)],
+}
+"""The tokens of what some of them write, where log-probs are asked for."""
 
 
 class Service(ThreadingHTTPServer):
@@ -85,7 +115,10 @@ class Handler(BaseHTTPRequestHandler):
     def _result(self, kind: str, sent: Any) -> Any:
         if "messages" in sent:
             text, reason = JUDGED[kind]
-            return {"choices": [{"message": {"content": text}, "finish_reason": reason}]}
+            choice: dict[str, Any] = {"message": {"content": text}, "finish_reason": reason}
+            if sent.get("logprobs") and kind in LOGPROBS:
+                choice["logprobs"] = {"content": LOGPROBS[kind]}
+            return {"choices": [choice]}
         if kind == "short":
             return {"scores": []}
         if kind == "list":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from rlhf.rewards.workers.cache import ScoreCache
@@ -21,6 +22,24 @@ class Batch:
     completions: list[Completion]
     texts: list[str]
 
+    @classmethod
+    def of(
+        cls,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        texts: Sequence[Sequence[str]],
+    ) -> Batch:
+        """The completions of each prompt, and their texts."""
+        starts = [0]
+        for group in completions:
+            starts.append(starts[-1] + len(group))
+        return cls(
+            [(prompt, range(a, b)) for prompt, (a, b) in zip(prompts, pairwise(starts), strict=True)],
+            [prompt for prompt, group in zip(prompts, completions, strict=True) for _ in group],
+            [completion for group in completions for completion in group],
+            [text for group in texts for text in group],
+        )
+
     def arguments(
         self, samples: Sequence[int], wanted: Iterable[str] | None, trainer_state: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -29,19 +48,21 @@ class Batch:
         `completions` is always one of them, because deadlines depend on the number of samples.
         """
         prompts = [self.prompts[i] for i in samples]
-        chats = [not isinstance(p.content, str) for p in prompts]
         given: dict[str, Any] = {
             **{name: [p.columns[name] for p in prompts] for name in prompts[0].columns},
             "prompts": [p.content if isinstance(p.content, str) else list(p.content) for p in prompts],
             "completion_ids": [list(self.completions[i].token_ids) for i in samples],
             "trainer_state": dict(trainer_state),
         }
-        completions = [
-            [{"role": "assistant", "content": self.texts[i]}] if chat else self.texts[i]
-            for i, chat in zip(samples, chats, strict=True)
-        ]
+        completions = [self.completion(i) for i in samples]
         kept = given if wanted is None else {name: given[name] for name in wanted if name in given}
         return {**kept, "completions": completions}
+
+    def completion(self, sample: int) -> str | list[dict[str, str]]:
+        """A completion as functions get it: text, or the message of a chat where the prompt is a chat."""
+        text = self.texts[sample]
+        is_text = isinstance(self.prompts[sample].content, str)
+        return text if is_text else [{"role": "assistant", "content": text}]
 
     def name(self, sample: int) -> str:
         """The name of a sample in messages: the id of its prompt and its index in the group."""

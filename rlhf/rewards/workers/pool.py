@@ -91,6 +91,11 @@ class WorkerPool:
         self.replaced = 0
         """Workers that were replaced because earlier calls had used up their memory."""
 
+    @property
+    def called(self) -> str:
+        """What messages call it: what it is, and its name."""
+        return f"{self.spec.kind} {self.name}"
+
     def start(self) -> None:
         """Starts the first worker, without waiting until it is ready."""
         self._ready.append(self._new_worker())
@@ -148,7 +153,7 @@ class WorkerPool:
 
     def _check(self) -> None:
         if self._broken is not None:
-            raise RewardError(f"reward function {self.name} cannot be run any more: {self._broken}")
+            raise RewardError(f"{self.called} cannot be run any more: {self._broken}")
 
     def _new_worker(self) -> WorkerProcess:
         return WorkerProcess(self.name, self.spec, lambda text: self.log(text))

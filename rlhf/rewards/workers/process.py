@@ -102,7 +102,8 @@ class WorkerProcess:
             answer = self._receive(time.monotonic() + START_SECONDS)
         except WorkerLost as lost:
             how = f"was not ready within {START_SECONDS:g} s" if lost.kind == "timeout" else str(lost)
-            raise StartError(f"reward function {self.name} cannot be loaded: {how}\n{lost.output}") from None
+            who = f"{self.spec.kind} {self.name}"
+            raise StartError(f"{who} cannot be loaded: {how}\n{lost.output}") from None
         if "ready" in answer:
             fields = answer["ready"]
             return Signature(
@@ -114,7 +115,7 @@ class WorkerProcess:
                 compares=fields["compares"],
             )
         self.end()
-        raise StartError((answer["refused"] or _refusal(self.name, answer)) + hidden(str(answer), self.spec))
+        raise StartError((answer["refused"] or _refusal(f"{self.spec.kind} {self.name}", answer)) + hidden(str(answer), self.spec))
 
     def run(self, calls: Sequence[Mapping[str, Any]], *, is_async: bool) -> Iterator[tuple[int, Any]]:
         """Yields number and answer of each call as they arrive. Raises WorkerLost; the process is then gone.
@@ -264,8 +265,8 @@ class WorkerProcess:
         raise WorkerLost(kind, message, self._tail, call)
 
 
-def _refusal(name: str, answer: Mapping[str, Any]) -> str:
+def _refusal(who: str, answer: Mapping[str, Any]) -> str:
     lines = str(answer["traceback"]).splitlines()
     # the traceback without its heading and without the frames of the import system
     shown = [line for line in lines if not line.startswith(("Traceback", '  File "<frozen'))]
-    return "\n".join([f"reward function {name} cannot be loaded: {answer['raised']}", *shown])
+    return "\n".join([f"{who} cannot be loaded: {answer['raised']}", *shown])

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rlhf.rewards.plugin import Reward, RewardSpec, load_reward
+from rlhf.rewards.plugin import Reward, RewardSpec
 from rlhf.rewards.workers.call_log import CallLog, with_objects
 from rlhf.rewards.workers.progress import Progress
 from rlhf.rewards.workers.return_values import WrongReturn, is_finite, read_scores, read_values, run_now
@@ -32,7 +32,13 @@ SEND_SECONDS = 0.02
 LONGEST_TEXT = 8000
 """Characters of a message or a traceback that are kept at most."""
 
-OURS = {"rlhf.plugins", "rlhf.rewards.plugin", "rlhf.rewards.signature", "rlhf.rewards.workers.worker"}
+OURS = {
+    "rlhf.plugins",
+    "rlhf.rewards.judges.plugin",
+    "rlhf.rewards.plugin",
+    "rlhf.rewards.signature",
+    "rlhf.rewards.workers.worker",
+}
 """Modules whose frames are left out of tracebacks: they do not concern the author of a reward function."""
 
 Answer = dict[str, Any]
@@ -52,7 +58,7 @@ def serve(connection: int, progress: int, folder: str) -> None:
         answers = Answers(trainer)
         name, spec = pickle.load(requests)
         try:
-            worker = Worker(name, spec, load_reward(spec), answers, Progress(progress))
+            worker = Worker(name, spec, spec.load(), answers, Progress(progress))
             os.chdir(folder)
         except BaseException as error:
             # the user's module may raise anything when it is imported; the trainer must learn of it

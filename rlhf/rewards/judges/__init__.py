@@ -1,0 +1,1 @@
+"""Pairwise judges and preference models: which of two completions of a prompt is the better one."""
