@@ -35,9 +35,8 @@ class RewardFunction(Function):
 
 
 class JudgeConfig(Function):
-    """A judge that compares completions of a prompt two by two (docs/rewards.md#pairwise-judges): a function
-    `judge(prompts, completions)` with two completions for each prompt, or one that is built in. A sample is
-    one comparison."""
+    """A judge that compares completions of a prompt two by two: a function `judge(prompts, completions)` that
+    gets two completions for each prompt, or one that is built in. A sample is one comparison."""
 
     both_orders: bool = True
     """Whether each duel is judged twice, each completion once in the first place:

@@ -84,7 +84,8 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     rewards = _rewards(config, train, tokenizer, ends)
     if held_out is not None:
         try:
-            rewards.check_columns(held_out.columns)
+            with rewards.without_judge():
+                rewards.check_columns(held_out.columns)
         except ValueError as error:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
     _check_weight_files(config, algorithm)

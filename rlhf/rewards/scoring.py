@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -148,8 +148,8 @@ class Rewards:
         return None
 
     @contextmanager
-    def without_judge(self) -> Iterator[None]:
-        """What is submitted meanwhile is scored by the functions alone."""
+    def without_judge(self) -> Generator[None]:
+        """What is submitted or checked meanwhile is for the functions alone."""
         yield
 
     def print_to(self, path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from rlhf.cli import main
 from rlhf.commands.evaluate import Request, evaluation_config, measure
 from rlhf.commands.model_source import Source, find_source
+from rlhf.config.section import ConfigError
 from tests.support import group
 
 RIGHT = """
@@ -101,6 +102,16 @@ def test_the_figures_by_hand():
     assert measured.pass_at[2].value == (1.0 + 0.5) / 2
     assert measured.reward == 5 / 7 and measured.unscored == 1
     assert measured.mean_tokens == 1.5 and measured.truncated == 0.0
+
+
+def test_the_judge_of_a_run_has_no_part_in_an_evaluation():
+    given = ("reward.preference.path=my_judge.py:shorter", "eval.samples=4")
+    config = evaluation_config(
+        Request("m", data="d.jsonl", rewards=("r.py:f",), overrides=given), Source("m", None, None)
+    )
+    assert config.reward.preference is None and config.reward.functions[0].path == "r.py:f"
+    with pytest.raises(ConfigError, match="no reward function says what is correct"):
+        evaluation_config(Request("m", data="d.jsonl", overrides=given), Source("m", None, None))
 
 
 @pytest.mark.parametrize(

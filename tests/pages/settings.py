@@ -53,6 +53,7 @@ INTRO = {
         "`reward.constraints` is a list, and each entry has these keys. See "
         "[Several objectives](rewards.md#several-objectives)."
     ),
+    "reward.preference": "See [Pairwise judges](rewards.md#pairwise-judges).",
     "model.lora": "See [lora.md](lora.md).",
     "monitor": "See [monitoring.md](monitoring.md).",
     "budget": (

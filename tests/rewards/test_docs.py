@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from rlhf.config.load import make_config
-from rlhf.config.reward import RewardFunction
+from rlhf.config.reward import JudgeConfig, RewardFunction
 from rlhf.rewards.builtin import exact_match, format_match, json_match
 from rlhf.rewards.code import program_of
+from rlhf.rewards.judges.plugin import BUILT_IN as JUDGES
 from rlhf.rewards.plugin import BUILT_IN, RewardSpec, load_reward
 from tests.config.test_config import settings
 from tests.rewards.answers import rows
@@ -71,6 +72,6 @@ def test_what_each_verifier_takes_is_what_the_docs_say() -> None:
 
 
 def test_every_built_in_and_every_setting_is_listed() -> None:
-    for name in (*BUILT_IN, *RewardFunction.model_fields):
+    for name in (*BUILT_IN, *JUDGES, *RewardFunction.model_fields, *JudgeConfig.model_fields):
         assert f"`{name}`" in TEXT, name
     assert f"{len(CASES)} behaviours" in TEXT

@@ -108,7 +108,8 @@ class PairJudge:
 
     def _probability(self, letter: str, choice: Mapping[str, Any]) -> float:
         """P(A) of the two letters, where `letter` stands last. Raises RemoteError: there are no log-probs."""
-        tokens: Sequence[Mapping[str, Any]] = (choice.get("logprobs") or {}).get("content") or ()
+        given: Mapping[str, Any] = choice.get("logprobs") or {}
+        tokens: Sequence[Mapping[str, Any]] = given.get("content") or ()
         place = next((t for t in reversed(tokens) if t["token"].strip(AROUND) == letter), None)
         if place is None:
             raise RemoteError(

@@ -8,7 +8,7 @@ a tie. A completion without a known duel has no reward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -64,7 +64,8 @@ class JudgedRewards(Rewards):
     def check_columns(self, columns: Iterable[str]) -> None:
         columns = tuple(columns)
         super().check_columns(columns)
-        self.judge.check_columns(columns)
+        if self._asks:
+            self.judge.check_columns(columns)
 
     def cautions(self, columns: Iterable[str]) -> Iterator[str]:
         columns = tuple(columns)
@@ -88,7 +89,7 @@ class JudgedRewards(Rewards):
         self.judge.close()
 
     @contextmanager
-    def without_judge(self) -> Iterator[None]:
+    def without_judge(self) -> Generator[None]:
         self._asks = False
         try:
             yield

@@ -73,15 +73,17 @@ class PairModel:
         # behind its end, where no token of a causal model sees it, so any token will do
         padded = torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        last = torch.tensor([len(row) - 1 for row in rows])
+        # the model gives logits of the same places of all rows, here of all at which any row ends
+        ends = sorted({len(row) - 1 for row in rows})
+        place = [ends.index(len(row) - 1) for row in rows]
         device = self.model.device
         with torch.inference_mode():
-            # logits of the places at which a row ends; those of other rows are not used
-            ends, place = last.unique(return_inverse=True)
             output = self.model(
-                input_ids=padded.to(device), attention_mask=mask.to(device), logits_to_keep=ends.to(device)
+                input_ids=padded.to(device),
+                attention_mask=mask.to(device),
+                logits_to_keep=torch.tensor(ends, device=device),
             )
-            both: Any = output.logits.float()[torch.arange(len(rows)), place][:, self.letters]
+            both: Any = output.logits.float()[range(len(rows)), place][:, self.letters]
         return both.softmax(-1)[:, 0].tolist()
 
     def _tokens(self, prompt: Messages, first: Completion, second: Completion) -> list[int]:
