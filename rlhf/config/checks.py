@@ -187,12 +187,12 @@ def _judge(config: Config, algorithm: Algorithm) -> Iterator[str]:
                 "reward.constraints and reward.success_objective are of reward functions, but the reward is "
                 "a win rate: its mean over a group is always about 1/2"
             )
-    elif algorithm.preference is None:
+    elif algorithm.preference is None and not algorithm.selection.own_only:
         yield (
             "reward.preference beside reward.functions only labels pairs, and "
             f"{config.algorithm['name']} has none: leave one of the two out"
         )
-    elif config.pairs.labels != "preference" and ":" not in config.pairs.rule:
+    elif algorithm.preference and config.pairs.labels != "preference" and ":" not in config.pairs.rule:
         yield (
             "reward.preference beside reward.functions only labels pairs, but pairs.labels is "
             f"{config.pairs.labels}: set it to preference, or leave one of the two out"

@@ -115,7 +115,8 @@ class WorkerProcess:
                 compares=fields["compares"],
             )
         self.end()
-        raise StartError((answer["refused"] or _refusal(f"{self.spec.kind} {self.name}", answer)) + hidden(str(answer), self.spec))
+        reason = answer["refused"] or _refusal(f"{self.spec.kind} {self.name}", answer)
+        raise StartError(reason + hidden(str(answer), self.spec))
 
     def run(self, calls: Sequence[Mapping[str, Any]], *, is_async: bool) -> Iterator[tuple[int, Any]]:
         """Yields number and answer of each call as they arrive. Raises WorkerLost; the process is then gone.
