@@ -19,54 +19,22 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, cast
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from rlhf.rollout.engine import EngineError, ImageInputs, PauseMode, RolloutRequest, SyncReport, WeightSource
-from rlhf.rollout.learner_module import Model, causal_model, sampling_mode, take_weights
-from rlhf.rollout.native.cache import AttentionPass, Decode, Prefill, SharedPrefixCache, last_tokens
-from rlhf.rollout.native.cpu_linear import PackedLinears
+from rlhf.rollout.learner_module import Model, causal_model, take_weights
+from rlhf.rollout.native.cache import SharedPrefixCache
+from rlhf.rollout.native.decoder import Decoder
 from rlhf.rollout.native.model_support import check_decoding, why_unsupported
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import Drawn, RowSampling, sample
-from rlhf.types import Completion, Prompt
+from rlhf.types import Completion
 
-ATTENTION = "tandem_rollout"
 PREFILL_TOKENS = 4096
 """Most prompt tokens of one forward; a longer prompt gets a forward of its own."""
-_BEYOND_SOFTMAX = ("softcap", "s_aux", "position_bias")
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    rollout_pass: AttentionPass | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of every layer while the engine runs the model."""
-    extra = [name for name in _BEYOND_SOFTMAX if kwargs.get(name) is not None]
-    if attention_mask is not None:
-        extra.append("its own mask")
-    if rollout_pass is None:
-        raise ValueError("it does not pass keyword arguments on to its attention")
-    if sliding_window is not None and sliding_window < rollout_pass.longest:
-        extra.append(f"a sliding window of {sliding_window} tokens")
-    if extra:
-        raise ValueError(f"its attention has {', '.join(extra)}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return rollout_pass.attend(int(cast(Any, module).layer_idx), query, key, value, scale), None
-
-
-cast(Any, AttentionInterface).register(ATTENTION, _attention)
 
 
 @dataclass(slots=True, eq=False)
@@ -127,7 +95,7 @@ class NativeEngine:
         self._paused = False
         self._bytes_per_token = 0
         self._budget = int(kv_cache_gib * 2**30)
-        self._linears = PackedLinears(self._model)
+        self._decoder = Decoder(self._model, image_inputs)
         check_decoding(self, self._model)
         self._eos_token_ids = tuple(eos_token_ids)
 
@@ -182,7 +150,7 @@ class NativeEngine:
     def update_weights(self, source: WeightSource, version: int) -> SyncReport:
         """Copies the weights, unless the learner's own module is used. Raises ValueError on a mismatch."""
         report = take_weights(self._model, source, version)
-        self._linears.clear()
+        self._decoder.clear()
         self._version = version
         for row in self._rows_in_flight():
             row.versions.append((version, len(row.token_ids)))
@@ -190,7 +158,7 @@ class NativeEngine:
 
     def release(self) -> None:
         """Frees packed weights and unused memory of the GPU's allocator; the cache is freed with its rows."""
-        self._linears.clear()
+        self._decoder.clear()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -214,7 +182,7 @@ class NativeEngine:
             self._finished.extend(self._ended.pop(prompt_id))
 
     def _decode_until(self, deadline: float | None) -> None:
-        with sampling_mode(self._model, ATTENTION), self._linears.installed():
+        with self._decoder.running():
             while self._ended and not self._finished:
                 self._admit()
                 self._decode()
@@ -234,12 +202,12 @@ class NativeEngine:
             self._prefill(groups)
 
     def _prefill(self, groups: list[list[Row]]) -> None:
-        requested = [rows[0].request.prompt for rows in groups]
-        prompts = [prompt.token_ids for prompt in requested]
+        requests = [rows[0].request for rows in groups]
+        prompts = [request.prompt.token_ids for request in requests]
         sizes = [len(rows) for rows in groups]
-        longest = max(rows[0].request.params.max_tokens for rows in groups)
-        cache = SharedPrefixCache([len(prompt) for prompt in prompts], sizes, longest)
-        batches = [self._prefill_some(cache, requested, batch) for batch in _prefill_batches(prompts)]
+        longest = max(request.params.max_tokens for request in requests)
+        cache = self._decoder.new_cache([len(prompt) for prompt in prompts], sizes, longest)
+        batches = [self._decoder.prefill(cache, requests, batch) for batch in _prefill_batches(prompts)]
         logits = [logits for logits, _ in batches]
         self._bytes_per_token = cache.bytes_per_token
         device = self._model.device
@@ -253,21 +221,6 @@ class NativeEngine:
             self._cohorts.append(cohort)
         self._sampling = None
 
-    def _prefill_some(
-        self, cache: SharedPrefixCache, prompts: list[Prompt], batch: Sequence[int]
-    ) -> tuple[Float[Tensor, "P V"], list[int]]:
-        """Prefills some prompts: their next-token logits, and the position of each one's next token."""
-        device = self._model.device
-        ids = [prompts[p].token_ids for p in batch]
-        lengths = [len(prompt) for prompt in ids]
-        last, prefill = last_tokens(lengths).to(device), Prefill(cache, batch)
-        if self._image_inputs is not None and any(prompts[p].images for p in batch):
-            hidden, following = self._image_inputs.read([prompts[p] for p in batch], rollout_pass=prefill)
-            return self._model.get_output_embeddings()(hidden[0, last]), following
-        tokens = torch.tensor([token for prompt in ids for token in prompt], device=device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
-        return self._forward(tokens[None], positions[None], prefill, last)[0], lengths
-
     def _decode(self) -> None:
         """Samples one more token for every row."""
         if not self._cohorts:
@@ -277,13 +230,13 @@ class NativeEngine:
             cache.begin_token()
         tokens = torch.cat([cohort.tokens for cohort in self._cohorts])
         positions = torch.cat([cohort.positions for cohort in self._cohorts])
-        logits = self._forward(tokens[:, None], positions[:, None], Decode(caches), 1)[:, 0]
-        for cache in caches:
-            cache.end_token()
         if self._sampling is None:
             self._sampling = _sampling_of(
                 [row for cohort in self._cohorts for row in cohort.rows], tokens.device
             )
+        logits = self._decoder.decode(tokens, positions, caches, self._sampling)
+        for cache in caches:
+            cache.end_token()
         sampled = torch.cat([torch.full_like(c.tokens, c.cache.length) for c in self._cohorts])
         self._record(self._cohorts, sample(logits, self._sampling, sampled))
 
@@ -295,17 +248,6 @@ class NativeEngine:
                 self._sampling = None
                 self._end(row)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
-
-    def _forward(
-        self, tokens: Tensor, positions: Tensor, attention: AttentionPass, keep: int | Tensor
-    ) -> Float[Tensor, "B T V"]:
-        return self._model(
-            input_ids=tokens,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=keep,
-            rollout_pass=attention,
-        ).logits
 
 
 def _sampling_of(rows: Sequence[Row], device: torch.device) -> RowSampling:

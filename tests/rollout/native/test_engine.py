@@ -296,7 +296,7 @@ def test_packed_weights_follow_the_weights_they_were_made_from(
     elif not any(map(cpu_linear.can_pack, model.parameters())):
         pytest.skip("needs a CPU that computes in bfloat16; float32 is packed on this one")
     engine = NativeEngine(model, eos_token_ids=[])
-    assert engine._linears._linears
+    assert engine._decoder.linears._linears
     requests = [request(9, n=4), request(30, n=4)]
     before = generate(engine, requests)
     with torch.no_grad():
