@@ -82,7 +82,11 @@ class RolloutRequest:
     source: Source = Source.POLICY
     """What is sampled from; engines of one model do not look at it (rollout/engine_group.py)."""
     mixture: float = 0.0
-    """Share of the reference, in log-probs, where `source` is MIXTURE."""
+    """Share of the reference, in log-probs, where `source` is MIXTURE (rollout/mixture.py); 0: none."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.mixture <= 1:
+            raise ValueError(f"mixture is the share of the reference, from 0 to 1, got {self.mixture}")
 
 
 @dataclass(frozen=True, slots=True)

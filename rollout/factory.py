@@ -11,10 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 
 from rlhf.config.rollout import VLLMConfig
 from rlhf.plugins import load_object
-from rlhf.rollout.engine import ImageInputs, Ranks, RolloutEngine
+from rlhf.rollout.engine import EngineError, ImageInputs, Ranks, RolloutEngine
 from rlhf.rollout.hf import HFEngine
 from rlhf.rollout.learner_module import causal_model
+from rlhf.rollout.mixture import HFMixtureEngine, OtherModel
 from rlhf.rollout.native.engine import NativeEngine
+from rlhf.rollout.native.mixture import NativeMixtureEngine
 from rlhf.rollout.native.model_support import check_decoding
 from rlhf.rollout.vllm.images import ImageFormat
 from rlhf.rollout.vllm.in_process import VLLMEngine, VLLMModel
@@ -76,6 +78,48 @@ def make_engine(
     return _servers(vllm_model, section, ranks, is_sharded=isinstance(model, FSDPModule))
 
 
+def mixture_engine(
+    name: str,
+    model: nn.Module,
+    other: OtherModel,
+    *,
+    eos_token_ids: Sequence[int],
+    kv_cache_gib: float = 4.0,
+    max_tokens: int | None = None,
+    image_inputs: ImageInputs | None = None,
+) -> RolloutEngine:
+    """An engine, "native" or "hf", that samples from geometric mixtures of `model` and `other`.
+
+    The weight of `other` is that of each request (`RolloutRequest.mixture`), so one engine serves several
+    weights; 0 is the policy. `update_weights` takes the weights of `model`; call it also when those of
+    `other` have changed in place. If "native" cannot decode one of the models, "hf" takes its place, with
+    a warning that says why. Raises EngineError for other engines, and for models that cannot be mixed:
+    sharded, of different vocabularies, on different devices, or with images for "hf".
+    """
+    if name not in ("native", "hf"):
+        raise EngineError(
+            f"a mixture of two models cannot be sampled with the engine {name!r}, which decodes with one "
+            "model; expected native or hf"
+        )
+    if name == "native":
+        try:
+            return NativeMixtureEngine(
+                model,
+                other,
+                eos_token_ids=eos_token_ids,
+                kv_cache_gib=kv_cache_gib,
+                max_tokens=max_tokens,
+                image_inputs=image_inputs,
+            )
+        except EngineError:
+            raise
+        except ValueError as error:
+            warnings.warn(f"{error}; mixtures are sampled by the slower engine 'hf' instead", stacklevel=2)
+    engine = HFMixtureEngine(model, other, eos_token_ids=eos_token_ids, image_inputs=image_inputs)
+    _check_cache(engine, model, stacklevel=3)
+    return engine
+
+
 def _native_or_hf(
     model: nn.Module,
     eos_token_ids: Sequence[int],
@@ -98,14 +142,19 @@ def _native_or_hf(
 
 
 def _hf(model: nn.Module, eos_token_ids: Sequence[int], image_inputs: ImageInputs | None) -> HFEngine:
-    """The engine `hf`, without a cache where decoding with one does not reproduce the model's log-probs."""
+    """The engine `hf`, with or without a cache."""
     engine = HFEngine(model, eos_token_ids=eos_token_ids, image_inputs=image_inputs)
+    _check_cache(engine, model, stacklevel=5)
+    return engine
+
+
+def _check_cache(engine: HFEngine, model: nn.Module, *, stacklevel: int) -> None:
+    """Has `hf` decode without a cache where decoding with one does not reproduce the model's log-probs."""
     try:
         check_decoding(HFEngine(model, eos_token_ids=()), causal_model(model))
     except ValueError as error:
-        warnings.warn(f"{error}; every token is computed without a cache instead", stacklevel=4)
+        warnings.warn(f"{error}; every token is computed without a cache instead", stacklevel=stacklevel)
         engine.use_cache = False
-    return engine
 
 
 def _servers(

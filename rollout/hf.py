@@ -21,16 +21,16 @@ from rlhf.rollout.sampling import Drawn, RowSampling, sample
 from rlhf.types import Completion
 
 
-class _Draw(LogitsProcessor):
+class Draw(LogitsProcessor):
     """Draws and records a token for each row; `generate` then takes it, as the only possible one."""
 
     def __init__(self, sampling: RowSampling) -> None:
         self.drawn: list[Drawn] = []
-        self._sampling = sampling
+        self.sampling = sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        position = torch.full_like(self._sampling.keys, len(self.drawn))
-        drawn = sample(scores, self._sampling, position)
+        position = torch.full_like(self.sampling.keys, len(self.drawn))
+        drawn = sample(scores, self.sampling, position)
         self.drawn.append(drawn)
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn.tokens[:, None], 0.0)
 
@@ -49,6 +49,8 @@ def _own_generation_config(model: Model, config: GenerationConfig) -> Generator[
 class HFEngine:
     """Each `poll` decodes one request and returns its whole group; no cache is kept between polls."""
 
+    _takes_mixtures = False
+
     def __init__(
         self, model: nn.Module, *, eos_token_ids: Sequence[int], image_inputs: ImageInputs | None = None
     ) -> None:
@@ -66,7 +68,14 @@ class HFEngine:
         """Raises EngineError for a prompt that `check_requests` refuses."""
         in_flight = [request.prompt.id for request in self._waiting]
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        check_requests(requests, in_flight, vocabulary, takes_images=self._image_inputs is not None)
+        takes_images = self._image_inputs is not None
+        check_requests(
+            requests,
+            in_flight,
+            vocabulary,
+            takes_images=takes_images,
+            takes_mixtures=self._takes_mixtures,
+        )
         self._waiting.extend(requests)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
@@ -104,10 +113,13 @@ class HFEngine:
     def _rows(self, request: RolloutRequest) -> list[Row]:
         return rows_of(request, self._eos_token_ids, self._version)
 
+    def _draw(self, sampling: RowSampling) -> Draw:
+        """What draws the tokens of one request's rows."""
+        return Draw(sampling)
+
     def _generate(self, request: RolloutRequest) -> list[Completion]:
         params, device = request.params, self._model.get_input_embeddings().weight.device
         rows = self._rows(request)
-        draw = _Draw(RowSampling.of([params] * params.n, range(params.n), device))
         stop_ids = sorted(rows[0].stop_ids)
         config = GenerationConfig(
             max_new_tokens=params.max_tokens,
@@ -119,6 +131,9 @@ class HFEngine:
         images: Mapping[str, Tensor] = {}
         if request.prompt.images and self._image_inputs is not None:
             images = self._image_inputs.inputs(request.prompt)
+        draw = self._draw(
+            RowSampling.of([params] * params.n, range(params.n), device, [request.mixture] * params.n)
+        )
         with sampling_mode(self._model, self._attention), _own_generation_config(self._model, config):
             self._model.generate(
                 prompts,

@@ -68,8 +68,12 @@ def check_requests(
     vocabulary: int,
     *,
     takes_images: bool = False,
+    takes_mixtures: bool = False,
 ) -> None:
-    """Raises EngineError for a prompt in flight, empty, with unknown token ids, or with images not taken."""
+    """Raises EngineError for a prompt in flight, empty, with unknown token ids, or with images not taken.
+
+    So too for one that asks for a mixture of two models from an engine that has one.
+    """
     ids = set(in_flight)
     for request in requests:
         prompt = request.prompt
@@ -87,4 +91,10 @@ def check_requests(
         if prompt.images and not takes_images:
             raise EngineError(
                 f"prompt {prompt.id!r} has images, but the model was loaded without an image processor"
+            )
+        if request.mixture and not takes_mixtures:
+            raise EngineError(
+                f"prompt {prompt.id!r} is to be sampled from a mixture of two models, with share "
+                f"{request.mixture} of the reference, but this engine has one model; send it to an engine "
+                "that rollout.factory.mixture_engine makes, or ask for mixture 0"
             )

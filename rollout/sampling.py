@@ -72,12 +72,21 @@ class RowSampling:
     top_k: Int64[Tensor, " S"] | None
     min_p: Float[Tensor, " S"] | None = None
     return_candidates: Bool[Tensor, " S"] | None = None
+    mixture: Float[Tensor, " S"] | None = None
+    """Used before `sample`, by engines that mix the logits of two models."""
 
     @classmethod
     def of(
-        cls, params: Sequence[SamplingParams], indices: Sequence[int], device: torch.device
+        cls,
+        params: Sequence[SamplingParams],
+        indices: Sequence[int],
+        device: torch.device,
+        mixtures: Sequence[float] = (),
     ) -> RowSampling:
-        """The sampling of a batch in which row `r` is sample `indices[r]` of a request with `params[r]`."""
+        """The sampling of a batch in which row `r` is sample `indices[r]` of a request with `params[r]`.
+
+        `mixtures`: the share of the reference in what each row is sampled from; empty: none in any.
+        """
 
         def column(values: Sequence[float], off: float, dtype: torch.dtype) -> Tensor | None:
             return None if all(v == off for v in values) else torch.tensor(values, dtype=dtype, device=device)
@@ -92,6 +101,7 @@ class RowSampling:
             top_k=column([p.top_k if p.temperature else 0 for p in params], 0, torch.int64),
             min_p=column([p.min_p if p.temperature else 0.0 for p in params], 0.0, torch.float32),
             return_candidates=column([p.candidates_needed for p in params], False, torch.bool),
+            mixture=column(mixtures, 0.0, torch.float32),
         )
 
 

@@ -72,6 +72,8 @@ class NativeEngine:
     few tokens does not reproduce the log-probs of a plain forward.
     """
 
+    _takes_mixtures = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -81,7 +83,7 @@ class NativeEngine:
         max_tokens: int | None = None,
         image_inputs: ImageInputs | None = None,
     ) -> None:
-        self._model, self._image_inputs = causal_model(model), image_inputs
+        self._model = causal_model(model)
         reason = why_unsupported(self._model, max_tokens)
         if reason is not None:
             raise ValueError(f"the native engine cannot decode {type(self._model).__name__}: {reason}")
@@ -107,7 +109,13 @@ class NativeEngine:
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
         """Raises EngineError for a group that cannot fit in `kv_cache_gib`, or as `check_requests` does."""
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
-        check_requests(requests, self._in_flight(), vocabulary, takes_images=self._image_inputs is not None)
+        check_requests(
+            requests,
+            self._in_flight(),
+            vocabulary,
+            takes_images=self._decoder.image_inputs is not None,
+            takes_mixtures=self._takes_mixtures,
+        )
         for request in requests:
             needed = _reserve([request]) * self._bytes_per_token
             if needed > self._budget:
@@ -251,7 +259,9 @@ class NativeEngine:
 
 
 def _sampling_of(rows: Sequence[Row], device: torch.device) -> RowSampling:
-    return RowSampling.of([row.request.params for row in rows], [row.index for row in rows], device)
+    requests = [row.request for row in rows]
+    indices, mixtures = [row.index for row in rows], [request.mixture for request in requests]
+    return RowSampling.of([request.params for request in requests], indices, device, mixtures)
 
 
 def _reserve(requests: Sequence[RolloutRequest]) -> int:

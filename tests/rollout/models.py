@@ -46,11 +46,10 @@ def prompt(length: int, name: str = "") -> Prompt:
     return Prompt(id=name or f"prompt-{length}", token_ids=ids, content="")
 
 
-def request(length: int, name: str = "", **settings: Any) -> RolloutRequest:
+def request(length: int, name: str = "", *, mixture: float = 0.0, **settings: Any) -> RolloutRequest:
     """A request whose seed is the length of its prompt unless `settings` has one."""
-    return RolloutRequest(
-        prompt(length, name), SamplingParams(**{"n": 2, "max_tokens": 12, "seed": length, **settings})
-    )
+    params = SamplingParams(**{"n": 2, "max_tokens": 12, "seed": length, **settings})
+    return RolloutRequest(prompt(length, name), params, mixture=mixture)
 
 
 def ragged() -> list[RolloutRequest]:

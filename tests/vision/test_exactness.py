@@ -18,7 +18,8 @@ from rlhf.models.policy import Policy
 from rlhf.models.pretrained import ModelError
 from rlhf.models.vision.images import ImageError, noise
 from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
-from rlhf.rollout.factory import make_engine
+from rlhf.rollout.factory import make_engine, mixture_engine
+from rlhf.rollout.mixture import OtherModel
 from rlhf.types import Group, Prompt
 from tests.support import learner_of, policy_of, trajectory
 from tests.vision.support import OTHER, mixed_prompts, seeing_policy
@@ -141,6 +142,26 @@ def test_an_engine_samples_from_what_the_learner_computes(tiny_vlm: Folder, fami
     rollout = torch.tensor([p for group in sampled for c in group for p in c.rollout_logprobs or ()])
     torch.testing.assert_close(logprobs(policy, packed_of(prompts, tokens)), rollout, rtol=0, atol=1e-5)
     assert policy.layout == "shared_prefix", "the learner finds its attention as it left it"
+
+
+def test_a_mixture_reads_pictures_with_both_models(tiny_vlm: Folder) -> None:
+    policy, other = seeing_policy(tiny_vlm("qwen2_vl")), seeing_policy(tiny_vlm("qwen2_vl"))
+    assert policy.vision is not None
+    with torch.no_grad():
+        for weight in other.model.parameters():
+            weight.mul_(1.1)
+    beside = OtherModel(other.model, image_inputs=other.vision)
+    engine = mixture_engine("native", policy.model, beside, eos_token_ids=[2], image_inputs=policy.vision)
+    prompts = mixed_prompts(policy.vision.processor)
+    params = [SamplingParams(n=2, max_tokens=6, seed=i) for i in range(len(prompts))]
+    requests = [RolloutRequest(prompt, p, mixture=0.4) for prompt, p in zip(prompts, params, strict=True)]
+    sampled = generate(engine, requests)
+    packed = packed_of(prompts, [[torch.tensor(c.token_ids) for c in group] for group in sampled])
+    own, others = (model.logits(packed).log_softmax(-1) for model in (policy, other))
+    expected = (0.6 * own + 0.4 * others).log_softmax(-1).gather(1, packed.targets[:, None])[:, 0]
+    rollout = torch.tensor([p for group in sampled for c in group for p in c.rollout_logprobs or ()])
+    torch.testing.assert_close(expected, rollout, rtol=0, atol=1e-5)
+    assert not torch.allclose(own, others, atol=0.01)
 
 
 @pytest.mark.parametrize("microbatch_tokens", [60, 4096])
