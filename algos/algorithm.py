@@ -114,6 +114,17 @@ class Algorithm:
         return self.kl.coef > 0 and self.kl.estimator == "exact"
 
     @property
+    def needs_rewards(self) -> bool:
+        """Whether it learns from rewards: not where the KL to the reference is all that it has."""
+        compared = self.preference is not None or self.critic is not None
+        return self.has_advantages or compared or self.imitation_coef != 0
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the reference is a teacher: the only thing that is learned from."""
+        return self.kl.coef > 0 and not self.needs_rewards
+
+    @property
     def pointwise(self) -> bool:
         """Whether a completion may be learned from without the others of its group."""
         return self.from_data is not None and self.from_data.pointwise
@@ -197,10 +208,18 @@ class Algorithm:
 
     def _kl(self, batch: LossInputs) -> Tensor:
         if self.kl.estimator == "exact":
-            assert batch.exact_kl is not None
-            return batch.exact_kl
+            return self._exact_kl(batch.exact_kl, batch.forward_kl)
         assert batch.ref_logprobs is not None
         return ESTIMATORS[self.kl.estimator](batch.logprobs, batch.ref_logprobs)
+
+    def _exact_kl(self, reverse: Tensor | None, forward: Tensor | None) -> Tensor:
+        """The mix of both directions, `[N]`; one with the share 0 is left out, and so costs no gradient."""
+        share = self.kl.forward
+        assert reverse is not None
+        if share == 0:
+            return reverse
+        assert forward is not None
+        return forward if share == 1 else (1 - share) * reverse + share * forward
 
 
 def _imitation(batch: LossInputs) -> Tensor:
@@ -221,6 +240,7 @@ def _silence(batch: LossInputs) -> LossInputs:
         logprobs=quiet(batch.logprobs),
         entropy=quiet(batch.entropy),
         exact_kl=None if batch.exact_kl is None else quiet(batch.exact_kl),
+        forward_kl=None if batch.forward_kl is None else quiet(batch.forward_kl),
         old_logprobs=quiet(batch.old_logprobs),
         rollout_logprobs=quiet(batch.rollout_logprobs),
         ref_logprobs=None if batch.ref_logprobs is None else quiet(batch.ref_logprobs),
@@ -319,6 +339,8 @@ def _token_metrics(batch: LossInputs, mismatch: Tensor, weight: Tensor) -> dict[
         means["kl/ref"] = k3(batch.logprobs, batch.ref_logprobs)
     if batch.exact_kl is not None:
         means["kl/exact"] = batch.exact_kl
+    if batch.forward_kl is not None:
+        means["kl/forward"] = batch.forward_kl
     return means
 
 

@@ -15,6 +15,20 @@ the reward baselines (R-LoL, weighted behaviour cloning, reward GOLD) count a ne
 standardisation is over sequences, unbiased, and its weights have the mean 1 over the completions of an
 experience unless `normalize` is off; 4. `awr` uses the advantage of the whole completion, where the paper
 uses TD(lambda); `awr_token` uses that, and its critic learns along with the policy, not before it.
+
+`distill` imitates a teacher, token by token, in place of completions, and needs no rewards:
+
+    (1 - kl.forward) KL(policy || teacher) + kl.forward KL(teacher || policy), mean over tokens
+
+exact, over the whole vocabulary, at `rollout.temperature`, by which the logits of both models are divided.
+Generalised knowledge distillation (GKD, arXiv:2306.13649) has the same two ends; in TRL's GKDTrainer
+`kl.forward` 1 is "beta = 0" and `kl.forward` 0 is "beta = 1". What differs: 1. between the ends is the sum of
+both KLs, not the generalised Jensen-Shannon divergence: its mixture of the two distributions needs the
+normalisers of both before the first token of the vocabulary is read, which is a second sweep over the logits;
+2. the default is the reverse KL, TRL has beta = 0.5; 3. the mean is over the tokens of the whole update, as
+in TRL; the paper's is over the tokens of each completion, then over completions; 4. TRL scores at the
+temperature that it samples with too, by default 0.9; 5. the paper's lambda, the share of completions that the
+policy samples, is `data.mode` with `data.mix`. As in the paper there is no gradient through the sampling.
 """
 
 from __future__ import annotations
@@ -28,7 +42,15 @@ import torch
 from torch import Tensor
 
 from rlhf.algos import surrogate
-from rlhf.algos.advantage import Advantage, group_center, leave_one_out, to_tokens, whiten, without_penalty
+from rlhf.algos.advantage import (
+    Advantage,
+    group_center,
+    leave_one_out,
+    nothing,
+    to_tokens,
+    whiten,
+    without_penalty,
+)
 from rlhf.algos.algorithm import KL, NO_KL, Algorithm, FromData, Mismatch
 from rlhf.algos.critic import CriticLoss
 from rlhf.algos.prompt_temperature import PromptTemperature
@@ -38,6 +60,7 @@ from rlhf.algos.weighted import awr_weights
 from rlhf.types import AdvantageInputs
 
 NO_MISMATCH = Mismatch("none")
+EXACT_KL = KL(coef=1.0, estimator="exact")
 AWR_CRITIC = CriticLoss(lam=0.95, value_clip=None)
 A_LOL = FromData(pointwise=True, anchor="reference", needs_prompt_value=True)
 
@@ -269,6 +292,17 @@ def awr_token(
                    advantage=weigh.by_token(critic.advantages), critic=critic)
 
 
+def distill(*, kl: KL = EXACT_KL, entropy_coef: float = 0.0) -> Algorithm:
+    """Distillation: nothing but the KL to the reference, which is the teacher, arXiv:2306.13649."""
+    if not kl.coef or kl.placement != "loss":
+        raise ValueError(
+            "distill learns from the KL to its teacher alone: it needs kl.coef above 0 and kl.placement "
+            f"loss, got {kl.coef:g} and {kl.placement}"
+        )
+    data = FromData(pointwise=True, silent_at_zero=False)
+    return replace(sft(kl=kl, entropy_coef=entropy_coef), advantage=nothing, from_data=data)
+
+
 # fmt: on
 
 POINTWISE: tuple[Baseline, ...] = ("none", "prompt_value")
@@ -285,4 +319,5 @@ IMITATION: dict[str, Callable[..., Algorithm]] = {
     "a_lol_kl": a_lol_kl,
     "awr": awr,
     "awr_token": awr_token,
+    "distill": distill,
 }

@@ -9,8 +9,8 @@ http://joschu.net/blog/kl-approx.html):
     k3_plus                the value of k3 with the gradient of k2
 
 Guards, as in the published codes: -d is kept in [-20, 20] before the exponential and k3 in [0, 10]; beyond,
-there is no gradient and, for k3, a bias (d below -2.6). The KL of the whole vocabulary ("exact") is computed
-where the logits are, by `token_stats`.
+there is no gradient and, for k3, a bias (d below -2.6). The KL of the whole vocabulary ("exact"), in either
+direction, is computed where the logits are, by `token_stats`.
 """
 
 from __future__ import annotations
@@ -73,6 +73,9 @@ class KL:
     """Weight of the KL; 0: no reference model is loaded."""
     estimator: Literal["k1", "k2", "k3", "k3+", "exact"] = "k3"
     """`k1` to `k3+` estimate the KL from the sampled tokens; `exact` sums over the whole vocabulary."""
+    forward: float = 0.0
+    """For `exact`: share of the forward KL(reference || policy), from 0 to 1; the rest is the reverse
+    KL(policy || reference), which all other estimators estimate."""
     placement: Literal["loss", "reward"] = "loss"
     """In the loss the KL has a gradient; in the reward it is subtracted token by token, before advantages."""
     target: float | None = None
@@ -89,6 +92,13 @@ class KL:
             )
         if self.horizon < 1:
             raise ValueError(f"kl.horizon must be 1 or more, got {self.horizon}")
+        if not 0 <= self.forward <= 1:
+            raise ValueError(f"kl.forward must be from 0 to 1, got {self.forward}")
+        if self.forward and self.estimator != "exact":
+            raise ValueError(
+                f"kl.forward needs kl.estimator exact, got {self.estimator}: sampled tokens of the policy "
+                "estimate the reverse KL alone"
+            )
         if self.coef and self.estimator == "k1" and self.placement == "loss":
             raise ValueError(
                 "kl.estimator k1 in the loss has no expected gradient; use k2 or k3, or placement reward"

@@ -344,7 +344,7 @@ class AdvantageInputs:
 
 @dataclass(frozen=True, slots=True)
 class LossInputs:
-    """What a loss sees of one microbatch. All `[N]`; `logprobs`, `entropy` and `exact_kl` carry gradient."""
+    """What a loss sees of one microbatch. All `[N]`; `logprobs`, `entropy` and the KLs carry gradient."""
 
     logprobs: Tensor
     entropy: Tensor
@@ -372,6 +372,8 @@ class LossInputs:
     pull: Tensor | None = None
     """`[S]` of this microbatch."""
     iterate_logprobs: Tensor | None = None
+    forward_kl: Tensor | None = None
+    """KL(reference || policy) over the whole vocabulary, when the algorithm asks for it."""
 
 
 def is_learnable(trajectory: Trajectory) -> bool:

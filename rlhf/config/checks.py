@@ -24,6 +24,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
     """Raises ValueError with a line for each problem. `algorithm` is the one that `config` builds."""
     problems = [
         *_rewards(config, algorithm),
+        *_teacher(config, algorithm),
         *(_online(config, algorithm) if config.data.mode == "online" else _from_data(config, algorithm)),
         *_replay(config, algorithm),
         *_preferences(config, algorithm),
@@ -42,7 +43,9 @@ def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
     if config.reward.functions:
         return
     data, judge = config.data, config.reward.preference
-    if judge is not None and data.mode != "offline":
+    if not algorithm.needs_rewards:
+        yield from _without_rewards(config)
+    elif judge is not None and data.mode != "offline":
         if data.mode != "online" and data.reward_column is None:
             yield "data.reward_column is null, but reward.preference compares what is sampled, not the data's"
     elif data.mode != "offline":
@@ -63,6 +66,33 @@ def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
         yield (
             "reward.functions is empty, but prompt_value.targets = greedy scores completions with them; "
             "give some, or learn the values from the data's rewards: prompt_value.targets = data"
+        )
+
+
+def _without_rewards(config: Config) -> Iterator[str]:
+    """What rewards decide, beside the loss, where nothing gives any."""
+    if config.budget.rule != "uniform":
+        yield (
+            f"budget.rule is {config.budget.rule}, which shares out rollouts by rewards, but "
+            "reward.functions is empty: set it to uniform"
+        )
+
+
+def _teacher(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """An algorithm that learns from nothing but a reference needs one that is not the policy itself."""
+    section, name = config.model, config.algorithm["name"]
+    if not algorithm.has_teacher:
+        return
+    if section.reference in (None, section.path):
+        same = "not given" if section.reference is None else "the same model as model.path"
+        yield (
+            f"model.reference is {same}, but {name} learns from a teacher, and the policy knows all that its "
+            "own start knows: set model.reference to the teacher, a folder or a name on the hub"
+        )
+    if config.data.sampling in ("positive", "priority"):
+        yield (
+            f"data.sampling is {config.data.sampling}, which draws completions by their advantages, but "
+            f"{name} has none: set it to groups or completions"
         )
 
 

@@ -54,6 +54,7 @@ class Learner:
         self.pretraining, self.warmup = pretraining, Warmup(algorithm.critic)
         self.section, self.temperature = section, temperature
         exact = () if self.reference is None else ("kl", "ref_logprob")
+        exact += ("kl_reverse",) if exact and algorithm.kl.forward else ()
         self.want = ("logprob", "entropy", *exact)
         self.entropy: Tensor | None = None
         """`[N]`: entropies of the last experience, from its first pass; NaN for tokens without a pass."""
@@ -193,6 +194,7 @@ class Learner:
             logprobs=logprobs,
             entropy=entropy if self.algorithm.entropy_coef else entropy.detach(),
             exact_kl=statistics.kl,
+            forward_kl=statistics.kl_reverse,
             old_logprobs=logprobs.detach() if old is None else old[index],
             rollout_logprobs=experience.rollout_logprobs[index],
             ref_logprobs=ref,

@@ -72,6 +72,30 @@ class Head:
             )
         return with_candidates(statistics, found, candidates)
 
+    def beside(self, policy: Head, hidden: Tensor) -> dict[str, Any]:
+        """The `ref_...` arguments of `statistics` of the head `policy`: those of this head and its `hidden`.
+
+        `token_stats` scales both models alike, so a difference of the scales goes into the hidden states.
+        Rows that this head has beyond the policy's vocabulary are left out, and its distribution is
+        renormalised: models of one family pad the same vocabulary to different sizes. Raises ModelError: this
+        head has fewer rows, or caps its logits otherwise.
+        """
+        weight, bias = whole(self.module.weight), self.module.bias
+        rows = len(policy.module.weight)
+        if len(weight) < rows or self.softcap != policy.softcap:
+            raise ModelError(
+                f"the reference's head has {len(weight)} tokens and the soft cap {self.softcap}, the "
+                f"policy's {rows} and {policy.softcap}: their distributions cannot be compared"
+            )
+        factor = self.scale / policy.scale
+        if factor != 1:
+            hidden, bias = hidden * factor, None if bias is None else bias * factor
+        return {
+            "ref_hidden": hidden,
+            "ref_weight": weight[:rows],
+            "ref_bias": None if bias is None else bias[:rows],
+        }
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits `[n, V]` of the states `hidden` `[n, H]`, in float32, at temperature 1."""
         weight = whole(self.module.weight)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config.model import LoraConfig
-from rlhf.kernels.token_stats import TokenStats, whole
+from rlhf.kernels.token_stats import TokenStats
 from rlhf.models.attention import constant_up_to, set_attention
 from rlhf.models.heads import Head
 from rlhf.models.layers.checkpointing import checkpoint_layers
@@ -150,18 +150,15 @@ class Policy(Trunk):
         """Statistics `[N]` of the completion tokens, in nats, at `temperature`; with gradient if enabled.
 
         `want`: names of the statistics, as `token_stats` has them. With a `reference`, its log-prob and the
-        exact KL can be wanted too; neither carries gradient into the reference. Log-probs of both models are
-        renormalised over `packed.candidates` where there are any; entropy and KL are of the whole vocabulary.
-        `hidden` `[N, H]`: the hidden states of `packed`, if they are known already.
+        exact KLs can be wanted too; none carries gradient into the reference, which may be a model of another
+        width (`Head.beside` says of which vocabulary). Log-probs of both models are renormalised over
+        `packed.candidates` where there are any; entropy and KL are of the whole vocabulary. `hidden`
+        `[N, H]`: the hidden states of `packed`, if they are known already.
         """
         ref_arguments: dict[str, Any] = {}
         if reference is not None:
             with torch.no_grad():
-                ref_arguments = {
-                    "ref_hidden": reference.hidden(packed),
-                    "ref_weight": whole(reference.head.module.weight),
-                    "ref_bias": reference.head.module.bias,
-                }
+                ref_arguments = reference.head.beside(self.head, reference.hidden(packed))
         states = self.hidden(packed) if hidden is None else hidden
         statistics = self.head.statistics(
             states,

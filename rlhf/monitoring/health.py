@@ -110,6 +110,15 @@ def _compares_pairs(values: Mapping[str, Any]) -> bool:
     return "pairs/accuracy" in values or bool(values.get("pairs"))
 
 
+def _distills(values: Mapping[str, Any]) -> bool:
+    """Whether a step learned from the exact KL to a teacher alone, without advantages."""
+    return "kl/exact" in values and "advantage/zero_fraction" not in values and not _compares_pairs(values)
+
+
+def _learns_without_advantages(values: Mapping[str, Any]) -> bool:
+    return _compares_pairs(values) or _distills(values)
+
+
 def _meaningless(values: Mapping[str, Any]) -> set[str]:
     """Shares in `AT_ONCE` by which nothing is learned here: pairs teach without advantages, and given
     completions are not cut by any setting."""
@@ -215,7 +224,7 @@ PATTERN = {"length/mean", "perplexity", "kl/ref"}
 FINDINGS = (
     Finding(
         "reward",
-        _unless(_compares_pairs, _constant_reward),
+        _unless(_learns_without_advantages, _constant_reward),
         "every completion gets the same reward, so there is nothing to learn from; look at RUN/samples.jsonl "
         "and try the reward function on a completion that should score well",
     ),
@@ -239,7 +248,7 @@ FINDINGS = (
     ),
     Finding(
         "gradient",
-        _unless(_compares_pairs, _nothing_moves),
+        _unless(_learns_without_advantages, _nothing_moves),
         "the gradient is exactly zero although there are advantages, so no parameter changes; check that "
         "parameters are trainable and that the loss mask is True for some tokens",
     ),

@@ -52,6 +52,7 @@ class ShownMetric(NamedTuple):
 COURSES = (
     ShownMetric("reward/mean", "reward", "{:.3f}"),
     ShownMetric("pairs/accuracy", "pair accuracy", "{:.3f}"),
+    ShownMetric("kl/exact", "exact kl", "{:.4f}"),
 )
 SHOWN = (
     *COURSES,

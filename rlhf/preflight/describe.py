@@ -124,6 +124,8 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
         yield from () if frozen is None else (f"warning      {frozen}",)
     if reference and lora is not None and config.model.reference is None:
         reference = "the model with its adapter switched off"
+    if reference and inputs.algorithm.has_teacher:
+        reference += ", the teacher"
     if reference and config.data.precompute_reference:
         reference += ", asked once before the first step and then given up"
     if reference and config.iteration.reference == "iterate":
@@ -202,6 +204,9 @@ def _rewards(config: Config, inputs: Inputs) -> str:
     if config.reward.preference is not None:
         functions = functions or "mean win rate of a completion against the others of its prompt"
     column = config.data.reward_column
+    if not inputs.algorithm.needs_rewards:
+        name = config.algorithm["name"]
+        return f"{functions}, measured only" if functions else f"none: {name} learns from the teacher alone"
     if inputs.offline is None or column is None:
         return functions
     columns = first_row(inputs.offline.source).columns
@@ -301,7 +306,7 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
 
 def _learns_from_one(algorithm: Algorithm) -> bool:
     """Whether two prompts with one completion each, of which one is correct, have any nonzero advantage."""
-    if algorithm.critic is not None:
+    if algorithm.critic is not None or not algorithm.needs_rewards:
         return True
     one_each = torch.arange(2)
     rewards, none = torch.tensor([0.0, 1.0]), torch.zeros(2)

@@ -115,7 +115,10 @@ def estimate(config: Config, inputs: Inputs, *, world_size: int, machine: Machin
     critic = None
     if inputs.algorithm.critic is not None and config.critic.trunk == "own":
         critic = model_sizes(config.critic.path or config.model.path, dtype, head=False)
-    plan = Plan(config, inputs, model_sizes(config.model.path, dtype), critic, world_size, shards)
+    policy = model_sizes(config.model.path, dtype)
+    # a teacher, like any other reference, has a size of its own
+    reference = model_sizes(config.model.reference, dtype) if config.model.reference else policy
+    plan = Plan(config, inputs, policy, reference, critic, world_size, shards)
     taken = Item(
         "in use already, by libraries or other processes", machine.taken, "always", "end other processes"
     )

@@ -32,6 +32,7 @@ from rlhf.models.pretrained import (
 )
 from rlhf.models.vision.processor import Processor, load_processor
 from rlhf.plugins import load_plugin
+from rlhf.preflight.reference import check_reference
 from rlhf.preflight.tags import ends_of, opened_tag, with_opened
 from rlhf.preflight.tokens import Tokenised, check_tokens
 from rlhf.preflight.vllm import check_adapter, check_vllm
@@ -62,6 +63,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     model = load_model_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     _check_lengths(config, model)
+    check_reference(config, algorithm, model, tokenizer)
     _check_weights(config, model)
     processor = load_processor(config.model.path, tokenizer)
     check_adapter(config, processor)
@@ -317,7 +319,7 @@ def _check_sampling(config: Config, algorithm: Algorithm) -> None:
 
 
 def _check_ahead(config: Config, algorithm: Algorithm) -> None:
-    if config.rollout.ahead and algorithm.mismatch.kind == "none":
+    if config.rollout.ahead and algorithm.mismatch.kind == "none" and algorithm.needs_rewards:
         raise ConfigError(
             "rollout.ahead = 1 samples with weights one step older than those that learn, and "
             "algorithm.mismatch.kind = none would not correct for it; set algorithm.mismatch.kind=token_tis, "

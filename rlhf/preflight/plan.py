@@ -40,6 +40,7 @@ class Plan:
     config: Config
     inputs: Inputs
     policy: ModelSizes
+    reference: ModelSizes
     critic: ModelSizes | None
     ranks: int
     shards: int
@@ -154,10 +155,12 @@ class Plan:
         needed = self.inputs.algorithm.needs_reference or sampled
         moves = self.config.iteration.reference == "iterate"
         if needed and not (self.config.data.precompute_reference or switched_off or moves):
-            own = -(-self.policy.weights // self.shards) * width
+            own = -(-self.reference.weights // self.shards) * width
             less = "algorithm.kl.coef=0, or model.lora"
             if self.inputs.algorithm.preference is not None:
                 less = "data.precompute_reference=true, or model.lora"
+            if self.inputs.algorithm.has_teacher:
+                less = "model.reference, a smaller teacher"
             yield Item("reference", own, "always", less)
         if self.config.iteration.steps:
             # with an adapter its two factors, unless it is sampled from
@@ -220,23 +223,24 @@ class Plan:
         pairs = self.prompts * prompt**2 / 2 + self.rows * completion * (prompt + completion / 2)
         return 2 * sizes.matrices * self.packed_tokens + 4 * sizes.attended * pairs
 
-    def _head(self) -> float:
+    def _head(self, sizes: ModelSizes) -> float:
         """Floating-point operations of the language-model head over all completions."""
-        return 2 * self.policy.head * self.rows * self.completion_tokens
+        return 2 * sizes.head * self.rows * self.completion_tokens
 
     @property
-    def _passes_before(self) -> int:
+    def _passes_before(self) -> tuple[int, int]:
         """Forward passes of policy and reference without gradient, before and between the updates."""
         section, algorithm = self.config.learner, self.inputs.algorithm
         in_reward = algorithm.kl.coef > 0 and algorithm.kl.placement == "reward"
         old = (section.epochs * section.minibatches > 1 and algorithm.has_advantages) or in_reward
         if algorithm.needs_exact_kl:
-            return int(old) + section.epochs
+            return int(old) + int(algorithm.needs_iterate), section.epochs
         baseline = "none" if algorithm.preference is None else algorithm.preference.baseline
-        # a baseline needs the policy's log-probs, or those of both models behind other prompts
-        more = {"none": 0, "running_mean": 1, "other_prompts": 2}[baseline]
-        reference = algorithm.needs_reference and not self.config.data.precompute_reference
-        return int(old) + more + int(reference) + int(algorithm.needs_iterate)
+        asked = algorithm.needs_reference and not self.config.data.precompute_reference
+        # the iterate has the policy's size; a baseline needs the policy's log-probs, or those of both models
+        # behind other prompts
+        policy = int(old) + int(algorithm.needs_iterate) + int(baseline != "none")
+        return policy, int(asked) + int(baseline == "other_prompts")
 
     def seconds_of_rollout(self, machine: Machine) -> float:
         """Decoding one token reads all weights once for all completions that are decoded together."""
@@ -256,8 +260,9 @@ class Plan:
         again = int(self.config.model.gradient_checkpointing)
         own = self._forward(self.policy)
         back = 2 if self.config.model.lora is None else 1
-        work = section.epochs * ((1 + again + back) * own + 3 * self._head())
-        work += self._passes_before * (own + self._head())
+        work = section.epochs * ((1 + again + back) * own + 3 * self._head(self.policy))
+        for sizes, passes in zip((self.policy, self.reference), self._passes_before, strict=True):
+            work += passes * (self._forward(sizes) + self._head(sizes))
         if self.critic is not None:
             work += (section.epochs * (3 + again) + 1) * self._forward(self.critic)
         # bytes: AdamW reads weight, gradient and both moments, and writes all but the gradient, 4 bytes each
@@ -282,7 +287,7 @@ class Plan:
             return 0
         part = (self.shards - 1) / self.shards
         micros = math.ceil(self.packed_tokens / self.config.learner.minibatches / self.microbatch_tokens)
-        passes = micros * (2 * self._updates + self.config.learner.minibatches * self._passes_before)
+        passes = micros * (2 * self._updates + self.config.learner.minibatches * sum(self._passes_before))
         learned = sum(count for _, _, count in self.learned)
         each = learned * (passes * self.width + self._updates * micros * 4)
         return int(part * (each + self.policy.weights * self.width))

@@ -230,7 +230,7 @@ class Rewards:
             with self._changed:
                 self._failed = [0] * len(self.pools)
                 self._given_up = None
-        metrics = reward_metrics(groups)
+        metrics = reward_metrics(groups) if self.pools else {}
         for number, pool in enumerate(self.pools):
             parts = [scoring.by_function[number] for scoring in scorings]
             metrics |= function_metrics(pool.name, parts, has_cache=self.caches[number] is not None)
@@ -314,6 +314,9 @@ class Rewards:
                 objectives[objective] = value
                 total += self._weight(pool, objective) * value
         complete = bool(objectives) and all(scores is not None for scores in scored)
+        if not self.pools:
+            # the algorithm learns without rewards, from every completion
+            complete = True
         return Trajectory.single_turn(
             scoring.batch.completions[sample],
             text=scoring.batch.texts[sample],

@@ -232,7 +232,10 @@ def test_every_shipped_config_loads(path: Path):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_picking_a_name_is_picking_the_algorithm(name: str):
     iteration = {"steps": 5 if name in ("sppo", "dno", "inpo", "spac") else 0}
-    make_config(settings(algorithm=minimal(name), iteration=iteration)).build_algorithm()
+    # only a teacher has to be named beside it
+    model = {"path": "m"} | ({"reference": "teacher"} if name == "distill" else {})
+    changes: dict[str, Any] = {"iteration": iteration, "model": model}
+    make_config(settings(algorithm=minimal(name), **changes)).build_algorithm()
 
 
 @pytest.mark.parametrize(

@@ -220,3 +220,11 @@ def test_samples_without_signal_are_no_reason_to_change_anything_where_pairs_tea
     record = {"no_signal": 0.9, "truncated": 0.6, "pairs": {"accuracy": 0.5}}
     (cut,) = HealthWatch().at_once(record, "held-out")
     assert "60% of the held-out completions are cut" in cut
+
+
+def test_a_constant_reward_says_nothing_of_a_run_that_learns_from_a_teacher() -> None:
+    measured = {"reward/mean": 0.0, "reward/std": 0.0, "grad_norm": 0.7}
+    assert told([measured | {"kl/exact": 0.1}] * 4) == []
+    assert len(told([measured] * 4)) == 1
+    # with advantages beside the exact KL it is a run that should learn from its rewards
+    assert len(told([measured | {"kl/exact": 0.1, "advantage/zero_fraction": 0.9}] * 4)) == 1

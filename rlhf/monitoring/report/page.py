@@ -55,7 +55,12 @@ OF_PAIRS = (
 PLOTS = (
     *OF_PAIRS,
     Plot("Reward, mean of a step", ("reward/mean",), spread="reward/std"),
-    Plot("KL to the reference, nats a token", ("kl/ref",)),
+    Plot(
+        "KL to the reference, nats a token",
+        ("kl/ref", "kl/exact", "kl/forward"),
+        ("estimated", "exact", "exact, forward"),
+        whole=False,
+    ),
     Plot("Entropy, nats a token", ("entropy",)),
     Plot("Length of completions, tokens", ("length/mean",)),
     Plot("Share of completions cut at the token limit", ("length/truncated",)),

@@ -1,0 +1,173 @@
+"""Whole runs of `distill`: without rewards, from data, both together with an adapter; and refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf.config.load import make_config
+from rlhf.config.section import ConfigError
+from rlhf.models.sizes import model_sizes
+from rlhf.monitoring.health import HealthWatch
+from rlhf.preflight.describe import describe, warnings
+from rlhf.preflight.estimate import GIB, estimate
+from rlhf.preflight.load import load_inputs
+from rlhf.preflight.machine import Machine
+from tests.support import bandit_settings, changed, metrics_of, train
+
+Folder = Callable[[str], Path]
+
+
+def settings(folder: Path, student: Path, teacher: Path, **changes: Any) -> dict[str, Any]:
+    base = bandit_settings(folder, student)
+    base |= {"steps": 7, "algorithm": "distill", "reward": {}}
+    base["model"]["reference"] = str(teacher)
+    base["rollout"] |= {"group_size": 1, "max_completion_tokens": 10}
+    return changed(base, changes)
+
+
+def write_data(folder: Path) -> None:
+    """A completion of each prompt, without a reward."""
+    rows = [{"prompt": f"say {i}:", "completion": "abcdefgh"[i % 5 :]} for i in range(40)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_model: Folder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 64 hidden sizes, where the tiny student has 32, which prefers some tokens everywhere."""
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    shutil.copytree(tiny_model("llama-wide"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    weights = load_file(folder / "model.safetensors")
+    # a first coordinate so large that the last norm makes it about 8, the root of 64, at every token
+    embedding = weights["model.embed_tokens.weight"]
+    embedding[:, 0] = 1.0
+    head = embedding.clone()
+    head[:, 0] = 0.25 * torch.randn(len(head), generator=torch.Generator().manual_seed(1))
+    weights["lm_head.weight"] = head
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+# what changes against a run of 7 steps with the reverse KL on completions of the policy
+HOW: dict[str, dict[str, Any]] = {
+    "online": {},
+    "offline": {"data": {"mode": "offline", "reward_column": None}},
+    "both": {
+        "data": {"mode": "offline_to_online", "mix": True, "reward_column": None},
+        "algorithm": {"name": "distill", "kl": {"forward": 0.5}},
+        "model": {"lora": {"rank": 8}},
+    },
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_student_comes_close_to_a_wider_teacher_without_rewards(
+    tmp_path: Path, tiny_model: Folder, teacher: Path, how: str
+) -> None:
+    if how == "both":
+        pytest.importorskip("peft")
+    # an adapter leaves the head as it is: with this one a distribution depends on the layers
+    student = tiny_model("llama-sharp" if how == "both" else "llama")
+    made = settings(tmp_path, student, teacher, **HOW[how])
+    if how != "online":
+        write_data(tmp_path)
+    train(made)
+    steps = metrics_of(tmp_path)
+    assert steps[-1]["kl/exact"] < steps[0]["kl/exact"] / 2
+    assert ("kl/forward" in steps[0]) == (how == "both")
+    assert not any(name.startswith("advantage/") for name in steps[0])
+    assert ("reward/mean" in steps[0]) == (how == "offline")
+    watch = HealthWatch()
+    assert [text for values in steps for text in watch.check(values)] == []
+
+
+def test_the_check_says_who_teaches_and_counts_the_teachers_own_size(
+    tmp_path: Path, tiny_model: Folder, teacher: Path
+) -> None:
+    config = make_config(settings(tmp_path, tiny_model("llama"), teacher))
+    inputs = load_inputs(config)
+    text = "\n".join(describe(config, inputs))
+    assert f"reference    {teacher}, the teacher\n" in text
+    assert "rewards      none: distill learns from the teacher alone\n" in text
+    assert list(warnings(config, inputs)) == []
+    machine = Machine("CPU", 8 * GIB, flops=1e11, bandwidth=1e10)
+    found = estimate(config, inputs, world_size=1, machine=machine)
+    (item,) = [item for item in found.memory if item.name == "reference"]
+    student, sizes = (model_sizes(str(m), torch.float32) for m in (tiny_model("llama"), teacher))
+    assert item.bytes == 4 * sizes.weights and sizes.weights > 2 * student.weights
+    assert item.setting == "model.reference, a smaller teacher"
+    alone = estimate(
+        make_config(settings(tmp_path, tiny_model("llama"), tiny_model("qwen2"))),
+        inputs,
+        world_size=1,
+        machine=machine,
+    )
+    assert found.seconds.learn > alone.seconds.learn
+
+
+def test_a_teacher_with_other_tokens_is_refused_with_the_first_of_them(
+    tmp_path: Path, tiny_model: Folder
+) -> None:
+    student, other = tiny_model("llama"), tmp_path / "other"
+    shutil.copytree(student, other)
+    file = other / "tokenizer.json"
+    written = json.loads(file.read_text())
+    vocabulary = written["model"]["vocab"]
+    # the tokens of a and b change places
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(written))
+    first = min(vocabulary["a"], vocabulary["b"])
+    message = (
+        f"token {first} is 'a' in the policy's tokenizer, 'b' in the reference's; the vocabularies have 99 "
+        r"tokens \(policy\) and 99 \(reference\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load_inputs(make_config(settings(tmp_path, student, other)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocab_size": 98}, "its head has 98 rows, the policy's 99"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is None in the policy and 30.0 in the"),
+        ({"max_position_embeddings": 36}, "= 42, but model.reference, .* has positions for 36 tokens"),
+    ],
+)
+def test_a_teacher_that_cannot_be_compared_is_refused(
+    tmp_path: Path, tiny_model: Folder, change: dict[str, Any], message: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model("llama"), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ConfigError, match=message):
+        load_inputs(make_config(settings(tmp_path, tiny_model("llama"), other)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"reference": None}}, "model.reference is not given, but distill learns from a teacher"),
+        ({"model": {"path": "m", "reference": "m"}}, "model.reference is the same model as model.path"),
+        ({"budget": {"rule": "knapsack"}}, "budget.rule is knapsack, which shares out rollouts by rewards"),
+        (
+            {"data": {"mode": "offline", "sampling": "priority"}},
+            "by their advantages, but distill has none",
+        ),
+        ({"data": {"eval": "held_out.jsonl"}}, "is evaluated by them: give some"),
+    ],
+)
+def test_settings_that_do_not_go_with_a_teacher_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(settings(tmp_path, tmp_path / "student", tmp_path / "teacher", **changes))
