@@ -80,7 +80,7 @@ class Head:
         renormalised: models of one family pad the same vocabulary to different sizes. Raises ModelError: this
         head has fewer rows, or caps its logits otherwise.
         """
-        weight, bias = whole(self.module.weight), self.module.bias
+        weight, bias = whole(self.module.weight), cast("Tensor | None", self.module.bias)
         rows = len(policy.module.weight)
         if len(weight) < rows or self.softcap != policy.softcap:
             raise ModelError(

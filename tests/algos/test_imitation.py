@@ -142,7 +142,7 @@ def test_where_the_policy_is_the_reference_a_lol_is_its_reference_free_form(
 
 def test_only_those_with_a_ratio_or_a_kl_need_a_reference():
     needs = {name for name, build in IMITATION.items() if build().needs_reference}
-    assert needs == {"a_lol", "a_lol_seq", "a_lol_kl", "r_lol"}
+    assert needs == {"a_lol", "a_lol_seq", "a_lol_kl", "r_lol", "distill"}
     assert all(build().from_data for build in IMITATION.values())
     assert {n for n, build in IMITATION.items() if build().needs_prompt_value} == {*A_LOL, "a_lol_kl"}
     assert IMITATION["awr"](baseline="prompt_value").needs_prompt_value
