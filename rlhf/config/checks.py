@@ -89,6 +89,10 @@ def _teacher(config: Config, algorithm: Algorithm) -> Iterator[str]:
             f"model.reference is {same}, but {name} learns from a teacher, and the policy knows all that its "
             "own start knows: set model.reference to the teacher, a folder or a name on the hub"
         )
+    if config.iteration.reference == "iterate":
+        yield (
+            f"iteration.reference is iterate, so that the policy would be its own teacher; {name} needs start"
+        )
     if config.data.sampling in ("positive", "priority"):
         yield (
             f"data.sampling is {config.data.sampling}, which draws completions by their advantages, but "

@@ -161,6 +161,7 @@ def test_a_teacher_that_cannot_be_compared_is_refused(
     [
         ({"model": {"reference": None}}, "model.reference is not given, but distill learns from a teacher"),
         ({"model": {"path": "m", "reference": "m"}}, "model.reference is the same model as model.path"),
+        ({"iteration": {"steps": 2, "reference": "iterate"}}, "the policy would be its own teacher"),
         ({"budget": {"rule": "knapsack"}}, "budget.rule is knapsack, which shares out rollouts by rewards"),
         (
             {"data": {"mode": "offline", "sampling": "priority"}},
