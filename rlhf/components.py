@@ -44,7 +44,8 @@ from rlhf.rewards.constraints import Constraints
 from rlhf.rewards.success import is_correct
 from rlhf.rollout.engine import RolloutEngine
 from rlhf.rollout.engine_group import EngineGroup
-from rlhf.rollout.factory import make_engine
+from rlhf.rollout.factory import make_engine, mixture_engine
+from rlhf.rollout.mixture import OtherModel
 from rlhf.sync.engine_on_demand import EngineOnDemand, SyncOnDemand
 from rlhf.sync.weight_sync import Sync, WeightSync, choose_probe_prompt
 from rlhf.types import Source
@@ -257,15 +258,30 @@ def _rollout(
 def _frozen_engines(
     config: Config, inputs: Inputs, models: Models
 ) -> dict[Source, Callable[[], RolloutEngine]]:
-    """What makes the engines of the samplers that sample from another model than the policy."""
+    """What makes the engines of the samplers that sample from another model than the policy alone."""
     kind = config.rollout.engine if config.rollout.engine in ("native", "hf") else "native"
     config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"engine": kind})})
     frozen = {Source.REFERENCE: models.reference, Source.ITERATE: models.iterate}
-    return {
+    starters: dict[Source, Callable[[], RolloutEngine]] = {
         source: engine_starter(config, inputs, model.rollout_model)
         for source, model in frozen.items()
         if model is not None and source in config.rollout.sources
     }
+    if Source.MIXTURE in config.rollout.sources:
+        assert models.reference is not None
+        reference, policy = models.reference.rollout_model, models.policy.rollout_model
+        processor = inputs.processor
+        starters[Source.MIXTURE] = partial(
+            mixture_engine,
+            kind,
+            policy,
+            OtherModel(reference, image_inputs=None if processor is None else Vision(reference, processor)),
+            eos_token_ids=inputs.eos_token_ids,
+            kv_cache_gib=config.rollout.kv_cache_gib,
+            max_tokens=config.data.max_prompt_tokens + config.rollout.max_completion_tokens,
+            image_inputs=None if processor is None else Vision(policy, processor),
+        )
+    return starters
 
 
 def engine_starter(

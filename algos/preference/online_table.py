@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Literal
 
 from rlhf.algos import surrogate
-from rlhf.algos.advantage import preference_to_go
+from rlhf.algos.advantage import leave_one_out, own_only, per_sequence, preference_to_go
 from rlhf.algos.algorithm import KL, NO_KL, Algorithm, Mismatch
 from rlhf.algos.preference import compares, scores
 from rlhf.algos.preference.checks import check_above_zero
@@ -27,11 +27,12 @@ from rlhf.algos.preference.losses import Preference, away_from, below_data
 from rlhf.algos.preference.scores import Score
 from rlhf.algos.preference.table import changed, comparing, dpo
 from rlhf.algos.ratio import TOKEN_TIS, token_ratio
-from rlhf.algos.reduction import sequence_mean_token_sum
+from rlhf.algos.reduction import own_mean_token_sum, sequence_mean_token_sum
 from rlhf.algos.shaping import Selection
 from rlhf.types import Source
 
 ITERATE = frozenset({"iterate"})
+HYPO_KL = KL(coef=1e-3, estimator="k1", placement="reward")
 NASH_KL = KL(coef=0.008, estimator="k1", placement="reward")
 
 
@@ -87,6 +88,13 @@ def spac(
     return changed(to_iterate(beta, compares.logistic(), kl), weight=lam, pull=below_data(beta))
 
 
+def hypo(*, beta: float = 0.1, kl: KL = HYPO_KL) -> Algorithm:
+    """DPO on data, and a KL to the reference on the policy's own samples, arXiv:2406.01462."""
+    return replace(
+        dpo(beta=beta, kl=kl), advantage=own_only(per_sequence(leave_one_out)),
+        reduction=own_mean_token_sum, needs_rewards=False)
+
+
 def nash_md(
     *, kl: KL = NASH_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
@@ -106,5 +114,6 @@ ONLINE_PREFERENCE: dict[str, Callable[..., Algorithm]] = {
     "dno": dno,
     "inpo": inpo,
     "spac": spac,
+    "hypo": hypo,
     "nash_md": nash_md,
 }

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any, cast
 
 from rlhf.algos.algorithm import Algorithm
-from rlhf.algos.preference.losses import Preference
 from rlhf.algos.preference.pairing import (
     LABELS,
     RULES,
@@ -41,6 +40,8 @@ class Pairing:
         """
         self.section, self.preference, self.win_rate = section, algorithm.preference, win_rate
         self.own_only = algorithm.selection.own_only
+        self.keeps_own = algorithm.has_advantages
+        """Whether the policy's own samples are learned from besides (HyPO)."""
         self.rule: Rule = RULES[section.rule] if section.rule in RULES else _own_rule(section.rule)
 
     def __call__(self, groups: Sequence[Group]) -> tuple[list[Group], Metrics]:
@@ -62,7 +63,7 @@ class Pairing:
             tied += not found
             identical += bool(found) and not different
             if different:
-                paired.append(_compared(group, different, self.preference))
+                paired.append(self._compared(group, different))
         total = float(len(groups))
         metrics["pairs/groups"] = Sum(float(len(paired)))
         metrics["pairs/tied"] = Mean(float(tied), total)
@@ -98,6 +99,20 @@ class Pairing:
         )
         return adjusted(scored, truncated=self.section.truncated, length_penalty=self.section.length_penalty)
 
+    def _compared(self, group: Group, comparisons: Sequence[Comparison]) -> Group:
+        """The group with the trajectories that the loss depends on, in their order, and the comparisons as
+        its duels.
+        """
+        assert self.preference is not None
+        trajectories = group.trajectories
+        learned = self.preference.learned(compared_group(group, comparisons))
+        if self.keeps_own:
+            learned |= {i for i, t in enumerate(trajectories) if t.source == Source.POLICY}
+        used = sorted(learned)
+        place = {old: new for new, old in enumerate(used)}
+        duels = tuple(Duel(place[c.better], place[cast(int, c.other)], c.probability) for c in comparisons)
+        return replace(group, trajectories=tuple(trajectories[i] for i in used), duels=duels)
+
     def _label(self, group: Group) -> Label:
         if self.section.labels == "auto":
             # a judge's duels have already made the rewards that the rule goes by
@@ -117,16 +132,6 @@ def _same(group: Group, comparison: Comparison) -> bool:
     """Whether both completions have the same tokens, so that nothing can be learned from the pair."""
     first, second = comparison.better, cast(int, comparison.other)
     return group.trajectories[first].token_ids == group.trajectories[second].token_ids
-
-
-def _compared(group: Group, comparisons: Sequence[Comparison], preference: Preference) -> Group:
-    """The group with the trajectories that the loss depends on, in their order, and the comparisons as its
-    duels.
-    """
-    used = sorted(preference.learned(compared_group(group, comparisons)))
-    place = {old: new for new, old in enumerate(used)}
-    duels = tuple(Duel(place[c.better], place[cast(int, c.other)], c.probability) for c in comparisons)
-    return replace(group, trajectories=tuple(group.trajectories[i] for i in used), duels=duels)
 
 
 def _described(groups: Sequence[Group]) -> Metrics:

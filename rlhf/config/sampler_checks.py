@@ -27,6 +27,11 @@ def sampler_problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
             f"rollout.samplers samples from the {' and the '.join(frozen)}, which takes whole weights on "
             "each rank, but distributed.mode is sharded: set it to replicated"
         )
+    if Source.MIXTURE in sources and rollout.vllm.lora == "adapter":
+        yield (
+            "a mixture is sampled from merged weights, but rollout.vllm.lora = adapter merges none: set it to "
+            "merged"
+        )
     others = frozen or any(_differs(config, s) for s in rollout.samplers)
     if others and algorithm.from_data is None and not algorithm.selection.own_only:
         what = f"the {' and the '.join(frozen)}" if frozen else "the policy at another temperature"
