@@ -139,6 +139,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "reward.preference.path",
         "reward.preference.processes",
         "reward.preference.timeout",
+        "reward.preference.variables",
         "reward.preference.workers",
         "reward.special_tokens",
         "reward.success_objective",
