@@ -269,7 +269,8 @@ class Loop(ABC, Generic[Settings]):
         if self.world.is_main:
             self.folder.write_settings(self.config.to_yaml())
             after = -1 if newest is None else cursor.steps_done
-            self.folder.cut(after=after, sampled=after + self.is_within_step)
+            for text in self.folder.cut(after=after, sampled=after + self.is_within_step):
+                monitor.warn(text)
 
     def _assert_new(self) -> None:
         """Raises CheckpointError where the folder holds a run that has saved checkpoints: to begin again

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -59,6 +60,8 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     except ValidationError as error:
         lines = explain(error, prefix="algorithm", schema=schema, arguments=arguments_of(name))
         raise ValueError("\n".join(lines)) from None
+    if wrong := list(_not_numbers(resolved.model_dump(), "algorithm")):
+        raise ValueError("\n".join(f"{key}: must be a number, got nan" for key in wrong))
     values = {key: getattr(resolved, key) for key in schema.model_fields}
     factory = algorithm_factory(name)
     hints = typing.get_type_hints(factory)
@@ -69,6 +72,15 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     if not isinstance(made, Algorithm):
         raise ValueError(f"algorithm.name: {name} must return an Algorithm, got {made!r:.80}")
     return {"name": name, **values}
+
+
+def _not_numbers(values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """The dotted keys of the values that are NaN. Infinity is a bound that never binds."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _not_numbers(typing.cast(dict[str, Any], value), f"{prefix}.{key}")
+        elif isinstance(value, float) and math.isnan(value):
+            yield f"{prefix}.{key}"
 
 
 def arguments_of(name: object) -> Arguments:

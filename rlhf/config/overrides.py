@@ -81,7 +81,13 @@ typing.cast(Any, _Loader).add_implicit_resolver(
 
 def load_yaml(text: str) -> Any:
     """Parses YAML into plain values. Raises yaml.YAMLError."""
-    return yaml.load(text, _Loader)
+    try:
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except ValueError as error:
+        # a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
 
 
 def _problem_of(error: yaml.YAMLError) -> str:

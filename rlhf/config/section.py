@@ -16,7 +16,9 @@ class Section(BaseModel):
     """A part of the settings: it cannot be changed, and an unknown key or a value out of range is an
     error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), validate_default=True, allow_inf_nan=False
+    )
 
 
 class ConfigError(ValueError):

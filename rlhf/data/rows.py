@@ -98,6 +98,11 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
             except UnicodeDecodeError as error:
                 raise ValueError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+            except RecursionError:
+                raise ValueError(f"{where}: nested too deeply") from None
+            except ValueError as error:
+                # a number of thousands of digits
+                raise ValueError(f"{where}: {error}") from None
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__} {value!r:.80}")
             yield Row(f"{path.name}:{number}", where, cast(dict[str, Any], value))

@@ -42,7 +42,7 @@ def damaged_json(folder: Path) -> str | None:
         if file.is_file():
             try:
                 json.loads(file.read_bytes())
-            except ValueError:
+            except (ValueError, RecursionError):
                 return f"{file} is damaged or not all of it is there, fetch it again"
     return None
 
@@ -152,8 +152,10 @@ def check_json(file: Path) -> None:
         return
     try:
         settings: Any = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file} must hold an object, got {type(settings).__name__}")
     known: Any = importlib.import_module("transformers.models.auto.configuration_auto")
     kind, kinds = settings.get("model_type"), list[str](known.CONFIG_MAPPING_NAMES)
     if kind not in kinds and "auto_map" not in settings:

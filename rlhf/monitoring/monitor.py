@@ -198,7 +198,7 @@ class Monitor:
             self.watch = self._new_watch()
         try:
             append_eval(self.run, record)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self.warn(f"{self.run.evaluations} cannot be written; this evaluation is missing in it: {error}")
         self._write(record["step"], eval_metrics(record))
         told = describe_eval(record)

@@ -15,6 +15,7 @@ other keys are.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,30 @@ from rlhf.files import write_atomically
 from rlhf.monitoring.report.browser import GROUPS
 from rlhf.monitoring.run_folder import RunFolder
 
+logger = logging.getLogger(__name__)
+
 
 def read_groups(stream: Path) -> list[dict[str, Any]]:
     """Groups of RUN/samples.jsonl for a report: at most `GROUPS`, evenly spaced, first and last included."""
     lines = whole_lines(stream)
     if len(lines) > GROUPS:
         lines = [lines[round(i * (len(lines) - 1) / (GROUPS - 1))] for i in range(GROUPS)]
-    return [json.loads(line) for line in lines]
+    return _objects(stream, lines)
+
+
+def _objects(stream: Path, lines: Sequence[str]) -> list[dict[str, Any]]:
+    """The objects of the lines; a warning says of which file lines are damaged and left out."""
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            entry: object = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        if isinstance(entry, dict):
+            found.append(cast(dict[str, Any], entry))
+    if len(found) < len(lines):
+        logger.warning("%s: %d damaged lines are left out", stream, len(lines) - len(found))
+    return found
 
 
 def whole_lines(stream: Path) -> list[str]:
@@ -164,7 +182,7 @@ def headlines(records: Sequence[Mapping[str, Any]]) -> list[Headline]:
 
 def read_metrics(run: RunFolder) -> list[dict[str, float]]:
     """The finite metrics of each step, oldest step first. An incomplete last line is left out."""
-    entries = map(json.loads, whole_lines(run.metrics))
+    entries = _objects(run.metrics, whole_lines(run.metrics))
     return [{name: value for name, value in entry.items() if value is not None} for entry in entries]
 
 

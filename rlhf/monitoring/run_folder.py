@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,7 +25,10 @@ from typing import Any, cast
 
 import yaml
 
+from rlhf.config.overrides import load_yaml
 from rlhf.files import SAVED, write_atomically
+
+logger = logging.getLogger(__name__)
 
 # names of rlhf/files.py and rlhf/checkpoints/store.py for what is being written, with the process's number
 _LEFTOVER = re.compile(
@@ -90,8 +94,22 @@ class RunFolder:
         return logged or saved or self.saved.is_file()
 
     def settings(self) -> str | None:
-        """The text of config.yaml, if there is one."""
-        return self.config.read_text(encoding="utf-8") if self.config.is_file() else None
+        """The text of config.yaml, if there is one. Raises RunFolderError when it holds no settings."""
+        if not self.config.is_file():
+            return None
+        try:
+            text = self.config.read_text(encoding="utf-8")
+            tree: object = load_yaml(text)
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            problem = " ".join(str(error).split())
+        else:
+            if tree is None or isinstance(tree, dict):
+                return text
+            problem = f"it holds a {type(tree).__name__}"
+        raise RunFolderError(
+            f"{self.config} cannot be read ({problem}); it says how the run was trained: bring it back, or "
+            "remove it to go on with the settings that you give"
+        )
 
     @contextmanager
     def claim(self, *, config: str, resume: bool) -> Generator[None]:
@@ -136,22 +154,38 @@ class RunFolder:
     def _last_saved(self) -> str:
         return self.saved.read_text(encoding="utf-8", errors="replace").strip()[:100]
 
-    def cut(self, *, after: int, sampled: int | None = None) -> None:
+    def cut(self, *, after: int, sampled: int | None = None) -> list[str]:
         """Drops the entries of steps after `after`, so that a resumed run logs each step once.
 
         `sampled`: the last step to keep in samples.jsonl, where that is not `after`. A run without a
         checkpoint begins again: `cut(after=-1)`. A last line that a kill left incomplete is dropped too.
+        Returns a sentence for each file of which more was lost: lines that are damaged, an eval.json.
         """
+        lost: list[str] = []
         for stream, last in ((self.metrics, after), (self.samples, after if sampled is None else sampled)):
             if stream.is_file():
                 # not splitlines, which would also split at characters such as U+2028 within a text
                 lines = stream.read_text(encoding="utf-8", errors="replace").split("\n")
-                kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last]
+                steps = [_step_of(line) for line in lines]
+                kept = [
+                    line for line, step in zip(lines, steps, strict=True) if step is not None and step <= last
+                ]
+                if damaged := [number for number, step in enumerate(steps[:-1], start=1) if step is None]:
+                    lost.append(
+                        f"{stream}: {len(damaged)} damaged lines are dropped, the first is line {damaged[0]}"
+                    )
                 write_atomically(stream, "".join(line + "\n" for line in kept))
         if self.evaluations.is_file():
-            records = json.loads(self.evaluations.read_text())
-            kept_records = [record for record in records if record["step"] <= after]
-            write_atomically(self.evaluations, json.dumps(kept_records, indent=1))
+            try:
+                records = json.loads(self.evaluations.read_text(encoding="utf-8"))
+                kept_records = [record for record in records if record["step"] <= after]
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                aside = self.evaluations.with_suffix(".json.damaged")
+                os.replace(self.evaluations, aside)
+                lost.append(f"{self.evaluations} cannot be read ({error}); it is {aside} now, without effect")
+            else:
+                write_atomically(self.evaluations, json.dumps(kept_records, indent=1))
+        return lost
 
     def _remove_leftovers(self) -> None:
         """Removes what a kill left of files and exports that were being written, known by their names."""
@@ -177,6 +211,12 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} is in use by {holder}; wait for it, end it, or choose another run_dir"
             ) from None
+        except OSError as error:
+            logger.warning(
+                "the file system of %s has no locks (%s): see to it that no other run uses the folder",
+                self.path,
+                error,
+            )
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
@@ -205,7 +245,7 @@ def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
 def _step_of(line: str) -> int | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(entry, dict):
         return None

@@ -281,5 +281,5 @@ def authorization(key_variable: str | None) -> dict[str, str]:
 def _decoded(url: str, text: bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RemoteError(f"{url} did not answer with JSON: {text[:200]!r}") from None

@@ -82,8 +82,7 @@ def read_run(folder: Path, compared: Sequence[Path] = ()) -> Run:
     if not run.metrics.is_file() and not run.evaluations.is_file():
         raise RunFolderError(f"{folder} holds no run: there is neither metrics.jsonl nor eval.json")
     is_unique = [other.resolve().name for other in compared].count(folder.resolve().name) <= 1
-    text = run.config.read_text(encoding="utf-8") if run.config.is_file() else ""
-    settings = cast(dict[str, Any], yaml.safe_load(text) or {})
+    settings = cast(dict[str, Any], yaml.safe_load(run.settings() or "") or {})
     name = folder.resolve().name if is_unique else str(folder)
     settings = dict(flat_settings(settings))
     return Run(name, settings, read_metrics(run), read_eval(run), read_groups(run.samples))

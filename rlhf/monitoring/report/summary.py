@@ -31,7 +31,7 @@ def write_report(run: RunFolder) -> None:
         evaluations=evaluations,
         steps=steps,
         groups=read_groups(run.samples),
-        config=run.config.read_text(encoding="utf-8") if run.config.is_file() else "",
+        config=run.settings() or "",
     )
     write_atomically(run.report, page)
 
