@@ -16,6 +16,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from rlhf.rewards.builtin import Completion, completion_text
+from rlhf.sandbox.enclosure import LEVELS
 from rlhf.sandbox.runner import PROTECTS, Limits, isolation, run_python
 
 logger = logging.getLogger(__name__)
@@ -29,17 +30,21 @@ LANGUAGE = re.compile(r"(?:py(?:thon)?[\d.]*)?", re.IGNORECASE)
 class CodeReward:
     """Scores each completion with the share of its tests that pass; all asserts together are one test."""
 
-    def __init__(self, seconds: float = 5.0, memory_mib: int = 512, require_namespaces: bool = False) -> None:
+    def __init__(self, seconds: float = 5.0, memory_mib: int = 512, allow_limits_only: bool = False) -> None:
         """`seconds` is the limit of one test: the function's `timeout` must leave time for all of a sample.
 
-        Logs how well the sandbox isolates programs on this system. Raises RuntimeError when
-        `require_namespaces` is set and this system does not allow namespaces.
+        Logs how well the sandbox isolates programs on this system. Raises RuntimeError where the system
+        allows no namespaces, unless `allow_limits_only` says that programs may run without.
         """
         self.limits = Limits(seconds=seconds, memory_mib=memory_mib)
         level = isolation()
         logger.warning("generated programs run at isolation level %r: %s", level, PROTECTS[level])
-        if require_namespaces and "namespaces" not in level.split(", "):
-            raise RuntimeError(f"require_namespaces is set, but this system allows only: {PROTECTS[level]}")
+        if level == LEVELS[-1] and not allow_limits_only:
+            raise RuntimeError(
+                f"programs would run with {PROTECTS[level]}. Run in a container or on a machine that allows "
+                "user namespaces, put a sandbox behind the reward remote, or set params: "
+                "{allow_limits_only: true} where the programs may do all that you may do"
+            )
 
     def __call__(
         self, completions: Sequence[Completion], tests: Sequence[str | Sequence[Mapping[str, str]]]

@@ -20,7 +20,12 @@ CLONE = {"mount": 0x20000, "uts": 0x04000000, "ipc": 0x08000000, "user": 0x10000
 CLONE_NET = 0x40000000
 NOBODY = 65534
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_NO_NEW_PRIVS = 1, 4, 38
-MS_REC, MS_PRIVATE = 0x4000, 1 << 18
+MS_RDONLY, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 32, 4096, 0x4000, 1 << 18
+SYSTEM = (
+    "/usr", "/lib", "/lib64", "/lib32", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/localtime", "/proc",
+    "/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom",
+)  # fmt: skip
+"""What a program sees of the machine, beside the folders of its interpreter."""
 MS_CLOSED = 1 | 2 | 4 | 8
 """MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC."""
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = 442, -100, 0x8000, 1
@@ -35,6 +40,9 @@ def launch(settings: dict[str, Any]) -> None:
     _limit(resource.RLIMIT_NOFILE, 256)
     if settings["level"] == LEVELS[-1]:
         _become(settings, libc)
+    # read before the change of user: the folder is closed to all others
+    with open(settings["program"], "rb") as file:
+        program = file.read()
     if settings["level"] == LEVELS[0]:
         os.setgroups([])
         os.setgid(NOBODY)
@@ -42,7 +50,10 @@ def launch(settings: dict[str, Any]) -> None:
         # after a change of user /proc/self belongs to root, unless the process is dumpable
         _check(libc, libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0), "prctl")
     enter_namespaces(libc)
-    _close_files(libc, settings["folder"])
+    make_read_only(libc)
+    _enter_root(libc, settings["folder"])
+    with open("program.py", "wb") as file:
+        file.write(program)
     _become(settings, libc)
 
 
@@ -94,16 +105,37 @@ def make_read_only(libc: Any) -> None:
     _check(libc, libc.mount(b"proc", b"/proc", b"proc", MS_CLOSED, None), "mount")
 
 
-def _close_files(libc: Any, folder: str) -> None:
-    """Makes all mounts read-only, except a small tmpfs over `folder`, into which the program is copied."""
-    with open(os.path.join(folder, "program.py"), "rb") as file:
-        program = file.read()
-    make_read_only(libc)
-    mounted = libc.mount(b"tmpfs", folder.encode(), b"tmpfs", 0, b"size=32m,mode=777")
-    _check(libc, mounted, "mount")
+def _enter_root(libc: Any, folder: str) -> None:
+    """Changes to a root that holds the interpreter, the system's libraries, and an empty folder at `folder`.
+
+    Nothing else of this machine has a name there: no data, no home folders, no sockets, no other programs'
+    folders. Everything but the folder, of 32 MiB, is read-only.
+    """
+    root, target = folder.encode(), os.path.join(folder, folder.lstrip("/"))
+    _check(libc, libc.mount(b"tmpfs", root, b"tmpfs", 0, b"size=1m,mode=755"), "mount")
+    own = [os.path.join(sys.base_prefix, name) for name in ("bin", "lib", "lib64")]
+    for path in SYSTEM + tuple(path for path in own if not path.startswith("/usr/")):
+        _show(libc, path, os.path.join(folder, path.lstrip("/")))
+    os.makedirs(target)
+    _check(libc, libc.mount(b"tmpfs", target.encode(), b"tmpfs", 0, b"size=32m,mode=777"), "mount")
+    _check(libc, libc.mount(None, root, None, MS_REMOUNT | MS_BIND | MS_RDONLY, None), "mount")
+    os.chroot(folder)
     os.chdir(folder)
-    with open("program.py", "wb") as file:
-        file.write(program)
+
+
+def _show(libc: Any, path: str, place: str) -> None:
+    """Makes `path`, if it is there, visible at `place`: a link as a link, all else as the same thing."""
+    if not os.path.lexists(path):
+        return
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    if os.path.islink(path):
+        os.symlink(os.readlink(path), place)
+        return
+    if os.path.isdir(path):
+        os.makedirs(place, exist_ok=True)
+    else:
+        _write(place, "")
+    _check(libc, libc.mount(path.encode(), place.encode(), None, MS_BIND | MS_REC, None), "mount")
 
 
 def _become(settings: dict[str, Any], libc: Any) -> None:

@@ -1,12 +1,13 @@
 """Runs generated Python code in the sandbox: always with limits, in namespaces where the system allows it.
 
-A program gets no environment variables, an empty folder of its own, and limits on time, memory, file size,
-processes and output; when it ends, everything that it started is ended. In namespaces it also has no network,
-sees no other process, cannot write outside its folder, and runs as the user nobody.
+A program gets no environment variables, an empty folder of its own that is closed to other users, and limits
+on time, memory, file size, processes and output; when it ends, everything that it started is ended. In
+namespaces it also has no network, sees no other process, and has a root of its own with the interpreter, the system's
+libraries and its folder: no data, no sockets, nothing else that it could read or write.
 
-What this does not protect from: the program can read all that the user can read (without namespaces it can
-also write it, and use the network); it can attack the kernel like any program (there is no seccomp filter);
-and programs can observe each other through the load of the machine. For hostile programs on a machine that
+What this does not protect from: without namespaces the program can read and write all that the user can, and
+use the network; it can attack the kernel like any program (there is no seccomp filter); and programs can
+observe each other through the load of the machine. For hostile programs on a machine that
 matters, use a remote sandbox behind `rlhf.rewards.remote:RemoteReward`.
 """
 
@@ -35,8 +36,10 @@ ERRORS_KEPT = 1 << 16
 END_SECONDS = 5.0
 """Time limit for the end of a namespace; normally it takes milliseconds."""
 PROTECTS = {
-    "nobody, namespaces": "no network, other processes invisible, only its own folder writable, user nobody",
-    "namespaces": "no network, other processes invisible, only its own folder writable",
+    "nobody, namespaces": "no network, other processes invisible, no files but its folder, the interpreter and "
+    "the system's libraries, user nobody",
+    "namespaces": "no network, other processes invisible, no files but its folder, the interpreter and the "
+    "system's libraries",
     "limits only": "limits on time, memory, file size, processes and output. It is NOT kept from reading "
     "and writing what you may read and write, nor from the network, because this system allows no namespaces",
 }
@@ -70,12 +73,13 @@ def run_python(code: str, limits: Limits, *, standard_input: str = "", level: st
     level = isolation() if level is None else level
     folder = tempfile.mkdtemp(prefix="program-")
     try:
-        os.chmod(folder, 0o777)
+        # mkdtemp closes it to all other users; the user nobody must only find what is mounted on it
+        os.chmod(folder, 0o711 if level == LEVELS[0] else 0o700)
         program = os.path.join(folder, "program.py")
         # what is not valid Unicode is an error of the program, not of this function
         with open(program, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(code)
-        os.chmod(program, 0o644)
+        os.chmod(program, 0o600)
         return _run(program, folder, limits, standard_input, level)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import socket
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from rlhf.rewards.code import CodeReward, program_of
+from rlhf.sandbox import runner
 from rlhf.sandbox.enclosure import LEVELS
 from rlhf.sandbox.runner import Limits, Result, isolation, run_python
 
@@ -60,8 +66,8 @@ def test_much_output_and_more_errors_are_no_mistake() -> None:
     program = "import sys\nprint('x' * 300_000)\nsys.stderr.write('y' * 300_000)"
     pairs = [{"input": "", "output": "x" * 300_000}, {"input": "", "output": "x" * 299_999}]
     # the second test expects another output
-    assert CodeReward(seconds=20.0)([program], [pairs]) == [0.5]
-    assert CodeReward(seconds=20.0)([program], ["assert sys"]) == [1.0]
+    assert CodeReward(seconds=20.0, allow_limits_only=True)([program], [pairs]) == [0.5]
+    assert CodeReward(seconds=20.0, allow_limits_only=True)([program], ["assert sys"]) == [1.0]
     result = run(program)
     assert (result.ended, len(result.errors)) == ("", 1 << 16)
 
@@ -86,7 +92,7 @@ def test_much_output_and_more_errors_are_no_mistake() -> None:
 )
 def test_asserts_decide_and_must_be_reached(completion: str, score: float) -> None:
     asserts = "assert add(1, 2) == 3\nassert add(-1, 1) == 0"
-    assert CodeReward(seconds=20.0)([completion], [asserts]) == [score]
+    assert CodeReward(seconds=20.0, allow_limits_only=True)([completion], [asserts]) == [score]
 
 
 def test_what_is_printed_decides_by_the_share_of_tests() -> None:
@@ -95,7 +101,7 @@ def test_what_is_printed_decides_by_the_share_of_tests() -> None:
         {"input": "2 2", "output": "4\n"},
         {"input": "", "output": "x"},
     ]
-    reward = CodeReward(seconds=20.0)
+    reward = CodeReward(seconds=20.0, allow_limits_only=True)
     assert reward(["print(sum(map(int, input().split())))"], [pairs]) == [pytest.approx(2 / 3)]
     with pytest.raises(ValueError, match="its column 'tests' is an empty list"):
         reward(["print(1)"], [[]])
@@ -240,7 +246,70 @@ def comm(path: Path) -> str:
         return ""
 
 
-def test_namespaces_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_namespaces_programs_run_only_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("rlhf.rewards.code.isolation", lambda: LIMITED)
-    with pytest.raises(RuntimeError, match=r"require_namespaces is set, but .* NOT kept from reading"):
-        CodeReward(require_namespaces=True)
+    with pytest.raises(RuntimeError, match=r"NOT kept from reading .*allow_limits_only: true"):
+        CodeReward()
+    assert CodeReward(allow_limits_only=True).limits.seconds == 5.0
+
+
+def test_no_other_user_can_reach_a_program_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may not write the folder of a program, at any level, nor read the program."""
+    seen: list[tuple[int, int]] = []
+
+    def look(program: str, folder: str, *_: object) -> Result:
+        seen.append((os.stat(folder).st_mode & 0o777, os.stat(program).st_mode & 0o777))
+        return Result("", "", "", 0)
+
+    monkeypatch.setattr(runner, "_run", look)
+    for level in LEVELS:
+        run("pass", level=level)
+    assert seen == [(0o711, 0o600), (0o700, 0o600), (0o700, 0o600)]
+
+
+def test_a_program_sees_the_interpreter_and_nothing_of_the_users(tmp_path: Path) -> None:
+    needs_namespaces()
+    secret = tmp_path / "answers.jsonl"
+    secret.write_text("42")
+    tmp_path.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_uid == os.getuid():
+            folder.chmod(folder.stat().st_mode | 0o055)
+    program = f"""
+import json, os
+found = [os.path.join(place, name) for place, _, names in os.walk("/") for name in names if name == "answers.jsonl"]
+print(json.dumps([found + os.listdir("/tmp"), sorted(os.listdir("/")), os.listdir(".")]))
+"""
+    result = run(program)
+    found, root, own = json.loads(result.output)
+    # of /tmp only the program's own folder is there
+    assert len(found) == 1 and found[0].startswith("program-") and own == ["program.py"]
+    known = {"usr", "bin", "sbin", "lib", "lib32", "lib64", "etc", "dev", "proc", "tmp"}
+    assert set(root) <= known | {Path(sys.base_prefix).parts[1]}
+
+
+def test_a_program_reaches_no_socket_and_no_pipe_of_the_host(tmp_path: Path) -> None:
+    needs_namespaces()
+    place = Path(tempfile.mkdtemp())
+    place.chmod(0o777)
+    os.mkfifo(place / "pipe")
+    (place / "pipe").chmod(0o666)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(place / "socket"))
+        (place / "socket").chmod(0o777)
+        server.listen()
+        program = f"""
+import os, socket
+for attempt in (
+    lambda: socket.socket(socket.AF_UNIX).connect({str(place / "socket")!r}),
+    lambda: os.open({str(place / "pipe")!r}, os.O_RDONLY | os.O_NONBLOCK),
+):
+    try:
+        attempt()
+    except OSError as error:
+        print(type(error).__name__)
+"""
+        assert run(program).output.split() == ["FileNotFoundError"] * 2
+    shutil.rmtree(place)
