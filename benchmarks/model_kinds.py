@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig
+from transformers import PreTrainedConfig
 
 VOCABULARY = 99
 SMALL: dict[str, Any] = {
@@ -27,8 +27,10 @@ SMALL: dict[str, Any] = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_window_layers": 1,
+    "depth": 2,
+    "out_hidden_size": 32,
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace"), 1),
     **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 16),
     **dict.fromkeys(("qk_nope_head_dim", "v_head_dim"), 8),
@@ -46,13 +48,14 @@ SMALL: dict[str, Any] = {
 }
 """Sizes for all kinds; each kind takes those that its config has."""
 
-MOST = 5_000_000
+MOST = 30_000_000
 """Weights of a model that is still small."""
 STATE = ("A_log", "conv")
 """Parts of the names of weights of state-space layers, which would not be stable if they were larger."""
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 # latent attention (MLA): rotary factors are as wide as the rotary part of a head, and every head has keys
 LATENT = {"head_dim": 4, "num_key_value_heads": 4}
+MROPE = {"mrope_section": [2, 1, 1]}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT),
@@ -62,7 +65,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], **MAMBA},
     "codegen": {"rotary_dim": 4},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "falcon_h1": {"mamba_d_ssm": 64, **MAMBA},
@@ -75,6 +78,7 @@ OWN: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
     },
     "gemma4_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY},
+    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **MROPE}},
     "gpt_neo": {"num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16},
     "gemma2": {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 1.0},
     "gptj": {"rotary_dim": 4},
@@ -92,7 +96,7 @@ OWN: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
         "hc_lowrank": 8,
     },
-    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0},
+    "xlstm": {"num_heads": 4, "qk_dim_factor": 1.0, "autocast_kernel_dtype": "float32"},
     "zamba": {
         "num_hidden_layers": 3,
         "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
@@ -125,20 +129,31 @@ def language_models() -> Iterator[str]:
     yield from (kind for kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in others)
 
 
+def seeing_models() -> Iterator[str]:
+    """The `model_type` of every model of the installed transformers that reads images and writes text."""
+    auto: Any = importlib.import_module("transformers.models.auto.modeling_auto")
+    yield from auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+
 def small_config(kind: str, **own: Any) -> Any:
     """The config of a tiny model of that kind; `own` settings come before the small ones."""
     auto: Any = transformers.AutoConfig
-    return auto.for_model(
-        kind, **{**_small(type(auto.for_model(kind))), "dtype": "float32", **OWN.get(kind, {}), **own}
-    )
+    return auto.for_model(kind, **{**_small(type(auto.for_model(kind))), "dtype": "float32", **own})
 
 
 def _small(kind: Any) -> dict[str, Any]:
     """Small settings for a class of configs, and for the configs of its parts."""
     default = kind().to_dict()
     small = {name: value for name, value in SMALL.items() if name in default}
-    parts = {name: _small(part) for name, part in kind.sub_configs.items() if part is not AutoConfig}
-    return {**small, **parts}
+    parts = {name: getattr(kind(), name) for name in kind.sub_configs}
+    parts = {name: _small(type(part)) for name, part in parts.items() if isinstance(part, PreTrainedConfig)}
+    return {**small, **parts, **OWN.get(kind.model_type, {})}
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads the whole of a model, its vision tower included."""
+    sees = "vision_config" in config.to_dict()
+    return transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
 
 
 def small_model(config: Any, *, seed: int = 0, sharpness: float = 8.0) -> Any:
@@ -147,7 +162,7 @@ def small_model(config: Any, *, seed: int = 0, sharpness: float = 8.0) -> Any:
     `sharpness` multiplies the matrices in the layers: attention that is far from uniform shows which tokens
     are seen.
     """
-    kind: Any = transformers.AutoModelForCausalLM
+    kind: Any = auto_class(config)
     with torch.device("meta"):
         size = sum(weight.numel() for weight in kind.from_config(config).parameters())
     if size > MOST:

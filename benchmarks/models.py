@@ -25,12 +25,20 @@ import torch
 import transformers
 from torch import Tensor
 
-from benchmarks.model_kinds import VOCABULARY, language_models, small_config, small_model
+from benchmarks.model_kinds import (
+    VOCABULARY,
+    auto_class,
+    language_models,
+    seeing_models,
+    small_config,
+    small_model,
+)
 from rlhf.config.model import LoraConfig, ModelConfig
 from rlhf.models.loading import load_policy
 from rlhf.models.packing import Packed, pack
 from rlhf.models.policy import Policy
 from rlhf.models.pretrained import ModelError
+from rlhf.models.vision.text_alone import FAMILIES, text_alone
 from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
 from rlhf.rollout.factory import make_engine
 from rlhf.rollout.native.engine import NativeEngine
@@ -43,6 +51,19 @@ PROMPTS = (1, 5, 17, 420)
 """Tokens of the prompts of one microbatch."""
 COMPLETIONS = ((3, 9), (6,), (7, 1, 4), (2, 8))
 CPU = torch.device("cpu")
+HEAD = """# Models
+
+Made by `make models` with transformers {} and torch {}, in float32 on a CPU: a tiny random model
+of every kind that transformers has. Its log-probs and gradients are compared with its own forward over one
+sequence at a time (prompts of 1 to 420 tokens in one microbatch), with and without activation checkpointing
+and an adapter; then the engine that a run would take decodes a few tokens. {} kinds work. Kinds with sliding
+windows were tried with windows of {} tokens; a window that no sequence of a run reaches is none:
+prompts are then shared, and `native` decodes.
+
+The largest error is that of a log-prob (nats), of the gradient (share of its norm) or of a decoded log-prob.
+Images: `yes`, or `text alone`, where text teaches the language model of a kind that sees.
+
+"""
 
 
 @dataclass
@@ -55,6 +76,7 @@ class Row:
     reason: str = ""
     """Why prompts are not shared."""
     engine: str = ""
+    images: str = ""
     adapted: str = ""
     """Linear layers that an adapter takes by default."""
     frozen: str = ""
@@ -63,6 +85,10 @@ class Row:
     gradient: float = 0.0
     """Norm of the error of the gradient, as a share of the gradient's norm."""
     decoding: float = 0.0
+    checkpointing: str = ""
+    """Why activation checkpointing is refused."""
+    untried: str = ""
+    """Why no tiny model could be made, or transformers itself cannot run it."""
     refused: str = ""
     failed: str = ""
     """The last lines of a traceback: a fault."""
@@ -124,39 +150,57 @@ def windowed(kind: str, window: int) -> dict[str, Any]:
 def survey(kind: str, window: int | None = None) -> Row:
     """Tries one kind, with a sliding window of that size if one is given."""
     row = Row(kind, window)
-    try:
-        config = small_config(kind, **({} if window is None else windowed(kind, window)))
-        model = small_model(config)
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            config = small_config(kind, **({} if window is None else windowed(kind, window)))
+            model = small_model(config)
+            model(input_ids=torch.arange(3, 20)[None], use_cache=False)
             model.save_pretrained(folder)
-            try:
-                _measure(row, folder)
-            except ModelError as refusal:
-                row.refused = str(refusal).replace(f"{folder}: ", "").replace(folder, "the model")
-    except Exception as error:
-        last = [line.strip() for line in traceback.format_exc().splitlines() if "File" in line][-4:]
-        row.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} | {' | '.join(last)}"
+        except Exception as error:
+            row.untried = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            return row
+        try:
+            _measure(row, folder)
+        except ModelError as refusal:
+            row.refused = _without(folder, str(refusal))
+        except Exception as error:
+            last = [line.strip() for line in traceback.format_exc().splitlines() if "File" in line][-4:]
+            row.failed = f"{type(error).__name__}: {' '.join(str(error).split())[:300]} | {' | '.join(last)}"
     return row
+
+
+def _without(folder: str, text: str) -> str:
+    return text.replace(f"{folder}: ", "").replace(folder, "the model")
 
 
 def _measure(row: Row, folder: str) -> None:
     section = ModelConfig.model_validate({"path": folder})
     with _Reasons() as reasons:
         policy = load_policy(section, folder, CPU)
-    row.layout, row.reason = policy.layout, reasons.last.replace(folder, "").removeprefix(": ")
-    truth = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    row.layout, row.reason = policy.layout, _without(folder, reasons.last)
+    row.images = "text alone" if text_alone(policy.model.config) else ""
+    kind = auto_class(transformers.AutoConfig.from_pretrained(folder))
+    truth = kind.from_pretrained(folder, attn_implementation="eager").eval()
     settings = truth.config.get_text_config().to_dict()
     packed = groups(min(512, settings.get("max_position_embeddings") or 512))
     expected = plain(truth, packed)
-    want = gradient(truth, expected)
+    everything = gradient(truth, expected)
+    learns = {name for name, weight in policy.model.named_parameters() if weight.requires_grad}
+    want = {name: found for name, found in everything.items() if name in learns}
     for checkpointing in (False, True):
         if checkpointing:
-            policy.checkpoint_activations()
+            try:
+                policy.checkpoint_activations()
+            except ModelError as refusal:
+                row.checkpointing = str(refusal)
         got = packed_logprobs(policy, packed)
         row.logprob = max(row.logprob, float((got - expected).abs().max().detach()))
         row.gradient = max(row.gradient, difference(gradient(policy.model, got), want))
     _decode(row, policy)
-    _adapt(row, section, folder, packed)
+    try:
+        _adapt(row, section, folder, packed)
+    except ModelError as refusal:
+        row.adapted = f"refused: {refusal}"
 
 
 def _decode(row: Row, policy: Policy) -> None:
@@ -182,7 +226,7 @@ def _adapt(row: Row, section: ModelConfig, folder: str, packed: Packed) -> None:
     logging.disable(logging.NOTSET)
     with _Reasons() as reasons:
         policy.add_adapter(LoraConfig(rank=2, alpha=4.0), seed=0)
-    row.frozen = reasons.last.replace(folder, "").removeprefix(": ")
+    row.frozen = _without(folder, reasons.last)
     assert policy.adapter is not None
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -196,7 +240,6 @@ def _adapt(row: Row, section: ModelConfig, folder: str, packed: Packed) -> None:
     row.adapted = " ".join(sorted(adapted))
     merged = policy.rollout_model
     merged.set_attn_implementation("eager")
-    policy.checkpoint_activations()
     with torch.no_grad():
         expected, got = plain(merged, packed), packed_logprobs(policy, packed)
     row.logprob = max(row.logprob, float((got - expected).abs().max()))
@@ -229,23 +272,61 @@ def rows(kinds: Sequence[str]) -> Iterator[Row]:
             yield survey(kind, window)
 
 
+def render(found: Sequence[Row]) -> str:
+    """docs/models.md."""
+    kinds: dict[str, list[Row]] = {}
+    for row in found:
+        kinds.setdefault(row.kind, []).append(row)
+    works = {
+        k: rows for k, rows in kinds.items() if not any(r.untried or r.refused or r.failed for r in rows)
+    }
+    versions = transformers.__version__, torch.__version__
+    head = HEAD.format(*versions, len(works), " and ".join(map(str, WINDOWS)))
+    lines = [
+        *head.splitlines(),
+        "| kind | layout | engine | images | adapter beside | largest error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind, rows in works.items():
+        layout, engine = (", ".join(dict.fromkeys(getattr(r, a) for r in rows)) for a in ("layout", "engine"))
+        error = max(max(r.logprob, r.gradient, r.decoding) for r in rows)
+        adapted = "none" if rows[0].adapted.startswith("refused") else rows[0].adapted
+        images = "yes" if kind in FAMILIES else rows[0].images
+        lines.append(f"| {kind} | {layout} | {engine} | {images} | {adapted} | {error:.0e} |")
+    lines += ["", "Refused, when the model is loaded:", "", "| kind | reason |", "|---|---|"]
+    lines += [
+        f"| {k} | {next(r.refused for r in rows if r.refused)} |"
+        for k, rows in kinds.items()
+        if any(r.refused for r in rows)
+    ]
+    untried = [k for k, rows in kinds.items() if any(r.untried for r in rows)]
+    lines += ["", f"Not tried, because no tiny model of them could be made: {', '.join(untried)}."]
+    failed = [f"{k}: {rows[0].failed}" for k, rows in kinds.items() if any(r.failed for r in rows)]
+    lines += ["", "Faults:", "", *failed] if failed else []
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", type=Path)
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("rlhf").propagate = False
     found: list[Row] = []
-    for row in rows(arguments.kinds or list(language_models())):
+    kinds = arguments.kinds or [*language_models(), *seeing_models()]
+    for row in rows(kinds):
         found.append(row)
         sys.stdout.write(json.dumps({k: v for k, v in asdict(row).items() if v}) + "\n")
         sys.stdout.flush()
     if arguments.out is not None:
         arguments.out.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+    if arguments.page is not None:
+        arguments.page.write_text(render(found))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from rlhf.learn.dealing import deal
 from rlhf.loop import Loop
 from rlhf.metrics import Metrics
 from rlhf.models.sharding import as_whole, gathered
+from rlhf.models.vision.processor import Reader
 from rlhf.monitoring.monitor import Monitor
 from rlhf.monitoring.recording import recording
 from rlhf.monitoring.report.summary import closing_summary, write_report
@@ -192,7 +193,7 @@ class Trainer(Loop[Config]):
             # first, so that it is there whatever becomes of the export
             write_report(self.folder)
             if exports:
-                reader = self.inputs.processor or self.inputs.tokenizer
+                reader = Reader(self.config.model.path, self.inputs.tokenizer)
                 store.export(as_whole(policy.rollout_model), reader, path / "model")
                 if policy.adapter is not None:
                     store.export(policy.adapter, reader, path / "adapter")

@@ -41,7 +41,7 @@ def exact_attention(model: Model) -> str:
     transformers' "sdpa" leaves out a soft cap of the scores. With some models it computes something else for
     other reasons, which a test finds: they are marked by `only_eager`.
     """
-    if vars(model).get(ONLY_EAGER):
+    if ONLY_EAGER in vars(model):
         return "eager"
     capped = model.config.get_text_config().to_dict().get("attn_logit_softcapping")
     return "sdpa" if model._supports_sdpa and not capped else "eager"

@@ -12,7 +12,7 @@ from rlhf.checkpoints.stateful import CheckpointError
 from rlhf.commands.model_source import find_source, load_weights
 from rlhf.config.load import load_config
 from rlhf.models.pretrained import load_tokenizer
-from rlhf.models.vision.processor import load_processor
+from rlhf.models.vision.processor import Reader
 
 
 def run_export(name: str, folder: str, *, adapter: bool) -> Iterator[str]:
@@ -32,7 +32,7 @@ def run_export(name: str, folder: str, *, adapter: bool) -> Iterator[str]:
         )
     checkpoint.check_export(target)
     tokenizer = load_tokenizer(config.model.path)
-    reader = load_processor(config.model.path, tokenizer) or tokenizer
+    reader = Reader(config.model.path, tokenizer)
     weights = load_weights(source, config.model, torch.device("cpu"), seed=config.seed)
     if adapter and weights.adapter is not None:
         checkpoint.export(weights.adapter, reader, target)

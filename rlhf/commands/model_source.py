@@ -15,6 +15,7 @@ from rlhf.checkpoints.stateful import CheckpointError
 from rlhf.config.model import ModelConfig
 from rlhf.models.lora import Adapter
 from rlhf.models.pretrained import ModelError, load_model, local_or_hub
+from rlhf.models.vision.text_alone import leave_tower
 from rlhf.monitoring.run_folder import RunFolder
 
 
@@ -81,6 +82,7 @@ def load_weights(source: Source, section: ModelConfig, device: torch.device, *, 
     """
     saved = None if source.checkpoint is None else checkpoint.load(source.checkpoint, device=device)
     model = load_model(section.path, device)
+    leave_tower(model)
     adapter = None if section.lora is None else Adapter(model, section.lora, seed=seed)
     if saved is not None:
         _copy(model, saved.tensors["policy.model"], str(source.checkpoint))

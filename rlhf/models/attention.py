@@ -57,9 +57,9 @@ def constant_up_to(config: PretrainedConfig) -> int | None:
     settings = text_settings(config)
     rope: dict[str, Any] = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     # layers of different types may have parameters of their own, by type
-    several = [entry for entry in rope.values() if isinstance(entry, dict)] or [rope]
+    several = [cast(dict[str, Any], entry) for entry in rope.values() if isinstance(entry, dict)] or [rope]
     limits: list[int] = []
-    for parameters in cast(list[dict[str, Any]], several):
+    for parameters in several:
         kind = str(parameters.get("rope_type", parameters.get("type")))
         own = parameters.get("original_max_position_embeddings")
         if kind == "longrope":

@@ -18,6 +18,7 @@ from rlhf.models.pretrained import ModelError, load_model, load_scorer, text_set
 from rlhf.models.self_test import forward_error, hidden_state_error, image_error
 from rlhf.models.sharding import Sharding, free_gathered, open_policy, open_scorer
 from rlhf.models.vision.processor import Processor
+from rlhf.models.vision.text_alone import leave_tower, text_alone
 from rlhf.rollout.learner_module import exact_attention, only_eager
 
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -59,6 +60,7 @@ def load_sharded_policy(
     layout = policy.layout
     del policy
     model = open_policy(path, sharding, trains=trains)
+    leave_tower(model)
     reopened = Policy(model, layout=layout)
     with torch.no_grad():
         reopened.dummy_pass()
@@ -96,6 +98,9 @@ def _checked_policy(
     *,
     longest: int | None,
 ) -> Policy:
+    leave_tower(model)
+    if told := text_alone(model.config):
+        log.warning("%s: %s", path, told)
     policy = Policy(model, layout="padded", processor=processor)
     window = sliding_window(model.config, longest)
 

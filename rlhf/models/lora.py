@@ -17,6 +17,7 @@ import importlib.util
 import logging
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -153,9 +154,7 @@ def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[list[str], 
     the others. Raises ModelError: a name fits no such layer, or there is none at all.
     """
     head, modules = head_of(model), modules_by_name(model)
-    # a subclass may compute something else than W x
-    plain = nn.Linear.forward
-    linears = {n for n, m in modules.items() if isinstance(m, nn.Linear) and type(m).forward is plain}
+    linears = {n for n, m in modules.items() if isinstance(m, nn.Linear) and _multiplies(m)}
     linears -= {n for n in linears if modules[n] is head}
     last = sorted({name.rpartition(".")[2] for name in linears})
     for target in wanted:
@@ -190,12 +189,30 @@ def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[list[str], 
 
 
 @torch.no_grad()
+def _multiplies(layer: nn.Linear) -> bool:
+    """Whether a layer that learns computes W x + b; those of a subclass may compute something else."""
+    if not layer.weight.requires_grad:
+        return False
+    if type(layer).forward is nn.Linear.forward:
+        return True
+    weight, bias = layer.weight, layer.bias
+    x = torch.linspace(-1.0, 1.0, layer.in_features, dtype=weight.dtype, device=weight.device)[None]
+    try:
+        return torch.allclose(layer(x), nn.functional.linear(x, weight, bias), atol=1e-3)
+    except Exception:
+        # the code of a model may fail in any way with such inputs
+        return False
+
+
+@torch.no_grad()
 def _called(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
     """The names of those layers that a forward pass calls, and does not only take the weights of."""
     names: set[str] = set()
-    hooks = [
-        layer.register_forward_hook(lambda *_, name=name: names.add(name)) for name, layer in layers.items()
-    ]
+
+    def note(name: str, *_: object) -> None:
+        names.add(name)
+
+    hooks = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
     before = attention_of(model)
     set_attention(model, exact_attention(model))
     try:
@@ -213,8 +230,10 @@ def _refused_by_peft(model: PreTrainedModel, target: str) -> str | None:
     config = peft.LoraConfig(target_modules=[target])
     config.peft_type = peft.PeftType.LORA
     tuners: Any = importlib.import_module("peft.tuners.tuners_utils")
+    check: Any = tuners.__dict__.get("_check_lora_target_modules_mamba")
     try:
-        tuners._check_lora_target_modules_mamba(config, model, target)
+        if check is not None:
+            check(config, model, target)
     except ValueError:
         return NOT_CALLED
     if importlib.util.find_spec("peft.utils.transformers_weight_conversion") is not None:
@@ -239,7 +258,8 @@ def frozen_experts(model: PreTrainedModel) -> str | None:
         for name, weight in module.named_parameters(recurse=False):
             total += weight.numel()
             # convolutions have weights of three dimensions too
-            if weight.dim() == 3 and "bias" not in name and "Conv" not in type(module).__name__:
+            several = weight.dim() == 3 and len(weight) > 1 and weight.requires_grad
+            if several and "bias" not in name and "Conv" not in type(module).__name__:
                 last.add(name)
                 held += weight.numel()
     if not last:

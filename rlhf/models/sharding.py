@@ -32,6 +32,7 @@ from rlhf.config.learner import DistributedConfig
 from rlhf.distributed.shards import as_shard, first_row, own_rows
 from rlhf.distributed.world import World
 from rlhf.models.pretrained import ModelError, base_prefix, empty_model, head_of, layer_classes, model_folder
+from rlhf.models.vision.text_alone import text_alone
 from rlhf.rollout.weight_file import WeightFile
 from rlhf.torch_typed import modules_by_name
 
@@ -146,6 +147,9 @@ def backbone(model: Any, **inputs: Any) -> Tensor:
 
 def transformer_of(model: Any) -> Any:
     """A model without its head; the model itself where it has none."""
+    if text_alone(model.config):
+        language = model.get_decoder()
+        return language if head_of(language) is None else transformer_of(language)
     if model.base_model is not model or head_of(model) is None:
         return model.base_model
     # the class of some models names another attribute than that of its transformer

@@ -20,6 +20,7 @@ from rlhf.inputs import Inputs
 from rlhf.models.chat import has_clock
 from rlhf.models.lora import frozen_experts
 from rlhf.models.pretrained import empty_model
+from rlhf.models.vision.text_alone import text_alone
 from rlhf.preflight import tags
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
@@ -119,6 +120,8 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
         f"model        {config.model.path} ({inputs.model.model_type}), computes in "
         f"{in_words(config.model.dtype, this_device())}{adapter}"
     )
+    if told := text_alone(inputs.model):
+        yield f"images       {told}"
     if lora is not None:
         frozen = frozen_experts(empty_model(config.model.path, torch.float32, head=True))
         yield from () if frozen is None else (f"warning      {frozen}",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from benchmarks.model_kinds import small_config, small_model
 from benchmarks.models import groups, packed_logprobs, plain, sequences, windowed
@@ -21,7 +22,8 @@ from rlhf.config.section import ConfigError
 from rlhf.models.loading import LAYOUTS, load_policy
 from rlhf.models.packing import Packed, pack
 from rlhf.models.policy import Policy
-from rlhf.models.pretrained import ModelError
+from rlhf.models.pretrained import ModelError, load_tokenizer
+from rlhf.models.vision.processor import Reader
 from rlhf.preflight.load import load_inputs
 from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
 from rlhf.rollout.factory import make_engine
@@ -263,3 +265,26 @@ def test_no_logprob_depends_on_the_other_rows_of_its_microbatch(
         together = packed_logprobs(policy, packed).detach()
         alone = [packed_logprobs(policy, pack([p], [[c]])).detach() for p, c in sequences(packed)]
         torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-5)
+
+
+def test_text_teaches_a_model_that_sees_and_leaves_its_tower_alone(folder_of: Folder, tmp_path: Path):
+    """Gemma-3, whose images are not supported: its tower is not in the optimizer, its processor is kept."""
+    folder, packed = folder_of("gemma3"), groups(60)
+    policy = policy_of(folder)
+    whole: Any = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
+    expected = plain(whole.eval(), packed).detach()
+    torch.testing.assert_close(packed_logprobs(policy, packed), expected, rtol=0, atol=1e-5)
+    names = dict(policy.model.named_parameters())
+    learns = {name for name, weight in names.items() if weight.requires_grad}
+    assert learns == {name for name in names if "language_model" in name}
+    save_tiny_tokenizer(folder)
+    (folder / "preprocessor_config.json").write_text("{}")
+    Reader(str(folder), load_tokenizer(str(folder))).save_pretrained(str(tmp_path / "out"))
+    assert {"tokenizer.json", "preprocessor_config.json"} <= {f.name for f in (tmp_path / "out").iterdir()}
+    settings = bandit_settings(tmp_path, folder)
+    with closing(load_inputs(make_config(settings)).rewards):
+        content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "What?"}]
+        row = {"prompt": [{"role": "user", "content": content}]}
+        (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="the prompt has images, but the model has no image processor"):
+        load_inputs(make_config(settings))

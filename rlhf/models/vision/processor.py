@@ -23,16 +23,9 @@ from rlhf.models.chat import write_chat
 from rlhf.models.pretrained import ModelError, load_model_config, local_or_hub
 from rlhf.models.vision.images import ImageError, open_picture, separate_pictures
 from rlhf.models.vision.masking import mask_patches
+from rlhf.models.vision.text_alone import FAMILIES, takes_images, text_alone
 from rlhf.types import Image, Images
 
-FAMILIES = {
-    "qwen2_vl": "Qwen2VLProcessor",
-    "qwen2_5_vl": "Qwen2_5_VLProcessor",
-    "qwen3_vl": "Qwen3VLProcessor",
-    "idefics3": "Idefics3Processor",
-    "smolvlm": "SmolVLMProcessor",
-}
-"""The processor class of each supported kind of vision-language model, by its `model_type`."""
 CACHE_BYTES = 256 << 20
 """Memory for processed images that are kept for the next pass."""
 FILES = (
@@ -143,13 +136,7 @@ class Processor:
 
     def save_pretrained(self, save_directory: str) -> None:
         """Writes the files of the tokenizer and copies those that this processor was made from."""
-        cast(Any, self.tokenizer).save_pretrained(save_directory)
-        for name in FILES:
-            file = _transformers.utils.cached_file(
-                local_or_hub(self.path), name, _raise_exceptions_for_missing_entries=False
-            )
-            if file is not None:
-                (Path(save_directory) / name).write_bytes(Path(file).read_bytes())
+        Reader(self.path, self.tokenizer).save_pretrained(save_directory)
 
     def _open(self, images: Images) -> list[pil.Image]:
         pictures = [open_picture(source) for source in images.sources]
@@ -181,20 +168,32 @@ class Processor:
             self._room += self._kept.popitem(last=False)[1].size
 
 
-def load_processor(path: str, tokenizer: PreTrainedTokenizerBase) -> Processor | None:
-    """The processor of the model at `path`; None for a model without a vision tower.
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Writes everything that turns prompts into inputs of the model at `path`."""
 
-    Raises ModelError: this kind of vision-language model is not supported, or its processor cannot be loaded.
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+
+    def save_pretrained(self, save_directory: str) -> None:
+        """Writes the files of the tokenizer, and copies those of the model's processor, if it has one."""
+        cast(Any, self.tokenizer).save_pretrained(save_directory)
+        for name in FILES if takes_images(load_model_config(self.path)) else ():
+            file = _transformers.utils.cached_file(
+                local_or_hub(self.path), name, _raise_exceptions_for_missing_entries=False
+            )
+            if file is not None:
+                (Path(save_directory) / name).write_bytes(Path(file).read_bytes())
+
+
+def load_processor(path: str, tokenizer: PreTrainedTokenizerBase) -> Processor | None:
+    """The processor of the model at `path`; None for one that is given text alone.
+
+    That is a model without a vision tower, or one of a kind that is not in `FAMILIES`. Raises ModelError: its
+    processor cannot be loaded.
     """
     config: Any = load_model_config(path)
-    if "vision_config" not in config.to_dict():
-        return None
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"{path} takes images, but is a {config.model_type}; supported kinds of such models are "
-            f"{', '.join(FAMILIES)}"
-        )
-    return Processor(path, tokenizer)
+    return Processor(path, tokenizer) if takes_images(config) and not text_alone(config) else None
 
 
 def _pixels(encoded: Mapping[str, Any]) -> Pixels:
