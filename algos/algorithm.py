@@ -91,6 +91,8 @@ class Algorithm:
     """Which of the sampled groups and completions are learned from."""
     from_data: FromData | None = None
     """For an algorithm that may learn from data. None: only completions of the policy itself will do."""
+    scores_samples: bool = True
+    """Whether samples are learned from by their rewards; not where all labels are the data's (HyPO)."""
     cautions: tuple[str, ...] = ()
     """What its paper advises against in these settings; printed when a run starts."""
 
@@ -115,14 +117,19 @@ class Algorithm:
 
     @property
     def needs_rewards(self) -> bool:
-        """Whether it learns from rewards: not where the KL to the reference is all that it has."""
-        compared = self.preference is not None or self.critic is not None
-        return self.has_advantages or compared or self.imitation_coef != 0
+        """Whether sampled completions have to have rewards."""
+        return self.scores_samples and self._has_other_losses
 
     @property
     def has_teacher(self) -> bool:
         """Whether the reference is a teacher: the only thing that is learned from."""
-        return self.kl.coef > 0 and not self.needs_rewards
+        return self.kl.coef > 0 and not self._has_other_losses
+
+    @property
+    def _has_other_losses(self) -> bool:
+        """Whether there is more than the KL to the reference."""
+        compared = self.preference is not None or self.critic is not None
+        return self.has_advantages or compared or self.imitation_coef != 0
 
     @property
     def pointwise(self) -> bool:

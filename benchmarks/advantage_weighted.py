@@ -197,10 +197,7 @@ def compare(
 
 def tiny(options: argparse.Namespace) -> list[Settings]:
     rows: list[Settings] = []
-    if not (options.runs / "lesson.jsonl").is_file():
-        save_tiny_model(options.runs / "random", seed=0)
-        write(options.runs / "lesson.jsonl", lesson(20_000, seed=0))
-    model = train(teaching(options.runs, options.teaching_steps), options.runs / "taught")
+    model = taught(options.runs, options.teaching_steps)
     for seed in options.seeds:
         folder = options.runs / f"seed-{seed}"
         data = folder / "data"
@@ -210,6 +207,14 @@ def tiny(options: argparse.Namespace) -> list[Settings]:
         settings["model"]["dtype"] = "float32"
         rows += compare(settings, model, data, folder, seed, options.arms)
     return rows
+
+
+def taught(folder: Path, steps: int) -> Path:
+    """The tiny model after supervised steps on made-up sentences."""
+    if not (folder / "lesson.jsonl").is_file():
+        save_tiny_model(folder / "random", seed=0)
+        write(folder / "lesson.jsonl", lesson(20_000, seed=0))
+    return train(teaching(folder, steps), folder / "taught")
 
 
 def teaching(folder: Path, steps: int) -> Settings:

@@ -83,16 +83,17 @@ def spac(
     kl: KL = NO_KL,
 ) -> Algorithm:
     """DPO on data to the iterate, whose own samples become less likely than data, arXiv:2406.04274."""
-    if penalty == "logsigmoid":
-        return to_iterate(beta, compares.logistic(), kl, against_own(lam))
-    return changed(to_iterate(beta, compares.logistic(), kl), weight=lam, pull=below_data(beta))
+    bounded = penalty == "logsigmoid"
+    base = to_iterate(beta, compares.logistic(), kl, against_own(lam) if bounded else pairs)
+    linear = {} if bounded else {"weight": lam, "pull": below_data(beta)}
+    return replace(changed(base, **linear), scores_samples=False)
 
 
 def hypo(*, beta: float = 0.1, kl: KL = HYPO_KL) -> Algorithm:
     """DPO on data, and a KL to the reference on the policy's own samples, arXiv:2406.01462."""
     return replace(
         dpo(beta=beta, kl=kl), advantage=own_only(per_sequence(leave_one_out)),
-        reduction=own_mean_token_sum, needs_rewards=False)
+        reduction=own_mean_token_sum, scores_samples=False)
 
 
 def nash_md(

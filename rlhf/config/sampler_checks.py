@@ -29,8 +29,8 @@ def sampler_problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
         )
     if Source.MIXTURE in sources and rollout.vllm.lora == "adapter":
         yield (
-            "a mixture is sampled from merged weights, but rollout.vllm.lora = adapter merges none: set it to "
-            "merged"
+            "a mixture is sampled from merged weights, but rollout.vllm.lora = adapter merges none: set it "
+            "to merged"
         )
     others = frozen or any(_differs(config, s) for s in rollout.samplers)
     if others and algorithm.from_data is None and not algorithm.selection.own_only:

@@ -2,8 +2,8 @@
 
 A program gets no environment variables, an empty folder of its own that is closed to other users, and limits
 on time, memory, file size, processes and output; when it ends, everything that it started is ended. In
-namespaces it also has no network, sees no other process, and has a root of its own with the interpreter, the system's
-libraries and its folder: no data, no sockets, nothing else that it could read or write.
+namespaces it also has no network, sees no other process, and has a root of its own with the interpreter, the
+system's libraries and its folder: no data, no sockets, nothing else that it could read or write.
 
 What this does not protect from: without namespaces the program can read and write all that the user can, and
 use the network; it can attack the kernel like any program (there is no seccomp filter); and programs can

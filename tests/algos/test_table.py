@@ -104,14 +104,16 @@ def test_relatives_share_what_they_do_not_change():
         values=torch.full((3,), 0.5),
     )
     signs = {name: build_on(name).advantage(inputs).sign().tolist() for name in ALGORITHMS}
-    compared = PREFERENCE.keys() | (ONLINE_PREFERENCE.keys() - {"nash_md"})
+    compared = PREFERENCE.keys() | (ONLINE_PREFERENCE.keys() - {"nash_md", "hypo"})
     assert {name: signs.pop(name) for name in compared} == {name: [0.0] * 3 for name in compared}
     # reinforce_pp has no group, but two rewards for a batch are a group too
     assert signs == {name: [1.0, -1.0, 0.0] if name not in IMITATION else signs[name] for name in signs}
-    # sft takes all alike, awr takes the worse one a little; the others leave it out
+    # sft takes all alike, awr takes the worse one a little; the others leave it out; distill asks no reward
     some = {"sft", "awr", "awr_token"}
-    assert {name: signs[name] for name in IMITATION} == {
-        name: [1.0, float(name in some), 0.0] for name in IMITATION
+    assert signs.pop("distill") == [0.0] * 3
+    imitating = IMITATION.keys() - {"distill"}
+    assert {name: signs[name] for name in imitating} == {
+        name: [1.0, float(name in some), 0.0] for name in imitating
     }
 
 

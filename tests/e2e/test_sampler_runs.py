@@ -180,6 +180,74 @@ def test_methods_with_frozen_models_learn(tmp_path: Path, tiny_model_dir: Path, 
     assert ("mismatch/k3" in steps[-1] and "kl/ref" in steps[-1]) or name in ("sppo", "dno")
 
 
+@adapted
+@pytest.mark.parametrize("name", ["nash_md", "ipo"])
+def test_methods_that_sample_from_a_mixture(tmp_path: Path, tiny_model_dir: Path, name: str, adapter: bool):
+    own = [{"source": "policy", "n": 2}] if name == "nash_md" else []
+    made = settings(
+        tmp_path,
+        tiny_model_dir,
+        adapter=adapter,
+        rollout={"samplers": [*own, {"source": "mixture", "n": 2, "mixture": 0.25}]},
+        algorithm={"name": name},
+        pairs={} if name == "nash_md" else {"rule": "first_two", "labels": "reward"},
+        monitor={"samples_per_step": 4},
+        steps=3,
+    )
+    train(made)
+    # Nash-MD compares its own samples with those of the mixture, and learns from its own alone
+    expected = {"policy"} if name == "nash_md" else {"mixture"}
+    assert set(sources(tmp_path)) == expected
+    steps = metrics_of(tmp_path)
+    assert all(step["grad_norm"] > 0 for step in steps)
+    assert ("loss/policy" in steps[-1]) == (name == "nash_md")
+
+
+def test_a_mixture_of_0_is_the_policy_and_of_1_the_reference(tmp_path: Path, tiny_model_dir: Path):
+    samplers = [
+        {"source": "mixture", "n": 1, "mixture": 0.0, "temperature": 0.0},
+        {"source": "policy", "n": 1, "temperature": 0.0},
+        {"source": "mixture", "n": 1, "mixture": 1.0, "temperature": 0.0},
+        {"source": "reference", "n": 1, "temperature": 0.0},
+    ]
+    made = settings(tmp_path, tiny_model_dir, rollout={"samplers": samplers}, learner={"lr": 3e-2})
+    trainer = Trainer(make_config(made))
+    with trainer.open():
+        trainer.sync()
+        for _ in range(2):
+            trainer.step()
+        found = [[t.token_ids for t in group.trajectories] for group in collected(trainer)]
+        assert all(of_0 == policy and of_1 == reference for of_0, policy, of_1, reference in found)
+        assert any(policy != reference for _, policy, _, reference in found)
+
+
+def sources(folder: Path) -> list[str]:
+    lines = (folder / "run" / "samples.jsonl").read_text().splitlines()
+    return [c.get("source", "policy") for line in lines for c in json.loads(line)["completions"]]
+
+
+def test_hypo_learns_from_labels_of_the_data_and_holds_its_own_samples(tmp_path: Path, tiny_model_dir: Path):
+    made = settings(
+        tmp_path,
+        tiny_model_dir,
+        rollout={"group_size": 2},
+        algorithm={"name": "hypo", "kl": {"coef": 0.05}},
+        data={"mode": "offline_to_online", "mix": True},
+        pairs={"rule": "of_data"},
+        reward={},
+        monitor={"samples_per_step": 4},
+        steps=5,
+    )
+    made["reward"] = {}
+    write_pairs(tmp_path / "train.jsonl", seed=0, count=40)
+    train(made)
+    found = sources(tmp_path)
+    assert found.count("data") == found.count("policy") > 0
+    steps = metrics_of(tmp_path)
+    assert steps[-1]["pairs/margin"] > 0 and steps[-1]["kl/ref"] > 0
+    assert steps[0]["kl/ref"] == pytest.approx(0.0, abs=1e-9)
+
+
 @pytest.mark.parametrize("name", ["selm", "spac"])
 def test_pairs_of_data_beside_samples_of_the_iterate(tmp_path: Path, tiny_model_dir: Path, name: str):
     made = settings(

@@ -277,9 +277,10 @@ def test_a_program_sees_the_interpreter_and_nothing_of_the_users(tmp_path: Path)
     for folder in (tmp_path, *tmp_path.parents):
         if folder.stat().st_uid == os.getuid():
             folder.chmod(folder.stat().st_mode | 0o055)
-    program = f"""
+    program = """
 import json, os
-found = [os.path.join(place, name) for place, _, names in os.walk("/") for name in names if name == "answers.jsonl"]
+walked = os.walk("/")
+found = [os.path.join(place, n) for place, _, names in walked for n in names if n == "answers.jsonl"]
 print(json.dumps([found + os.listdir("/tmp"), sorted(os.listdir("/")), os.listdir(".")]))
 """
     result = run(program)

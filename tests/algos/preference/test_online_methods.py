@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.algorithm import KL, Algorithm
 from rlhf.algos.preference.forms import against_own
 from rlhf.algos.preference.losses import contrast_loss
 from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.pairing import Comparison
 from rlhf.algos.preference.table import PREFERENCE
-from rlhf.types import LossInputs, Source
+from rlhf.types import AdvantageInputs, LossInputs, Source
 from tests.algos.preference.comparing import comparing, group_of
 
 POLICY, REFERENCE, ITERATE, DATA = Source.POLICY, Source.REFERENCE, Source.ITERATE, Source.DATA
@@ -186,3 +187,51 @@ def test_what_the_loss_depends_on_is_kept_of_a_group():
     assert learned("selm", sources) == {0, 1, 3}
     assert learned("xpo", sources) == {1, 2, 3}
     assert learned("spac", sources) == {0, 1, 2, 3}
+
+
+def test_hypo_holds_own_samples_to_the_reference_and_data_by_pairs():
+    hypo = ONLINE_PREFERENCE["hypo"]()
+    # two own samples with sums of log-ratios 1 and 3, and a pair of data: coef 1e-3 * (-+2), in the other way
+    inputs = AdvantageInputs(
+        rewards=torch.zeros(4, dtype=torch.float64),
+        objectives=torch.zeros(4, 1),
+        objective_weights=torch.ones(1),
+        group=torch.zeros(4, dtype=torch.int64),
+        token_penalty=1e-3 * torch.tensor([1.0, 2.0, 1.0, 9.0, 9.0], dtype=torch.float64),
+        sequence=torch.tensor([0, 1, 1, 2, 3]),
+        loss_mask=torch.ones(5, dtype=torch.bool),
+        own=torch.tensor([True, True, False, False]),
+    )
+    assert hypo.advantage(inputs).tolist() == pytest.approx([2e-3, -2e-3, -2e-3, 0.0, 0.0])
+    assert not hypo.needs_rewards and not hypo.has_teacher
+    # without samples it is DPO
+    assert loss_of(hypo, [2.0, -5.0], [DATA, DATA]) == pytest.approx(0.403186, abs=1e-6)
+    # where policy and reference agree there is no gradient of the KL
+    at_start = replace(inputs, token_penalty=torch.zeros(5, dtype=torch.float64))
+    assert hypo.advantage(at_start).tolist() == [0.0] * 5
+
+
+def test_nash_md_takes_the_penalties_of_all_later_tokens():
+    # the expectation over the four completions of two tokens is the gradient of the KL; each token's own
+    # penalty alone, as in TRL, would turn the sign of the first token's
+    logits = torch.tensor([[0.3, -0.2], [0.5, 0.1], [-0.4, 0.8]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[0.6, 0.4], [0.3, 0.7], [0.8, 0.2]], dtype=torch.float64).log()
+    tables = logits.log_softmax(1)
+    nash = ONLINE_PREFERENCE["nash_md"](kl=KL(coef=1.0, estimator="k1", placement="reward"))
+    total = torch.zeros((), dtype=torch.float64)
+    for first, second in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        logp = torch.stack([tables[0, first], tables[1 + first, second]])
+        ref = torch.stack([reference[0, first], reference[1 + first, second]])
+        penalty = nash.token_penalty(logp.detach(), ref, 1.0)
+        inputs = AdvantageInputs(
+            rewards=torch.tensor([0.5], dtype=torch.float64),
+            objectives=torch.zeros(1, 1),
+            objective_weights=torch.ones(1),
+            group=torch.zeros(1, dtype=torch.int64),
+            token_penalty=penalty,
+            sequence=torch.zeros(2, dtype=torch.int64),
+            loss_mask=torch.ones(2, dtype=torch.bool),
+        )
+        total = total - logp.detach().sum().exp() * (nash.advantage(inputs) * logp).sum()
+    gradient = torch.autograd.grad(total, logits)[0].flatten().tolist()
+    assert gradient == pytest.approx([-0.10870, 0.10870, 0.18654, -0.18654, -0.17370, 0.17370], abs=1e-5)
