@@ -66,6 +66,10 @@ Images: `yes`, or `text alone`, where text teaches the language model of a kind 
 """
 
 
+class EngineRefusal(ValueError):
+    """No engine in this process decodes the model."""
+
+
 @dataclass
 class Row:
     """What came out for one kind."""
@@ -161,7 +165,7 @@ def survey(kind: str, window: int | None = None) -> Row:
             return row
         try:
             _measure(row, folder)
-        except ModelError as refusal:
+        except (ModelError, EngineRefusal) as refusal:
             row.refused = _without(folder, str(refusal))
         except Exception as error:
             last = [line.strip() for line in traceback.format_exc().splitlines() if "File" in line][-4:]
@@ -206,7 +210,10 @@ def _measure(row: Row, folder: str) -> None:
 def _decode(row: Row, policy: Policy) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        engine = make_engine("native", policy.model, eos_token_ids=(), max_tokens=64)
+        try:
+            engine = make_engine("native", policy.model, eos_token_ids=(), max_tokens=64)
+        except ValueError as error:
+            raise EngineRefusal(str(error)) from error
     row.engine = "native" if isinstance(engine, NativeEngine) else "hf"
     generator = torch.Generator().manual_seed(2)
     requests = [

@@ -149,12 +149,18 @@ def _hf(model: nn.Module, eos_token_ids: Sequence[int], image_inputs: ImageInput
 
 
 def _check_cache(engine: HFEngine, model: nn.Module, *, stacklevel: int) -> None:
-    """Has `hf` decode without a cache where decoding with one does not reproduce the model's log-probs."""
+    """Has `hf` decode without a cache where decoding with one does not reproduce the model's log-probs.
+
+    Raises ValueError: neither does decoding without one.
+    """
+    trial = HFEngine(model, eos_token_ids=())
     try:
-        check_decoding(HFEngine(model, eos_token_ids=()), causal_model(model))
+        check_decoding(trial, causal_model(model))
     except ValueError as error:
+        trial.use_cache = engine.use_cache = False
+        # raises where that is wrong too
+        check_decoding(trial, causal_model(model))
         warnings.warn(f"{error}; every token is computed without a cache instead", stacklevel=stacklevel)
-        engine.use_cache = False
 
 
 def _servers(

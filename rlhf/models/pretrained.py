@@ -79,7 +79,8 @@ def _loaded(kind: Any, path: str, dtype: torch.dtype, device: str | None = None)
             ignore_mismatched_sizes=True,
             **_code_of(place),
         )
-    except DAMAGED as error:
+    except (*DAMAGED, ValueError) as error:
+        # ValueError: transformers has no class for this config
         raise ModelError(f"{path} cannot be loaded: {_short(error)}") from error
     check_report(path, report)
     return model

@@ -288,3 +288,10 @@ def test_text_teaches_a_model_that_sees_and_leaves_its_tower_alone(folder_of: Fo
         (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match="the prompt has images, but the model has no image processor"):
         load_inputs(make_config(settings))
+
+
+def test_a_model_that_no_engine_in_this_process_decodes_is_refused(folder_of: Folder):
+    """PaliGemma's `generate` lets a prompt see itself in both directions, its plain forward does not."""
+    policy = policy_of(folder_of("paligemma"))
+    with pytest.raises(ValueError, match="the engine hf cannot decode PaliGemma"):
+        make_engine("hf", policy.model, eos_token_ids=())
