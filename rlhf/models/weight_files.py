@@ -151,11 +151,12 @@ def check_json(file: Path) -> None:
     if not file.is_file():
         return
     try:
-        settings: Any = json.loads(file.read_text(encoding="utf-8"))
+        read: Any = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise ModelError(f"{file} must hold an object, got {type(settings).__name__}")
+    if not isinstance(read, dict):
+        raise ModelError(f"{file} must hold an object, got {type(read).__name__}")
+    settings = cast(dict[str, Any], read)
     known: Any = importlib.import_module("transformers.models.auto.configuration_auto")
     kind, kinds = settings.get("model_type"), list[str](known.CONFIG_MAPPING_NAMES)
     if kind not in kinds and "auto_map" not in settings:

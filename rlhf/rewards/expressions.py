@@ -69,7 +69,7 @@ def guard_library(package: str) -> None:
     from sympy.parsing.sympy_parser import parse_expr  # pyright: ignore
 
     read = formula_reader(parse_expr)
-    vars(sympy)["parse_expr"] = read
+    setattr(sympy, "parse_expr", read)  # noqa: B010
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{package}."):
             names = vars(module)

@@ -10,6 +10,9 @@ from rlhf.metrics import Max, Mean, Metrics
 from rlhf.rewards.workers.batch import BatchScores
 from rlhf.types import Group
 
+TAKEN = ("mean", "std", "failed")
+"""What no objective may be called: `reward/<name>` is a metric of all objectives together."""
+
 
 def reward_metrics(groups: Sequence[Group]) -> Metrics:
     """Mean, spread and failures of the rewards, and mean and spread of each objective.

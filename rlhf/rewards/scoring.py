@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.metrics import Metrics, Sum
-from rlhf.rewards.measures import function_metrics, reward_metrics
+from rlhf.rewards.measures import TAKEN, function_metrics, reward_metrics
 from rlhf.rewards.plugin import RewardSpec, name_apart
 from rlhf.rewards.signature import ALWAYS_GIVEN
 from rlhf.rewards.workers.batch import Batch, BatchScores
@@ -88,6 +88,8 @@ class Rewards:
         weakref.finalize(self, _close, self.pools)
         try:
             for pool in self.pools:
+                if pool.name in TAKEN:
+                    raise ValueError(f"{_taken(pool.name)}: set the function's name")
                 pool.start()
             for pool in self.pools:
                 pool.wait_ready()
@@ -305,6 +307,8 @@ class Rewards:
         total = 0.0
         for pool, scores in zip(self.pools, scored, strict=True):
             for objective, value in (scores or {}).items():
+                if objective in TAKEN:
+                    raise RewardError(f"reward function {pool.name}: {_taken(objective)}")
                 owner = self._owner.setdefault(objective, pool)
                 if owner is not pool:
                     raise RewardError(
@@ -385,3 +389,7 @@ def _log_failure(pool: WorkerPool, sample: str, failure: Failure) -> None:
         details,
         pool.name,
     )
+
+
+def _taken(objective: str) -> str:
+    return f"no objective may be called {objective}, because reward/{objective} is a metric of all of them"

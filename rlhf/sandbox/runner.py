@@ -36,8 +36,8 @@ ERRORS_KEPT = 1 << 16
 END_SECONDS = 5.0
 """Time limit for the end of a namespace; normally it takes milliseconds."""
 PROTECTS = {
-    "nobody, namespaces": "no network, other processes invisible, no files but its folder, the interpreter and "
-    "the system's libraries, user nobody",
+    "nobody, namespaces": "no network, other processes invisible, no files but its folder, the interpreter "
+    "and the system's libraries, user nobody",
     "namespaces": "no network, other processes invisible, no files but its folder, the interpreter and the "
     "system's libraries",
     "limits only": "limits on time, memory, file size, processes and output. It is NOT kept from reading "

@@ -383,19 +383,3 @@ def test_a_step_is_dealt_out_in_few_jobs_that_end_small() -> None:
     assert len(sizes) < 50
     assert sizes[0] == 64
     assert sizes[-4:] == [1] * 4
-
-
-def test_a_function_that_leaks_gets_new_workers_and_loses_no_sample(others: set[int]) -> None:
-    """100 MiB a call of 512: each worker scores a few of the twelve samples."""
-    with made("leak", max_failed_share=0.0) as rewards:
-        scoring = submit(rewards, ["a" * i for i in range(12)])
-        groups, metrics = scoring.result()
-    assert [trajectory.reward for trajectory in groups[0].trajectories] == [float(i) for i in range(12)]
-    assert 2 <= metrics["reward/replaced/leak"].value <= 6
-
-
-def test_a_sample_that_needs_too_much_by_itself_still_fails(others: set[int]) -> None:
-    with made("leak_untouched", max_failed_share=1.0) as rewards:
-        scoring = submit(rewards, ["a", "b"])
-        assert given(scoring) == [None, None]
-        assert all("MemoryError" in message for _, _, message in causes(scoring))
