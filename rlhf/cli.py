@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rlhf.config.load import load_task
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
-from rlhf.files import drop_unwritten
+from rlhf.files import drop_unwritten, printable
 
 if TYPE_CHECKING:
     from rlhf.reward_model.trainer import RewardModelTrainer
@@ -172,7 +172,7 @@ def _print_lines(options: argparse.Namespace) -> int:
 
     try:
         for line in _lines(options):
-            sys.stdout.write(line + "\n")
+            sys.stdout.write(printable(line) + "\n")
     except (ValueError, CheckpointError, RewardError) as error:
         return _refuse(options.command, error)
     return 0
@@ -268,7 +268,7 @@ def _refuse(command: str, error: Exception) -> int:
 def _complain(text: str) -> None:
     """Writes a line to stderr, where that is still there: the exit status says the rest."""
     with suppress(OSError, ValueError):
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{printable(text)}\n")
 
 
 def _quiet_libraries() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 SAVED = ".saved"
 """A file of a run with the name of its newest checkpoint: that there was one is known even where the folder
 of checkpoints is missing."""
@@ -51,6 +53,11 @@ def follow_umask(path: Path) -> None:
     status = Path("/proc/self/status").read_text()
     umask = next((int(line.split()[1], 8) for line in status.splitlines() if line.startswith("Umask")), 0o077)
     path.chmod(0o666 & ~umask)
+
+
+def printable(text: str) -> str:
+    """A text for a terminal: control characters, which could change all that is shown, become U+FFFD."""
+    return _CONTROLS.sub("\ufffd", text)
 
 
 def drop_unwritten(stream: Any) -> None:

@@ -177,6 +177,8 @@ def export(model: Saves, tokenizer: Saves, folder: Path) -> None:
 
     Raises CheckpointError: the folder has other contents than an earlier export, or cannot be written.
     """
+    # through a link, so that the folder that it names is written and the link stays
+    folder = folder.resolve()
     check_export(folder)
     beside = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     try:

@@ -22,7 +22,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from rlhf.files import drop_unwritten
+from rlhf.files import drop_unwritten, printable
 from rlhf.monitoring.health import pairs_are_given
 
 Values = Mapping[str, float]
@@ -211,7 +211,7 @@ class Lines:
         self._print("  ".join(fields))
 
     def say(self, text: str, *, warning: bool) -> None:
-        self._print(f"warning: {text}" if warning else text)
+        self._print(printable(f"warning: {text}" if warning else text))
 
     def close(self) -> None:
         self._closed.set()
@@ -261,6 +261,7 @@ class Panels:
         self.progress.advance(step, values)
 
     def say(self, text: str, *, warning: bool) -> None:
+        text = printable(text)
         shown = Text(f"warning: {text}", style=WARNING) if warning else Text(text)
         with _writing():
             self.console.print(shown)

@@ -200,3 +200,21 @@ def test_all_files_of_a_checkpoint_have_the_permissions_of_new_files(tmp_path: P
     expected = (tmp_path / "new").stat().st_mode
     modes = {file.name: file.stat().st_mode for file in (tmp_path / "step_000001").iterdir()}
     assert len(modes) == 3 and set(modes.values()) == {expected}, modes
+
+
+class Saved:
+    """Stands in for a model or a tokenizer."""
+
+    def save_pretrained(self, save_directory: str) -> None:
+        (Path(save_directory) / "config.json").write_text("{}")
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_export_to_a_link_fills_the_folder_that_it_names(tmp_path: Path, exists: bool) -> None:
+    disk, link = tmp_path / "disk", tmp_path / "link"
+    if exists:
+        disk.mkdir()
+    link.symlink_to(disk)
+    rlhf.checkpoints.store.export(Saved(), Saved(), link)
+    assert link.is_symlink() and (disk / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]

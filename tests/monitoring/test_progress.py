@@ -250,3 +250,15 @@ def test_a_panel_on_a_terminal_that_is_gone_does_not_end_the_run() -> None:
     panel.say("look out", warning=True)
     panel.advance(1, {"reward/mean": 1.0})
     panel.close()
+
+
+def test_what_a_completion_says_to_the_terminal_does_not_reach_it() -> None:
+    """Escape sequences (clear the screen, change its title), a carriage return, text from right to left."""
+    shown = [io.StringIO(), io.StringIO()]
+    lines = Lines(Progress("run", 2), Console(file=shown[0]))
+    panel = Panels(Progress("run", 2), Console(file=shown[1]))
+    for display in (lines, panel):
+        display.say("one\x1b[2J\x1b]0;title\x07\rtwo\u202ethree\n\tfour é", warning=False)
+        display.close()
+    assert shown[0].getvalue() == "one�[2J�]0;title��two�three\n\tfour é\n"
+    assert "one�[2J�]0;title��two�three" in shown[1].getvalue()
