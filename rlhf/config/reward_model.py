@@ -11,8 +11,7 @@ from pydantic import Field, model_validator
 from rlhf.config.learner import LearnerConfig
 from rlhf.config.model import ModelConfig
 from rlhf.config.run import CheckpointConfig, MonitorConfig
-from rlhf.config.secrets import masked
-from rlhf.config.section import Count, Positive, Section
+from rlhf.config.section import Count, Positive, Section, masked
 
 
 class PreferenceData(Section):

@@ -31,8 +31,7 @@ from rlhf.config.pairs import PairsConfig
 from rlhf.config.perception import PerceptionConfig
 from rlhf.config.reward import RewardConfig
 from rlhf.config.rollout import BudgetConfig, RolloutConfig
-from rlhf.config.secrets import masked
-from rlhf.config.section import Count, Positive, Section
+from rlhf.config.section import Count, Positive, Section, masked
 
 
 class EvalConfig(Section):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
-from rlhf.config.secrets import masked
+from rlhf.config.section import masked
 from rlhf.distributed.world import World
 from rlhf.monitoring.monitor import Monitor
 from rlhf.monitoring.run_folder import RunFolder

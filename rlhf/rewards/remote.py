@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import urlsplit
 
-from rlhf.config.secrets import masked_text
+from rlhf.config.section import masked_text
 from rlhf.rewards.builtin import Completion, as_text, completion_text
 from rlhf.rewards.signature import ALWAYS_GIVEN
 

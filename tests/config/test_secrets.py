@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf.config.load import make_config
-from rlhf.config.secrets import masked
+from rlhf.config.section import masked
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.remote import Client, RemoteReward
 from rlhf.rewards.workers.environment import environment

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 
-from rlhf.config.secrets import MASK, holds_mask
+from rlhf.config.section import MASK, holds_mask
 from rlhf.rewards.plugin import RewardSpec
 
 # a worker must not compete with the threads of the trainer
