@@ -19,6 +19,7 @@ from rlhf.collect.prefetch import Prefetch
 from rlhf.collect.sampler import Sampler
 from rlhf.collect.sources import Sources
 from rlhf.config.checks import return_candidates
+from rlhf.config.rollout import VLLMConfig
 from rlhf.config.run import Config
 from rlhf.distributed.world import World
 from rlhf.evaluation.pairs import PairEvaluation, held_out_pairs
@@ -301,11 +302,19 @@ def engine_starter(
         kv_cache_gib=section.kv_cache_gib,
         max_tokens=_longest(config),
         dtype=_dtype(config),
-        vllm=section.vllm,
+        vllm=vllm_settings(config),
         image_inputs=None if inputs.processor is None else Vision(model, inputs.processor),
         lora_rank=lora_rank,
         ranks=ranks,
     )
+
+
+def vllm_settings(config: Config) -> VLLMConfig:
+    """The settings of vLLM, which has a switch of its own for the code that a model brings."""
+    section = config.rollout.vllm
+    if not config.model.trust_remote_code:
+        return section
+    return section.model_copy(update={"args": {"trust_remote_code": True, **section.args}})
 
 
 def _pair_evaluation(models: Models, sources: Sources) -> PairEvaluation | None:

@@ -166,6 +166,8 @@ class Trajectory:
     candidates: Candidates | None = None
     """None: sampling was not truncated, or the learner's log-probs are over the whole vocabulary anyway."""
     source: Source = Source.POLICY
+    logged: Mapping[str, str] = field(default_factory=dict[str, str])
+    """What reward functions logged of it with `log_extra`, by `function/column`."""
 
     @classmethod
     def single_turn(

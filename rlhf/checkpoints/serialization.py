@@ -76,6 +76,7 @@ def group_state(group: Group) -> dict[str, Any]:
         plain = {f.name: getattr(t, f.name) for f in fields(t)}
         plain |= {"finish_reason": t.finish_reason.value, "objectives": dict(t.objectives)}
         plain["source"] = t.source.value
+        plain["logged"] = dict(t.logged)
         plain |= {"versions": [[v.version, v.start, v.end] for v in t.versions]}
         if t.candidates is not None:
             plain["candidates"] = {"ids": integers(t.candidates.ids), "sizes": integers(t.candidates.sizes)}

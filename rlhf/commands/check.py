@@ -106,6 +106,7 @@ def spaced(items: Sequence[T], count: int) -> Sequence[T]:
 
 def _run_folder(config: Config | RewardModelConfig) -> Iterator[str]:
     folder = RunFolder(Path(config.run_dir).expanduser())
+    folder.assert_ours()
     resumes = config.checkpoint.resume == "auto"
     if folder.has_run() and not resumes:
         yield (

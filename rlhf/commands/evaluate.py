@@ -15,6 +15,7 @@ from rich.progress import track
 
 from rlhf.collect.sampler import Sampler
 from rlhf.commands.model_source import Source, find_source, load_weights
+from rlhf.commands.paths import located
 from rlhf.components import engine_starter
 from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import make_config
@@ -24,6 +25,7 @@ from rlhf.config.section import ConfigError
 from rlhf.evaluation.intervals import pass_at_k, share_interval
 from rlhf.files import write_atomically
 from rlhf.inputs import Inputs
+from rlhf.preflight.describe import about_inputs
 from rlhf.preflight.load import load_inputs
 from rlhf.rewards.success import check_objective, is_correct
 from rlhf.types import FinishReason, Group
@@ -34,6 +36,9 @@ FEW = 30
 """With fewer prompts than this a warning is given."""
 TAKEN = ("model", "data", "reward", "rollout", "eval", "seed")
 """The parts of a run's config that an evaluation uses; the others are about training."""
+
+PROMPTS = ("prompt_column", "image_column", "max_prompt_tokens", "long_prompts")
+"""The settings of the section `data` that an evaluation uses; the others are about completions in data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ def run_evaluation(request: Request) -> Iterator[str]:
     if request.out is not None:
         write_atomically(Path(request.out), json.dumps(asdict(measured), indent=1, ensure_ascii=False))
     yield from describe(measured)
+    yield from (f"warning      {text}" for text in about_inputs(config, inputs))
     if request.out is not None:
         yield f"written      {request.out}"
 
@@ -119,7 +125,7 @@ def evaluation_config(request: Request, source: Source) -> Config:
     own = {} if file is None else read_settings(file)
     if own.get("task", "rl") != "rl":
         raise ConfigError(f"{file} trains a reward model; rlhf eval evaluates models that generate text")
-    tree: dict[str, Any] = {key: own[key] for key in TAKEN if key in own}
+    tree: dict[str, Any] = {key: located(own[key], source.folder) for key in TAKEN if key in own}
     for override in request.overrides:
         apply_override(tree, override)
     for section in ("model", "data", "reward", "rollout", "eval"):
@@ -143,11 +149,12 @@ def evaluation_config(request: Request, source: Source) -> Config:
     if request.greedy:
         tree["eval"]["samples"] = 1
     # load_inputs reads the evaluation data as data.train; all settings of training are fixed to plain values
-    data["train"], data["eval"] = data["eval"], None
+    data = {key: data[key] for key in PROMPTS if key in data} | {"train": data["eval"]}
     longest = int(data.get("max_prompt_tokens", 1024)) + int(rollout.get("max_completion_tokens", 512))
     return make_config(
         tree
         | {
+            "data": data,
             "run_dir": ".",
             "steps": 1,
             "algorithm": {"name": "grpo", "kl": {"coef": 0.0}, "mismatch": {"kind": "none"}},

@@ -10,8 +10,9 @@ import torch
 from rlhf.checkpoints import store as checkpoint
 from rlhf.checkpoints.stateful import CheckpointError
 from rlhf.commands.model_source import find_source, load_weights
+from rlhf.commands.paths import located
 from rlhf.config.load import load_config
-from rlhf.models.pretrained import load_tokenizer
+from rlhf.models.pretrained import load_tokenizer, trust
 from rlhf.models.vision.processor import Reader
 
 
@@ -26,17 +27,21 @@ def run_export(name: str, folder: str, *, adapter: bool) -> Iterator[str]:
             f"{name} is a model already; rlhf export takes a run folder or a checkpoint folder"
         )
     config = load_config(source.config)
+    path = located(config.model.path, source.folder)
+    section = config.model.model_copy(update={"path": path})
     if adapter and config.model.lora is None:
         raise CheckpointError(
             f"{name} has no adapter, because it trained all weights; export without --adapter"
         )
     checkpoint.check_export(target)
-    tokenizer = load_tokenizer(config.model.path)
-    reader = Reader(config.model.path, tokenizer)
-    weights = load_weights(source, config.model, torch.device("cpu"), seed=config.seed)
+    if section.trust_remote_code:
+        trust(path)
+    tokenizer = load_tokenizer(path)
+    reader = Reader(path, tokenizer)
+    weights = load_weights(source, section, torch.device("cpu"), seed=config.seed)
     if adapter and weights.adapter is not None:
         checkpoint.export(weights.adapter, reader, target)
-        yield f"{source.checkpoint} -> {target}: a LoRA adapter on {config.model.path}"
+        yield f"{source.checkpoint} -> {target}: a LoRA adapter on {path}"
         return
     checkpoint.export(weights.model, reader, target)
     merged = "" if weights.adapter is None else ", its adapter merged into the weights"

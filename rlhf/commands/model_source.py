@@ -32,6 +32,11 @@ class Source:
     config: Path | None
     """The config.yaml of the run that wrote the checkpoint."""
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that relative paths of `config` start from; None: it is not known."""
+        return None if self.config is None else RunFolder(self.config.parent).started_in()
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:

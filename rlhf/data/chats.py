@@ -1,6 +1,6 @@
 """Chats of several turns: every message of the assistant is learned from.
 
-    {"messages": [system?, user, assistant, user, assistant, ...]}
+    {"messages": [system?, user, assistant, user, assistant, ...]}      or "conversations", "conversation"
     {"prompt": ..., "completion": [assistant, user, assistant, ...]}
 
 The messages before the assistant's first one, and the opening of its turn, are the prompt. All that follows,
@@ -21,7 +21,7 @@ turn ends with the end-of-sequence token that the template writes; a line end be
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -32,7 +32,8 @@ from rlhf.models.chat import ChatError, Message, messages_in, of_text, template_
 from rlhf.models.pretrained import decoded
 from rlhf.types import FinishReason, Source, Trajectory
 
-MESSAGES = "messages"
+CHATS = ("messages", "conversations", "conversation")
+"""Names of a column of whole chats; the last two are those of ShareGPT's format."""
 TOOLS = "tools"
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 # Unicode keeps these two for use within a program: no text has them
@@ -44,20 +45,34 @@ def is_chat(value: object) -> bool:
     return isinstance(value, list) and len(cast(list[object], value)) > 1
 
 
-def split_messages(row: Row, prompt_column: str) -> Row:
+def chats_column(columns: Iterable[str], prompt_column: str) -> str | None:
+    """The column of whole chats, if there is one and it is not that of the prompts."""
+    return next((name for name in CHATS if name in columns and name != prompt_column), None)
+
+
+def split_messages(row: Row, prompt_column: str, column: str) -> Row:
     """The row with the messages before the assistant's first one as its prompt; those after its last one are
-    dropped from column `messages`.
+    dropped from the chat in `column`.
 
     Raises ValueError, with file and line: they are no messages, the assistant writes none, or the first one.
     """
-    messages = _checked(row, MESSAGES)
-    first = _first(row, MESSAGES, messages)
+    messages = _checked(row, column)
+    first = _first(row, column, messages)
     if first == 0:
         raise ValueError(
-            f"{row.where}: column {MESSAGES!r} begins with a message of the assistant, and there is no "
+            f"{row.where}: column {column!r} begins with a message of the assistant, and there is no "
             "prompt to write it for; put a message of the user before it"
         )
-    return replace(row, columns={**row.columns, prompt_column: messages[:first], MESSAGES: messages})
+    return replace(row, columns={**row.columns, prompt_column: messages[:first], column: messages})
+
+
+def prompt_of_chat(row: Row, prompt_column: str, column: str) -> Row:
+    """The row with a prompt to sample from: the whole chat where it does not end with the assistant, else as
+    `split_messages` has it. Raises ValueError as that does."""
+    messages = _checked(row, column)
+    if messages[-1]["role"] == "assistant":
+        return split_messages(row, prompt_column, column)
+    return replace(row, columns={**row.columns, prompt_column: messages})
 
 
 def join_prompt(row: Row, prompt_column: str, completion: str) -> Row:
@@ -73,7 +88,7 @@ def join_prompt(row: Row, prompt_column: str, completion: str) -> Row:
         raise ValueError(
             f"{row.where}: column {completion!r} must begin with a message of the assistant, but its first "
             f"role is {messages[0]['role']!r}; put the messages before it into the prompt, or the whole chat "
-            f"into a column {MESSAGES!r} in place of prompt and completion"
+            f"into a column {CHATS[0]!r} in place of prompt and completion"
         )
     prompt = row.columns[prompt_column]
     before = (

@@ -43,7 +43,7 @@ class OfflineDataset:
     identical: int = 0
     """Number of pairs left out because their two completions are the same."""
     imitates: bool = False
-    """Whether it is of chats without a column of rewards: each has the reward 1."""
+    """Whether there is no column of rewards, so that each completion has the reward 1."""
 
     @property
     def prompts(self) -> PromptDataset:

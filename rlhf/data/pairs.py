@@ -65,14 +65,22 @@ def load_examples(
             f"{path}: score.kind {score.kind} needs the columns {', '.join(wanted)} beside the prompt; "
             f"{', '.join(missing)} is missing, there are {', '.join(prompts.columns) or 'none'}"
         )
-    return [_example(prompt, wanted, path, data, score, tokenizer) for prompt in prompts.prompts]
+    examples = [_example(prompt, wanted, path, score, tokenizer) for prompt in prompts.prompts]
+    limit = data.max_completion_tokens
+    too_long = [e for e in examples if max(map(len, e.completions)) > limit]
+    if too_long and (data.long_prompts == "refuse" or len(too_long) == len(examples)):
+        longest = max(map(len, too_long[0].completions))
+        raise ValueError(
+            f"{path}, {too_long[0].prompt.id}: a completion of {longest} tokens is longer than "
+            f"data.max_completion_tokens = {limit}; raise the limit or shorten it"
+        )
+    return [e for e in examples if e not in too_long]
 
 
 def _example(
     prompt: Prompt,
     columns: Sequence[str],
     path: str,
-    data: PreferenceData,
     score: ScoreConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Example:
@@ -84,12 +92,6 @@ def _example(
     if score.kind == "pairs" and texts[0] == texts[1]:
         raise ValueError(f"{where}: chosen and rejected are the same text, {texts[0]!r:.80}")
     completions = tuple(completion_ids(tokenizer, text) for text in texts)
-    longest = max(len(c) for c in completions)
-    if longest > data.max_completion_tokens:
-        raise ValueError(
-            f"{where}: a completion of {longest} tokens is longer than data.max_completion_tokens = "
-            f"{data.max_completion_tokens}; raise the limit or shorten it"
-        )
     ratings = () if score.kind == "pairs" else _ratings(prompt.columns["ratings"], score.objectives, where)
     return Example(prompt, tuple(texts), completions, ratings)
 

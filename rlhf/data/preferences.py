@@ -5,7 +5,9 @@
     {"prompt": ..., "completion": ..., "label": true}          a completion that is good or bad by itself
     {"prompt": ..., "completions": [...], "rewards": [...]}    several completions
     {"prompt": ..., "completion": ..., "reward": 0.8}          one; lines with one prompt are one group
-    {"messages": [...]}                                        a chat; its reward is 1 where no column has it
+    {"messages": [...]}                                        a chat
+
+One completion or chat has the reward 1 where no column has one.
 
 Text or chat messages everywhere, as TRL has them; `rlhf/data/pair_prompts.py` finds the prompt of a pair.
 Difference from TRL: a pair whose two completions are the same is left out, and counted.
@@ -22,7 +24,7 @@ from functools import partial
 from typing import Any, cast
 
 from rlhf.config.data import DataConfig
-from rlhf.data.chats import MESSAGES, is_chat, join_prompt, split_messages
+from rlhf.data.chats import chats_column, is_chat, join_prompt, split_messages
 from rlhf.data.pair_prompts import with_prompt
 from rlhf.data.rows import Row, quoted
 from rlhf.models.chat import ChatError, Message, messages_in, of_text
@@ -60,7 +62,7 @@ class Format:
     prompt: Callable[[Row], Row] = lambda row: row
     """Puts the prompt into its column, where it is a part of the completions or of a chat."""
     imitates: bool = False
-    """Whether no column has a reward, so that each chat has the reward 1."""
+    """Whether no column has a reward, so that each completion has the reward 1."""
 
     def others(self, columns: Mapping[str, Any]) -> dict[str, Any]:
         """The columns that are not read here."""
@@ -88,14 +90,15 @@ def find_format(row: Row, section: DataConfig) -> Format:
     completion = section.completion_column
     if completion is None:
         completion = "response" if "response" in there else "completion"
-    if MESSAGES in there and completion not in there and section.prompt_column != MESSAGES:
-        return _chats(row, section)
+    chats = chats_column(columns, section.prompt_column)
+    if chats is not None and completion not in there:
+        return _chats(row, section, chats)
     # where reward functions score the completions, `label` is a column for them, for example the answer
     if "label" in there and not scored and section.reward_column not in there:
         _require(columns, (completion,), where, "a labelled completion")
         return Format(_Singles(completion), frozenset({completion, "label", FINISH_REASON}))
-    _require_named(row, "completion_column", completion)
-    reward = _Reward.of(row, section, is_chat(row.columns[completion]))
+    require_named(row, "completion_column", completion)
+    reward = _Reward.of(row, section)
     return Format(
         _One(section.prompt_column, completion, reward),
         frozenset({completion, FINISH_REASON, reward.column or completion}),
@@ -105,12 +108,12 @@ def find_format(row: Row, section: DataConfig) -> Format:
     )
 
 
-def _chats(row: Row, section: DataConfig) -> Format:
-    reward = _Reward.of(row, section, True)
+def _chats(row: Row, section: DataConfig, column: str) -> Format:
+    reward = _Reward.of(row, section)
     return Format(
-        lambda row: Line((), (reward(row),), chat=tuple(row.columns[MESSAGES])),
-        frozenset({MESSAGES, FINISH_REASON, reward.column or MESSAGES}),
-        prompt=partial(split_messages, prompt_column=section.prompt_column),
+        lambda row: Line((), (reward(row),), chat=tuple(row.columns[column])),
+        frozenset({column, FINISH_REASON, reward.column or column}),
+        prompt=partial(split_messages, prompt_column=section.prompt_column, column=column),
         imitates=reward.otherwise is not None,
     )
 
@@ -123,19 +126,19 @@ class _Reward:
     otherwise: float | None = None
 
     @classmethod
-    def of(cls, row: Row, section: DataConfig, chat: bool) -> _Reward:
+    def of(cls, row: Row, section: DataConfig) -> _Reward:
         name = section.reward_column
-        if chat and name == DataConfig.model_fields["reward_column"].default and name not in row.columns:
+        if name == DataConfig.model_fields["reward_column"].default and name not in row.columns:
             return cls(None, 1.0)
         if name is not None:
-            _require_named(row, "reward_column", name)
+            require_named(row, "reward_column", name)
         return cls(name)
 
     def __call__(self, row: Row) -> float | None:
         return self.otherwise if self.column is None else _number(row, self.column, row.columns[self.column])
 
 
-def _require_named(row: Row, setting: str, name: str) -> None:
+def require_named(row: Row, setting: str, name: str) -> None:
     """Raises ValueError: there is no column `name`, which a setting of the section `data` gives."""
     if name in row.columns:
         return

@@ -47,7 +47,7 @@ class Adapter:
     def __init__(self, model: PreTrainedModel, section: LoraConfig, *, seed: int) -> None:
         # imported here because it is an optional dependency; its annotations are too incomplete for pyright
         peft: Any = importlib.import_module("peft")
-        targets, left_out = _targets(model, section.targets)
+        targets, left_out = target_layers(model, section.targets)
         for sentence in (frozen_experts(model), left_out):
             if sentence:
                 log.warning("%s: %s", model.name_or_path, sentence)
@@ -147,7 +147,7 @@ def _merged(base: Tensor, layer: Any) -> Tensor:
     return torch.addmm(base.to(kind), up.to(kind), down.to(kind), alpha=layer.scaling[NAME]).to(base.dtype)
 
 
-def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[list[str], str | None]:
+def target_layers(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[list[str], str | None]:
     """Names of the layers to adapt, for peft: each is the end of a module's path, or the whole path.
 
     Without `wanted` names, every linear layer below the head that can have an adapter; and a sentence about

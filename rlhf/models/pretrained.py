@@ -86,17 +86,18 @@ def _loaded(kind: Any, path: str, dtype: torch.dtype, device: str | None = None)
     return model
 
 
-def check_weights(path: str, *, head: bool = True) -> None:
-    """Raises ModelError where the files of a local model are damaged, or lack weights that `path` needs.
+def check_weights(path: str, *, head: bool = True) -> Any | None:
+    """The model at a local `path`, without contents of its weights; None for one on the hub, of which nothing
+    is known before it is downloaded.
 
-    Without `head`, as `load_scorer` needs them. Names and shapes are read, but no weights. Of a model on the
-    hub nothing is known before it is downloaded.
+    Without `head`, as `load_scorer` loads it. Raises ModelError: files are damaged, or lack weights.
     """
-    if Path(local_or_hub(path)).is_dir():
-        config = load_model_config(path)
-        if head:
-            load_generation_config(path)
-        _loaded(_kind_of(config) if head else _scorer_kind(config), path, torch.float32, device="meta")
+    if not Path(local_or_hub(path)).is_dir():
+        return None
+    config = load_model_config(path)
+    if head:
+        load_generation_config(path)
+    return _loaded(_kind_of(config) if head else _scorer_kind(config), path, torch.float32, device="meta")
 
 
 def _ready(model: Any, device: torch.device | None = None) -> PreTrainedModel:
@@ -123,18 +124,22 @@ def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tenso
     """A transformer without head, in float32, and the weight `[K, H]` of its score head, or None.
 
     A reward model has a score head, in Hugging Face's sequence-classification layout; a causal language model
-    has none. Raises ModelError when there is neither at `path`, or when the score head is not linear.
+    has none. Raises ModelError when there is neither at `path`, or as `score_weight` does.
     """
-    kind = _scorer_kind(load_model_config(path))
-    model = _loaded(kind, path, torch.float32)
-    if kind is _transformers.AutoModel:
+    model = _loaded(_scorer_kind(load_model_config(path)), path, torch.float32)
+    if (weight := score_weight(path, model)) is None:
         return _ready(model, device), None
-    head = score_head_of(model)
+    return _ready(model.base_model, device), weight.to(device)
+
+
+def score_weight(path: str, model: Any) -> Tensor | None:
+    """`[K, H]` of a classifier's score head; None for another model. Raises ModelError: it is not linear."""
+    head, kind = score_head_of(model), type(model).__name__
+    if not kind.endswith("ForSequenceClassification"):
+        return None
     if not isinstance(head, nn.Linear) or "bias" in dict(head.named_parameters()):
-        raise ModelError(
-            f"{path} is a {type(model).__name__}, whose score is not one linear map of hidden states"
-        )
-    return _ready(model.base_model, device), head.weight.detach().to(device)
+        raise ModelError(f"{path} is a {kind}, whose score is not one linear map of hidden states")
+    return head.weight.detach()
 
 
 def load_classifier(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -251,7 +256,7 @@ def load_model_config(path: str) -> PretrainedConfig:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{path} brings Python code of its own, which transformers does not have: read it, and set "
-                "model.trust_remote_code=true to let it run with your rights"
+                "model.trust_remote_code=true (params.trust_remote_code of a reward model) to let it run"
             ) from None
         where = "" if Path(place).is_dir() else f" (there is no folder {path} in {Path.cwd()})"
         raise ModelError(f"{path}: its config.json cannot be used{where}: {_short(error)}") from error

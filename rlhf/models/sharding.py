@@ -268,20 +268,8 @@ def _fill(model: nn.Module, files: WeightFiles, sharding: Sharding, stored: torc
 
     Raises ModelError: the files lack a weight, or one is damaged or of another shape.
     """
-    prefix = base_prefix(model)
-    # tied weights are one parameter in several places
-    owners: dict[Tensor, list[tuple[str, nn.Module, str]]] = {}
-    for path, module in modules_by_name(model).items():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(parameter, []).append((f"{path}.{name}".lstrip("."), module, name))
-    for parameter, places in owners.items():
-        found = (files.name_of(full, prefix) for full, _, _ in places)
-        name = next((name for name in found if name is not None), None)
-        if name is None:
-            raise ModelError(
-                f"its safetensors files have no weight {places[0][0]}: sharded models are read under the "
-                "names of the model's own parameters; take distributed.mode=replicated"
-            )
+    for name, places in names_in_files(model, files).items():
+        parameter = places[0][0].get_parameter(places[0][1])
         start, shape = first_row(parameter), own_rows(parameter).shape
         try:
             rows = files.rows(name, start, start + shape[0])
@@ -294,8 +282,31 @@ def _fill(model: nn.Module, files: WeightFiles, sharding: Sharding, stored: torc
             )
         local = torch.empty(shape, dtype=stored, device=sharding.mesh.device_type)
         new = nn.Parameter(as_shard(local.copy_(rows), parameter), requires_grad=parameter.requires_grad)
-        for _, module, own_name in places:
+        for module, own_name in places:
             module.register_parameter(own_name, new)
+
+
+def names_in_files(model: nn.Module, files: WeightFiles) -> dict[str, list[tuple[nn.Module, str]]]:
+    """The places of each parameter (a module, and its name there), by its name in the files.
+
+    Tied weights are one parameter in several places. Raises ModelError: the files lack a weight.
+    """
+    prefix = base_prefix(model)
+    owners: dict[nn.Parameter, list[tuple[str, nn.Module, str]]] = {}
+    for path, module in modules_by_name(model).items():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(parameter, []).append((f"{path}.{name}".lstrip("."), module, name))
+    found: dict[str, list[tuple[nn.Module, str]]] = {}
+    for places in owners.values():
+        known = (files.name_of(full, prefix) for full, _, _ in places)
+        name = next((name for name in known if name is not None), None)
+        if name is None:
+            raise ModelError(
+                f"its safetensors files have no weight {places[0][0]}: sharded models are read under the "
+                "names of the model's own parameters; take distributed.mode=replicated"
+            )
+        found[name] = [(module, own_name) for _, module, own_name in places]
+    return found
 
 
 def _index(folder: Path) -> dict[str, Path]:

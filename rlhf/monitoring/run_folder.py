@@ -37,6 +37,10 @@ _LEFTOVER = re.compile(
 )
 
 
+STARTED_IN = "# relative paths are from "
+"""The first line of config.yaml, which goes on with the folder where the run was started."""
+
+
 class RunFolderError(ValueError):
     """The run folder cannot be used. The message says why and what to do."""
 
@@ -111,6 +115,22 @@ class RunFolder:
             "remove it to go on with the settings that you give"
         )
 
+    def started_in(self) -> Path | None:
+        """The folder that relative paths of config.yaml start from; None: it is not known.
+
+        It is the folder where the run was started or, if the whole was moved since, that under which the run
+        folder is at the relative path `run_dir`.
+        """
+        text = self.settings() or ""
+        first = text.partition("\n")[0]
+        folder = Path(first.removeprefix(STARTED_IN)) if first.startswith(STARTED_IN) else None
+        settings: dict[str, Any] = yaml.safe_load(text) or {}
+        parts = Path(str(settings.get("run_dir", ""))).parts
+        own = self.path.resolve()
+        if (folder is None or not folder.is_dir()) and parts and own.parts[-len(parts) :] == parts:
+            folder = own.parents[len(parts) - 1]
+        return folder if folder is not None and folder.is_dir() else None
+
     @contextmanager
     def claim(self, *, config: str, resume: bool) -> Generator[None]:
         """Locks the folder for this process while the context lasts.
@@ -121,7 +141,7 @@ class RunFolder:
         has locked the folder (the message names its pid and host), when there is a run and `resume` is false,
         when there are other files, or when the folder cannot be created.
         """
-        self._assert_ours()
+        self.assert_ours()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -193,7 +213,8 @@ class RunFolder:
             if _LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def _assert_ours(self) -> None:
+    def assert_ours(self) -> None:
+        """Raises RunFolderError where it cannot be the folder of a run: it is a file, or has other files."""
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"the run folder {self.path} is a file; choose another run_dir")
         known = (self.lock, self.metrics, self.checkpoints)

@@ -10,7 +10,8 @@ Each line is an object for one group:
 number for each token. `entropy` (nats, whole vocabulary) is from the forward pass of the update. A completion
 that was not learned from has neither. `entropy` is also absent where the group was skipped (all its
 advantages were 0). A completion that the policy did not sample has its `source`: `reference`, `iterate`,
-`mixture` or `data`.
+`mixture` or `data`. Where reward functions have logged values of a completion (`log_extra`), it has them
+under `logged`, as `{"right/parsed": 8}`.
 """
 
 from __future__ import annotations
@@ -122,7 +123,17 @@ def _completion(trajectory: Trajectory, texts: TokenTexts | None) -> dict[str, A
     }
     if trajectory.source != Source.POLICY:
         record["source"] = str(trajectory.source)
+    if trajectory.logged:
+        record["logged"] = {name: _value(text) for name, text in trajectory.logged.items()}
     return record if texts is None else record | {"tokens": texts(trajectory.token_ids)}
+
+
+def _value(text: str) -> Any:
+    """What a function logged: JSON, unless it was too long or of another kind."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _content(group: Group) -> Any:

@@ -18,6 +18,13 @@ from rlhf.monitoring.run_folder import RunFolder
 SinkName = Literal["tensorboard", "wandb", "trackio"]
 
 
+INSTALL: Mapping[SinkName, str] = {
+    "tensorboard": "pip install tensorboard",
+    "wandb": "pip install 'tandem-rl[wandb]'",
+    "trackio": "pip install 'tandem-rl[trackio]'",
+}
+
+
 class SinkError(ValueError):
     """A sink cannot be opened. The message says why and what to do."""
 
@@ -41,7 +48,7 @@ class TensorBoard:
     failures = (OSError, RuntimeError, ValueError)
 
     def __init__(self, run: RunFolder) -> None:
-        self.module = _import("torch.utils.tensorboard", extra=None)
+        self.module = check_installed("tensorboard")
         self.run = run
         self.writer: Any = None
 
@@ -61,7 +68,7 @@ class WandB:
     """Weights & Biases. RUN/wandb_id holds the id of the run there, so that a resumed run continues it."""
 
     def __init__(self, run: RunFolder, settings: Mapping[str, Any]) -> None:
-        self.module = _import("wandb", extra="wandb")
+        self.module = check_installed("wandb")
         self.failures = (self.module.Error, OSError, RuntimeError, ValueError, TypeError)
         folder = run.path.resolve()
         identity = _identity(folder / "wandb_id")
@@ -89,7 +96,7 @@ class Trackio:
     failures = (sqlite3.Error, OSError, RuntimeError, ValueError, TypeError)
 
     def __init__(self, run: RunFolder, settings: Mapping[str, Any]) -> None:
-        self.module = _import("trackio", extra="trackio")
+        self.module = check_installed("trackio")
         folder = run.path.resolve()
         project, own = _names(settings)
         name = f"{own or folder.name}-{_identity(folder / 'trackio_id')}"
@@ -143,16 +150,18 @@ def _identity(file: Path) -> str:
     return file.read_text()
 
 
-def _import(name: str, *, extra: str | None) -> ModuleType:
+def check_installed(sink: SinkName) -> ModuleType:
+    """The package of a sink. Raises SinkError when it is not installed, or cannot be imported."""
+    name = "torch.utils.tensorboard" if sink == "tensorboard" else sink
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        if not isinstance(error, ModuleNotFoundError) or (extra and error.name != name):
+        if not isinstance(error, ModuleNotFoundError) or error.name != sink:
             raise SinkError(
-                f"monitor.sinks asks for {name}, which is installed but cannot be imported: {error}; install "
-                f"what it needs, or remove {name} from monitor.sinks"
+                f"monitor.sinks asks for {sink}, which is installed but cannot be imported: {error}; install "
+                f"what it needs, or remove {sink} from monitor.sinks"
             ) from error
-        remedy = f"pip install 'tandem-rl[{extra}]'" if extra else f"pip install {error.name}"
         raise SinkError(
-            f"monitor.sinks asks for {name}, which is not installed; {remedy}, or remove it from the list"
+            f"monitor.sinks asks for {sink}, which is not installed: {INSTALL[sink]}, or remove it from the "
+            "list"
         ) from error

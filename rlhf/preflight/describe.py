@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from rlhf.algos.algorithm import KL, Algorithm
+from rlhf.algos.algorithm import KL
 from rlhf.compute_dtype import in_words
 from rlhf.config.checks import return_candidates
 from rlhf.config.reward import JudgeConfig
 from rlhf.config.run import Config
+from rlhf.data.chats import chats_column
 from rlhf.data.completions import OfflineDataset
 from rlhf.data.prompts import first_row
 from rlhf.devices import this_device
@@ -24,8 +25,9 @@ from rlhf.models.vision.text_alone import text_alone
 from rlhf.preflight import tags
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
+from rlhf.preflight.probe import ignores_rewards, learns_from_one
 from rlhf.rewards.judges.duels import asking
-from rlhf.types import AdvantageInputs, Source
+from rlhf.types import Source
 
 
 def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator[str]:
@@ -216,7 +218,7 @@ def _rewards(config: Config, inputs: Inputs) -> str:
     columns = first_row(inputs.offline.source).columns
     given = f"column {column} of the data"
     if inputs.offline.imitates:
-        given = "1 for every chat of the data"
+        given = "1 for every completion of the data"
     elif "chosen" in columns:
         given = "1 for chosen, 0 for rejected" + (
             ", labels by probability" if "probability" in columns else ""
@@ -267,11 +269,43 @@ def _describe_pairing(config: Config, data: OfflineDataset | None) -> Iterator[s
     yield f"pairs        of each prompt by pairs.rule = {pairs.rule}, of different rewards{gap}"
 
 
+def about_inputs(config: Config, inputs: Inputs) -> Iterator[str]:
+    """Warnings about prompts and reward functions, which hold for an evaluation too."""
+    yield from inputs.rewards.cautions(inputs.train.columns)
+    columns = first_row(config.data.train).columns
+    chats = chats_column(columns, config.data.prompt_column)
+    if inputs.offline is None and config.data.prompt_column not in columns and chats is not None:
+        yield (
+            f"{config.data.train} has whole chats (column {chats}): answers are sampled to the messages "
+            "before the assistant's first one, and what follows is not read"
+        )
+    yield from tags.cautions(config, inputs)
+    if any(not isinstance(p.content, str) for p in inputs.train.prompts) and has_clock(inputs.tokenizer):
+        yield (
+            f"the chat template of {config.model.path} writes the date or the time (strftime_now): prompts "
+            "differ from day to day, so that no run can be repeated, and a resumed one learns from others"
+        )
+
+
+def _imitates_worse(config: Config, inputs: Inputs) -> Iterator[str]:
+    """A warning where rejected completions, or those labelled false, are imitated like the better ones."""
+    if inputs.offline is None or not ignores_rewards(inputs.algorithm):
+        return
+    columns, reward = first_row(inputs.offline.source).columns, config.data.reward_column
+    labelled = "label" in columns and reward is not None and reward not in columns
+    worse = "rejected" if "rejected" in columns else "label = false" if labelled else None
+    if worse is not None:
+        yield (
+            f"{config.algorithm['name']} imitates every completion of {config.data.train}, those of {worse} "
+            "too: algorithm.name=best_of imitates the better ones alone, and dpo or kto learn from both"
+        )
+
+
 def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     """Warnings about settings that are allowed but hardly ever intended."""
     yield from inputs.algorithm.cautions
-    yield from inputs.rewards.cautions(inputs.train.columns)
-    yield from tags.cautions(config, inputs)
+    yield from about_inputs(config, inputs)
+    yield from _imitates_worse(config, inputs)
     prefers = inputs.algorithm.preference is not None
     if prefers and config.data.mode == "online" and {"chosen", "rejected"} <= set(inputs.train.columns):
         yield (
@@ -285,7 +319,7 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
             "none the loss is computed as if it had not been truncated"
         )
     alone = config.rollout.group_size == 1 and not config.data.mix
-    if alone and learned and not _learns_from_one(inputs.algorithm):
+    if alone and learned and not learns_from_one(inputs.algorithm):
         yield (
             f"rollout.group_size is 1, and {config.algorithm['name']} compares the completions of a prompt: "
             "all advantages are 0, so that no reward is learned from"
@@ -298,31 +332,6 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     if inputs.offline is not None and inputs.offline.splitting:
         columns = ", ".join(inputs.offline.splitting)
         yield f"completions of one prompt form separate groups where they differ in the columns {columns}"
-    if any(not isinstance(p.content, str) for p in inputs.train.prompts) and has_clock(inputs.tokenizer):
-        yield (
-            f"the chat template of {config.model.path} writes the date or the time (strftime_now): prompts "
-            "differ from day to day, so that no run can be repeated, and a resumed one learns from others"
-        )
     if inputs.train.skipped > len(inputs.train):
         kept = len(inputs.train)
         yield f"{inputs.train.skipped} prompts are skipped as too long, more than are kept ({kept})"
-
-
-def _learns_from_one(algorithm: Algorithm) -> bool:
-    """Whether two prompts with one completion each, of which one is correct, have any nonzero advantage."""
-    if algorithm.critic is not None or not algorithm.needs_rewards:
-        return True
-    one_each = torch.arange(2)
-    rewards, none = torch.tensor([0.0, 1.0]), torch.zeros(2)
-    inputs = AdvantageInputs(
-        rewards=rewards,
-        objectives=rewards[:, None],
-        objective_weights=torch.ones(1),
-        group=one_each,
-        token_penalty=none,
-        sequence=one_each,
-        loss_mask=torch.ones(2, dtype=torch.bool),
-        prompt_values=none,
-        temperature_factors=torch.ones(2),
-    )
-    return bool(algorithm.advantage(inputs).any())

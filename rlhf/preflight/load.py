@@ -5,33 +5,30 @@ A run begins with it, and `rlhf check` calls it too, so that what passes the che
 
 from __future__ import annotations
 
-import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.config.checks import return_candidates
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
+from rlhf.data.chats import chats_column, prompt_of_chat
 from rlhf.data.completions import OfflineDataset, load_offline
+from rlhf.data.preferences import require_named
 from rlhf.data.prompts import PromptDataset, first_row, load_prompts
+from rlhf.data.rows import Row
 from rlhf.data.texts import load_texts
 from rlhf.inputs import Inputs
-from rlhf.models.attention import constant_up_to
-from rlhf.models.pretrained import (
-    check_weights,
-    check_writes_text,
-    eos_token_ids,
-    load_model_config,
-    load_tokenizer,
-    text_settings,
-    trust,
-)
+from rlhf.models.pretrained import eos_token_ids, load_model_config, load_tokenizer
 from rlhf.models.vision.processor import Processor, load_processor
+from rlhf.monitoring.sinks import check_installed
 from rlhf.plugins import load_plugin
+from rlhf.preflight.models import check_lengths, check_models, check_trainable, check_weight_files
+from rlhf.preflight.probe import ignores_rewards
 from rlhf.preflight.reference import check_reference
 from rlhf.preflight.tags import ends_of, opened_tag, with_opened
 from rlhf.preflight.tokens import Tokenised, check_tokens
@@ -43,7 +40,6 @@ from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards
 from rlhf.types import Prompt
 
-SINK_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 PAIR_COLUMNS = {"chosen", "completions", "label"}
 """Columns of which one tells that a file has completions to compare, not prompts alone."""
 
@@ -59,12 +55,12 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     algorithm = config.build_algorithm()
     _check_sampling(config, algorithm)
     _check_ahead(config, algorithm)
-    _check_models(config, algorithm)
+    check_models(config, algorithm)
     model = load_model_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
-    _check_lengths(config, model)
+    check_lengths(config, model)
     check_reference(config, algorithm, model, tokenizer)
-    _check_weights(config, model)
+    check_trainable(config.model, model)
     processor = load_processor(config.model.path, tokenizer)
     check_adapter(config, processor)
     ends = _eos_token_ids(config, tokenizer)
@@ -73,6 +69,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
         _check_has_prompts(config)
     else:
         offline = _offline(config, config.data.train, tokenizer, processor, ends)
+        _check_imitated(config, algorithm, offline)
         _check_singles(config, algorithm, offline)
     train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
     held_out, eval_pairs = _held_out(config, algorithm, tokenizer, processor, ends)
@@ -90,7 +87,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
                 rewards.check_columns(held_out.columns)
         except ValueError as error:
             raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
-    _check_weight_files(config, algorithm)
+    check_weight_files(config, algorithm, world_size)
     return Inputs(
         tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor, offline, eval_pairs
     )
@@ -139,6 +136,16 @@ def _check_has_prompts(config: Config) -> None:
         )
 
 
+def _check_imitated(config: Config, algorithm: Algorithm, data: OfflineDataset) -> None:
+    """Raises ConfigError when completions have no rewards, which the algorithm needs. Chats may have none."""
+    row, name = first_row(data.source), config.data.reward_column
+    if not data.imitates or name is None or ignores_rewards(algorithm):
+        return
+    chat = chats_column(row.columns, config.data.prompt_column) is not None
+    if not chat and not any(t.turns and t.turns[-1] > 0 for g in data.groups for t in g.trajectories):
+        require_named(row, "reward_column", name)
+
+
 def _check_singles(config: Config, algorithm: Algorithm, data: OfflineDataset) -> None:
     """Raises ConfigError when the algorithm compares pairs and a line has a single completion, or when it
     compares at all and there are chats, which are for imitation."""
@@ -170,36 +177,6 @@ def _check_singles(config: Config, algorithm: Algorithm, data: OfflineDataset) -
             f"{config.data.train}, {single.prompt.id}: {name} reads the reward of a single completion as the "
             f"probability that it is good, which must lie between 0 and 1, got {single.rewards[0]:g}"
         )
-
-
-def _models(config: Config, algorithm: Algorithm) -> tuple[list[str], str | None]:
-    """The causal language models that the run loads, and the model that its critic starts from."""
-    section = config.model
-    reference = section.reference if algorithm.needs_reference else None
-    own = algorithm.critic is not None and config.critic.trunk == "own"
-    critic = config.critic.path or section.path if own else None
-    return list(dict.fromkeys([section.path, reference or section.path])), critic
-
-
-def _check_models(config: Config, algorithm: Algorithm) -> None:
-    """Raises ModelError: a model that the run loads is not there, or its files are damaged."""
-    writers, critic = _models(config, algorithm)
-    paths = [*writers, *([] if critic is None else [critic])]
-    for path in paths if config.model.trust_remote_code else ():
-        trust(path)
-    for path in writers:
-        check_writes_text(path, load_model_config(path))
-    if critic is not None:
-        load_model_config(critic)
-
-
-def _check_weight_files(config: Config, algorithm: Algorithm) -> None:
-    """Raises ModelError: the files of a model that the run loads lack some of its weights."""
-    writers, critic = _models(config, algorithm)
-    for path in writers:
-        check_weights(path)
-    if critic is not None:
-        check_weights(critic, head=False)
 
 
 def _offline(
@@ -237,13 +214,9 @@ def _check_ranks(config: Config, world_size: int) -> None:
 
 
 def _check_installed(config: Config) -> None:
-    """Raises ConfigError when the package of a sink, or the engine of a plugin, cannot be found."""
+    """Raises SinkError or ConfigError when the package of a sink or the engine of a plugin cannot be had."""
     for sink in config.monitor.sinks:
-        package = SINK_PACKAGES[sink]
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"monitor.sinks has {sink}, but {package} is not installed: pip install {package}"
-            )
+        check_installed(sink)
     if ":" in config.rollout.engine and not callable(load_plugin(config.rollout.engine)):
         raise ConfigError(f"rollout.engine: {config.rollout.engine} is neither a class nor a function")
 
@@ -293,7 +266,11 @@ def _check_images(config: Config, algorithm: Algorithm, train: PromptDataset) ->
 def _prompts(
     config: Config, path: str, tokenizer: PreTrainedTokenizerBase, processor: Processor | None
 ) -> PromptDataset:
-    data = config.data
+    data, columns = config.data, first_row(path).columns
+    change: Callable[[Row], Row] = lambda row: row  # noqa: E731
+    chats = chats_column(columns, data.prompt_column)
+    if data.prompt_column not in columns and chats is not None:
+        change = partial(prompt_of_chat, prompt_column=data.prompt_column, column=chats)
     return load_prompts(
         Path(path).expanduser(),
         tokenizer,
@@ -302,6 +279,7 @@ def _prompts(
         max_prompt_tokens=data.max_prompt_tokens,
         long_prompts=data.long_prompts,
         processor=processor,
+        change=change,
     )
 
 
@@ -325,36 +303,6 @@ def _check_ahead(config: Config, algorithm: Algorithm) -> None:
             "algorithm.mismatch.kind = none would not correct for it; set algorithm.mismatch.kind=token_tis, "
             "or rollout.ahead=0"
         )
-
-
-def _check_lengths(config: Config, model: PretrainedConfig) -> None:
-    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    same = constant_up_to(model)
-    if same is not None and longest > same:
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but the rotary factors of "
-            f"{config.model.path} change beyond {same} tokens (LongRoPE or dynamic RoPE), and log-probs "
-            "would depend on the longest sequence of a batch; lower one of the two"
-        )
-    limit = text_settings(model).get("max_position_embeddings")
-    if limit is not None and longest > limit:
-        raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but {config.model.path} "
-            f"has positions for {limit} tokens; lower one of the two"
-        )
-
-
-def _check_weights(config: Config, model: PretrainedConfig) -> None:
-    quantization = model.to_dict().get("quantization_config")
-    if quantization is not None:
-        method = cast(dict[str, Any], quantization).get("quant_method", "an unknown method")
-        what = "QLoRA is not supported" if config.model.lora else "quantized weights cannot be trained"
-        raise ConfigError(
-            f"the weights of {config.model.path} are quantized ({method}): {what}; set model.path to the "
-            "model it was made from"
-        )
-    if config.model.lora is not None and importlib.util.find_spec("peft") is None:
-        raise ConfigError("model.lora is set, but peft is not installed: pip install 'tandem-rl[lora]'")
 
 
 def _eos_token_ids(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

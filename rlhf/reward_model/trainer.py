@@ -9,11 +9,12 @@ rlhf/loop.py runs the steps, saves and resumes. Beside what every run writes, th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
 import torch
+from transformers import PretrainedConfig
 
 from rlhf.checkpoints import store
 from rlhf.checkpoints.stateful import Stateful
@@ -21,7 +22,7 @@ from rlhf.compute_dtype import in_words
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.section import ConfigError
 from rlhf.data.identity import digest
-from rlhf.data.pairs import load_examples
+from rlhf.data.pairs import Example, load_examples
 from rlhf.devices import this_device
 from rlhf.distributed.world import World, world_size
 from rlhf.files import write_atomically
@@ -30,14 +31,15 @@ from rlhf.loop import Loop
 from rlhf.metrics import Max, Metrics
 from rlhf.models.loading import load_policy
 from rlhf.models.pretrained import (
-    check_weights,
     check_writes_text,
     load_model_config,
     load_tokenizer,
     pad_token_of,
+    text_settings,
     trust,
 )
 from rlhf.monitoring.monitor import Monitor
+from rlhf.preflight.models import check_policy, check_trainable
 from rlhf.preflight.tokens import check_tokens
 from rlhf.reward_model.evaluation import evaluate
 from rlhf.reward_model.learner import RewardModelLearner, next_batch
@@ -60,6 +62,7 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
             trust(path)
         model = load_model_config(path)
         check_writes_text(path, model)
+        check_trainable(config.model, model)
         self.tokenizer = load_tokenizer(path)
         self.pad_token_id = pad_token_of(self.tokenizer)
         self.train, self.held_out = (
@@ -71,9 +74,10 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
                 f"batch.low is {config.batch.low}, fewer than the {world_size()} ranks that share a batch"
             )
         examples = [*self.train, *self.held_out]
+        _check_lengths(path, model, examples)
         found = ((e.prompt.id, (*e.prompt.token_ids, *chain(*e.completions))) for e in examples)
         check_tokens(path, model, self.tokenizer, found)
-        check_weights(path)
+        check_policy(config.model, path, None)
 
     def build(self, world: World, monitor: Monitor) -> dict[str, Stateful]:
         config = self.config
@@ -123,6 +127,20 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
             store.export(scorer, self.tokenizer, target)
             self.monitor.note(f"the reward model is in {target}")
         self.monitor.close()
+
+
+def _check_lengths(path: str, model: PretrainedConfig, examples: Sequence[Example]) -> None:
+    """Raises ConfigError when an example does not fit the model."""
+    limit = text_settings(model).get("max_position_embeddings")
+    for example in examples if limit is not None else ():
+        # a score is read from the state that would predict one more token
+        longest = len(example.prompt.token_ids) + max(map(len, example.completions)) + 1
+        if longest > limit:
+            raise ConfigError(
+                f"{example.prompt.id}: prompt and completion need {longest} positions, but {path} has "
+                f"{limit}: lower data.max_prompt_tokens or data.max_completion_tokens, with "
+                "data.long_prompts=skip"
+            )
 
 
 def describe(trainer: RewardModelTrainer) -> Iterator[str]:

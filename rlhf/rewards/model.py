@@ -33,12 +33,14 @@ class RewardModel:
         transform: Literal["none", "sigmoid"] = "none",
         dtype: Literal["auto", "float32", "bfloat16"] = "float32",
         threads: int = 1,
+        trust_remote_code: bool = False,
     ) -> None:
         """Loads `model`, a folder or a name on the hub, on the GPU if the worker sees one.
 
         `max_tokens`: inputs that are longer lose their beginning. `transform`: applied to each score.
         `dtype`: `auto` is bfloat16 on a GPU, on a CPU the faster of both types.
-        `threads`: CPU threads of this worker.
+        `threads`: CPU threads of this worker. `trust_remote_code`: lets Python code that the model brings run
+        in this worker.
 
         Raises ModelError when there is no such model or it lacks weights, and ValueError when it is not a
         sequence classifier.
@@ -52,8 +54,11 @@ class RewardModel:
             load_model_config,
             load_tokenizer,
             pad_token_of,
+            trust,
         )
 
+        if trust_remote_code:
+            trust(model)
         torch.set_num_threads(threads)
         settings: Any = load_model_config(model)
         found: list[str] = settings.architectures or []

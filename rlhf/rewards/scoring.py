@@ -15,6 +15,7 @@ import threading
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -321,12 +322,18 @@ class Rewards:
         if not self.pools:
             # the algorithm learns without rewards, from every completion
             complete = True
-        return Trajectory.single_turn(
+        trajectory = Trajectory.single_turn(
             scoring.batch.completions[sample],
             text=scoring.batch.texts[sample],
             reward=total if complete else None,
             objectives=objectives,
         )
+        logged = {
+            f"{pool.name}/{column}": text
+            for pool, scores in zip(self.pools, scoring.by_function, strict=True)
+            for column, text in scores.extra[sample].items()
+        }
+        return replace(trajectory, logged=logged) if logged else trajectory
 
     def _refuse_too_many_failures(self, groups: Sequence[Group], scorings: Sequence[Scoring]) -> None:
         rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]

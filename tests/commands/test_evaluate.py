@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from rlhf.cli import main
 from rlhf.commands.evaluate import Request, evaluation_config, measure
 from rlhf.commands.model_source import Source, find_source
+from rlhf.commands.paths import located
 from rlhf.config.section import ConfigError
-from tests.support import group
+from tests.support import group, train
 
 RIGHT = """
 def has_a(completions, **_):
@@ -156,3 +158,57 @@ def test_options_may_stand_between_settings(finished_run: Path, capsys):
     with pytest.raises(SystemExit):
         main(["eval", str(finished_run), "--grredy"])
     assert "--grredy" in capsys.readouterr().err
+
+
+def test_paths_of_a_run_are_found_from_any_folder(tmp_path: Path):
+    for name in ("model", "org/name", "native"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("held.jsonl", "reward.py"):
+        (tmp_path / name).write_text("")
+    settings = {
+        "model": {"path": "./model", "dtype": "auto", "reference": "org/name", "lora": None},
+        "data": {"eval": "held.jsonl", "train": "gone.jsonl", "max_prompt_tokens": 7},
+        "reward": [{"path": "reward.py:right"}, {"path": "reward_model", "params": {"model": "/abs/model"}}],
+        "engine": "native",
+    }
+    assert located(settings, tmp_path) == {
+        "model": {
+            "path": f"{tmp_path}/model", "dtype": "auto", "reference": f"{tmp_path}/org/name", "lora": None
+        },
+        "data": {"eval": f"{tmp_path}/held.jsonl", "train": "gone.jsonl", "max_prompt_tokens": 7},
+        "reward": [
+            {"path": f"{tmp_path}/reward.py:right"},
+            {"path": "reward_model", "params": {"model": "/abs/model"}},
+        ],
+        "engine": "native",
+    }  # fmt: skip
+    assert located(settings, None) == settings
+
+
+def test_a_run_on_data_is_evaluated_and_exported_in_another_folder_with_its_warnings(
+    tmp_path: Path, tiny_model_dir: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    (tmp_path / "reward.py").write_text(
+        "def longest(completions, **_):\n    top = max(len(str(c)) for c in completions)\n"
+        "    return [float(len(str(c)) == top) for c in completions]\n"
+    )
+    chat = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"conversations": chat}) + "\n") * 2)
+    settings = {
+        "run_dir": "runs/a", "steps": 1, "model": {"path": "./model", "dtype": "float32"},
+        "data": {"train": "chats.jsonl", "eval": "chats.jsonl", "mode": "offline", "max_prompt_tokens": 32},
+        "reward": {"functions": [{"path": "reward.py:longest"}]}, "algorithm": "sft",
+        "rollout": {"prompts_per_step": 2, "group_size": 1, "max_completion_tokens": 4},
+        "learner": {"microbatch_tokens": 64}, "checkpoint": {"export": False}, "monitor": {"sinks": []},
+        "eval": {"samples": 1},
+    }  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    train(settings)
+    monkeypatch.chdir("/")
+    run = str(tmp_path / "runs" / "a")
+    assert main(["eval", run]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "warning      reward function longest seems to compare samples" in said
+    assert "chats.jsonl has whole chats (column conversations): answers are sampled to" in said
+    assert main(["export", run, str(tmp_path / "out")]) == 0, capsys.readouterr().err

@@ -296,7 +296,8 @@ def test_sft_trains_on_chats_and_the_check_says_that_their_reward_is_one(
     settings["rollout"]["max_completion_tokens"] = 64
     (tmp_path / "train.jsonl").write_text((json.dumps({"messages": CHAT}) + "\n") * 8)
     config = make_config(settings)
-    assert "rewards      1 for every chat of the data\n" in "\n".join(describe(config, load_inputs(config)))
+    said = "\n".join(describe(config, load_inputs(config)))
+    assert "rewards      1 for every completion of the data\n" in said
     train(settings)
     first, second = metrics_of(tmp_path)
     assert second["loss/policy"] < first["loss/policy"]
@@ -309,7 +310,9 @@ FORMATS = {
     "labels": [1.0],
     "lists": [1.0, 0.0, 0.5],
     "one completion": [1.0],
+    "completions alone": [1.0],
     "chats": [1.0],
+    "chats of ShareGPT": [1.0],
 }
 
 

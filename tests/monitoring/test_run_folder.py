@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.monitoring.run_folder import RunFolder, RunFolderError
+from rlhf.monitoring.run_folder import STARTED_IN, RunFolder, RunFolderError
 from tests.checkpoints.support import save
 
 
@@ -136,3 +136,17 @@ def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
 def test_cutting_a_folder_without_streams_changes_nothing(tmp_path: Path) -> None:
     RunFolder(tmp_path).cut(after=3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_knows_where_its_relative_paths_start_also_after_it_was_moved(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "project" / "runs" / "a")
+    run.path.mkdir(parents=True)
+    assert run.started_in() is None
+    run.config.write_text("run_dir: runs/a\n")
+    assert run.started_in() == tmp_path / "project"
+    run.config.write_text(f"{STARTED_IN}{tmp_path}\nrun_dir: /elsewhere\n")
+    assert run.started_in() == tmp_path
+    run.config.write_text(f"{STARTED_IN}/gone\nrun_dir: runs/a\n")
+    assert run.started_in() == tmp_path / "project"
+    run.config.write_text(f"{STARTED_IN}/gone\nrun_dir: /gone/a\n")
+    assert run.started_in() is None

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import closing
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 import torch
 
+from rlhf.checkpoints.serialization import group_of, group_state
 from rlhf.monitoring.samples import ShownGroups, TokenTexts
+from rlhf.rewards import Rewards, RewardSpec
+from rlhf.types import Completion, FinishReason, Prompt
 from tests.support import bandit_settings, group, metrics_of, random_groups, train, unscored
 
 
@@ -66,3 +70,28 @@ def test_a_step_that_is_cut_short_is_shown_without_entropies(tmp_path: Path) -> 
     with monitor(tmp_path, samples=1) as m:
         m.samples(1, [scored("a")])
     assert json.loads((tmp_path / "samples.jsonl").read_text())["prompt_id"] == "a"
+
+
+def test_what_a_reward_function_logs_of_a_completion_stands_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(
+        "def right(completions, log_extra):\n"
+        "    log_extra('letters', [len(c) for c in completions])\n"
+        "    log_extra('why', [[c, {1, 2}] if c == 'b' else c for c in completions])\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    texts = ["a", "b", "long", "a"]
+    spec = RewardSpec(f"{tmp_path}/own.py:right", cache=9)
+    completions = [Completion("p", i, (5,), None, FinishReason.STOP, ()) for i in range(4)]
+    with closing(Rewards([spec], ())) as rewards:
+        (scored,), _ = rewards.score(
+            [Prompt("p", (1,), "p")], [completions], [texts], trainer_state={"global_step": 0}
+        )
+    # the fourth is equal to the first, and is not scored again
+    assert group_of(group_state(scored), {"p": scored.prompt}) == scored
+    (record,) = ShownGroups(1, (scored,), None).records(None, None)
+    assert [c["logged"] for c in record["completions"]] == [
+        {"right/letters": 1, "right/why": "a"},
+        {"right/letters": 1, "right/why": "['b', {1, 2}]"},
+        {"right/letters": 4, "right/why": "long"},
+        {"right/letters": 1, "right/why": "a"},
+    ]

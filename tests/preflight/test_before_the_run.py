@@ -13,12 +13,16 @@ from transformers import AutoTokenizer, GPT2Config
 
 from rlhf.checkpoints.serialization import group_of, group_state
 from rlhf.checkpoints.stateful import CheckpointError, Cursor
+from rlhf.cli import main
+from rlhf.components import vllm_settings
 from rlhf.config.load import make_config
+from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.section import ConfigError
 from rlhf.data.identity import digest, identity
-from rlhf.models.pretrained import ModelError, load_model_config, load_tokenizer, text_settings
+from rlhf.models.pretrained import TRUSTED, ModelError, load_model_config, load_tokenizer, text_settings
 from rlhf.preflight.describe import warnings
 from rlhf.preflight.load import load_inputs
+from rlhf.reward_model.trainer import RewardModelTrainer
 from rlhf.trainer import Trainer
 from rlhf.types import Group, Prompt
 from tests.support import bandit_settings, metrics_of, trajectory
@@ -156,6 +160,71 @@ def test_code_of_a_model_runs_only_where_it_is_trusted(
     trusted = bandit_settings(tmp_path, model, model={"trust_remote_code": True}, steps=1)
     trusted["checkpoint"] = {"export": True}
     Trainer(make_config(trusted)).run()
-    assert {"own_config.py", "own_model.py"} <= {p.name for p in (tmp_path / "run" / "model").iterdir()}
+    own_files = {"own_config.py", "own_model.py"}
+    assert own_files <= {p.name for p in (tmp_path / "run" / "model").iterdir()}
+    # a command in a process of its own knows it from the run's settings
+    TRUSTED.clear()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert own_files <= {p.name for p in (tmp_path / "out").iterdir()}
+    for given, wanted in (({}, True), ({"trust_remote_code": False}, False)):
+        section = {"rollout": {"vllm": {"args": given}}, "model": {"trust_remote_code": True}}
+        config_of_run = make_config(bandit_settings(tmp_path, model, **section))
+        assert vllm_settings(config_of_run).args["trust_remote_code"] is wanted
     assert load_model_config(str(model)).model_type == "own"
     assert load_tokenizer(str(model)) is not None
+
+
+def test_sft_on_pairs_or_labels_is_warned_of_and_best_of_is_not(tmp_path: Path, tiny_model_dir: Path) -> None:
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    label = {"prompt": "a", "completion": "b", "label": True}
+    scored = {"prompt": "a", "completion": "b", "reward": 0.5, "label": "a"}
+    found: list[str] = []
+    for row in (pair, label, scored, {"prompt": "a", "completion": "b"}):
+        for name in ("sft", "best_of"):
+            settings = bandit_settings(tmp_path, tiny_model_dir, algorithm={"name": name, "kl": {}})
+            settings["algorithm"] = {"name": name}
+            settings |= {"reward": {}}
+            write(tmp_path / "train.jsonl", row)
+            settings["data"]["mode"] = "offline"
+            if name == "best_of" and len(row) == 2:
+                with pytest.raises(ValueError, match=r"train.jsonl:1: no column 'reward' among"):
+                    load_inputs(make_config(settings))
+                continue
+            config = make_config(settings)
+            found += [text for text in warnings(config, load_inputs(config)) if "imitates every" in text]
+    assert [text.partition(", those of ")[2].partition(" too:")[0] for text in found] == [
+        "rejected",
+        "label = false",
+    ]
+
+
+def test_a_reward_model_knows_its_data_and_its_positions(tmp_path: Path, model: Path) -> None:
+    rows = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b" * 40, "rejected": "c"},
+    ]
+    settings = {
+        "task": "reward_model", "run_dir": str(tmp_path / "run"), "batch": {"tokens": 64},
+        "model": {"path": str(model), "dtype": "float32"},
+        "data": {"train": "", "eval": write(tmp_path / "eval.jsonl", rows[0]), "max_completion_tokens": 99},
+    }  # fmt: skip
+    sizes: list[int] = []
+    digests: set[str] = set()
+
+    def load(*given: dict[str, str], **data: Any) -> RewardModelTrainer:
+        settings["data"] |= {"train": write(tmp_path / "pairs.jsonl", *given)} | data
+        return RewardModelTrainer(RewardModelConfig.model_validate(settings))
+
+    for given in (rows, [rows[0], {**rows[1], "rejected": "d"}]):
+        digests.add(digest([e.prompt for e in load(*given).train]))
+    assert len(digests) == 2
+    limits = {"max_completion_tokens": 20, "long_prompts": "skip"}
+    sizes = [len(load(*rows, **limits).train)]
+    assert sizes == [1]
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 42}))
+    # 1 token of the prompt, 40 of the completion, its end, and one more: 43
+    with pytest.raises(
+        ConfigError, match=r"pairs.jsonl:2: prompt and completion need 43 positions, but .* 42"
+    ):
+        load(*rows, max_completion_tokens=99)

@@ -82,6 +82,8 @@ class BatchScores:
         """Samples that got no scores, each with its failure."""
         self.logged: dict[str, list[float]] = {}
         """What calls logged with `log_metric`, by name."""
+        self.extra: list[dict[str, str]] = [{} for _ in range(count)]
+        """What calls logged with `log_extra` for each sample: a text by column."""
         self.to_score: Sequence[int] = range(count)
         """Samples that the function must be called with: not cached, no duplicates."""
         self._duplicates: dict[int, list[int]] = {}
@@ -127,6 +129,10 @@ class BatchScores:
                     failed.append((i, outcome.failure))
             if self.cache is not None and scores is not None:
                 self.cache.put(self._keys[first], scores)
+        for column, texts in outcome.extra.items():
+            for first, text in zip(samples, texts, strict=True):
+                for i in (first, *self._duplicates.get(first, ())):
+                    self.extra[i][column] = text
         for name, values in outcome.metrics.items():
             self.logged.setdefault(name, []).extend(values)
         self.seconds += [outcome.seconds / len(samples)] * len(samples)

@@ -35,7 +35,7 @@ class CallLog:
             sys.stdout.write(f"log_metric({name!r}, {value!r}) is left out: the value is not finite\n")
 
     def log_extra(self, column: str, values: Iterable[Any]) -> None:
-        """Logs a value for each completion, in RUN/rewards.log.
+        """Logs a value for each completion, in RUN/rewards.log and RUN/samples.jsonl.
 
         Raises ValueError for another number of values.
         """

@@ -62,8 +62,7 @@ def serve(connection: int, progress: int, folder: str) -> None:
             os.chdir(folder)
         except BaseException as error:
             # the user's module may raise anything when it is imported; the trainer must learn of it
-            refused = str(error) if isinstance(error, ValueError) and _is_ours(error) else None
-            answers.add({"refused": refused, **describe(error)})
+            answers.add({"refused": _refusal(name, error), **describe(error)})
             answers.send()
             return
         answers.add({"ready": asdict(worker.reward.signature)})
@@ -185,9 +184,12 @@ def allow_cpu_seconds(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Whether this project raised the error, not the user's module: then its message is enough."""
+def _refusal(name: str, error: BaseException) -> str | None:
+    """The message of an error that this project raised, which is enough; None for the user's module's."""
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None:
         frames = frames.tb_next
-    return frames is not None and frames.tb_frame.f_globals.get("__name__") in OURS
+    module = "" if frames is None else str(frames.tb_frame.f_globals.get("__name__"))
+    if not isinstance(error, ValueError) or not module.startswith("rlhf."):
+        return None
+    return str(error) if module in OURS else f"reward function {name}: {error}"
