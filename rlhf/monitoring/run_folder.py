@@ -214,9 +214,16 @@ class RunFolder:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def assert_ours(self) -> None:
-        """Raises RunFolderError where it cannot be the folder of a run: it is a file, or has other files."""
+        """Raises RunFolderError: it is a file, cannot be made, or has files other than those of a run."""
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"the run folder {self.path} is a file; choose another run_dir")
+        path = self.path.absolute()
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise RunFolderError(
+                f"the run folder {self.path} cannot be written: {nearest} is no folder that you may write "
+                "to; choose another run_dir"
+            )
         known = (self.lock, self.metrics, self.checkpoints)
         if self.path.is_dir() and any(self.path.iterdir()) and not any(p.exists() for p in known):
             raise RunFolderError(

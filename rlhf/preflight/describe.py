@@ -277,7 +277,7 @@ def about_inputs(config: Config, inputs: Inputs) -> Iterator[str]:
     if inputs.offline is None and config.data.prompt_column not in columns and chats is not None:
         yield (
             f"{config.data.train} has whole chats (column {chats}): answers are sampled to the messages "
-            "before the assistant's first one, and what follows is not read"
+            "before the assistant's first one, or to all where the assistant has not the last word"
         )
     yield from tags.cautions(config, inputs)
     if any(not isinstance(p.content, str) for p in inputs.train.prompts) and has_clock(inputs.tokenizer):

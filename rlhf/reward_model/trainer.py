@@ -132,7 +132,9 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
 def _check_lengths(path: str, model: PretrainedConfig, examples: Sequence[Example]) -> None:
     """Raises ConfigError when an example does not fit the model."""
     limit = text_settings(model).get("max_position_embeddings")
-    for example in examples if limit is not None else ():
+    if limit is None:
+        return
+    for example in examples:
         # a score is read from the state that would predict one more token
         longest = len(example.prompt.token_ids) + max(map(len, example.completions)) + 1
         if longest > limit:

@@ -74,8 +74,8 @@ def test_a_step_that_is_cut_short_is_shown_without_entropies(tmp_path: Path) -> 
 
 def test_what_a_reward_function_logs_of_a_completion_stands_beside_it(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(
-        "def right(completions, log_extra):\n"
-        "    log_extra('letters', [len(c) for c in completions])\n"
+        "import numpy\ndef right(completions, log_extra):\n"
+        "    log_extra('letters', [numpy.int64(len(c)) for c in completions])\n"
         "    log_extra('why', [[c, {1, 2}] if c == 'b' else c for c in completions])\n"
         "    return [0.0] * len(completions)\n"
     )

@@ -214,6 +214,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a broken sink": (broken_sink, "installed but cannot be imported: No module named 'no_such_package'"),
     "files in the run folder": (run_folder_taken, "holds files that are not those of a run"),
     "a file as run folder": (run_folder_is_a_file, "is a file; choose another run_dir"),
+    "a run folder in a file": (
+        lambda here: {"run_dir": str(here / "train.jsonl" / "run")}, "train.jsonl is no folder that you may"
+    ),
 }  # fmt: skip
 TRAINS: dict[str, Change] = {
     "nulls": rows({"prompt": [{**ASK, "tool_calls": None, "name": None}]}),

@@ -67,9 +67,16 @@ def with_objects(arguments: Mapping[str, Any], log: CallLog) -> dict[str, Any]:
     return {**arguments, **added}
 
 
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of numpy and torch as Python's own. Raises TypeError for anything else."""
+    if not hasattr(value, "tolist"):
+        raise TypeError
+    return value.tolist()
+
+
 def _in_a_line(value: Any) -> str:
     try:
-        text = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False, default=_plain)
     except (TypeError, ValueError):
         text = repr(value).replace("\n", "\\n")
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
