@@ -47,7 +47,7 @@ class Adapter:
     def __init__(self, model: PreTrainedModel, section: LoraConfig, *, seed: int) -> None:
         # imported here because it is an optional dependency; its annotations are too incomplete for pyright
         peft: Any = importlib.import_module("peft")
-        targets, left_out = target_layers(model, section.targets)
+        targets, left_out = _targets(model, section.targets)
         for sentence in (frozen_experts(model), left_out):
             if sentence:
                 log.warning("%s: %s", model.name_or_path, sentence)
@@ -147,24 +147,14 @@ def _merged(base: Tensor, layer: Any) -> Tensor:
     return torch.addmm(base.to(kind), up.to(kind), down.to(kind), alpha=layer.scaling[NAME]).to(base.dtype)
 
 
-def target_layers(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[list[str], str | None]:
+def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[list[str], str | None]:
     """Names of the layers to adapt, for peft: each is the end of a module's path, or the whole path.
 
     Without `wanted` names, every linear layer below the head that can have an adapter; and a sentence about
     the others. Raises ModelError: a name fits no such layer, or there is none at all.
     """
-    head, modules = head_of(model), modules_by_name(model)
-    linears = {n for n, m in modules.items() if isinstance(m, nn.Linear) and _multiplies(m)}
-    linears -= {n for n in linears if modules[n] is head}
+    modules, linears = modules_by_name(model), linear_layers(model, wanted)
     last = sorted({name.rpartition(".")[2] for name in linears})
-    for target in wanted:
-        if not _ending_in(target, linears):
-            near = difflib.get_close_matches(target, last, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "."
-            raise ModelError(
-                f"model.lora.targets has {target!r}, which is no linear layer of {type(model).__name__} "
-                f"below its head{hint} There are: {', '.join(last)}"
-            )
     called = _called(model, {name: modules[name] for name in linears})
     reasons: dict[str, str | None] = {}
     for target in wanted or last:
@@ -186,6 +176,23 @@ def target_layers(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[list[s
             f"an adapter{': ' if told else ''}{told}; train the whole model"
         )
     return sorted(targets), told or None
+
+
+def linear_layers(model: PreTrainedModel, wanted: Sequence[str]) -> set[str]:
+    """The paths of the linear layers below the head. Raises ModelError: none has a name of `wanted`."""
+    head, modules = head_of(model), modules_by_name(model)
+    linears = {n for n, m in modules.items() if isinstance(m, nn.Linear) and _multiplies(m)}
+    linears -= {n for n in linears if modules[n] is head}
+    last = sorted({name.rpartition(".")[2] for name in linears})
+    for target in wanted:
+        if not _ending_in(target, linears):
+            near = difflib.get_close_matches(target, last, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ModelError(
+                f"model.lora.targets has {target!r}, which is no linear layer of {type(model).__name__} "
+                f"below its head{hint} There are: {', '.join(last)}"
+            )
+    return linears
 
 
 @torch.no_grad()

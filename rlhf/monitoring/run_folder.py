@@ -125,7 +125,8 @@ class RunFolder:
         first = text.partition("\n")[0]
         folder = Path(first.removeprefix(STARTED_IN)) if first.startswith(STARTED_IN) else None
         settings: dict[str, Any] = yaml.safe_load(text) or {}
-        parts = Path(str(settings.get("run_dir", ""))).parts
+        run_dir = Path(str(settings.get("run_dir", "")))
+        parts = () if run_dir.is_absolute() else run_dir.parts
         own = self.path.resolve()
         if (folder is None or not folder.is_dir()) and parts and own.parts[-len(parts) :] == parts:
             folder = own.parents[len(parts) - 1]
