@@ -41,7 +41,7 @@ from rlhf.interrupt import Interrupt, Interrupted
 from rlhf.metrics import Max, Mean, Metrics
 from rlhf.monitoring.monitor import Monitor
 from rlhf.monitoring.recording import recording
-from rlhf.monitoring.run_folder import RunFolder, changed_settings
+from rlhf.monitoring.run_folder import RunFolder, changed_settings, with_origin
 
 Settings = TypeVar("Settings", Config, RewardModelConfig)
 
@@ -267,7 +267,7 @@ class Loop(ABC, Generic[Settings]):
             if cursor.steps_done >= self.config.steps:
                 monitor.warn("every step is done already; to continue the run, set steps to a larger number")
         if self.world.is_main:
-            self.folder.write_settings(self.config.to_yaml())
+            self.folder.write_settings(with_origin(self.config.to_yaml()))
             after = -1 if newest is None else cursor.steps_done
             for text in self.folder.cut(after=after, sampled=after + self.is_within_step):
                 monitor.warn(text)

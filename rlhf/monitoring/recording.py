@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
-from pathlib import Path
 
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
 from rlhf.config.section import masked
 from rlhf.distributed.world import World
 from rlhf.monitoring.monitor import Monitor
-from rlhf.monitoring.run_folder import STARTED_IN, RunFolder
+from rlhf.monitoring.run_folder import RunFolder, with_origin
 from rlhf.monitoring.samples import TokenTexts
 
 
@@ -31,7 +30,7 @@ def recording(
     if not world.is_main:
         yield Monitor.silent()
         return
-    text = f"{STARTED_IN}{Path.cwd()}\n{config.to_yaml()}"
+    text = with_origin(config.to_yaml())
     with (
         folder.claim(config=text, resume=config.checkpoint.resume == "auto"),
         Monitor.start(

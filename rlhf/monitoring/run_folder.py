@@ -251,6 +251,11 @@ class RunFolder:
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
 
 
+def with_origin(settings: str) -> str:
+    """The text of config.yaml, which says first where its relative paths start: in the present folder."""
+    return f"{STARTED_IN}{Path.cwd()}\n{settings}"
+
+
 def changed_settings(before: str, now: str) -> list[str]:
     """The settings that differ between two config.yaml, as `learner.lr: 1e-05 -> 2e-05`.
 
