@@ -72,7 +72,7 @@ def guard_library(package: str) -> None:
     setattr(sympy, "parse_expr", read)  # noqa: B010
     for name, module in list(sys.modules.items()):
         if name.startswith(f"{package}."):
-            names = vars(module)
+            names: dict[str, Any] = module.__dict__
             names["eval"] = value_of
             if names.get("parse_expr") is parse_expr:
                 names["parse_expr"] = read
