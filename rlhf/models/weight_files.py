@@ -158,7 +158,7 @@ def check_json(file: Path) -> None:
         raise ModelError(f"{file} must hold an object, got {type(read).__name__}")
     settings = cast(dict[str, Any], read)
     known: Any = importlib.import_module("transformers.models.auto.configuration_auto")
-    kind: Any = cast(dict[str, Any], settings).get("model_type")
+    kind: Any = settings.get("model_type")
     kinds = list[str](known.CONFIG_MAPPING_NAMES)
     if kind not in kinds and "auto_map" not in settings:
         near = difflib.get_close_matches(str(kind), kinds, n=1)

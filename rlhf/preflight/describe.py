@@ -137,8 +137,10 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
         reference = "the iterate"
     why = "no KL term"
     if inputs.algorithm.preference is not None:
-        alone = "compares with the iterate" if inputs.algorithm.needs_iterate else "compares log-probs of the policy alone"
-        why = f"{config.algorithm['name']} {alone}"
+        alone = "log-probs of the policy " + (
+            "and the iterate" if inputs.algorithm.needs_iterate else "alone"
+        )
+        why = f"{config.algorithm['name']} compares {alone}"
     yield f"reference    {reference or f'none: {why}, not loaded'}"
     if config.iteration.steps:
         share = "" if config.iteration.mix == 1.0 else f"by a share of {config.iteration.mix:g} "

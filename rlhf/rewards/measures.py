@@ -64,3 +64,8 @@ def function_metrics(name: str, parts: Sequence[BatchScores], *, has_cache: bool
         values = [value for part in parts for value in part.logged.get(logged, ())]
         metrics[f"reward/{name}/{logged}"] = Mean(math.fsum(values), len(values))
     return metrics
+
+
+def taken(objective: str) -> str:
+    """What is wrong with the name of an objective that is among `TAKEN`."""
+    return f"no objective may be called {objective}, because reward/{objective} is a metric of all of them"

@@ -48,33 +48,26 @@ class RewardModel:
         import torch
 
         from rlhf.compute_dtype import resolve_dtype
-        from rlhf.models.pretrained import (
-            SCORED_AT_END,
-            load_classifier,
-            load_model_config,
-            load_tokenizer,
-            pad_token_of,
-            trust,
-        )
+        from rlhf.models import pretrained
 
         if trust_remote_code:
-            trust(model)
+            pretrained.trust(model)
         torch.set_num_threads(threads)
-        settings: Any = load_model_config(model)
+        settings: Any = pretrained.load_model_config(model)
         found: list[str] = settings.architectures or []
         if not any(name.endswith("ForSequenceClassification") for name in found):
             raise ValueError(
                 f"{model} is no reward model: expected a sequence classifier, got {found or 'nothing'}"
             )
-        self.tokenizer: Any = load_tokenizer(model)
+        self.tokenizer: Any = pretrained.load_tokenizer(model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         computed = getattr(torch, resolve_dtype(dtype, device))
-        self.model: Any = load_classifier(model, computed, device)
+        self.model: Any = pretrained.load_classifier(model, computed, device)
         if self.model.config.pad_token_id is None:
             # without a padding token a classifier reads its score at the last token of the row, padding
             # included
-            self.model.config.pad_token_id = pad_token_of(self.tokenizer)
-        self.scored_at_end = settings.to_dict().items() >= SCORED_AT_END.items()
+            self.model.config.pad_token_id = pretrained.pad_token_of(self.tokenizer)
+        self.scored_at_end = settings.to_dict().items() >= pretrained.SCORED_AT_END.items()
         self.max_tokens, self.transform = max_tokens, transform
         labels: dict[int, str] = self.model.config.id2label
         self.labels = [labels[i] for i in range(self.model.config.num_labels)]

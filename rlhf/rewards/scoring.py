@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.metrics import Metrics, Sum
-from rlhf.rewards.measures import TAKEN, function_metrics, reward_metrics
+from rlhf.rewards.measures import TAKEN, function_metrics, reward_metrics, taken
 from rlhf.rewards.plugin import RewardSpec, name_apart
 from rlhf.rewards.signature import ALWAYS_GIVEN
 from rlhf.rewards.workers.batch import Batch, BatchScores
@@ -90,7 +90,7 @@ class Rewards:
         try:
             for pool in self.pools:
                 if pool.name in TAKEN:
-                    raise ValueError(f"{_taken(pool.name)}: set the function's name")
+                    raise ValueError(f"{taken(pool.name)}: set the function's name")
                 pool.start()
             for pool in self.pools:
                 pool.wait_ready()
@@ -309,7 +309,7 @@ class Rewards:
         for pool, scores in zip(self.pools, scored, strict=True):
             for objective, value in (scores or {}).items():
                 if objective in TAKEN:
-                    raise RewardError(f"reward function {pool.name}: {_taken(objective)}")
+                    raise RewardError(f"reward function {pool.name}: {taken(objective)}")
                 owner = self._owner.setdefault(objective, pool)
                 if owner is not pool:
                     raise RewardError(
@@ -396,7 +396,3 @@ def _log_failure(pool: WorkerPool, sample: str, failure: Failure) -> None:
         details,
         pool.name,
     )
-
-
-def _taken(objective: str) -> str:
-    return f"no objective may be called {objective}, because reward/{objective} is a metric of all of them"
