@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.runs import machine
-from rlhf.algos.advantage import nothing
-from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.algorithm import KL, Algorithm
 from rlhf.algos.preference.losses import ComparedGroup, Pull
 from rlhf.algos.preference.pairing import Comparison
 from rlhf.algos.table import ALGORITHMS
@@ -46,6 +45,8 @@ OVERSHOOT: dict[str, Algorithm] = {
     "chi_po, bound 1": ALGORITHMS["chi_po"](beta=0.1, max_reward=0.5),
     "dpop": ALGORITHMS["dpop"](beta=0.1, lam=5.0),
     "rpo": ALGORITHMS["rpo"](beta=0.1, nll_coef=0.02),
+    "hypo, .01": ALGORITHMS["hypo"](beta=0.1, kl=KL(coef=0.01, estimator="k1", placement="reward")),
+    "hypo, .03": ALGORITHMS["hypo"](beta=0.1, kl=KL(coef=0.03, estimator="k1", placement="reward")),
 }
 ON_POLICY: dict[str, tuple[Algorithm, float]] = {
     "dpo": (ALGORITHMS["dpo"](beta=0.1), 20.0),
@@ -77,9 +78,17 @@ def loss(algorithm: Algorithm, policy: Tensor, reference: Tensor, pairs: Pairs) 
     # better and other of pair m are the completions 2 m and 2 m + 1, of one token each
     runs = run.repeat_interleave(2)
     tokens = torch.stack([pairs.better[run, column], pairs.other[run, column]], dim=1).flatten()
-    logprobs, n = policy[runs, tokens], len(runs)
     better = torch.tensor([1.0, 0.0], dtype=policy.dtype).repeat(len(run))
     preference = algorithm.preference
+    advantages = torch.zeros(len(runs), dtype=policy.dtype)
+    if preference is None:
+        advantages = better * share.repeat_interleave(2)
+    elif algorithm.has_advantages:
+        # own samples, all of them, each as often as it is sampled
+        own, of_own = own_samples(algorithm, policy.detach(), reference)
+        runs, tokens = torch.cat([runs, own[0]]), torch.cat([tokens, own[1]])
+        advantages = torch.cat([advantages, of_own])
+    logprobs, n = policy[runs, tokens], len(runs)
     zeros, everything = torch.zeros_like(logprobs).detach(), torch.ones(n, dtype=torch.bool)
     batch = LossInputs(
         logprobs=logprobs,
@@ -88,12 +97,12 @@ def loss(algorithm: Algorithm, policy: Tensor, reference: Tensor, pairs: Pairs) 
         old_logprobs=logprobs.detach(),
         rollout_logprobs=zeros,
         ref_logprobs=reference[runs, tokens],
-        advantages=zeros if algorithm.advantage is nothing else better * share.repeat_interleave(2),
+        advantages=advantages,
         loss_mask=everything,
         sequence=torch.arange(n),
         turn=torch.zeros(n, dtype=torch.int64),
         # each pair has the weight that makes the sum a mean over its run
-        counts=Counts(tokens=1, sequences=1, comparisons=1.0),
+        counts=Counts(tokens=1, sequences=1, comparisons=1.0, sampled=1),
         kl_coef=0.0,
         recorded=~everything,
         contrasts=None if preference is None else contrasts_of(share),
@@ -102,6 +111,17 @@ def loss(algorithm: Algorithm, policy: Tensor, reference: Tensor, pairs: Pairs) 
         else (pulls_of(preference.pull, pairs, run, column) * share[:, None]).flatten(),
     )
     return algorithm.loss(batch).loss
+
+
+def own_samples(algorithm: Algorithm, policy: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Run and completion `[2, R K]` of all completions, and the expected advantage of each from the KL, which
+    is in the reward: that of infinitely many samples, against the mean of the others.
+    """
+    penalty = algorithm.token_penalty(policy, reference, algorithm.kl.coef)
+    p = policy.exp()
+    advantages = p * ((p * penalty).sum(1, keepdim=True) - penalty)
+    places = torch.cartesian_prod(*(torch.arange(n) for n in policy.shape)).T
+    return places, advantages.flatten()
 
 
 def pulls_of(pull: Pull, pairs: Pairs, run: Tensor, column: Tensor) -> Tensor:
@@ -235,6 +255,9 @@ def check_overshoot(found: dict[str, Any]) -> dict[str, bool]:
     if dpo["steps"][-1] >= 1600:
         checks["dpo gains at first"] = max(dpo["reward"]) > dpo["reward"][0] + 0.05
         checks["dpo ends below its start by more than 1/2"] = dpo["reward"][-1] < dpo["reward"][0] - 0.5
+        hypo = [found[name] for name in ("hypo, .01", "hypo, .03")]
+        checks["hypo with .03 ends above its start"] = hypo[1]["reward"][-1] > hypo[1]["reward"][0]
+        checks["the KL falls with hypo's coefficient"] = dpo["kl"][-1] > hypo[0]["kl"][-1] > hypo[1]["kl"][-1]
     return checks
 
 

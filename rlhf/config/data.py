@@ -14,7 +14,8 @@ class DataConfig(Section):
 
     train: str
     """Prompts to train on, or with `mode: offline` completions: a jsonl or parquet file, a `datasets` folder,
-    or `gym:TASK?setting=value` for a task of reasoning-gym."""
+    a dataset of the Hugging Face hub as `OWNER/NAME:SPLIT` or `OWNER/NAME/CONFIG:SPLIT`, or
+    `gym:TASK?setting=value` for a task of reasoning-gym."""
     eval: str | None = None
     """Held-out prompts, in one of the same forms, or for a preference algorithm held-out pairs; not given:
     there are no evaluations."""

@@ -1,4 +1,6 @@
-"""Reads the lines of a dataset: jsonl, parquet, a `datasets` folder, or a task of reasoning-gym."""
+"""Reads the lines of a dataset: jsonl, parquet, a `datasets` folder, a dataset of the hub, or a task of
+reasoning-gym.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +18,8 @@ from rlhf.rewards import gym
 
 SUFFIXES = (".jsonl", ".parquet")
 READ_AT_ONCE = 1024
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^/:]+))?")
+"""`OWNER/NAME`, `OWNER/NAME:SPLIT` or `OWNER/NAME/CONFIG:SPLIT`."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 log = logging.getLogger(__name__)
@@ -46,11 +50,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     if not path.is_dir():
         near = difflib.get_close_matches(path.name, _entries(path.parent), n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        if not near and not path.suffix:
-            hint = (
-                "; to use a dataset of the hub, save it by datasets.load_dataset(NAME, split=...)"
-                ".save_to_disk(FOLDER) and give FOLDER"
-            )
+        name = None if near or Path(path.parts[0]).exists() else _HUB_NAME.fullmatch(str(path))
+        if name is not None:
+            return _read_hub(name["name"], name["config"], name["split"])
         raise ValueError(f"there is no dataset {path} (looked from {Path.cwd()}){hint}")
     if (path / "dataset_dict.json").is_file():
         splits = [name for name in _entries(path) if (path / name).is_dir()]
@@ -64,6 +66,34 @@ def read_rows(path: Path) -> Iterator[Row]:
             f"{path} is a folder without .jsonl or .parquet files, and not a saved `datasets` folder"
         )
     return (row for file in files for row in _read_file(file))
+
+
+def _read_hub(name: str, config: str | None, split: str | None) -> Iterator[Row]:
+    """A dataset of the Hugging Face hub, or what `datasets` has of it in its cache.
+
+    Raises ValueError: it cannot be had, or has several splits and none is named.
+    """
+    import datasets  # pyright: ignore[reportMissingTypeStubs]
+
+    where = f"{name}/{config}" if config else name
+    try:
+        found: Any = cast(Any, datasets).load_dataset(name, config, split=split)
+    # whatever network, hub and library raise
+    except Exception as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"there is no file or folder {where} (looked from {Path.cwd()}), and the hub gives no dataset of "
+            f"this name: {said:.200}"
+        ) from None
+    if split is None:
+        splits = list(found)
+        if len(splits) > 1:
+            raise ValueError(
+                f"{where} has the splits {', '.join(splits)}: name one, for example {where}:{splits[0]}"
+            )
+        split = splits[0]
+        found = found[split]
+    return _number(Path(f"{where}:{split}"), found)
 
 
 def _read_file(path: Path) -> Iterator[Row]:

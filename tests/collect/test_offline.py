@@ -85,7 +85,6 @@ def test_a_completion_may_be_a_column_of_another_name_or_chat_messages(load: Cal
     ("row", "message"),
     [
         ({"prompt": "x", "completon": "y", "reward": 1}, "no column 'completion' .*did you mean 'completon'"),
-        ({"prompt": "x", "completion": "y", "rewards": 1}, "Set data.reward_column to its name, or to null"),
         ({"prompt": "x", "completion": "", "reward": 1}, "must be non-empty text"),
         ({"prompt": "x", "completion": 7, "reward": 1}, "must be non-empty text"),
         ({"prompt": "x", "completion": "y", "reward": "high"}, "finite number or null, got 'high'"),
@@ -104,6 +103,11 @@ def test_a_wrong_line_is_refused_with_its_place(
     with pytest.raises(ValueError, match=message) as error:
         load([row])
     assert "data.jsonl:1" in str(error.value)
+
+
+def test_a_reward_column_that_is_not_there_is_refused(load: Callable[..., OfflineDataset]):
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: no column 'score' .*Set data.reward_column to its"):
+        load([{"prompt": "x", "completion": "y", "scores": 1}], reward_column="score")
 
 
 def test_columns_that_keep_completions_of_a_prompt_apart_are_named(load: Callable[..., OfflineDataset]):

@@ -195,6 +195,50 @@ def test_a_folder_of_splits_asks_for_one_of_them(tmp_path: Path, tokenizer: PreT
     assert len(load(tmp_path / "both" / "train", tokenizer)) == 2
 
 
+HUB = {"train": Dataset.from_list(ROWS[:1]), "test": Dataset.from_list(ROWS[1:])}
+
+
+@pytest.mark.parametrize(
+    ("given", "asked", "answers"),
+    [
+        ("owner/sums:test", ("owner/sums", None, "test"), [2]),
+        ("owner/sums/hard:train", ("owner/sums", "hard", "train"), [8]),
+    ],
+)
+def test_a_dataset_of_the_hub_is_named_with_its_split(
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    asked: tuple[str, str | None, str],
+    answers: list[int],
+) -> None:
+    def hub(name: str, config: str | None, split: str | None) -> Any:
+        assert (name, config, split) == asked
+        return HUB[asked[2]]
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    found = load(Path(given), tokenizer)
+    assert [prompt.columns["answer"] for prompt in found.prompts] == answers
+    assert found.prompts[0].id == f"{given.rpartition('/')[2]}:1"
+
+
+def test_a_dataset_of_the_hub_without_a_split_names_those_it_has(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    splits: dict[str, Any] = {"owner/both": DatasetDict(HUB), "owner/one": DatasetDict({"test": HUB["test"]})}
+    monkeypatch.setattr("datasets.load_dataset", lambda name, config, split: splits[name])
+    with pytest.raises(
+        ValueError, match=r"owner/both has the splits train, test: name one.*owner/both:train"
+    ):
+        load(Path("owner/both"), tokenizer)
+    assert [p.columns["answer"] for p in load(Path("owner/one"), tokenizer).prompts] == [2]
+
+
+def test_what_the_hub_does_not_have_is_said_with_both_places(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ValueError, match=r"no file or folder owner/none .*, and the hub gives no dataset"):
+        load(Path("owner/none"), tokenizer)
+
+
 def test_a_tokenizer_without_chat_template_is_refused(
     write: Callable[..., Path], tiny_model_dir: Path
 ) -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf.algos.imitation import IMITATION
+from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.table import PREFERENCE
 from rlhf.algos.table import ALGORITHMS
 from rlhf.checkpoints.store import load
@@ -20,8 +21,10 @@ from tests.support import bandit_settings, metrics_of, train, train_interrupted,
 REQUIRED = {"cispo": {"clip_high": 5.0}, "vapo": {"critic": {"warmup_steps": 2}}}
 
 
-# tests/e2e/test_offline_runs.py and test_preference_runs.py have those that learn from data
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in IMITATION | PREFERENCE])
+# tests/e2e/test_offline_runs.py, test_preference_runs.py and test_sampler_runs.py have the others
+@pytest.mark.parametrize(
+    "name", [name for name in ALGORITHMS if name not in IMITATION | PREFERENCE | ONLINE_PREFERENCE]
+)
 def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path, name: str):
     algorithm = {"name": name, "kl": {"coef": 0.0}} | REQUIRED.get(name, {})
     settings = bandit_settings(tmp_path, tiny_model_dir, critic={"lr": 1e-3})

@@ -304,7 +304,7 @@ def test_a_sink_that_is_not_installed_is_a_clear_error_before_training(
     import sys
 
     monkeypatch.setitem(sys.modules, name, None)
-    expected = rf"asks for {name}, which is not installed; pip install 'tandem-rl\[{name}\]'"
+    expected = rf"asks for {name}, which is not installed: pip install 'tandem-rl\[{name}\]'"
     with pytest.raises(ValueError, match=expected):
         Monitor.start(RunFolder(tmp_path), sinks=[name], total_steps=1, samples_per_step=0, settings={})
 
