@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--figure", type=Path, required=True)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=3e-4)
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     model = taught(options.runs, steps=600)
