@@ -137,6 +137,8 @@ def evaluation_config(request: Request, source: Source) -> Config:
         data["eval"] = request.data
     # a judge compares what a run samples
     reward.pop("preference", None)
+    # what is evaluated is sampled from the model alone
+    rollout.pop("samplers", None)
     if request.rewards:
         reward["functions"] = [{"path": path} for path in request.rewards]
     if not data.get("eval"):

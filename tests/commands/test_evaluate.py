@@ -116,6 +116,14 @@ def test_the_judge_of_a_run_has_no_part_in_an_evaluation():
         evaluation_config(Request("m", data="d.jsonl", overrides=given), Source("m", None, None))
 
 
+def test_the_samplers_of_a_run_have_no_part_in_an_evaluation():
+    given = ("rollout.samplers=[{source: policy, n: 1}, {source: iterate, n: 3}]",)
+    config = evaluation_config(
+        Request("m", data="d.jsonl", rewards=("r.py:f",), overrides=given), Source("m", None, None)
+    )
+    assert not config.rollout.samplers and config.rollout.group_size == 8
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
