@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
 from rlhf.trainer import Trainer
 from tests.e2e.test_preference_runs import write_pairs
-from tests.support import bandit_settings, metrics_of
+from tests.faults.processes import Fault, launch
+from tests.support import bandit_settings, metrics_of, without_clocks
 
 JUDGE = f"{Path(__file__).parents[1]}/rewards/my_judges.py:more_a"
 
@@ -44,6 +46,36 @@ def test_a_policy_learns_from_a_judge_alone(tmp_path: Path, tiny_model_dir: Path
         assert step["reward/mean"] == step["reward/more_a"] == pytest.approx(0.5)
         assert step["pairs/groups"] > 0 and step["pairs/probability"] == 1.0
     assert steps[-1]["pairs/chosen_logratio"] > steps[-1]["pairs/rejected_logratio"]
+
+
+def test_a_run_that_was_killed_in_a_duel_goes_on_as_if_it_had_not_been(tmp_path: Path, tiny_model_dir: Path):
+    """Samples of policy and iterate are compared by the judge, whose answers are the labels."""
+    files: list[str] = []
+    for name, fault in (
+        ("straight", None),
+        ("killed", Fault("rlhf.rewards.judges.duels:DuelBatch.arguments", 5)),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        made = settings(
+            folder,
+            tiny_model_dir,
+            pairs={"rule": "all", "labels": "preference"},
+            iteration={"steps": 2},
+            checkpoint={"export": False, "every": 1, "resume": "auto"},
+            steps=4,
+        )
+        made["reward"]["preference"]["batch"] = 8
+        made["rollout"] |= {"prompts_per_step": 2, "samplers": [{"n": 2}, {"source": "iterate", "n": 2}]}
+        [ended] = launch(made, folder / "log", fault=fault)
+        if fault is not None:
+            assert ended.code == -9, ended.said
+            [ended] = launch(made, folder / "again")
+        assert ended.code == 0, ended.said
+        steps = metrics_of(folder)
+        assert all(step["duels/asked"] > 0 for step in steps)
+        files.append(json.dumps(without_clocks(steps)))
+    assert files[0] == files[1]
 
 
 def test_check_says_how_often_the_judge_is_called(tmp_path: Path, tiny_model_dir: Path):
