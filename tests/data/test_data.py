@@ -195,7 +195,7 @@ def test_a_folder_of_splits_asks_for_one_of_them(tmp_path: Path, tokenizer: PreT
     assert len(load(tmp_path / "both" / "train", tokenizer)) == 2
 
 
-HUB = {"train": Dataset.from_list(ROWS[:1]), "test": Dataset.from_list(ROWS[1:])}
+HUB: dict[Any, Dataset] = {"train": Dataset.from_list(ROWS[:1]), "test": Dataset.from_list(ROWS[1:])}
 
 
 @pytest.mark.parametrize(
