@@ -378,6 +378,11 @@ class LossInputs:
     """KL(reference || policy) over the whole vocabulary, when the algorithm asks for it."""
 
 
+def is_own(trajectory: Trajectory) -> bool:
+    """Whether the policy sampled it, at the temperature at which the learner computes log-probs."""
+    return trajectory.rollout_logprobs is not None
+
+
 def is_learnable(trajectory: Trajectory) -> bool:
     """Whether a trajectory has what a loss needs: tokens and a reward."""
     return trajectory.reward is not None and len(trajectory.token_ids) > 0

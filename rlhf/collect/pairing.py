@@ -27,7 +27,7 @@ from rlhf.config.pairs import PairsConfig
 from rlhf.learn.contrasts import compared_group
 from rlhf.metrics import Mean, Metrics, Sum
 from rlhf.plugins import load_plugin
-from rlhf.types import Duel, FinishReason, Group, Source, is_learnable
+from rlhf.types import Duel, FinishReason, Group, is_learnable, is_own
 
 
 class Pairing:
@@ -81,7 +81,7 @@ class Pairing:
     def _own(self, group: Group) -> Group:
         """The policy's own trajectories, each with its win rate in place of its reward."""
         rates = win_rates(self._scored(group))
-        own = [(t, r) for t, r in zip(group.trajectories, rates, strict=True) if t.source == Source.POLICY]
+        own = [(t, r) for t, r in zip(group.trajectories, rates, strict=True) if is_own(t)]
         return replace(group, trajectories=tuple(replace(t, reward=rate) for t, rate in own), duels=())
 
     def _scored(self, group: Group) -> Scored:
@@ -107,7 +107,7 @@ class Pairing:
         trajectories = group.trajectories
         learned = self.preference.learned(compared_group(group, comparisons))
         if self.keeps_own:
-            learned |= {i for i, t in enumerate(trajectories) if t.source == Source.POLICY}
+            learned |= {i for i, t in enumerate(trajectories) if is_own(t)}
         used = sorted(learned)
         place = {old: new for new, old in enumerate(used)}
         duels = tuple(Duel(place[c.better], place[cast(int, c.other)], c.probability) for c in comparisons)

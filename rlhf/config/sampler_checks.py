@@ -39,15 +39,17 @@ def sampler_problems(config: Config, algorithm: Algorithm) -> Iterator[str]:
             f"algorithm {name} compares the policy with the one that sampled, but rollout.samplers has "
             f"completions of {what}: take a preference algorithm, sft, best_of, awr or one of their variants"
         )
-    if algorithm.selection.own_only:
+    compared = algorithm.preference is not None
+    # Nash-MD learns from them alone, HyPO beside pairs of the data
+    if rollout.samplers and (algorithm.selection.own_only or (compared and algorithm.has_advantages)):
         own = [s for s in rollout.samplers if s.source == "policy"]
-        if (rollout.samplers and not own) or any(_differs(config, s) for s in own):
+        if not own or any(_differs(config, s) for s in own):
             yield (
                 f"algorithm {name} learns from the policy's own samples at rollout.temperature, but "
                 "rollout.samplers has none: add {source: policy, n: 1}"
             )
-        if rollout.group_size < 2:
-            yield f"algorithm {name} compares completions of a prompt, but rollout.group_size is 1"
+    if algorithm.selection.own_only and rollout.group_size < 2:
+        yield f"algorithm {name} compares completions of a prompt, but rollout.group_size is 1"
     yield from _iteration_problems(config, algorithm, sources)
 
 

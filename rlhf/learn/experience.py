@@ -30,9 +30,9 @@ from rlhf.types import (
     FinishReason,
     Group,
     PackedGroups,
-    Source,
     Trajectory,
     is_learnable,
+    is_own,
 )
 
 
@@ -374,7 +374,7 @@ def _candidates(trajectories: Sequence[Trajectory], device: torch.device) -> Can
 
 def _own(trajectories: Sequence[Trajectory], device: torch.device) -> Tensor | None:
     """bool `[S]`: what the policy sampled; None where it is all."""
-    own = [t.source == Source.POLICY for t in trajectories]
+    own = list(map(is_own, trajectories))
     return None if all(own) else torch.tensor(own, device=device)
 
 

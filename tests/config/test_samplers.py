@@ -89,6 +89,10 @@ def test_a_group_is_the_sum_of_its_samplers():
             },
             "nash_md learns from the policy's own samples at rollout.temperature",
         ),
+        (
+            {"algorithm": "hypo", "rollout": {"samplers": [{"n": 4, "temperature": 0.5}]}},
+            "hypo learns from the policy's own samples at rollout.temperature",
+        ),
         ({"algorithm": "nash_md", "rollout": {"group_size": 1}}, "but rollout.group_size is 1"),
     ],
 )
