@@ -19,8 +19,6 @@ Further arms are entries of `OVERSHOOT` and `ON_POLICY`: any `Algorithm`, one on
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.runs import machine
+from benchmarks.runs import write_claims
 from rlhf.algos.algorithm import KL, Algorithm
 from rlhf.algos.preference.losses import ComparedGroup, Pull
 from rlhf.algos.preference.pairing import Comparison
@@ -293,20 +291,8 @@ def main() -> None:
     beyond = overshoot(options.steps, options.seeds)
     drawn = on_policy(options.steps // 4, options.seeds)
     asserted = check_overshoot(beyond) | check_on_policy(drawn)
-    results = {
-        "command": " ".join(["python -m benchmarks.preference_bandit", *sys.argv[1:]]),
-        "machine": machine(),
-        "cpu_seconds": round(time.process_time() - begun, 1),
-        "seeds": options.seeds,
-        "overshoot": beyond,
-        "on_policy": drawn,
-        "asserted": asserted,
-    }
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    for claim, held in asserted.items():
-        sys.stdout.write(f"{'holds' if held else 'FAILS'}: {claim}\n")
-    if not all(asserted.values()):
-        sys.exit(1)
+    found = {"seeds": options.seeds, "overshoot": beyond, "on_policy": drawn}
+    write_claims(options.out, "preference_bandit", begun, found, asserted)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ explore   100 completions, the best ones four deviations away from the reference
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.preference_bandit import Pairs, Problem, learn
-from benchmarks.runs import machine
+from benchmarks.runs import write_claims
 from rlhf.algos.algorithm import KL, Algorithm
 from rlhf.algos.table import ALGORITHMS
 from rlhf.tensors.contrasts import Contrasts
@@ -239,20 +237,8 @@ def main() -> None:
     begun = time.process_time()
     circle, hill = cycle(options.steps), explore(300, options.seeds)
     asserted = check_cycle(circle) | check_explore(hill)
-    results = {
-        "command": " ".join(["python -m benchmarks.preference_nash", *sys.argv[1:]]),
-        "machine": machine(),
-        "cpu_seconds": round(time.process_time() - begun, 1),
-        "seeds": options.seeds,
-        "cycle": circle,
-        "explore": hill,
-        "asserted": asserted,
-    }
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    for claim, held in asserted.items():
-        sys.stdout.write(f"{'holds' if held else 'FAILS'}: {claim}\n")
-    if not all(asserted.values()):
-        sys.exit(1)
+    found = {"seeds": options.seeds, "cycle": circle, "explore": hill}
+    write_claims(options.out, "preference_nash", begun, found, asserted)
 
 
 if __name__ == "__main__":

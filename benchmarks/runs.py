@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,21 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def write_claims(
+    file: Path, module: str, begun: float, found: dict[str, Any], asserted: dict[str, bool]
+) -> None:
+    """Writes what a script of tables has found and prints whether each claim holds; exits with 1 if one does
+    not. `begun`: `time.process_time()` at its start.
+    """
+    head = {
+        "command": " ".join([f"python -m benchmarks.{module}", *sys.argv[1:]]),
+        "machine": machine(),
+        "cpu_seconds": round(time.process_time() - begun, 1),
+    }
+    file.write_text(json.dumps(head | found | {"asserted": asserted}, indent=1) + "\n")
+    for claim, held in asserted.items():
+        sys.stdout.write(f"{'holds' if held else 'FAILS'}: {claim}\n")
+    if not all(asserted.values()):
+        sys.exit(1)

@@ -10,20 +10,13 @@ from rlhf.config.load import make_config
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.types import Source
+from tests.config.test_config import settings
 
 BOTH = [{"source": "policy", "n": 1}, {"source": "reference", "n": 2}]
 
 
 def config(**changes: Any) -> Config:
-    base: dict[str, Any] = {
-        "run_dir": "runs/x",
-        "steps": 10,
-        "model": {"path": "m"},
-        "data": {"train": "train.jsonl"},
-        "reward": {"functions": [{"path": "a:b"}]},
-        "algorithm": {"name": "dpo"},
-    }
-    return make_config(base | changes)
+    return make_config(settings(algorithm={"name": "dpo"}) | changes)
 
 
 def test_a_group_is_the_sum_of_its_samplers():

@@ -16,15 +16,15 @@ decided here (`reward.preference.both_orders`).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, replace
 from numbers import Integral
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from rlhf.rewards.builtin import as_text, completion_text
 from rlhf.rewards.plugin import Reward, RewardSpec, find
 from rlhf.rewards.signature import called_by, parameters_of, signature_of
-from rlhf.rewards.workers.return_values import WrongReturn
+from rlhf.rewards.workers.return_values import WrongReturn, read_values
 
 BUILT_IN = {
     "pair_judge": "rlhf.rewards.judges.chat:PairJudge",
@@ -97,16 +97,7 @@ def load_judge(spec: RewardSpec) -> Judge:
 
 def read_verdicts(returned: object, count: int) -> list[float | None]:
     """P(the first is better) of each comparison; None: no verdict. Raises WrongReturn."""
-    values = _plain(returned)
-    if not isinstance(values, list | tuple):
-        raise WrongReturn(
-            f"must return a list of {count} verdicts, one a pair, "
-            f"got {type(returned).__name__} {returned!r:.80}"
-        )
-    listed = cast(Sequence[Any], values)
-    if len(listed) != count:
-        raise WrongReturn(f"must return {count} verdicts, one a pair, got {len(listed)}")
-    return [_verdict(_plain(value)) for value in listed]
+    return [_verdict(_plain(value)) for value in read_values(returned, count, "verdicts, one a pair")]
 
 
 def _verdict(value: Any) -> float | None:

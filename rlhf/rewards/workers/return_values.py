@@ -23,18 +23,19 @@ class _Array(Protocol):
     def tolist(self) -> Any: ...
 
 
-def read_values(returned: object, count: int) -> list[Any]:
-    """The `count` values in a returned list, tuple or array. Raises WrongReturn for anything else."""
+def read_values(returned: object, count: int, what: str = "values, one a completion") -> list[Any]:
+    """The `count` values in a returned list, tuple or array. Raises WrongReturn, which calls them `what`, for
+    anything else.
+    """
     if isinstance(returned, _Array):
         returned = returned.tolist()
     if not isinstance(returned, list | tuple):
         raise WrongReturn(
-            f"must return a list of {count} values, one a completion, "
-            f"got {type(returned).__name__} {returned!r:.80}"
+            f"must return a list of {count} {what}, got {type(returned).__name__} {returned!r:.80}"
         )
     values = cast(Sequence[Any], returned)
     if len(values) != count:
-        raise WrongReturn(f"must return {count} values, one a completion, got {len(values)}")
+        raise WrongReturn(f"must return {count} {what}, got {len(values)}")
     return list(values)
 
 
