@@ -19,9 +19,7 @@ An engine reports log q of each token. `HFMixtureEngine` is the specification th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,14 +36,11 @@ from rlhf.rollout.sampling import RowSampling
 class OtherModel:
     """The model beside the policy in a mixture: `OtherModel(reference.model)`, a module of its own.
 
-    With a LoRA adapter it is the policy's frozen weights, without a copy of them:
-    `OtherModel(policy.model, adapter.off)`.
+    With a LoRA adapter it is `OtherModel(adapter.base_model)`, which has the policy's frozen weights without
+    a copy of them.
     """
 
     module: nn.Module
-    within: Callable[[], AbstractContextManager[Any]] = nullcontext
-    """Makes the context in which `module` computes as the other model. It is entered only while an engine
-    decodes, so never between a forward of the learner and its backward."""
     image_inputs: ImageInputs | None = None
     """As for the policy; both or neither."""
 
@@ -125,7 +120,7 @@ class HFMixtureEngine(HFEngine):
         if image_inputs is not None:
             # a whole forward would take a placeholder that was sampled for one more image
             raise EngineError("the engine hf samples no mixtures of models that read images; expected native")
-        self._within, self._other = other.within, check_mixable(model, other, None)
+        self._other = check_mixable(model, other, None)
         super().__init__(model, eos_token_ids=eos_token_ids)
 
     def _draw(self, sampling: RowSampling) -> Draw:
@@ -133,6 +128,6 @@ class HFMixtureEngine(HFEngine):
 
     def _other_logits(self, token_ids: Tensor) -> Tensor:
         model = self._other
-        with self._within(), sampling_mode(model, exact_attention(model)):
+        with sampling_mode(model, exact_attention(model)):
             mask = torch.ones_like(token_ids)
             return model(input_ids=token_ids, attention_mask=mask, use_cache=False).logits[:, -1]

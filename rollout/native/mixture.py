@@ -50,27 +50,13 @@ class _TwoCaches(SharedPrefixCache):
 class _MixtureDecoder(Decoder):
     """Runs the policy and then `beside`, the decoder of the other model."""
 
-    def __init__(self, policy: Decoder, beside: Decoder, other: OtherModel) -> None:
+    def __init__(self, policy: Decoder, beside: Decoder) -> None:
         super().__init__(policy.model, policy.image_inputs)
-        self._beside, self._within = beside, other.within
-        self._is_one_module = beside.model is policy.model
+        self._beside = beside
 
     @contextmanager
     def running(self) -> Generator[None]:
-        with super().running():
-            if self._is_one_module:
-                yield
-            else:
-                # once for many tokens, because switching an adapter off visits every module
-                with self._within(), self._beside.running():
-                    yield
-
-    @contextmanager
-    def _as_other(self) -> Generator[None]:
-        if self._is_one_module:
-            with self._within():
-                yield
-        else:
+        with super().running(), self._beside.running():
             yield
 
     def new_cache(
@@ -82,8 +68,7 @@ class _MixtureDecoder(Decoder):
         self, cache: SharedPrefixCache, requests: Sequence[RolloutRequest], batch: Sequence[int]
     ) -> tuple[Float[Tensor, "P V"], list[int]]:
         policy, places = super().prefill(cache, requests, batch)
-        with self._as_other():
-            other, others_places = self._beside.prefill(cast(_TwoCaches, cache).other, requests, batch)
+        other, others_places = self._beside.prefill(cast(_TwoCaches, cache).other, requests, batch)
         if places != others_places:
             raise EngineError(
                 "the two models of a mixture give different positions to what follows the same images; "
@@ -96,9 +81,8 @@ class _MixtureDecoder(Decoder):
         self, tokens: Tensor, positions: Tensor, caches: Sequence[SharedPrefixCache], sampling: RowSampling
     ) -> Float[Tensor, "S V"]:
         policy = super().decode(tokens, positions, caches, sampling)
-        with self._as_other():
-            others = [cast(_TwoCaches, cache).other for cache in caches]
-            other = self._beside.decode(tokens, positions, others, sampling)
+        others = [cast(_TwoCaches, cache).other for cache in caches]
+        other = self._beside.decode(tokens, positions, others, sampling)
         return policy if sampling.mixture is None else mixed_logits(policy, other, sampling.mixture)
 
     def clear(self) -> None:
@@ -134,13 +118,12 @@ class NativeMixtureEngine(NativeEngine):
             image_inputs=image_inputs,
         )
         # an engine of its own tests whether the other model can be decoded; then its decoder is ours
-        with other.within():
-            alone = NativeEngine(
-                second,
-                eos_token_ids=(),
-                kv_cache_gib=kv_cache_gib,
-                max_tokens=max_tokens,
-                image_inputs=other.image_inputs,
-            )
-        self._decoder = _MixtureDecoder(self._decoder, alone._decoder, other)
+        alone = NativeEngine(
+            second,
+            eos_token_ids=(),
+            kv_cache_gib=kv_cache_gib,
+            max_tokens=max_tokens,
+            image_inputs=other.image_inputs,
+        )
+        self._decoder = _MixtureDecoder(self._decoder, alone._decoder)
         self._bytes_per_token += alone._bytes_per_token
