@@ -18,7 +18,7 @@ from rlhf.collect.pairing import Pairing
 from rlhf.collect.prefetch import Prefetch
 from rlhf.collect.sampler import Sampler
 from rlhf.collect.sources import Sources
-from rlhf.config.checks import return_candidates
+from rlhf.config.checks.run import return_candidates
 from rlhf.config.rollout import VLLMConfig
 from rlhf.config.run import Config
 from rlhf.distributed.world import World

@@ -37,6 +37,7 @@ ROOMS = (
     "rlhf.checkpoints",
     "rlhf.models",
     "rlhf.rewards",
+    "rlhf.environments",
     "rlhf.data",
     "rlhf.inputs",
     "rlhf.sync",

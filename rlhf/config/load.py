@@ -13,7 +13,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from rlhf.config.algorithm import arguments_of, resolve_algorithm
-from rlhf.config.checks import check_config
+from rlhf.config.checks.run import check_config
 from rlhf.config.errors import explain
 from rlhf.config.overrides import read_settings
 from rlhf.config.reward_model import RewardModelConfig

@@ -1,6 +1,6 @@
 """`Config`, the settings of a run that trains a policy, and the sections `eval`, `checkpoint` and `monitor`.
 
-Checks within one section are methods of its class, checks between sections are in `checks.py`; `load.py`
+Checks within one section are methods of its class, checks between sections are in `checks/`; `load.py`
 reads a file, fills in the defaults of the algorithm and calls them. The keys of `algorithm` are the keyword
 arguments of its function in `algos/table.py`.
 """

@@ -10,7 +10,7 @@ import torch
 
 from rlhf.algos.algorithm import KL
 from rlhf.compute_dtype import in_words
-from rlhf.config.checks import return_candidates
+from rlhf.config.checks.run import return_candidates
 from rlhf.config.reward import JudgeConfig
 from rlhf.config.run import Config
 from rlhf.data.chats import chats_column

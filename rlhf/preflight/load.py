@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.algos.algorithm import Algorithm
-from rlhf.config.checks import return_candidates
+from rlhf.config.checks.run import return_candidates
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.data.chats import chats_column, prompt_of_chat

@@ -15,7 +15,7 @@ import torch
 from rlhf.algos.algorithm import KL, Mismatch
 from rlhf.algos.table import ALGORITHMS
 from rlhf.checkpoints.serialization import group_of, group_state
-from rlhf.config.checks import return_candidates
+from rlhf.config.checks.run import return_candidates
 from rlhf.config.load import make_config
 from rlhf.config.rollout import RolloutConfig
 from rlhf.learn.buffer import Buffer

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf.algos.algorithm import Algorithm
+from rlhf.config.checks.samplers import sampler_problems
 from rlhf.config.pairs import PairsConfig
 from rlhf.config.run import Config
-from rlhf.config.sampler_checks import sampler_problems
 
 
 def return_candidates(config: Config, algorithm: Algorithm) -> bool:

@@ -1,0 +1,1 @@
+"""Checks between settings, made before anything is loaded."""
