@@ -149,7 +149,8 @@ class Trajectory:
     """Everything after the prompt, with its reward.
 
     A second turn after a tool's answer, for example: tokens `a b | t t t | c d` with
-    `loss_mask = 1 1 0 0 0 1 1` and `turns = 0 0 0 0 0 1 1`: the tool's tokens were not chosen by the policy.
+    `loss_mask = 1 1 0 0 0 1 1` and `turns = 0 0 0 0 0 1 1`: the tool's tokens were not chosen by the policy
+    (`rlhf.rollout.episode.of_turns`).
     """
 
     token_ids: tuple[int, ...]
@@ -168,6 +169,8 @@ class Trajectory:
     source: Source = Source.POLICY
     logged: Mapping[str, str] = field(default_factory=dict[str, str])
     """What reward functions logged of it with `log_extra`, by `function/column`."""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    """The turns and what the environment answered, as chat messages; empty for a single turn."""
 
     @classmethod
     def single_turn(

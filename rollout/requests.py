@@ -56,6 +56,44 @@ class Row:
         )
 
 
+@dataclass(slots=True)
+class Finished:
+    """The samples of an engine that have ended and have not been returned, and how many of each request have
+    not ended."""
+
+    _missing: dict[str, int] = field(default_factory=dict[str, int])
+    _samples: list[Completion] = field(default_factory=list[Completion])
+    has_group: bool = False
+    """Whether a whole group has ended since the last `take`: an engine returns no later than that."""
+
+    @property
+    def in_flight(self) -> list[str]:
+        """Ids of the requests of which samples have not ended."""
+        return list(self._missing)
+
+    def expect(self, request: RolloutRequest) -> None:
+        """Counts the samples of a request that begins."""
+        self._missing[request.prompt.id] = request.params.n
+
+    def end(self, row: Row) -> None:
+        """A sample has ended; its group has with its last one."""
+        prompt_id = row.request.prompt.id
+        self._samples.append(row.completion())
+        self._missing[prompt_id] -= 1
+        if not self._missing[prompt_id]:
+            del self._missing[prompt_id]
+            self.has_group = True
+
+    def take(self) -> list[Completion]:
+        """The samples that have ended since the last call, also of groups of which others have not."""
+        taken, self._samples, self.has_group = self._samples, [], False
+        return taken
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._missing, self._samples, self.has_group = {}, [], False
+
+
 def rows_of(request: RolloutRequest, eos_token_ids: Iterable[int], version: int) -> list[Row]:
     """The rows of one request, sorted by `index`."""
     stop_ids = frozenset((*eos_token_ids, *request.params.stop_token_ids))

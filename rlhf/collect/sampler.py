@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.collect.episodes import Episodes
 from rlhf.config.rollout import RolloutConfig
 from rlhf.distributed.world import derive_seed
 from rlhf.metrics import Mean, Metrics, Sum
 from rlhf.models.pretrained import decoded
 from rlhf.rewards.scoring import Rewards, Scoring
 from rlhf.rollout.engine import Measured, RolloutEngine, RolloutRequest, generate, sampling_of
+from rlhf.rollout.episode import Episode, Sample, Turn
 from rlhf.types import Completion, FinishReason, Group, Prompt, Source
 
 
@@ -42,6 +45,8 @@ class Sampler:
     seed: int
     return_candidates: bool = False
     """Whether rollouts for training return the candidates that truncated sampling left."""
+    episodes: Episodes | None = None
+    """What answers the policy between its turns; None: a sample is one completion."""
 
     def request(
         self, prompt: Prompt, *, n: int, label: str, return_candidates: bool = False
@@ -69,21 +74,44 @@ class Sampler:
             requests.append(replace(asked, params=params, source=source, mixture=mixture))
         return requests
 
-    def _as_learned(self, request: RolloutRequest, completion: Completion) -> Completion:
-        """The completion with its source. Its log-probs are those that the learner computes only where the
+    def _as_learned(self, request: RolloutRequest, sample: Sample) -> Sample:
+        """The sample with its source. Its log-probs are those that the learner computes only where the
         policy sampled it at the learner's temperature.
         """
         if request.source == Source.POLICY and request.params.temperature == self.section.temperature:
-            return completion
-        return replace(completion, source=request.source, rollout_logprobs=None, versions=(), candidates=None)
+            return sample
+        if isinstance(sample, Episode):
+            turns: list[Turn] = [
+                _not_own(turn, request.source) if isinstance(turn, Completion) else turn
+                for turn in sample.turns
+            ]
+            return replace(sample, turns=tuple(turns))
+        return _not_own(sample, request.source)
 
     def generate(
         self,
         requests: Sequence[RolloutRequest],
         between: Callable[[], None] | None = None,
         detail: Callable[[str], None] | None = None,
-    ) -> list[list[Completion]]:
-        return generate(self.engine, requests, between=between, arrived=detail and counted(detail))
+    ) -> list[list[Sample]]:
+        seeds = [derive_seed(request.params.seed, "environment") for request in requests]
+        return self._sampled(requests, seeds, between, arrived=detail and counted(detail))
+
+    def _sampled(
+        self,
+        requests: Sequence[RolloutRequest],
+        seeds: Sequence[int],
+        between: Callable[[], None] | None,
+        finished: Callable[[int, list[Sample]], None] | None = None,
+        arrived: Callable[[int, int], None] | None = None,
+    ) -> list[list[Sample]]:
+        """As `generate` of an engine; `seeds` are those of environments."""
+        told: Callable[[int, Any], None] | None = finished
+        if self.episodes is None:
+            found = generate(self.engine, requests, between=between, finished=told, arrived=arrived)
+        else:
+            found = self.episodes.run(requests, seeds, between=between, finished=told, arrived=arrived)
+        return [list(samples) for samples in found]
 
     def measured(self) -> Metrics:
         """The engine's own metrics since the last call; none if it has no metrics."""
@@ -102,12 +130,14 @@ class Sampler:
         ]
         places = [(p, part) for p, asked in enumerate(of_prompt) for part in range(len(asked))]
         requests = [of_prompt[p][part] for p, part in places]
-        done: list[dict[int, list[Completion]]] = [{} for _ in prompts]
-        groups: list[list[Completion]] = [[] for _ in prompts]
+        # what a draw samples again, for a budget, begins like what it sampled before
+        starts = [derive_seed(self.seed, "environment", label.removesuffix("/rest")) for label in labels]
+        done: list[dict[int, list[Sample]]] = [{} for _ in prompts]
+        groups: list[list[Sample]] = [[] for _ in prompts]
         scorings: dict[int, Scoring] = {}
         together = self.rewards.sees_whole_step
 
-        def finished(number: int, part: list[Completion]) -> None:
+        def finished(number: int, part: list[Sample]) -> None:
             place, sampler = places[number]
             done[place][sampler] = [self._as_learned(requests[number], c) for c in part]
             if len(done[place]) < len(of_prompt[place]):
@@ -120,7 +150,8 @@ class Sampler:
 
         hooks.phase("rollout")
         arrived = counted(hooks.detail)
-        generate(self.engine, requests, between=hooks.between, finished=finished, arrived=arrived)
+        seeds = [starts[p] for p, _ in places]
+        self._sampled(requests, seeds, hooks.between, finished, arrived)
         if together:
             return [self._submit(prompts, groups, hooks.step)]
         for place in set(range(len(prompts))) - set(scorings):
@@ -128,7 +159,7 @@ class Sampler:
         return [scorings[place] for place in range(len(prompts))]
 
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], step: int
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Sample]], step: int
     ) -> tuple[list[Group], Metrics]:
         """Scores the completions and waits for the rewards; returns groups and metrics."""
         return self._submit(prompts, completions, step).result()
@@ -136,19 +167,31 @@ class Sampler:
     def _submit(
         self,
         prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[Completion]],
+        completions: Sequence[Sequence[Sample]],
         step: int,
         step_samples: int | None = None,
     ) -> Scoring:
+        prompts = [_prompt_used(p, group) for p, group in zip(prompts, completions, strict=True)]
         texts = [[self.text(c) for c in group] for group in completions]
         state = {"global_step": step}
         return self.rewards.submit(
             prompts, completions, texts, trainer_state=state, step_samples=step_samples
         )
 
-    def text(self, completion: Completion) -> str:
-        """The text of a completion as rewards read it (`reward.special_tokens`)."""
-        return decoded(self.tokenizer, completion.token_ids, self.rewards.dropped_tokens)
+    def text(self, sample: Sample) -> str:
+        """The text of a sample as rewards read it (`reward.special_tokens`)."""
+        return decoded(self.tokenizer, sample.token_ids, self.rewards.dropped_tokens)
+
+
+def _not_own(completion: Completion, source: Source) -> Completion:
+    """A completion of another model, or of the policy at another temperature."""
+    return replace(completion, source=source, rollout_logprobs=None, versions=(), candidates=None)
+
+
+def _prompt_used(prompt: Prompt, samples: Sequence[Sample]) -> Prompt:
+    """The prompt with what the environment put behind it, which all samples that were not lost share."""
+    used = next((s.prompt for s in samples if isinstance(s, Episode) and s.turns), None)
+    return prompt if used is None else replace(used, id=prompt.id)
 
 
 def counted(detail: Callable[[str], None]) -> Callable[[int, int], None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Message = Mapping[str, Any]
 """A chat message: `role` and `content`, a text or a list of parts; perhaps `tool_calls`, `name`."""
@@ -54,6 +54,7 @@ class Lost:
     """The traceback of the user's code, or the last output of the process."""
 
 
+@runtime_checkable
 class Environments(Protocol):
     """The environments of a run, by name; rlhf/environments/pool.py has the one with processes."""
 

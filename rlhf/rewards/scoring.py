@@ -10,7 +10,6 @@ it. Such a sample is not learned from, which is not the same as a reward of 0.
 
 from __future__ import annotations
 
-import logging
 import threading
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -24,13 +23,15 @@ from rlhf.metrics import Metrics, Sum
 from rlhf.rewards.measures import TAKEN, function_metrics, reward_metrics, taken
 from rlhf.rewards.plugin import RewardSpec, name_apart
 from rlhf.rewards.signature import ALWAYS_GIVEN
-from rlhf.rewards.workers.batch import Batch, BatchScores
+from rlhf.rewards.workers.batch import Batch, BatchScores, lost_episodes
 from rlhf.rewards.workers.cache import ScoreCache
-from rlhf.rewards.workers.pool import Call, Failure, Outcome, RewardError, WorkerPool
+from rlhf.rewards.workers.pool import Call, Outcome, RewardError, WorkerPool
 from rlhf.rewards.workers.return_values import Scores
-from rlhf.types import Completion, Group, Prompt, Trajectory
+from rlhf.rollout.episode import Episode, Sample, trajectory_of, turn_metrics
+from rlhf.types import Group, Prompt, Trajectory
 
-logger = logging.getLogger(__name__)
+ENVIRONMENT = "environment "
+"""Before the name of an environment where an objective's owner is named."""
 
 
 class Scoring:
@@ -73,13 +74,16 @@ class Rewards:
         self.extra_weights: Mapping[str, float] = {}
         """By objective, added to the weights in the settings; constraints change them from step to step."""
         self._max_failed_share = max_failed_share
-        self._owner: dict[str, WorkerPool] = {}
+        self._owner: dict[str, str] = {}
+        """By objective: the name of the function that gave it, or `environment NAME`."""
         self._logged: set[tuple[str, str]] = set()
         self._changed = threading.Condition()
         self._failed = [0] * len(specs)
         """Failed samples of each function since the last `gather`."""
         self._given_up: str | None = None
         """Why scoring is given up, empty if the failures say it; None: it is not given up."""
+        self.environment_rewards = False
+        """Whether environments give rewards, so that an episode without any has none."""
         self.max_steps: int | None = None
         """Number of steps of the run, which `trainer_state` says; None: outside a run."""
         self.dropped_tokens: frozenset[int] | None = None
@@ -96,7 +100,7 @@ class Rewards:
                 pool.wait_ready()
             self.check_columns(columns)
             for pool in self.pools:
-                _check_cache(pool)
+                pool.check_cache()
         except ValueError:
             self.close()
             raise
@@ -122,22 +126,24 @@ class Rewards:
     @property
     def weights(self) -> dict[str, float]:
         """Weight of each objective seen so far (objectives of returned dicts are known only then)."""
-        return {objective: self._weight(pool, objective) for objective, pool in self._owner.items()}
+        return {objective: self._weight(owner, objective) for objective, owner in self._owner.items()}
 
     @property
     def owners(self) -> dict[str, str]:
         """Name of the function that gave it, for each objective seen so far."""
-        return {objective: pool.name for objective, pool in self._owner.items()}
+        return dict(self._owner)
 
     def add_owners(self, owners: Mapping[str, str]) -> None:
         """Adds the objectives that another rank, or the run before it was resumed, has seen."""
-        pools = {pool.name: pool for pool in self.pools}
+        known = {pool.name for pool in self.pools}
         for objective, name in owners.items():
-            if name in pools:
-                self._owner.setdefault(objective, pools[name])
+            if name in known or name.startswith(ENVIRONMENT):
+                self._owner.setdefault(objective, name)
 
-    def _weight(self, pool: WorkerPool, objective: str) -> float:
-        configured = pool.spec.weights.get(objective, pool.spec.weight)
+    def _weight(self, owner: str, objective: str) -> float:
+        """That of the settings, 1 for what an environment gives, and what constraints add to it."""
+        spec = next((pool.spec for pool in self.pools if pool.name == owner), None)
+        configured = 1.0 if spec is None else spec.weights.get(objective, spec.weight)
         return configured + self.extra_weights.get(objective, 0.0)
 
     @property
@@ -176,7 +182,7 @@ class Rewards:
     def score(
         self,
         prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[Completion]],
+        completions: Sequence[Sequence[Sample]],
         texts: Sequence[Sequence[str]],
         *,
         trainer_state: Mapping[str, Any],
@@ -187,7 +193,7 @@ class Rewards:
     def submit(
         self,
         prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[Completion]],
+        completions: Sequence[Sequence[Sample]],
         texts: Sequence[Sequence[str]],
         *,
         trainer_state: Mapping[str, Any],
@@ -233,7 +239,9 @@ class Rewards:
             with self._changed:
                 self._failed = [0] * len(self.pools)
                 self._given_up = None
-        metrics = reward_metrics(groups) if self.pools else {}
+        samples = [sample for scoring in scorings for sample in scoring.batch.completions]
+        scored = self.pools or any(t.objectives for group in groups for t in group.trajectories)
+        metrics = (reward_metrics(groups) if scored else {}) | turn_metrics(samples)
         for number, pool in enumerate(self.pools):
             parts = [scoring.by_function[number] for scoring in scorings]
             metrics |= function_metrics(pool.name, parts, has_cache=self.caches[number] is not None)
@@ -246,7 +254,7 @@ class Rewards:
         pool, batch, wanted = self.pools[number], scoring.batch, scoring.by_function[number].to_score
         size = pool.spec.batch
         if size == "group":
-            cuts = [tuple(group) for _, group in batch.groups]
+            cuts = [tuple(i for i in group if batch.lost(i) is None) for _, group in batch.groups]
         elif size == "step":
             cuts = [tuple(wanted)]
         else:
@@ -285,7 +293,7 @@ class Rewards:
             if scoring.done or self._given_up is not None:
                 self._changed.notify_all()
         if first and failed:
-            _log_failure(self.pools[number], scoring.batch.name(failed[0][0]), failed[0][1])
+            self.pools[number].log_failure(scoring.batch.name(failed[0][0]), failed[0][1])
 
     def _wait(self, scoring: Scoring) -> None:
         with self._changed:
@@ -302,38 +310,43 @@ class Rewards:
             for prompt, group in scoring.batch.groups
         ]
 
-    def _trajectory(self, scoring: Scoring, sample: int) -> Trajectory:
-        scored = [scores.scores[sample] for scores in scoring.by_function]
+    def _trajectory(self, scoring: Scoring, number: int) -> Trajectory:
+        sample = scoring.batch.completions[number]
+        scored = [scores.scores[number] for scores in scoring.by_function]
+        given = [(pool.name, s or {}) for pool, s in zip(self.pools, scored, strict=True)]
+        if isinstance(sample, Episode):
+            given.append((f"{ENVIRONMENT}{sample.environment}", sample.rewards))
         objectives: Scores = {}
         total = 0.0
-        for pool, scores in zip(self.pools, scored, strict=True):
-            for objective, value in (scores or {}).items():
-                if objective in TAKEN:
-                    raise RewardError(f"reward function {pool.name}: {taken(objective)}")
-                owner = self._owner.setdefault(objective, pool)
-                if owner is not pool:
-                    raise RewardError(
-                        f"reward functions {owner.name} and {pool.name} both name an "
-                        f"objective {objective!r}; give one another name"
-                    )
+        for owner, values in given:
+            for objective, value in values.items():
+                self._claim(objective, owner)
                 objectives[objective] = value
-                total += self._weight(pool, objective) * value
+                total += self._weight(owner, objective) * value
         complete = bool(objectives) and all(scores is not None for scores in scored)
-        if not self.pools:
+        if not self.pools and not (isinstance(sample, Episode) and self.environment_rewards):
             # the algorithm learns without rewards, from every completion
             complete = True
-        trajectory = Trajectory.single_turn(
-            scoring.batch.completions[sample],
-            text=scoring.batch.texts[sample],
-            reward=total if complete else None,
-            objectives=objectives,
-        )
+        lost = scoring.batch.lost(number) is not None
+        text, reward = scoring.batch.texts[number], total if complete and not lost else None
+        trajectory = trajectory_of(sample, text=text, reward=reward, objectives=objectives)
         logged = {
             f"{pool.name}/{column}": text
             for pool, scores in zip(self.pools, scoring.by_function, strict=True)
-            for column, text in scores.extra[sample].items()
+            for column, text in scores.extra[number].items()
         }
         return replace(trajectory, logged=logged) if logged else trajectory
+
+    def _claim(self, objective: str, owner: str) -> None:
+        """Raises RewardError when an objective may not be called so, or two owners name one alike."""
+        if objective in TAKEN:
+            raise RewardError(f"reward function {owner}: {taken(objective)}")
+        first = self._owner.setdefault(objective, owner)
+        if first != owner:
+            raise RewardError(
+                f"reward functions {first} and {owner} both name an objective {objective!r}; give one "
+                "another name"
+            )
 
     def _refuse_too_many_failures(self, groups: Sequence[Group], scorings: Sequence[Scoring]) -> None:
         rewards = [trajectory.reward for group in groups for trajectory in group.trajectories]
@@ -347,6 +360,7 @@ class Rewards:
             self._blame(pool, [(s.batch, s.by_function[number]) for s in scorings])
             for number, pool in enumerate(self.pools)
         ]
+        blame += [lost_episodes(s.batch) for s in scorings]
         spec = self.pools[0].spec if self.pools else RewardSpec
         raise RewardError(
             f"{without} of {total} {spec.scored}s have no {spec.score}, more than "
@@ -364,35 +378,6 @@ class Rewards:
         return f"{pool.name} failed on {len(failures)} ({failure.message} {where})"
 
 
-def _check_cache(pool: WorkerPool) -> None:
-    if not pool.spec.cache:
-        return
-    if not isinstance(pool.spec.batch, int):
-        raise ValueError(
-            f"reward function {pool.name} sees whole groups or steps, so its score of a sample may depend on "
-            "other samples: set its cache to 0"
-        )
-    if "trainer_state" in (pool.wait_ready().accepts or ()):
-        raise ValueError(
-            f"reward function {pool.name} asks for trainer_state, which changes from step to step: "
-            "set its cache to 0"
-        )
-
-
 def _close(pools: Sequence[WorkerPool]) -> None:
     for pool in pools:
         pool.close()
-
-
-def _log_failure(pool: WorkerPool, sample: str, failure: Failure) -> None:
-    details = f"\n{failure.details.rstrip()}" if failure.details else ""
-    logger.warning(
-        "%s failed on %s %s, which is not learned from: %s%s\n"
-        "(this is logged once; the metric reward/failed/%s counts all)",
-        pool.called,
-        pool.spec.scored,
-        sample,
-        failure.message,
-        details,
-        pool.name,
-    )

@@ -29,7 +29,7 @@ from rlhf.rollout.learner_module import Model, causal_model, take_weights
 from rlhf.rollout.native.cache import SharedPrefixCache
 from rlhf.rollout.native.decoder import Decoder
 from rlhf.rollout.native.model_support import check_decoding, why_unsupported
-from rlhf.rollout.requests import Row, check_requests, rows_of
+from rlhf.rollout.requests import Finished, Row, check_requests, rows_of
 from rlhf.rollout.sampling import Drawn, RowSampling, sample
 from rlhf.types import Completion
 
@@ -90,8 +90,7 @@ class NativeEngine:
         self._eos_token_ids: tuple[int, ...] = ()
         self._waiting: list[list[Row]] = []
         self._cohorts: list[_Cohort] = []
-        self._ended: dict[str, list[Completion]] = {}
-        self._finished: list[Completion] = []
+        self._finished = Finished()
         self._sampling: RowSampling | None = None
         self._version = 0
         self._paused = False
@@ -111,7 +110,7 @@ class NativeEngine:
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         check_requests(
             requests,
-            self._in_flight(),
+            self._finished.in_flight,
             vocabulary,
             takes_images=self._decoder.image_inputs is not None,
             takes_mixtures=self._takes_mixtures,
@@ -127,29 +126,25 @@ class NativeEngine:
                 )
         for request in requests:
             self._waiting.append(rows_of(request, self._eos_token_ids, self._version))
-            self._ended[request.prompt.id] = []
+            self._finished.expect(request)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
         """Decodes until a whole group has finished or `timeout` seconds have passed."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        if self._ended and not self._finished and not self._paused:
+        if not self._paused:
             self._decode_until(deadline)
-        finished, self._finished = self._finished, []
-        return finished
+        return self._finished.take()
 
     def pause(self, mode: PauseMode) -> None:
         """`abort` ends rows with the tokens they have, `wait` decodes them to the end, `keep` holds them."""
         if mode == "abort":
             for row in self._rows_in_flight():
-                self._end(row)
+                self._finished.end(row)
             self._waiting, self._cohorts, self._sampling = [], [], None
         if mode == "wait":
-            finished = self._finished
-            while self._ended:
-                self._finished = []
+            while self._finished.in_flight:
+                self._finished.has_group = False
                 self._decode_until(None)
-                finished.extend(self._finished)
-            self._finished = finished
         self._paused = True
 
     def resume(self) -> None:
@@ -173,25 +168,17 @@ class NativeEngine:
     def close(self) -> None:
         """Drops everything in flight."""
         self._waiting, self._cohorts, self._sampling = [], [], None
-        self._ended, self._finished = {}, []
-
-    def _in_flight(self) -> list[str]:
-        return list(self._ended)
+        self._finished.clear()
 
     def _rows_in_flight(self) -> list[Row]:
         decoding = [row for cohort in self._cohorts for row in cohort.rows]
         return decoding + [row for rows in self._waiting for row in rows]
 
-    def _end(self, row: Row) -> None:
-        """Ends a row; the group is finished with its last row."""
-        prompt_id = row.request.prompt.id
-        self._ended[prompt_id].append(row.completion())
-        if len(self._ended[prompt_id]) == row.request.params.n:
-            self._finished.extend(self._ended.pop(prompt_id))
-
     def _decode_until(self, deadline: float | None) -> None:
+        if self._finished.has_group or not self._finished.in_flight:
+            return
         with self._decoder.running():
-            while self._ended and not self._finished:
+            while self._finished.in_flight and not self._finished.has_group:
                 self._admit()
                 self._decode()
                 if deadline is not None and time.monotonic() >= deadline:
@@ -254,7 +241,7 @@ class NativeEngine:
         for cohort, tokens in zip(cohorts, torch.split(drawn.tokens, sizes), strict=True):
             for row in cohort.record(tokens, list(islice(sampled, len(tokens)))):
                 self._sampling = None
-                self._end(row)
+                self._finished.end(row)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
 
 

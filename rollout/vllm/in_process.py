@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncError, SyncReport, WeightSource
-from rlhf.rollout.requests import Row, check_requests, rows_of
+from rlhf.rollout.requests import Finished, Row, check_requests, rows_of
 from rlhf.rollout.sampling import stream_keys
 from rlhf.rollout.vllm.adapter import (
     adapted_source,
@@ -150,8 +150,7 @@ class VLLMEngine:
     def __init__(self, model: VLLMModel) -> None:
         self._model = model
         self._rows: dict[str, Row] = {}
-        self._ended: dict[str, list[Completion]] = {}
-        self._finished: list[Completion] = []
+        self._finished = Finished()
         self._version = 0
         self._paused = self._asleep = False
         self._first: str | None = None
@@ -187,30 +186,30 @@ class VLLMEngine:
         """Raises EngineError for a prompt that is too long, whose placeholders do not fit its images, or that
         `check_requests` refuses.
         """
-        check_requests(
-            requests, self._ended, self._model.vocabulary, takes_images=self._model.image_format is not None
-        )
+        takes_images = self._model.image_format is not None
+        check_requests(requests, self._finished.in_flight, self._model.vocabulary, takes_images=takes_images)
         for request in requests:
             self._model.check_length(request)
         prompts = [self._prompt(request.prompt) for request in requests]
         self._wake()
         for request, prompt in zip(requests, prompts, strict=True):
-            self._ended[request.prompt.id] = []
+            self._finished.expect(request)
             for row in rows_of(request, self._model.eos_token_ids, self._version):
                 self._start(row, prompt)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
         """Decodes until a whole group has finished or `timeout` seconds have passed."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        self._step(None if timeout is None else time.monotonic() + timeout)
+        return self._finished.take()
+
+    def _step(self, deadline: float | None) -> None:
         # even with seeds vLLM draws one number per step from the global generator, which the learner uses
         with restored_generator():
-            while self._rows and not self._finished and not self._paused:
+            while self._rows and not self._finished.has_group and not self._paused:
                 for output in self._llm.step():
                     self._take(output)
                 if deadline is not None and time.monotonic() >= deadline:
                     break
-        finished, self._finished = self._finished, []
-        return finished
 
     def pause(self, mode: PauseMode) -> None:
         """`abort` ends samples with the tokens so far, `wait` decodes them to the end, `keep` holds them."""
@@ -219,10 +218,9 @@ class VLLMEngine:
             for key in list(self._rows):
                 self._end(key)
         if mode == "wait":
-            finished: list[Completion] = []
             while self._rows:
-                finished.extend(self.poll())
-            self._finished = finished + self._finished
+                self._finished.has_group = False
+                self._step(None)
         self._paused = True
 
     def resume(self) -> None:
@@ -272,7 +270,8 @@ class VLLMEngine:
             self._asleep = True
 
     def close(self) -> None:
-        self._rows, self._ended, self._finished = {}, {}, []
+        self._rows = {}
+        self._finished.clear()
         with kept_process_group(kept=not self._owns_group):
             self._llm.engine_core.shutdown()
         if self._folder is not None:
@@ -336,11 +335,7 @@ class VLLMEngine:
             self._end(output.request_id)
 
     def _end(self, key: str) -> None:
-        row = self._rows.pop(key)
-        prompt_id = row.request.prompt.id
-        self._ended[prompt_id].append(row.completion())
-        if len(self._ended[prompt_id]) == row.request.params.n:
-            self._finished.extend(self._ended.pop(prompt_id))
+        self._finished.end(self._rows.pop(key))
 
 
 def check_prompt(row: Row, seen: Sequence[int] | None) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 
 from rlhf.metrics import Max, Metrics, Sum
 from rlhf.rollout.engine import EngineError, PauseMode, RolloutRequest, SyncReport, WeightSource
-from rlhf.rollout.requests import Row, check_requests, rows_of
+from rlhf.rollout.requests import Finished, Row, check_requests, rows_of
 from rlhf.rollout.vllm.adapter import ADAPTER_NAME
 from rlhf.rollout.vllm.client import ANSWER_TIMEOUT, Replica, ReplicaError
 from rlhf.rollout.vllm.images import SERDE_MODULE, processed_images
@@ -81,8 +81,7 @@ class VLLMServerEngine:
                 importlib.import_module(SERDE_MODULE)
         self._pool = pool or ServerPool(model, service)
         self._samples: dict[str, _Sample] = {}
-        self._ended: dict[str, list[Completion]] = {}
-        self._finished: list[Completion] = []
+        self._finished = Finished()
         self._answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
         size = MAX_SEQUENCES * len(self._pool.replicas)
         self._senders = ThreadPoolExecutor(size, thread_name_prefix="vllm")
@@ -96,7 +95,8 @@ class VLLMServerEngine:
         `check_requests` refuses.
         """
         image_format = self._model.image_format
-        check_requests(requests, self._ended, self._model.vocabulary, takes_images=image_format is not None)
+        takes_images, in_flight = image_format is not None, self._finished.in_flight
+        check_requests(requests, in_flight, self._model.vocabulary, takes_images=takes_images)
         for request in requests:
             self._model.check_length(request)
         features = [
@@ -106,30 +106,30 @@ class VLLMServerEngine:
             for r in requests
         ]
         for request, images in zip(requests, features, strict=True):
-            self._ended[request.prompt.id] = []
+            self._finished.expect(request)
             for row in rows_of(request, self._model.eos_token_ids, self._version):
                 self._samples[f"{request.prompt.id}/{row.index}"] = _Sample(row, images)
             self._route()
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
         """Waits until a whole group has finished or `timeout` seconds have passed."""
-        until = None if timeout is None else time.monotonic() + timeout
-        while self._samples and not self._finished and not self._paused:
+        self._wait(None if timeout is None else time.monotonic() + timeout)
+        return self._finished.take()
+
+    def _wait(self, until: float | None) -> None:
+        while self._samples and not self._finished.has_group and not self._paused:
             wait = POLL_INTERVAL if until is None else max(0.0, min(POLL_INTERVAL, until - time.monotonic()))
             self._take_answers(wait)
             self._watch()
             if until is not None and time.monotonic() >= until:
                 break
-        finished, self._finished = self._finished, []
-        return finished
 
     def pause(self, mode: PauseMode) -> None:
         """`abort` ends samples with the tokens so far, `wait` decodes them to the end, `keep` holds them."""
         if mode == "wait":
-            finished: list[Completion] = []
             while self._samples:
-                finished.extend(self.poll())
-            self._finished = finished + self._finished
+                self._finished.has_group = False
+                self._wait(None)
         if mode == "keep":
             self._post_to_all("/pause?mode=keep")
         if mode == "abort":
@@ -166,7 +166,8 @@ class VLLMServerEngine:
 
     def close(self) -> None:
         """Ends the servers that were started here, and waits until their processes have ended."""
-        self._samples, self._ended, self._finished = {}, {}, []
+        self._samples = {}
+        self._finished.clear()
         self._pool.close()
         self._senders.shutdown(wait=True, cancel_futures=True)
         atexit.unregister(self.close)
@@ -257,10 +258,7 @@ class VLLMServerEngine:
                 self._lose(answer.replica, f"{answer.replica} aborted a sample")
                 return
         del self._samples[answer.key]
-        prompt_id = row.request.prompt.id
-        self._ended[prompt_id].append(row.completion())
-        if len(self._ended[prompt_id]) == row.request.params.n:
-            self._finished.extend(self._ended.pop(prompt_id))
+        self._finished.end(row)
 
     def _abort(self) -> None:
         """Collects the tokens sampled so far from the servers; samples not yet sent end empty."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 from rlhf.rewards.workers.cache import ScoreCache
 from rlhf.rewards.workers.pool import Failure, Outcome
 from rlhf.rewards.workers.return_values import Scores
-from rlhf.types import Completion, Prompt
+from rlhf.rollout.episode import Episode, Sample
+from rlhf.types import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,14 +21,14 @@ class Batch:
 
     groups: list[tuple[Prompt, range]]
     prompts: list[Prompt]
-    completions: list[Completion]
+    completions: list[Sample]
     texts: list[str]
 
     @classmethod
     def of(
         cls,
         prompts: Sequence[Prompt],
-        completions: Sequence[Sequence[Completion]],
+        completions: Sequence[Sequence[Sample]],
         texts: Sequence[Sequence[str]],
     ) -> Batch:
         """The completions of each prompt, and their texts."""
@@ -54,19 +56,39 @@ class Batch:
             "completion_ids": [list(self.completions[i].token_ids) for i in samples],
             "trainer_state": dict(trainer_state),
         }
+        ends = [self.completions[i] for i in samples]
+        if any(isinstance(end, Episode) for end in ends):
+            given["environments"] = [SimpleNamespace(**getattr(end, "state", {})) for end in ends]
         completions = [self.completion(i) for i in samples]
         kept = given if wanted is None else {name: given[name] for name in wanted if name in given}
         return {**kept, "completions": completions}
 
-    def completion(self, sample: int) -> str | list[dict[str, str]]:
-        """A completion as functions get it: text, or the message of a chat where the prompt is a chat."""
-        text = self.texts[sample]
+    def completion(self, sample: int) -> str | list[dict[str, Any]]:
+        """A completion as functions get it: text, or the message of a chat where the prompt is a chat; all
+        messages of an episode."""
+        text, episode = self.texts[sample], self.completions[sample]
+        if isinstance(episode, Episode):
+            return [dict(message) for message in episode.messages]
         is_text = isinstance(self.prompts[sample].content, str)
         return text if is_text else [{"role": "assistant", "content": text}]
+
+    def lost(self, sample: int) -> str | None:
+        """Why the environment of a sample could not go on; None: nothing went wrong, or there is none."""
+        episode = self.completions[sample]
+        return episode.lost if isinstance(episode, Episode) else None
 
     def name(self, sample: int) -> str:
         """The name of a sample in messages: the id of its prompt and its index in the group."""
         return f"{self.prompts[sample].id}#{self.completions[sample].index}"
+
+
+def lost_episodes(batch: Batch) -> str:
+    """What an error says of episodes that could not go on; empty if there are none."""
+    lost = [(i, why) for i in range(len(batch.texts)) if (why := batch.lost(i)) is not None]
+    if not lost:
+        return ""
+    first, why = lost[0]
+    return f"{len(lost)} episodes were lost ({batch.name(first)}: {why})"
 
 
 class BatchScores:
@@ -84,8 +106,10 @@ class BatchScores:
         """What calls logged with `log_metric`, by name."""
         self.extra: list[dict[str, str]] = [{} for _ in range(count)]
         """What calls logged with `log_extra` for each sample: a text by column."""
-        self.to_score: Sequence[int] = range(count)
-        """Samples that the function must be called with: not cached, no duplicates."""
+        self.lost = sum(batch.lost(i) is not None for i in range(count))
+        """Samples that no function is called with, because their environment failed."""
+        self.to_score: Sequence[int] = [i for i in range(count) if batch.lost(i) is None]
+        """Samples that the function must be called with: not lost, not cached, no duplicates."""
         self._duplicates: dict[int, list[int]] = {}
         """For a sample in `to_score`, the later samples that are equal to it."""
         self._keys: list[bytes] = []
@@ -96,7 +120,7 @@ class BatchScores:
     @property
     def cached(self) -> int:
         """Number of samples that need no call: cached, or equal to another sample."""
-        return len(self.scores) - len(self.to_score)
+        return len(self.scores) - self.lost - len(self.to_score)
 
     @property
     def unanswered(self) -> int:
@@ -106,7 +130,8 @@ class BatchScores:
     def _look_up(self, cache: ScoreCache) -> list[int]:
         """Fills in cached scores; returns the samples to score, the first of each set of equal ones."""
         first: dict[bytes, int] = {}
-        for i, key in enumerate(self._keys):
+        for i in self.to_score:
+            key = self._keys[i]
             known = cache.get(key)
             if known is not None:
                 self.scores[i] = known

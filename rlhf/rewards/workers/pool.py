@@ -7,6 +7,7 @@ a failure.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -20,6 +21,7 @@ from rlhf.rewards.signature import Signature
 from rlhf.rewards.workers.environment import hidden
 from rlhf.rewards.workers.process import StartError, WorkerLost, WorkerProcess
 
+logger = logging.getLogger(__name__)
 MOST_WORKERS = 8
 MOST_CALLS = 64
 """Most calls of one job; a job is what a worker is given at once."""
@@ -109,6 +111,35 @@ class WorkerPool:
                 self._ready.clear()
                 raise
         return self.signature
+
+    def check_cache(self) -> None:
+        """Raises ValueError when scores are cached that depend on more than the sample."""
+        if not self.spec.cache:
+            return
+        if not isinstance(self.spec.batch, int):
+            raise ValueError(
+                f"reward function {self.name} sees whole groups or steps, so its score of a sample may "
+                "depend on other samples: set its cache to 0"
+            )
+        if "trainer_state" in (self.wait_ready().accepts or ()):
+            raise ValueError(
+                f"reward function {self.name} asks for trainer_state, which changes from step to step: "
+                "set its cache to 0"
+            )
+
+    def log_failure(self, sample: str, failure: Failure) -> None:
+        """Warns of a failure on a sample, by its name."""
+        details = f"\n{failure.details.rstrip()}" if failure.details else ""
+        logger.warning(
+            "%s failed on %s %s, which is not learned from: %s%s\n"
+            "(this is logged once; the metric reward/failed/%s counts all)",
+            self.called,
+            self.spec.scored,
+            sample,
+            failure.message,
+            details,
+            self.name,
+        )
 
     @property
     def num_workers(self) -> int:

@@ -1,0 +1,354 @@
+"""`Episodes`: runs episodes of several turns; it stands where `generate` stands for completions of one turn.
+
+1. Every sample gets an instance of its environment, which is reset before the first token; the samples of a
+   group get the same columns and seed, so they start alike and share their prompt.
+2. The first turn of a group is one request of n samples. Each finished turn goes to its environment while
+   others decode; the next turn is a request of one sample whose prompt is the token ids so far and those of
+   the observation.
+3. An episode ends when the environment has nothing to answer, after `environment.max_turns` turns, or when
+   `rollout.max_completion_tokens`, which counts observations too, is reached.
+
+Turn k of sample i draws with a seed made of the group's seed, i and k, so what an episode samples does not
+depend on how long an environment took. The environment of a turn that was cut gets no call for it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.prompts import TOOLS
+from rlhf.distributed.world import derive_seed
+from rlhf.environments.conversation import Conversation, without_cuts
+from rlhf.environments.protocol import Ending, Environments, Lost, Message, Reply
+from rlhf.models.chat import ChatError
+from rlhf.models.pretrained import decoded
+from rlhf.rollout.engine import RolloutEngine, RolloutRequest
+from rlhf.rollout.episode import Episode, Observation, Turn
+from rlhf.types import Completion, FinishReason, Prompt
+
+POLL_SECONDS = 0.02
+"""How long the engine decodes, at most, before answers of environments are looked at."""
+WAIT_SECONDS = 0.2
+"""How long answers are waited for, at most, when nothing is decoded."""
+
+Outcome = Reply | Ending | Lost
+Begun = tuple[Message, ...] | Lost
+"""What the reset of a sample has put behind its prompt."""
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """One episode that has not ended."""
+
+    group: _Group
+    index: int
+    prompt: Prompt
+    turns: list[Turn] = field(default_factory=list[Turn])
+    messages: list[Message] = field(default_factory=list[Message])
+    calls: int = 0
+    errors: int = 0
+    malformed: int = 0
+    reason: FinishReason = FinishReason.STOP
+
+    @property
+    def key(self) -> str:
+        return f"{self.group.request.prompt.id}#{self.index}"
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for turn in self.turns for token in turn.token_ids]
+
+
+@dataclass(slots=True, eq=False)
+class _Group:
+    """The samples of one request."""
+
+    number: int
+    request: RolloutRequest
+    name: str
+    running: list[_Running] = field(default_factory=list[_Running])
+    begun: dict[int, Begun] = field(default_factory=dict[int, Begun])
+    done: dict[int, Episode] = field(default_factory=dict[int, Episode])
+
+
+@dataclass(slots=True, eq=False)
+class _Decoding:
+    """One request that the engine has: the episodes whose turns it samples, and how many are missing."""
+
+    episodes: list[_Running]
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
+class Episodes:
+    """`max_turns` and `max_prompt_tokens`: the settings of these names."""
+
+    engine: RolloutEngine
+    environments: Environments
+    conversation: Conversation
+    tokenizer: PreTrainedTokenizerBase
+    max_turns: int
+    max_prompt_tokens: int
+
+    def run(
+        self,
+        requests: Sequence[RolloutRequest],
+        seeds: Sequence[int],
+        *,
+        between: Callable[[], None] | None = None,
+        finished: Callable[[int, list[Episode]], None] | None = None,
+        arrived: Callable[[int, int], None] | None = None,
+    ) -> list[list[Episode]]:
+        """The episodes of each request, sorted by `index`; arguments are those of `generate`.
+
+        `seeds`: what the environments of each request's samples are reset with. An episode whose environment
+        fails has `lost` set; it never raises. Raises RuntimeError as `generate` does.
+        """
+        return _Run(self, requests, seeds, finished, arrived).all(between)
+
+
+class _Run:
+    """One call of `Episodes.run`."""
+
+    def __init__(
+        self,
+        episodes: Episodes,
+        requests: Sequence[RolloutRequest],
+        seeds: Sequence[int],
+        finished: Callable[[int, list[Episode]], None] | None,
+        arrived: Callable[[int, int], None] | None,
+    ) -> None:
+        self.own, self.engine, self.environments = episodes, episodes.engine, episodes.environments
+        self.finished, self.arrived = finished, arrived
+        self.outcomes: SimpleQueue[tuple[_Running, Outcome]] = SimpleQueue()
+        self.asked = 0
+        """Calls of environments that have not been answered."""
+        self.decoding: dict[str, _Decoding] = {}
+        """What the engine samples, by the id of its request."""
+        self.ready: deque[RolloutRequest] = deque()
+        self.groups = [
+            _Group(number, request, self.environments.name_for(request.prompt.columns))
+            for number, request in enumerate(requests)
+        ]
+        self.seeds = seeds
+        self.total = sum(request.params.n for request in requests)
+        self.missing = self.total
+
+    def all(self, between: Callable[[], None] | None) -> list[list[Episode]]:
+        try:
+            for group, seed in zip(self.groups, self.seeds, strict=True):
+                self._begin(group, seed)
+            while self.missing:
+                if between is not None:
+                    between()
+                self._answers()
+                if self.ready:
+                    self.engine.submit([self.ready.popleft() for _ in range(len(self.ready))])
+                self._decode()
+        except BaseException:
+            self.engine.pause("abort")
+            self.engine.poll(timeout=0.0)
+            self.engine.resume()
+            for group in self.groups:
+                for episode in group.running:
+                    self.environments.drop(episode.key)
+            raise
+        return [[group.done[i] for i in sorted(group.done)] for group in self.groups]
+
+    def _begin(self, group: _Group, seed: int) -> None:
+        prompt = group.request.prompt
+        for index in range(group.request.params.n):
+            episode = _Running(group, index, prompt)
+            group.running.append(episode)
+            self.asked += 1
+            finish = partial(self._put, episode)
+            self.environments.begin(episode.key, group.name, prompt.columns, seed, finish)
+
+    def _put(self, episode: _Running, outcome: Outcome) -> None:
+        """Called from another thread."""
+        self.outcomes.put((episode, outcome))
+
+    def _answers(self) -> None:
+        """Goes on with the episodes whose environments have answered; waits for one if nothing decodes."""
+        wait = bool(self.asked) and not self.decoding and not self.ready
+        while self.asked:
+            try:
+                episode, outcome = self.outcomes.get(block=wait, timeout=WAIT_SECONDS)
+            except Empty:
+                return
+            wait = False
+            self.asked -= 1
+            self._go_on(episode, outcome)
+
+    def _go_on(self, episode: _Running, outcome: Outcome) -> None:
+        group = episode.group
+        if episode.index not in group.begun:
+            assert not isinstance(outcome, Ending)
+            group.begun[episode.index] = outcome if isinstance(outcome, Lost) else outcome.messages
+            if len(group.begun) == len(group.running):
+                self._open(group)
+        elif isinstance(outcome, Reply):
+            self._observe(episode, outcome)
+        else:
+            self._end(episode, outcome)
+
+    def _open(self, group: _Group) -> None:
+        """All samples of a group are reset: asks for their first turns, of the prompt that they share."""
+        found = [group.begun[i] for i in range(len(group.running))]
+        first = next((f for f in found if not isinstance(f, Lost)), None)
+        shared = None if first is None else self._prompt(group.request.prompt, first)
+        for episode, own in zip(group.running, found, strict=True):
+            if isinstance(own, Lost):
+                self._end(episode, own)
+            elif isinstance(shared, Lost):
+                self.environments.drop(episode.key)
+                self._end(episode, shared)
+            elif own != first:
+                self.environments.drop(episode.key)
+                self._end(episode, Lost("value", _BEGAN_OTHERWISE.format(name=group.name)))
+            else:
+                assert shared is not None
+                episode.prompt = shared
+        going = [e for e in group.running if e.index not in group.done]
+        if going:
+            assert isinstance(shared, Prompt)
+            self._ask(replace(group.request, prompt=shared), group.running)
+
+    def _prompt(self, prompt: Prompt, messages: Sequence[Message]) -> Prompt | Lost:
+        """The prompt with what the reset has put behind it."""
+        if not messages:
+            return prompt
+        assert not isinstance(prompt.content, str)
+        content = self.own.conversation.put_behind(prompt.content, messages)
+        try:
+            ids = self.own.conversation.prompt(content, cast(Any, prompt.columns.get(TOOLS)))
+        except ChatError as error:
+            return Lost("value", f"what reset returned cannot be written into the prompt: {error}")
+        if len(ids) > self.own.max_prompt_tokens:
+            return Lost(
+                "value",
+                f"with what reset returned the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
+                f"{self.own.max_prompt_tokens}",
+            )
+        return replace(prompt, token_ids=ids, content=without_cuts(content))
+
+    def _ask(self, request: RolloutRequest, episodes: list[_Running]) -> None:
+        self.ready.append(request)
+        self.decoding[request.prompt.id] = _Decoding(episodes, len(episodes))
+
+    def _decode(self) -> None:
+        if not self.decoding:
+            return
+        polled = self.engine.poll(POLL_SECONDS if self.asked else None)
+        if not polled and not self.asked:
+            raise RuntimeError(f"the rollout engine stopped with {self.missing} episodes missing")
+        for completion in polled:
+            decoding = self.decoding[completion.prompt_id]
+            episode = decoding.episodes[completion.index]
+            decoding.missing -= 1
+            if not decoding.missing:
+                del self.decoding[completion.prompt_id]
+            # a sample that was lost at its reset is sampled with its group all the same
+            if episode.index not in episode.group.done:
+                episode.turns.append(completion)
+                self._turn(episode, completion)
+
+    def _turn(self, episode: _Running, completion: Completion) -> None:
+        """The policy has ended a turn: the environment answers."""
+        ended = completion.finish_reason == FinishReason.STOP
+        closed = completion.token_ids[-1:] and completion.token_ids[-1] in self.own.conversation.end_token_ids
+        own = completion.token_ids[:-1] if closed else completion.token_ids
+        text = decoded(self.own.tokenizer, own, frozenset())
+        episode.messages.append({"role": "assistant", "content": text})
+        self.asked += 1
+        finish = partial(self._put, episode)
+        if ended:
+            self.environments.respond(episode.key, tuple(episode.messages), finish)
+        else:
+            episode.reason = completion.finish_reason
+            self.environments.end(episode.key, tuple(episode.messages), finish)
+
+    def _observe(self, episode: _Running, reply: Reply) -> None:
+        """The environment has answered: another turn, or the end."""
+        episode.calls += reply.calls
+        episode.errors += reply.errors
+        episode.malformed += reply.malformed
+        if reply.turn is not None:
+            episode.messages[-1] = reply.turn
+        last = self._turns(episode) == self.own.max_turns
+        if reply.messages and not last:
+            try:
+                token = episode.turns[-1].token_ids[-1]
+                observed = self.own.conversation.observation(reply.messages, token)
+            except ChatError as error:
+                self.environments.drop(episode.key)
+                self._end(episode, Lost("value", f"its answer cannot be written: {error}"))
+                return
+            room = episode.group.request.params.max_tokens - len(episode.tokens) - len(observed)
+            if room > 0:
+                episode.messages += reply.messages
+                episode.turns.append(Observation(observed))
+                self._next(episode, room)
+                return
+            episode.reason = FinishReason.LENGTH
+        self.asked += 1
+        finish = partial(self._put, episode)
+        self.environments.end(episode.key, tuple(episode.messages), finish)
+
+    def _turns(self, episode: _Running) -> int:
+        return sum(isinstance(turn, Completion) for turn in episode.turns)
+
+    def _next(self, episode: _Running, room: int) -> None:
+        request, number = episode.group.request, self._turns(episode)
+        prompt = replace(
+            episode.prompt,
+            id=f"{episode.key}/{number}",
+            token_ids=(*episode.prompt.token_ids, *episode.tokens),
+        )
+        seed = derive_seed(request.params.seed, f"{episode.index}/{number}")
+        params = replace(request.params, n=1, max_tokens=room, seed=seed)
+        self._ask(replace(request, prompt=prompt, params=params), [episode])
+
+    def _end(self, episode: _Running, outcome: Ending | Lost) -> None:
+        group = episode.group
+        ending = outcome if isinstance(outcome, Ending) else Ending()
+        group.done[episode.index] = Episode(
+            prompt=episode.prompt,
+            index=episode.index,
+            turns=tuple(episode.turns),
+            finish_reason=episode.reason,
+            messages=tuple(episode.messages),
+            environment=group.name,
+            rewards=_rewards(group.name, ending.reward),
+            state=ending.state,
+            calls=episode.calls,
+            errors=episode.errors,
+            malformed=episode.malformed,
+            lost=outcome.message if isinstance(outcome, Lost) else None,
+        )
+        self.missing -= 1
+        if self.arrived is not None:
+            self.arrived(self.total - self.missing, self.total)
+        if self.finished is not None and len(group.done) == len(group.running):
+            self.finished(group.number, [group.done[i] for i in sorted(group.done)])
+
+
+_BEGAN_OTHERWISE = (
+    "environment {name}: reset returned another text than for the first sample of the prompt, with the same "
+    "columns and seed; the samples of a prompt are compared, so they must begin alike: draw at random from "
+    "the argument seed of reset"
+)
+
+
+def _rewards(name: str, reward: float | Mapping[str, float] | None) -> Mapping[str, float]:
+    """The environment's own reward by objective."""
+    if reward is None:
+        return {}
+    return {name: reward} if isinstance(reward, (int, float)) else reward
