@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+
+from tests.figures import no_figures
+from tests.runtime_checks import install
 
 # transformers reads this when it is imported, which is later: no test uses the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-if find_spec("beartype"):
-    # beartype checks one random element of a list, drawn from the generator that it binds when imported. It
-    # gets its own one, so that checks, also those in background threads, do not advance the global generator
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(random, "getrandbits", random.Random(0).getrandbits)
-        import_module("beartype")
-    # without the numeric tower an int would be refused for a float
-    install_import_hook("rlhf", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
-
+install()
 torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
@@ -120,6 +112,16 @@ def save_tiny_model(folder: Path, shape: str) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def draws_figures() -> Iterator[None]:
+    """Whether reports have their figures, which take longer than most runs: only where this is overridden."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "rlhf.trainer" in sys.modules:
+            for place, name, value in no_figures():
+                patch.setattr(place, name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

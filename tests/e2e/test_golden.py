@@ -20,6 +20,11 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "grpo_tiny.json"
 NAMES = ("reward/mean", "entropy", "grad_norm", "kl/old", "loss/policy", "length/mean")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def draws_figures() -> None:
+    """The report of this run has its figures."""
+
+
 def figures(folder: Path, model_dir: Path) -> dict[str, list[float]]:
     """The metrics of each step. With only one update a step, the KL to the old policy would be 0."""
     train(bandit_settings(folder, model_dir, steps=6, learner={"minibatches": 2}))
@@ -29,6 +34,7 @@ def figures(folder: Path, model_dir: Path) -> dict[str, list[float]]:
 
 def test_a_seeded_run_makes_the_figures_it_always_made(tmp_path: Path, tiny_model_dir: Path):
     got, golden = figures(tmp_path, tiny_model_dir), json.loads(GOLDEN.read_text())
+    assert (tmp_path / "run" / "report.html").read_text().count("<svg") > 5
     assert got.keys() == golden.keys()
     for name, values in golden.items():
         assert got[name] == pytest.approx(values, rel=1e-3, abs=1e-5), name

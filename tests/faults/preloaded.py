@@ -4,18 +4,16 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pytest  # noqa: F401
 import torch
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-from rlhf.monitoring.report import plots
+import rlhf.cli
+import rlhf.monitoring.report.page  # noqa: F401
+import tests.faults.processes  # noqa: F401
+from tests.figures import no_figures
 
 torch.set_num_threads(1)
-
-
-def no_figure(*_: object) -> str:
-    return ""
-
-
-# the figures of the report would take two thirds of the time of such a small run
-plots.curve = plots.stack = no_figure
+for place, name, value in no_figures():
+    setattr(place, name, value)
