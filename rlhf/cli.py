@@ -1,4 +1,4 @@
-"""The `rlhf` command line: options of train, check, eval, report, export and doctor, and exit statuses."""
+"""The `rlhf` command line: options of train, check, eval, export, combine, report and doctor; exit status."""
 
 from __future__ import annotations
 
@@ -101,6 +101,18 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--adapter", action="store_true", help="write the LoRA adapter alone instead of merged weights"
     )
+    summary = "add LoRA adapters of one model up, each times its weight, exactly"
+    command = commands.add_parser("combine", help=summary, description=_sentence(summary))
+    command.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="ADAPTER=WEIGHT",
+        help="a run folder or an adapter folder, as runs/a=0.5",
+    )
+    command.add_argument(
+        "--out", metavar="FOLDER", required=True, help="the folder to write: new, empty, or an earlier export"
+    )
+    command.add_argument("--merged", action="store_true", help="write the model with the sum in its weights")
     summary = "show what is installed, what works on this machine, and what to install for more"
     commands.add_parser("doctor", help=summary, description=_sentence(summary))
     return parser
@@ -166,7 +178,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _print_lines(options: argparse.Namespace) -> int:
-    """Runs eval, report, export or doctor and prints its lines. Returns the exit status."""
+    """Runs eval, report, export, combine or doctor and prints its lines. Returns the exit status."""
     from rlhf.checkpoints.stateful import CheckpointError
     from rlhf.rewards.workers.pool import RewardError
 
@@ -203,6 +215,10 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
             from rlhf.commands.export import run_export
 
             return run_export(options.source, options.folder, adapter=options.adapter)
+        case "combine":
+            from rlhf.commands.combine import run_combine
+
+            return run_combine(options.adapters, options.out, merged=options.merged)
         case _:
             from rlhf.commands.doctor import run_doctor
 

@@ -146,17 +146,22 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def check_json(file: Path) -> None:
-    """Raises ModelError where a local config.json is damaged, or names an unknown kind of model."""
-    if not file.is_file():
-        return
+def read_json(file: Path) -> dict[str, Any]:
+    """The settings in a JSON file. Raises ModelError: it is damaged, or holds something else."""
     try:
         read: Any = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file} is not JSON: {error}") from None
     if not isinstance(read, dict):
         raise ModelError(f"{file} must hold an object, got {type(read).__name__}")
-    settings = cast(dict[str, Any], read)
+    return cast(dict[str, Any], read)
+
+
+def check_json(file: Path) -> None:
+    """Raises ModelError where a local config.json is damaged, or names an unknown kind of model."""
+    if not file.is_file():
+        return
+    settings = read_json(file)
     known: Any = importlib.import_module("transformers.models.auto.configuration_auto")
     kind: Any = settings.get("model_type")
     kinds = list[str](known.CONFIG_MAPPING_NAMES)

@@ -1,4 +1,4 @@
-"""One short run of a tiny model, which the tests of the commands read."""
+"""Short runs of a tiny model, which the tests of the commands read."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path)
     """The folder of a run of two steps with held-out prompts; tests must only read it."""
     folder = tmp_path_factory.mktemp("finished")
     train(short_settings(folder, tiny_model_dir))
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
+def adapter_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The folder of such a run that trained a LoRA adapter; tests must only read it."""
+    folder = tmp_path_factory.mktemp("adapter")
+    train(short_settings(folder, tiny_model_dir, model={"lora": {"rank": 4}}, learner={"lr": 3e-2}))
     return folder / "run"
 
 

@@ -9,8 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf.cli import main
-from tests.commands.conftest import short_settings
-from tests.support import train
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -46,11 +44,10 @@ def test_a_model_trained_whole_has_no_adapter_and_a_model_is_no_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_is_exported_alone_and_merged(tmp_path: Path, tiny_model_dir: Path, capsys):
-    peft = pytest.importorskip("peft")
-    settings = short_settings(tmp_path, tiny_model_dir, model={"lora": {"rank": 4}}, learner={"lr": 3e-2})
-    train(settings)
-    run = tmp_path / "run"
+def test_an_adapter_is_exported_alone_and_merged(
+    adapter_run: Path, tmp_path: Path, tiny_model_dir: Path, capsys
+):
+    peft, run = pytest.importorskip("peft"), adapter_run
     assert main(["export", str(run), str(tmp_path / "merged")]) == 0, capsys.readouterr().err
     assert main(["export", str(run), str(tmp_path / "adapter"), "--adapter"]) == 0
     assert_same(tmp_path / "merged", run / "model")
