@@ -91,7 +91,7 @@ class Pairing:
         trajectories = group.trajectories
         scored = Scored(
             rewards=[t.reward if is_learnable(t) else None for t in trajectories],
-            tokens=[len(t.token_ids) for t in trajectories],
+            tokens=[sum(t.loss_mask) for t in trajectories],
             truncated=[t.finish_reason == FinishReason.LENGTH for t in trajectories],
             sources=[t.source for t in trajectories],
             duels={(d.first, d.second): d.probability for d in group.duels},

@@ -45,7 +45,8 @@ def oldest_version(group: Group) -> int:
 
 def _staleness(trajectory: Trajectory, version: int) -> list[int]:
     """Staleness of each token, 0 for completions of data."""
-    staleness = [version - span.version for span in trajectory.versions for _ in range(span.start, span.end)]
-    # tokens behind the last span (a tool's answer, for example) count with that span
-    missing = len(trajectory.token_ids) - len(staleness)
-    return staleness + (staleness[-1:] or [0]) * missing
+    versions = [version] * len(trajectory.token_ids)
+    for span in trajectory.versions:
+        # tokens behind a span that are in none (a tool's answer, for example) count with that span
+        versions[span.start :] = [span.version] * (len(versions) - span.start)
+    return [version - sampled_by for sampled_by in versions]

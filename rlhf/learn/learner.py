@@ -57,7 +57,8 @@ class Learner:
         exact += ("kl_reverse",) if exact and algorithm.kl.forward else ()
         self.want = ("logprob", "entropy", *exact)
         self.entropy: Tensor | None = None
-        """`[N]`: entropies of the last experience, from its first pass; NaN for tokens without a pass."""
+        """`[N]`: entropies of the last experience, from its first pass; NaN for tokens without a pass, 0
+        outside the loss mask."""
         self.detail: Callable[[str], None] = lambda _: None
         """Called with the update and the microbatch that are being computed, in words."""
         self._update = ""

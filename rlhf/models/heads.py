@@ -44,11 +44,13 @@ class Head:
         temperature: float,
         want: tuple[str, ...],
         candidates: Candidates | None = None,
+        num_targets: int | None = None,
         **reference: Any,
     ) -> TokenStats:
         """Statistics `[N]` of `targets` `[N]`, given the states `hidden` `[N, H]` that predict them.
 
-        `want` and `reference` (the `ref_...` arguments, for log-probs and KL of a second model) are those of
+        They are 0 where a target is `IGNORED`; `num_targets` is the number of the others, None: all. `want`
+        and `reference` (the `ref_...` arguments, for log-probs and KL of a second model) are those of
         `token_stats`. Where a token has `candidates`, its log-probs are renormalised over them.
         """
         weight, bias = whole(self.module.weight), self.module.bias
@@ -58,15 +60,16 @@ class Head:
             inputs["ref_logprob"] = reference["ref_hidden"], reference["ref_weight"], reference["ref_bias"]
         found = candidate_logprobs(candidates, want, inputs, scaling)
         statistics = TokenStats()
-        if missing := missing_statistics(want, found, candidates):
-            # no target is masked; giving the number spares the host the wait for a GPU that counts them
+        # giving the number spares the host the wait for a GPU that counts them
+        count = len(targets) if num_targets is None else num_targets
+        if missing := missing_statistics(want, found, candidates, count):
             statistics = token_stats(
                 hidden,
                 weight,
                 targets,
                 bias=bias,
                 want=missing,
-                num_unmasked=len(targets),
+                num_unmasked=count,
                 **scaling,
                 **reference,
             )

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlhf.kernels.token_stats import IGNORED
 from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import integers
 from rlhf.types import Images, PackedGroups
@@ -60,12 +61,15 @@ class Packed:
     rows: Tensor
     """`[N]`: index into `T` of the token whose hidden state predicts completion token n."""
     targets: Tensor
-    """`[N]`: the completion tokens."""
+    """`[N]`: the completion tokens; `IGNORED` for a token outside the loss mask, which is read like any other
+    (what a tool answered, for example) and of which no statistic is computed."""
     spans: tuple[GroupSpan, ...]
     images: tuple[Images | None, ...] = ()
     """Images of each span's prompt; empty where no prompt has any. `positions` does not account for them."""
     candidates: Candidates | None = None
     """The candidates that each of the N tokens was drawn from; None: the whole vocabulary."""
+    num_targets: int | None = None
+    """The number of targets that are not `IGNORED`; None: all of them."""
 
     @property
     def longest(self) -> int:
@@ -218,10 +222,14 @@ def microbatches(
 ) -> Iterator[Microbatch]:
     """Packs the given groups of an experience for forward passes of at most `budget` tokens.
 
-    The budget counts the tokens that `layout` computes, repeated prompts and padding included.
+    The budget counts the tokens that `layout` computes, repeated prompts and padding included. Tokens outside
+    the loss mask are read, and no log-prob of them is computed.
     """
-    lengths = _lengths(experience)
+    lengths, wanted = _lengths(experience), _lengths(experience, experience.loss_mask)
     starts = [0, *accumulate(lengths)]
+    candidates = experience.candidates
+    if candidates is not None and lengths != wanted:
+        candidates = candidates.only(experience.loss_mask)
     parts = cut(experience, groups, budget, share=layout == "shared_prefix")
     for units in (fill_rows if layout == "padded" else fill)(parts, budget):
         index = torch.cat([torch.arange(starts[u.first], starts[u.last]) for u in units])
@@ -232,15 +240,20 @@ def microbatches(
         images = [experience.images[u.group] for u in units] if experience.images else ()
         packed = pack([experience.prompts[u.group] for u in units], completions, images)
         index = index.to(experience.token_ids.device)
-        if experience.candidates is not None:
-            packed = replace(packed, candidates=experience.candidates.take(index))
+        num_targets = sum(sum(wanted[u.first : u.last]) for u in units)
+        if num_targets < len(index):
+            targets = packed.targets.masked_fill(~experience.loss_mask[index], IGNORED)
+            packed = replace(packed, targets=targets, num_targets=num_targets)
+        if candidates is not None:
+            packed = replace(packed, candidates=candidates.take(index))
         sequences = [torch.arange(u.first, u.last) for u in units]
         yield Microbatch(packed, index, torch.cat(sequences))
 
 
-def _lengths(experience: PackedGroups) -> list[int]:
-    """Completion tokens of each of the S sequences."""
-    return integers(torch.bincount(experience.sequence, minlength=len(experience.group)))
+def _lengths(experience: PackedGroups, mask: Tensor | None = None) -> list[int]:
+    """Completion tokens of each of the S sequences, or only those in `mask` `[N]`."""
+    sequence = experience.sequence if mask is None else experience.sequence[mask]
+    return integers(torch.bincount(sequence, minlength=len(experience.group)))
 
 
 def separate(packed: Packed) -> Packed:

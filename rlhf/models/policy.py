@@ -147,7 +147,7 @@ class Policy(Trunk):
         reference: Policy | None = None,
         hidden: Tensor | None = None,
     ) -> TokenStats:
-        """Statistics `[N]` of the completion tokens, in nats, at `temperature`; with gradient if enabled.
+        """Statistics `[N]` of `packed.targets`, in nats, at `temperature`; with gradient if enabled.
 
         `want`: names of the statistics, as `token_stats` has them. With a `reference`, its log-prob and the
         exact KLs can be wanted too; none carries gradient into the reference, which may be a model of another
@@ -166,6 +166,7 @@ class Policy(Trunk):
             temperature=temperature,
             want=want,
             candidates=packed.candidates,
+            num_targets=packed.num_targets,
             **ref_arguments,
         )
         if reference is not None:
@@ -200,6 +201,7 @@ class Policy(Trunk):
             packed.targets,
             temperature=temperature,
             want=("kl",),
+            num_targets=packed.num_targets,
             ref_hidden=other,
             ref_weight=self.head.module.weight,
             ref_bias=self.head.module.bias,

@@ -44,13 +44,15 @@ def candidate_logprobs(
 
 
 def missing_statistics(
-    want: tuple[str, ...], found: Mapping[str, Tensor], candidates: Candidates | None
+    want: tuple[str, ...], found: Mapping[str, Tensor], candidates: Candidates | None, num_targets: int
 ) -> tuple[str, ...]:
     """Names of the statistics that still need the whole vocabulary.
 
-    Log-probs are among them if any token has no candidates.
+    Log-probs are among them if any of the `num_targets` tokens that are not ignored has no candidates.
     """
-    return tuple(name for name in want if name not in found) if candidates and candidates.everywhere else want
+    if candidates is None or int((candidates.sizes > 0).sum()) < num_targets:
+        return want
+    return tuple(name for name in want if name not in found)
 
 
 def with_candidates(

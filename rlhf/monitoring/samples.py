@@ -7,11 +7,11 @@ Each line is an object for one group:
          "tokens": ["8", "<|im_end|>"], "advantage": 0.7, "entropy": [1.2, 0.1]}, ...]}
 
 `advantage` is one number where all tokens of a completion have the same advantage, else a list with one
-number for each token. `entropy` (nats, whole vocabulary) is from the forward pass of the update. A completion
-that was not learned from has neither. `entropy` is also absent where the group was skipped (all its
-advantages were 0). A completion that the policy did not sample has its `source`: `reference`, `iterate`,
-`mixture` or `data`. Where reward functions have logged values of a completion (`log_extra`), it has them
-under `logged`, as `{"right/parsed": 8}`.
+number for each token. `entropy` (nats, whole vocabulary) is from the forward pass of the update. Both are 0
+for a token outside the loss mask, as what a tool said. A completion that was not learned from has neither.
+`entropy` is also absent where the group was skipped (all its advantages were 0). A completion that the policy
+did not sample has its `source`: `reference`, `iterate`, `mixture` or `data`. Where reward functions have
+logged values of a completion (`log_extra`), it has them under `logged`, as `{"right/parsed": 8}`.
 """
 
 from __future__ import annotations

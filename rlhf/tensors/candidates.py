@@ -36,11 +36,6 @@ class Candidates:
             return NotImplemented
         return torch.equal(self.ids, other.ids) and torch.equal(self.sizes, other.sizes)
 
-    @property
-    def everywhere(self) -> bool:
-        """Whether sampling was truncated at every token."""
-        return bool((self.sizes > 0).all())
-
     @classmethod
     def of(cls, tokens: Sequence[Sequence[int] | Tensor]) -> Candidates:
         """From the candidates of each token, one sequence of ids a token."""
@@ -67,6 +62,10 @@ class Candidates:
         total = int(sizes.sum())
         places = torch.arange(total, device=sizes.device) + starts.repeat_interleave(sizes, output_size=total)
         return Candidates(self.ids[places], sizes)
+
+    def only(self, mask: Tensor) -> Candidates:
+        """The same tokens, those outside `mask` (bool `[N]`) without candidates."""
+        return Candidates(self.ids[mask.repeat_interleave(self.sizes)], self.sizes * mask)
 
     def to(self, device: torch.device) -> Candidates:
         return Candidates(self.ids.to(device), self.sizes.to(device))

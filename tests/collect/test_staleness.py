@@ -34,5 +34,16 @@ def test_tokens_of_a_tool_do_not_count_in_the_metrics() -> None:
     assert metrics["staleness/mean"] == Mean(2.0, 2)
 
 
+def test_every_turn_has_the_versions_that_sampled_it_though_a_tool_spoke_in_between() -> None:
+    # a a | t t t | b b: the second turn was sampled by later weights, its last token by later ones still
+    mask = (True, True, False, False, False, True, True)
+    spans = (VersionSpan(3, 0, 2), VersionSpan(4, 5, 6), VersionSpan(5, 6, 7))
+    episode = trajectory([7] * 7, 1.0, loss_mask=mask, turns=(0,) * 5 + (1, 1), versions=spans)
+    (result,), metrics = mask_stale_tokens([Group(Prompt("p", (1,), "p"), (episode,))], version=5, bound=1)
+    assert result.trajectories[0].loss_mask == (False,) * 5 + (True, True)
+    # 5 - 3 twice, 5 - 4 and 5 - 5, over the four tokens that the policy chose
+    assert metrics["staleness/mean"] == Mean(2.0 + 2.0 + 1.0 + 0.0, 4)
+
+
 def test_the_oldest_version_is_that_of_the_most_stale_token() -> None:
     assert oldest_version(sampled_by_three_versions()) == 3
