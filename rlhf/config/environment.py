@@ -25,6 +25,9 @@ class EnvironmentConfig(Section):
     """Processes that hold the environments; not given: this rank's share of the cores, at most 8."""
     memory_gib: Annotated[float, Field(gt=0.0)] = 4.0
     """Most memory of one of these processes."""
+    variables: tuple[str, ...] = ()
+    """Names of environment variables that the environment needs, such as keys of services. It gets those that
+    every program needs (`PATH`, `HOME`, ...), that of `params.key_variable`, and these, no others."""
     calls: str = "json_tags"
     """How the policy writes calls of tools. `json_tags`: `<tool_call>{"name": ..., "arguments": ...}
     </tool_call>`. `python`: `[name(argument=value)]`. Or `my.py:function` from a text to a list of calls."""

@@ -20,16 +20,22 @@ class Reply:
     """What an environment answers to `begin` or to a turn of the policy."""
 
     messages: tuple[Message, ...] = ()
-    """New messages, which are put behind the conversation. None after a turn: the episode is over."""
+    """New messages, which are put behind the conversation. None after a turn: the episode is over.
+
+    Of `begin`, the text or the parts that `reset` returned are one message of the user, which belongs to the
+    last message of the prompt (TRL appends it there). The parts of a content are `{"type": "text", "text":
+    ...}` and `{"type": "image", "image": ...}`, the bytes of a PNG."""
     turn: Message | None = None
-    """The policy's turn as a message, with the calls of tools that were found in it (`tool_calls`); None from
-    `begin`."""
+    """The policy's turn as a message: `content` without the calls of tools that were found in it, and these
+    as `tool_calls`, `[{"type": "function", "function": {"name", "arguments"}}]`; None from `begin`."""
     calls: int = 0
     """Calls of tools in this turn that were carried out."""
     errors: int = 0
     """Those of them that raised an exception; the policy was told."""
     malformed: int = 0
-    """Calls that could not be read, or named no tool; the policy was told."""
+    """Calls that could not be read, named no tool, or had arguments that do not fit; the policy was told."""
+    truncated: int = 0
+    """Texts in `messages` that were too long and have been cut, which they say at their end."""
 
 
 @dataclass(frozen=True, slots=True)

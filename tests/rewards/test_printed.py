@@ -15,7 +15,8 @@ import pytest
 
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.workers.keeper import OUTPUT_LIMIT, Keeper
-from rlhf.rewards.workers.process import WorkerLost, WorkerProcess
+from rlhf.rewards.workers.kept import WorkerLost
+from rlhf.rewards.workers.process import WorkerProcess
 
 LINES = 2000
 FUNCTION = f"""

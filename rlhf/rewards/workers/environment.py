@@ -1,17 +1,18 @@
-"""The environment variables of reward workers: those that programs need to run, and those that are named.
+"""The environment variables of workers: those that programs need to run, and those that are named.
 
 The environment of a training run holds keys: of the Hugging Face hub, of W&B, of clouds. A reward
-function judges what a policy wrote, often with libraries of others, so it gets no key that its settings do
-not name.
+function judges what a policy wrote, often with libraries of others, and an environment does what it asks for,
+so they get no key that their settings do not name.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from rlhf.config.section import MASK, holds_mask
-from rlhf.rewards.plugin import RewardSpec
 
 # a worker must not compete with the threads of the trainer
 SINGLE_THREADED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
@@ -28,17 +29,40 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE", re.IGNOREC
 """In a name, what makes its value a secret wherever it stands."""
 
 
-def environment(spec: RewardSpec) -> dict[str, str]:
+@runtime_checkable
+class NeedsVariables(Protocol):
+    """The settings of what runs in a worker, as far as they decide on its environment variables."""
+
+    @property
+    def kind(self) -> str:
+        """What messages call it: "reward function", "judge", "environment"."""
+        ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def params(self) -> Mapping[str, Any]: ...
+
+    @property
+    def variables(self) -> Sequence[str]:
+        """Names of the variables that it gets beside those that all programs need."""
+        ...
+
+    @property
+    def gpu(self) -> bool: ...
+
+
+def environment(spec: NeedsVariables) -> dict[str, str]:
     """The environment of a worker. Raises ValueError where `variables` names one that is not set."""
     for name in spec.variables:
         if name not in os.environ:
             raise ValueError(
-                f"reward function {spec.path}: the environment variable {name}, named by variables, "
-                "is not set"
+                f"{spec.kind} {spec.path}: the environment variable {name}, named by variables, is not set"
             )
     if holds_mask(dict(spec.params)):
         raise ValueError(
-            f"reward function {spec.path}: a secret in its params is masked ({MASK}), because config.yaml "
+            f"{spec.kind} {spec.path}: a secret in its params is masked ({MASK}), because config.yaml "
             "does not keep secrets; give it again, or name an environment variable as key_variable"
         )
     kept = {name: value for name, value in os.environ.items() if _is_given(name, spec)}
@@ -48,19 +72,19 @@ def environment(spec: RewardSpec) -> dict[str, str]:
     return kept | dict.fromkeys(SINGLE_THREADED, "1") | gpus | printing
 
 
-def hidden(message: str, spec: RewardSpec) -> str:
+def hidden(message: str, spec: NeedsVariables) -> str:
     """What to add to a function's error whose message names a variable that is set, but not given to it."""
     names = [name for name in re.findall(r"\b[A-Z][A-Z0-9_]{2,}\b", message) if name in os.environ]
     missing = sorted({name for name in names if not _is_given(name, spec)})
     if not missing:
         return ""
     return (
-        f"\n{', '.join(missing)} is set here, but reward functions get the environment variables that their "
-        f"settings name, no others: add variables: [{', '.join(missing)}] to this function"
+        f"\n{', '.join(missing)} is set here, but {spec.kind}s get the environment variables that their "
+        f"settings name, no others: add variables: [{', '.join(missing)}] to this {spec.kind.split()[-1]}"
     )
 
 
-def _is_given(name: str, spec: RewardSpec) -> bool:
+def _is_given(name: str, spec: NeedsVariables) -> bool:
     if name in spec.variables or name == spec.params.get("key_variable"):
         return True
     return KEPT.fullmatch(name) is not None and SECRET.search(name) is None

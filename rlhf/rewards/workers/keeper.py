@@ -1,10 +1,10 @@
-"""The keeper: supervisor process of one reward worker, which limits and kills it with all that it started.
+"""The keeper: supervisor process of one worker, which limits and kills it with all that it started.
 
-    trainer --line--> keeper --fork--> worker (the reward function) --> whatever the function starts
+    trainer --line--> keeper --fork--> worker (a reward function, environments) --> whatever they start
     trainer <------------samples and scores------------> worker
 
 The keeper runs no user code, so it is reliable where the worker is not. It adopts the orphans of all
-processes below it (PR_SET_CHILD_SUBREAPER). So no process that a reward function starts can escape, neither
+processes below it (PR_SET_CHILD_SUBREAPER). So no process that user code starts can escape, neither
 by opening a session of its own nor by outliving its parent. The keeper kills the whole tree, by SIGKILL, when
 the trainer asks, when the trainer has ended for whatever reason, when the worker ends, and when the tree has
 too many processes or uses too much memory. Then the keeper ends: it supervises only one worker.
@@ -26,6 +26,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -70,8 +71,8 @@ def main() -> None:
             sys.stderr.flush()
             os._exit(status)
     os.close(workers_output)
-    os.close(settings["data"])
-    os.close(settings["progress"])
+    for descriptor in settings["passed"]:
+        os.close(descriptor)
     keeper = Keeper(worker, settings, output)
     ended = None
     try:
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def _become_worker(settings: dict[str, Any], libc: ctypes.CDLL, output: int) -> None:
-    """In the forked child: closes the keeper's files, sets limits, and serves the reward function."""
+    """In the forked child: closes the keeper's files, sets limits, and serves what the settings name."""
     os.setsid()
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     os.close(settings["line"])
@@ -97,10 +98,10 @@ def _become_worker(settings: dict[str, Any], libc: ctypes.CDLL, output: int) -> 
     # limits private writable memory; RLIMIT_AS would also count what libraries map or only reserve
     resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
     sys.path[:] = settings["path"]
-    sys.argv[:] = ["reward"]
-    from rlhf.rewards.workers.worker import serve
-
-    serve(settings["data"], settings["progress"], settings["cwd"])
+    sys.argv[:] = ["worker"]
+    module, _, function = str(settings["serve"]).partition(":")
+    serve = getattr(import_module(module), function)
+    serve(*settings["passed"], settings["cwd"])
 
 
 class Keeper:

@@ -19,7 +19,8 @@ from typing import Any
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.signature import Signature
 from rlhf.rewards.workers.environment import hidden
-from rlhf.rewards.workers.process import StartError, WorkerLost, WorkerProcess
+from rlhf.rewards.workers.kept import StartError, WorkerLost
+from rlhf.rewards.workers.process import WorkerProcess
 
 logger = logging.getLogger(__name__)
 MOST_WORKERS = 8
@@ -147,9 +148,7 @@ class WorkerPool:
         assert self.signature is not None
         if self.spec.workers is not None:
             return self.spec.workers
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        cores = len(os.sched_getaffinity(0)) // ranks
-        return 1 if self.signature.is_class else max(1, min(MOST_WORKERS, cores))
+        return 1 if self.signature.is_class else share_of_cores()
 
     def submit(self, calls: Sequence[Call]) -> None:
         """Queues calls; `finish` of each is called from another thread. Raises what `check` raises."""
@@ -323,6 +322,12 @@ class WorkerPool:
         with self._changed:
             self._queue.extendleft(reversed(calls))
             self._changed.notify_all()
+
+
+def share_of_cores() -> int:
+    """This rank's share of the cores, at least 1 and at most MOST_WORKERS."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // ranks))
 
 
 def _logged(answer: Mapping[str, Any]) -> dict[str, Any]:
