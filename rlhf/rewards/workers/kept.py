@@ -206,7 +206,8 @@ class KeptProcess:
     def wait(self, seconds: float) -> set[int]:
         """Waits until something can be read; returns from which descriptors."""
         poll = self._both if self._ended is None else self._answers
-        return {descriptor for descriptor, _ in poll.poll(max(0.0, seconds) * 1000)}
+        ready = poll.poll(max(0.0, seconds) * 1000)
+        return {descriptor for descriptor, events in ready if events & ~select.POLLOUT}
 
     def _read(self) -> None:
         try:

@@ -18,7 +18,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -156,20 +156,25 @@ class Worker:
         return {"scores": scores, "cause": cause}
 
 
-def describe(error: BaseException) -> Answer:
-    """An exception as an answer: type, message, and traceback from the first frame of the user's code on."""
+def describe(error: BaseException, is_ours: Callable[[str], bool] = OURS.__contains__) -> Answer:
+    """An exception as an answer: type, message, and traceback from the first frame of the user's code on.
+
+    `is_ours` says of the name of a module whether its frames are left out.
+    """
     if isinstance(error, WrongReturn):
         return {"wrong": str(error)[:LONGEST_TEXT]}
     frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_globals.get("__name__") in OURS:
+    while frames is not None and is_ours(str(frames.tb_frame.f_globals.get("__name__"))):
         frames = frames.tb_next
     text = "".join(traceback.format_exception(type(error), error, frames))
+    return {"raised": raised(error), "traceback": text[-LONGEST_TEXT:]}
+
+
+def raised(error: BaseException) -> str:
+    """Type and message of an exception."""
     # not str(error): the __str__ of an exception may itself raise
     _, colon, message = traceback.format_exception_only(error)[-1].strip().partition(": ")
-    return {
-        "raised": f"{type(error).__name__}{colon}{message}"[:LONGEST_TEXT],
-        "traceback": text[-LONGEST_TEXT:],
-    }
+    return f"{type(error).__name__}{colon}{message}"[:LONGEST_TEXT]
 
 
 def allow_cpu_seconds(seconds: float) -> None:
