@@ -13,7 +13,7 @@ own group size counts, no correction is made for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -181,6 +181,38 @@ def gdpo_advantage(inputs: AdvantageInputs) -> Tensor:
     """`gdpo` as an `Advantage`: the value of each sequence, given to all its tokens."""
     x = inputs
     return to_tokens(gdpo(x.objectives, x.group, x.objective_weights, all_sum=x.all_sum), x)
+
+
+def by_turn(tool_objectives: Sequence[str], coef: float, *, eps: float = 1e-6) -> Advantage:
+    """Normalised outcome + `coef` * normalised tool reward in the first turn, outcome alone in later ones (DTPO).
+
+    The tool reward is the weighted sum of `tool_objectives`, the outcome that of all other objectives less the
+    penalties of a KL in the reward; each is normalised over its group (`group_normalize`, arXiv:2512.03794). A
+    completion that answers at once has one turn, the first, so that it gets both parts, as in the paper's code.
+    A completion without any objective of a part has none of its advantage, and is in none of its statistics:
+    the paper's tool reward is 0, not missing, where no tool was called.
+    """
+    if not tool_objectives:
+        raise ValueError("tool_objectives is empty: name the objectives that judge how a tool was called")
+
+    def advantage(inputs: AdvantageInputs) -> Tensor:
+        x = inputs
+        of_tool = [k for k, name in enumerate(x.names) if name in tool_objectives]
+        others = [k for k in range(x.objectives.shape[1]) if k not in of_tool]
+        outcome = without_penalty(replace(x, rewards=_weighted(x, others)))
+        outcomes = to_tokens(group_normalize(outcome, x.group, eps=eps), x)
+        tools = to_tokens(group_normalize(_weighted(x, of_tool), x.group, eps=eps), x)
+        return outcomes + coef * tools.masked_fill(x.turn > 0, 0.0)
+
+    return advantage
+
+
+def _weighted(inputs: AdvantageInputs, chosen: Sequence[int]) -> Tensor:
+    """`[S]`: the weighted sum of the objectives with these numbers; NaN where a sequence has none of them."""
+    objectives = inputs.objectives[:, chosen]
+    weights = inputs.objective_weights[chosen].to(objectives.dtype)
+    total = objectives.nan_to_num(nan=0.0) @ weights
+    return total.masked_fill(objectives.isnan().all(dim=1), torch.nan)
 
 
 def reinforce_pp_advantage(inputs: AdvantageInputs) -> Tensor:

@@ -26,12 +26,12 @@ from rlhf.algos.perception import Perception
 from rlhf.algos.preference.losses import Preference, contrast_loss
 from rlhf.algos.prompt_temperature import PromptTemperature
 from rlhf.algos.ratio import TOKEN_TIS, Mismatch, Ratio, mismatch_k3
-from rlhf.algos.reduction import Reduction
+from rlhf.algos.reduction import Reduction, Where
 from rlhf.algos.shaping import EVERYTHING, Selection, unshaped
 from rlhf.algos.surrogate import Surrogate
 from rlhf.metrics import ExpMean, Max, Mean, Metrics
 from rlhf.tensors.transfer import numbers
-from rlhf.types import Counts, CriticTargets, LossInputs
+from rlhf.types import CriticTargets, LossInputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,8 @@ class Algorithm:
     """Which of the sampled groups and completions are learned from."""
     from_data: FromData | None = None
     """For an algorithm that may learn from data. None: only completions of the policy itself will do."""
+    objectives: tuple[str, ...] = ()
+    """Names of objectives that the advantage reads; some completion of each step is to have each of them."""
     scores_samples: bool = True
     """Whether samples are learned from by their rewards; not where all labels are the data's (HyPO)."""
     cautions: tuple[str, ...] = ()
@@ -163,26 +165,25 @@ class Algorithm:
         assert self.kl.placement == "reward"
         return kl_coef * ESTIMATORS[self.kl.estimator](old_logprobs, ref_logprobs).detach()
 
-    def value_loss(
-        self, values: Tensor, targets: CriticTargets, mask: Tensor, sequence: Tensor, counts: Counts
-    ) -> LossOutput:
+    def value_loss(self, values: Tensor, targets: CriticTargets, where: Where) -> LossOutput:
         """The critic's loss of one microbatch, as its share of the whole update's loss.
 
-        `values`, `mask` and `sequence` are `[N]`; `values` carry gradient.
+        `values` `[N]` carry gradient.
         """
         assert self.critic is not None
-        values = values.masked_fill(~mask, 0.0)
-        targets = CriticTargets(*(x.masked_fill(~mask, 0.0) for x in (targets.values, targets.returns)))
-        loss = self.reduction(self.critic.loss(values, targets), mask, sequence, counts)
-        return LossOutput(self.critic.coef * loss, _critic_metrics(values, targets, mask, loss, counts))
+        values = values.masked_fill(~where.mask, 0.0)
+        targets = CriticTargets(*(x.masked_fill(~where.mask, 0.0) for x in (targets.values, targets.returns)))
+        loss = self.reduction(self.critic.loss(values, targets), where)
+        return LossOutput(self.critic.coef * loss, _critic_metrics(values, targets, where, loss))
 
     def loss(self, batch: LossInputs) -> LossOutput:
         """The policy's loss of one microbatch, as its share of the whole update's loss: shares add up."""
         batch = _silence(batch)
         mask, sequence = batch.loss_mask, batch.sequence
+        where = Where(mask, sequence, batch.turn, batch.counts)
 
         def reduce(x: Tensor) -> Tensor:
-            return self.reduction(x, mask, sequence, batch.counts)
+            return self.reduction(x, where)
 
         mismatch = _log_mismatch(batch)
         weight = self.mismatch.weight(mismatch, mask, sequence)
@@ -262,10 +263,9 @@ def _log_mismatch(batch: LossInputs) -> Tensor:
 
 
 @torch.no_grad()
-def _critic_metrics(
-    values: Tensor, targets: CriticTargets, mask: Tensor, loss: Tensor, counts: Counts
-) -> Metrics:
-    """Metrics of the critic's loss in one microbatch; `loss` is a number, the others are `[N]`."""
+def _critic_metrics(values: Tensor, targets: CriticTargets, where: Where, loss: Tensor) -> Metrics:
+    """Metrics of the critic's loss in one microbatch; `values` are `[N]`, `loss` is a number."""
+    mask = where.mask
     [read] = numbers(
         {
             "tokens": mask.sum().to(loss.dtype),
@@ -276,7 +276,7 @@ def _critic_metrics(
     )
     return {
         # shares of an update's loss add up to it, and their weights to 1
-        "critic/loss": Mean(read["loss"], read["tokens"] / max(counts.tokens, 1)),
+        "critic/loss": Mean(read["loss"], read["tokens"] / max(where.counts.tokens, 1)),
         "critic/values": Mean(read["values"], read["tokens"]),
         "critic/returns": Mean(read["returns"], read["tokens"]),
     }

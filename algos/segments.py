@@ -20,3 +20,9 @@ def sequence_tokens(
 ) -> Float[Tensor, " N"]:
     """Gives every token the number of unmasked tokens of its sequence, at least 1, in the dtype of `like`."""
     return sequence_sum(mask.to(like.dtype), sequence).clamp(min=1)
+
+
+def in_last_turn(turn: Int[Tensor, " N"], sequence: Int[Tensor, " N"]) -> Bool[Tensor, " N"]:
+    """Whether each token is of the last turn of its sequence; turns are counted from 0."""
+    last = turn.new_zeros(len(sequence)).scatter_reduce(0, sequence, turn, "amax")
+    return turn == last[sequence]

@@ -13,6 +13,7 @@ from functools import partial
 
 from rlhf.algos import surrogate
 from rlhf.algos.advantage import (
+    by_turn,
     gdpo_advantage,
     group_center,
     group_normalize,
@@ -32,6 +33,7 @@ from rlhf.algos.reduction import (
     sequence_mean_token_mean,
     sequence_mean_token_sum,
     token_mean,
+    turn_means,
 )
 from rlhf.algos.shaping import Selection, keep_mixed, overlong
 
@@ -163,6 +165,18 @@ def gdpo(
     return replace(base, advantage=gdpo_advantage)
 
 
+def dtpo(
+    *, tool_objectives: tuple[str, ...], tool_coef: float = 0.3, earlier_weight: float = 1.0,
+    clip_low: float = 0.2, clip_high: float = 0.24, clip_dual: float | None = None,
+    kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """GRPO with advantages and means by turn, for turns that call a tool, arXiv:2512.03794."""
+    base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
+                kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, advantage=by_turn(tool_objectives, tool_coef), objectives=tool_objectives,
+                   reduction=turn_means(earlier_weight))
+
+
 def ppo(
     *, critic: CriticLoss = PPO_CRITIC, reward_scaling: RewardScaling = RAW, whiten: bool = True,
     advantage_clip: float | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
@@ -213,6 +227,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
     "gdpo": gdpo,
+    "dtpo": dtpo,
     **IMITATION,
     **PREFERENCE,
     **ONLINE_PREFERENCE,

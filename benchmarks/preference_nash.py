@@ -162,6 +162,7 @@ def _advantage_inputs(rewards: Tensor, penalty: Tensor) -> AdvantageInputs:
         token_penalty=penalty,
         sequence=each,
         loss_mask=torch.ones(3, dtype=torch.bool),
+        turn=torch.zeros_like(each),
     )
 
 

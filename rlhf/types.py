@@ -228,6 +228,10 @@ class Counts:
     """Unmasked tokens: those where `loss_mask` is True."""
     sequences: int
     """Sequences with at least one unmasked token."""
+    earlier_tokens: int = 0
+    """Unmasked tokens of all turns but the last of their sequence."""
+    last_tokens: int = 0
+    """Unmasked tokens of the last turn of their sequence."""
     correct_tokens: int = 0
     """Unmasked tokens of correct completions; counted for an algorithm that imitates those."""
     sampled: int = 0
@@ -335,6 +339,9 @@ class AdvantageInputs:
     """What a KL in the reward subtracts from each token; zeros without one."""
     sequence: Tensor  # [N]
     loss_mask: Tensor  # [N]
+    turn: Tensor  # [N], number of the policy's turn in its sequence
+    names: tuple[str, ...] = ()
+    """Names of the K objectives."""
     values: Tensor | None = None
     """`[N]`: the critic's values before the update."""
     prompt_values: Tensor | None = None

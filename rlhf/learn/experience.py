@@ -22,6 +22,7 @@ from rlhf.learn.models import Models
 from rlhf.models.packing import microbatches
 from rlhf.models.policy import Policy
 from rlhf.models.sharding import in_step
+from rlhf.rewards.workers.pool import RewardError
 from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import numbers
 from rlhf.types import (
@@ -97,6 +98,7 @@ class ExperienceBuilder:
         """Packs and scores what can be learned from: trajectories with tokens and a reward.
 
         `group_numbers`: the number of each group among those of all ranks, where other ranks have groups.
+        Raises RewardError: the algorithm reads an objective that no completion has.
         """
         present = [i for i, group in enumerate(groups) if any(map(is_learnable, group.trajectories))]
         groups = [_learnable(groups[i]) for i in present]
@@ -276,6 +278,12 @@ class ExperienceBuilder:
         # the same objectives on every rank, though one may have seen only some of them
         seen = self.world.gather(sorted({name for t in trajectories for name in t.objectives}))
         names = sorted({name for of_rank in seen for name in of_rank})
+        if names and (missing := [name for name in algorithm.objectives if name not in names]):
+            raise RewardError(
+                f"the algorithm reads the objective {missing[0]}, and no completion of this step has it: "
+                f"they have {', '.join(names)}; correct its name, or let its function return 0, not None, "
+                "where it does not apply"
+            )
         rewards = [algorithm.shape_reward(_reward(t), sum(t.loss_mask)) for t in trajectories]
         objectives = [[t.objectives.get(name, float("nan")) for name in names] for t in trajectories]
         weights = context.objective_weights()
@@ -299,6 +307,8 @@ class ExperienceBuilder:
             token_penalty=penalty,
             sequence=packed.sequence,
             loss_mask=packed.loss_mask,
+            turn=packed.turn,
+            names=tuple(names),
             prompt_values=by_sequence(values) if algorithm.needs_prompt_value else None,
             temperature_factors=None if algorithm.prompt_temperature is None else by_sequence(factors),
             own=_own(trajectories, device),

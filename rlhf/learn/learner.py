@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from rlhf.algos.algorithm import LossOutput
+from rlhf.algos.reduction import Where
+from rlhf.algos.segments import in_last_turn
 from rlhf.algos.value import explained_variance
 from rlhf.config.learner import LearnerConfig
 from rlhf.distributed.world import World
@@ -143,8 +145,9 @@ class Learner:
             index = micro.index
             targets = CriticTargets(experience.critic.values[index], experience.critic.returns[index])
             mask, sequence = experience.loss_mask[index], run_numbers(experience.sequence[index])
+            where = Where(mask, sequence, experience.turn[index], counts)
             values = self.critic.values(micro.packed, hidden).to(targets.values.dtype)
-            outputs.append(self.algorithm.value_loss(values, targets, mask, sequence, counts))
+            outputs.append(self.algorithm.value_loss(values, targets, where))
         return outputs
 
     def _dummy_pass(self) -> list[Tensor]:
@@ -239,14 +242,21 @@ class Learner:
         unmasked = unmasked * torch.isin(experience.group, chosen)
         correct = unmasked[:0] if experience.correct is None else unmasked[experience.correct]
         own = unmasked if experience.recorded is None else unmasked[_own(experience)]
-        sums = torch.stack([unmasked.sum(), (unmasked > 0).sum(), correct.sum(), (own > 0).sum()])
-        tokens, sequences, correct_tokens, sampled = integers(self.world.all_sum(sums))
+        # of the last turn of each sequence
+        last = experience.loss_mask & in_last_turn(experience.turn, experience.sequence)
+        of_last = torch.bincount(experience.sequence[last], minlength=num_sequences)
+        of_last = of_last * torch.isin(experience.group, chosen)
+        parts = [unmasked.sum(), (unmasked > 0).sum(), correct.sum(), (own > 0).sum(), of_last.sum()]
+        sums = integers(self.world.all_sum(torch.stack(parts)))
+        tokens, sequences, correct_tokens, sampled, last_tokens = sums
         comparisons = 0.0
         if self.algorithm.preference is not None:
             [comparisons] = numbers(self.world.all_sum(_shares(experience, groups).to(self.world.device)))
         return Counts(
             tokens=tokens,
             sequences=sequences,
+            earlier_tokens=tokens - last_tokens,
+            last_tokens=last_tokens,
             correct_tokens=correct_tokens,
             sampled=sampled,
             comparisons=comparisons,

@@ -37,6 +37,7 @@ def _advantages(algorithm: Algorithm, given: Sequence[float], group: Sequence[in
         token_penalty=none,
         sequence=each,
         loss_mask=torch.ones(len(given), dtype=torch.bool),
+        turn=torch.zeros_like(each),
         prompt_values=none,
         temperature_factors=torch.ones(len(given)),
     )

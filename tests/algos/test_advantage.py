@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.algos.advantage import (
+    by_turn,
     gdpo,
     group_center,
     group_normalize,
@@ -256,6 +259,7 @@ def test_a_penalty_in_the_reward_is_summed_over_the_sequence():
         token_penalty=f64(0.1, 0.2, 5.0, 0.5),
         sequence=torch.tensor([0, 0, 0, 1]),
         loss_mask=torch.tensor([1, 1, 0, 1], dtype=torch.bool),
+        turn=torch.zeros(4, dtype=torch.long),
     )
     got = per_sequence(leave_one_out)(inputs)
     torch.testing.assert_close(got, f64(0.2, 0.2, 0.0, -0.2))
@@ -322,3 +326,71 @@ def test_gae_with_lambda_one_is_return_minus_value(lengths: list[int], seed: int
 def test_gae_of_tokens_that_are_all_masked_is_zero():
     got = gae(f64(1, 2), f64(3, 4), torch.tensor([0, 1]), torch.zeros(2, dtype=torch.bool))
     assert all((x == 0.0).all() for x in got)
+
+
+def episodes(objectives: dict[str, list[float]], turns: list[list[int]], **changes: Any) -> AdvantageInputs:
+    """One group; each token stands for its turn."""
+    rows = torch.tensor([*objectives.values()], dtype=torch.float64).T
+    sequence = torch.arange(len(turns)).repeat_interleave(torch.tensor([len(t) for t in turns]))
+    made = AdvantageInputs(
+        rewards=rows.nansum(1),
+        objectives=rows,
+        objective_weights=torch.ones(len(objectives)),
+        group=torch.zeros(len(turns), dtype=torch.long),
+        token_penalty=torch.zeros(len(sequence), dtype=torch.float64),
+        sequence=sequence,
+        loss_mask=torch.ones(len(sequence), dtype=torch.bool),
+        turn=torch.tensor([turn for of_one in turns for turn in of_one]),
+        names=tuple(objectives),
+    )
+    return replace(made, **changes)
+
+
+# the first completion and the last one answer at once
+ADAPTVISION = {"outcome": [1.5, 1.4, 0.5, 0.5], "crop": [0.0, 0.08, 0.1, 0.0]}
+TURNS = [[0], [0, 1], [0, 1], [0]]
+
+
+def test_only_the_first_turn_has_the_advantage_of_the_tool():
+    got = by_turn(["crop"], 0.3, eps=1e-4)(episodes(ADAPTVISION, TURNS))
+    # z(outcome) = .954372 .772587 -.863479 -.863479, z(crop) = -.853904 .664148 1.043661 -.853904
+    first, later = [0.698201, 0.971831, -0.550381, -1.119651], [0.772587, -0.863479]
+    expected = [first[0], first[1], later[0], first[2], later[1], first[3]]
+    assert got.tolist() == pytest.approx(expected, abs=1e-6)
+    # .954372 - .3 * .853904
+    assert pytest.approx(first[0], abs=1e-6) == 0.954372 - 0.3 * 0.853904
+    # the deviation of 1.5, 1.4, .5, .5 is .550: an eps of 1e-6 gives .954544
+    exact = by_turn(["crop"], 0.0)(episodes(ADAPTVISION, TURNS))
+    assert exact[0].item() == pytest.approx(0.954544, abs=1e-6)
+
+
+def test_weights_of_objectives_come_before_they_are_normalised():
+    parts = {"right": [1.0, 1.0, 0.0, 0.0], "format": [1.0, 0.8, 1.0, 1.0], "crop": [0.0, 0.8, 1.0, 0.0]}
+    # 1 * right + .5 * format = 1.5, 1.4, .5, .5 and .1 * crop = 0, .08, .1, 0
+    weighted = episodes(parts, TURNS, objective_weights=torch.tensor([1.0, 0.5, 0.1]))
+    expected = by_turn(["crop"], 0.3)(episodes(ADAPTVISION, TURNS))
+    torch.testing.assert_close(by_turn(["crop"], 0.3)(weighted), expected, rtol=0, atol=1e-5)
+
+
+def test_without_a_coefficient_advantages_by_turn_are_those_of_the_outcome():
+    x = episodes(ADAPTVISION, TURNS)
+    outcomes = replace(x, rewards=f64(*ADAPTVISION["outcome"]))
+    assert torch.equal(by_turn(["crop"], 0.0)(x), per_sequence(group_normalize)(outcomes))
+    # a name that no completion has is nothing
+    assert torch.equal(by_turn(["zoom"], 0.3)(x), per_sequence(group_normalize)(x))
+
+
+def test_what_has_no_tool_reward_is_compared_with_no_tool_reward():
+    some = {"outcome": [1.5, 1.4, 0.5, 0.5], "crop": [torch.nan, 0.08, 0.1, torch.nan]}
+    got = by_turn(["crop"], 1.0)(episodes(some, TURNS)) - by_turn(["crop"], 0.0)(episodes(some, TURNS))
+    # of two, +-(d / 2) / (d / sqrt 2 + eps) with d = .02: .7071 less .7071 * 1e-6 / .01414
+    assert got.tolist() == pytest.approx([0.0, -0.707057, 0.0, 0.707057, 0.0, 0.0], abs=1e-6)
+    lost = {"outcome": [1.0, torch.nan, 0.0, 0.0], "crop": [0.0, torch.nan, 0.0, 0.0]}
+    assert by_turn(["crop"], 1.0)(episodes(lost, TURNS))[1:3].tolist() == [0.0, 0.0]
+
+
+def test_a_penalty_in_the_reward_is_taken_off_the_outcome():
+    penalty = f64(0.1, 0.2, 0.2, 0.0, 0.0, 0.0)
+    got = by_turn(["crop"], 0.0)(episodes(ADAPTVISION, TURNS, token_penalty=penalty))
+    less = {"outcome": [1.5 - 0.1, 1.4 - 0.4, 0.5, 0.5], "crop": ADAPTVISION["crop"]}
+    torch.testing.assert_close(got, by_turn(["crop"], 0.0)(episodes(less, TURNS)), rtol=0, atol=1e-12)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.algos.algorithm import KL, Algorithm, LossOutput, Mismatch
+from rlhf.algos.reduction import Where
 from rlhf.algos.table import ALGORITHMS
 from rlhf.metrics import merge
 from rlhf.types import Counts, LossInputs
@@ -20,6 +21,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "dr_grpo": {"max_tokens": 16},
     "dapo": {"max_tokens": 16},
     "cispo": {"max_tokens": 16, "clip_high": 0.28},
+    "dtpo": {"tool_objectives": ("tool",)},
 }
 TENSORS = (
     "logprobs",
@@ -134,9 +136,8 @@ def test_on_policy_the_gradient_is_minus_the_advantage_reduced(name: str, length
     batch = pack(on_policy(rows), counts, 0.0)
     # GOLD's weight stands for a ratio to data whose own probabilities nobody knows: it is never 1
     weight = batch.logprobs.detach().exp().clamp(min=0.1) if name == "r_gold" else 1.0
-    plain = algorithm.reduction(
-        -weight * batch.advantages * batch.logprobs, batch.loss_mask, batch.sequence, counts
-    )
+    where = Where(batch.loss_mask, batch.sequence, batch.turn, counts)
+    plain = algorithm.reduction(-weight * batch.advantages * batch.logprobs, where)
     got = gradients(algorithm.loss(batch).loss, rows)
     torch.testing.assert_close(got, gradients(plain, rows), rtol=0, atol=1e-12)
 
@@ -213,7 +214,8 @@ def test_the_mismatch_weight_multiplies_the_surrogate_and_nothing_else():
     batch = pack(rows, counts, 0.1)
     assert batch.ref_logprobs is not None
     d = batch.ref_logprobs - batch.logprobs
-    kl = make("grpo").reduction(0.1 * (d.exp() - 1 - d), batch.loss_mask, batch.sequence, counts)
+    where = Where(batch.loss_mask, batch.sequence, batch.turn, counts)
+    kl = make("grpo").reduction(0.1 * (d.exp() - 1 - d), where)
     torch.testing.assert_close(only_kl.loss, kl)
     assert only_kl.metrics["mismatch/masked_fraction"].value == 1.0
 

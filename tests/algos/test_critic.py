@@ -33,6 +33,7 @@ def inputs(rewards: Tensor, lengths: list[int], values: Tensor, **changes: Tenso
         token_penalty=torch.zeros_like(values),
         sequence=torch.arange(len(lengths)).repeat_interleave(sizes),
         loss_mask=torch.ones(len(values), dtype=torch.bool),
+        turn=torch.zeros(len(values), dtype=torch.long),
         values=values,
     )
     return replace(made, **changes)
@@ -146,6 +147,7 @@ def test_words_of_a_tool_anywhere_change_no_advantage(seed: int, at: int):
         token_penalty=inserted(x.token_penalty, 9.0),
         sequence=inserted(x.sequence, x.sequence[at].item()),
         loss_mask=inserted(x.loss_mask, False),
+        turn=inserted(x.turn, 0),
     )
     for critic in (CriticLoss(), CriticLoss(lam_alpha=0.5)):
         got = critic.advantages(longer)

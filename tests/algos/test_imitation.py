@@ -37,6 +37,7 @@ def scores(rewards: Tensor, group: list[int], values: Tensor | None = None) -> A
         token_penalty=torch.zeros(n, dtype=rewards.dtype),
         sequence=torch.arange(n),
         loss_mask=torch.ones(n, dtype=torch.bool),
+        turn=torch.zeros(n, dtype=torch.long),
         prompt_values=values,
     )
 
@@ -218,6 +219,7 @@ def test_weights_of_tokens_are_those_of_their_own_advantages():
         token_penalty=torch.zeros(4, dtype=torch.float64),
         sequence=torch.zeros(4, dtype=torch.long),
         loss_mask=torch.tensor([True, True, False, True]),
+        turn=torch.zeros(4, dtype=torch.long),
         values=f64(1.0, 2.0, torch.nan, 4.0),
     )
     critic = CriticLoss(lam=1.0, value_clip=None)

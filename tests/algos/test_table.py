@@ -6,6 +6,7 @@ import inspect
 import types
 import typing
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -19,11 +20,11 @@ from rlhf.algos.preference.table import PREFERENCE
 from rlhf.algos.ratio import sequence_ratio
 from rlhf.algos.reduction import sequence_mean_constant, token_mean
 from rlhf.algos.shaping import Selection, keep_mixed
-from rlhf.algos.table import ALGORITHMS, cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, rloo, sapo
+from rlhf.algos.table import ALGORITHMS, cispo, dapo, dr_grpo, dtpo, grpo, gspo, reinforce_pp, rloo, sapo
 from rlhf.types import AdvantageInputs
 
 # settings of a few words are Literals
-LEAVES = {float, int, bool, str, type(None), KL, Mismatch, CriticLoss, RewardScaling}
+LEAVES = {float, int, bool, str, tuple[str, ...], type(None), KL, Mismatch, CriticLoss, RewardScaling}
 every_algorithm = pytest.mark.parametrize("name", list(ALGORITHMS))
 
 
@@ -57,11 +58,11 @@ def test_defaults_are_those_of_the_papers():
     assert bounds(gspo())["low"] == 3e-4
     assert bounds(gspo())["high"] == 4e-4
     assert bounds(sapo()) == {"tau_positive": 1.0, "tau_negative": 1.05}
+    assert bounds(build_on("dtpo")) == {"low": 0.2, "high": 0.24, "dual": None}
     assert rloo().kl == KL(coef=0.03, estimator="k1", placement="reward")
     assert reinforce_pp().kl.placement == "reward"
-    for name, build in ALGORITHMS.items():
-        required = {"max_tokens": 8} if name in ("dr_grpo", "dapo", "cispo") else {}
-        built = build(**required, **({"clip_high": 5.0} if name == "cispo" else {}))
+    for name in ALGORITHMS:
+        built = build_on(name)
         # imitation does not ask who made a completion
         assert built.mismatch == (Mismatch("none") if built.from_data else Mismatch("token_tis")), name
         assert built.from_data or built.mismatch.bounds == (0.0, 2.0), name
@@ -99,6 +100,7 @@ def test_relatives_share_what_they_do_not_change():
         token_penalty=torch.zeros(3),
         sequence=tokens,
         loss_mask=torch.tensor([True, True, False]),
+        turn=torch.zeros(3, dtype=torch.long),
         prompt_values=torch.tensor([0.5, 0.5]),
         # of a critic that has learned the mean
         values=torch.full((3,), 0.5),
@@ -118,5 +120,18 @@ def test_relatives_share_what_they_do_not_change():
 
 
 def build_on(name: str) -> Algorithm:
-    required = {"max_tokens": 8} if name in ("dr_grpo", "dapo", "cispo") else {}
-    return ALGORITHMS[name](**required, **({"clip_high": 5.0} if name == "cispo" else {}))
+    required: dict[str, Any] = {"max_tokens": 8} if name in ("dr_grpo", "dapo", "cispo") else {}
+    required |= {"cispo": {"clip_high": 5.0}, "dtpo": {"tool_objectives": ("tool",)}}.get(name, {})
+    return ALGORITHMS[name](**required)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tool_objectives": ()}, "tool_objectives is empty"),
+        ({"earlier_weight": -1.0}, "weight of the turns before the last one must be 0 or more, got -1"),
+    ],
+)
+def test_dtpo_names_what_its_settings_must_be(changes: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        dtpo(**({"tool_objectives": ("tool",)} | changes))

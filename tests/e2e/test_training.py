@@ -18,7 +18,11 @@ from rlhf.algos.table import ALGORITHMS
 from rlhf.checkpoints.store import load
 from tests.support import bandit_settings, metrics_of, train, train_interrupted, without_clocks
 
-REQUIRED = {"cispo": {"clip_high": 5.0}, "vapo": {"critic": {"warmup_steps": 2}}}
+REQUIRED = {
+    "cispo": {"clip_high": 5.0},
+    "dtpo": {"tool_objectives": ["share_of_a"]},
+    "vapo": {"critic": {"warmup_steps": 2}},
+}
 
 
 # tests/e2e/test_offline_runs.py, test_preference_runs.py and test_sampler_runs.py have the others

@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algos.algorithm import KL, Algorithm
+from rlhf.algos.algorithm import KL, Algorithm, Mismatch
 from rlhf.algos.table import ALGORITHMS
 from rlhf.collect.pairing import Pairing
 from rlhf.collect.sampler import length_metrics
 from rlhf.config.learner import LearnerConfig
 from rlhf.config.pairs import PairsConfig
+from rlhf.distributed.world import World
 from rlhf.kernels.token_stats import IGNORED, TokenStats
 from rlhf.learn.critic import Critic
 from rlhf.learn.experience import AdvantageContext, ExperienceBuilder
@@ -30,6 +31,7 @@ from rlhf.models import heads
 from rlhf.models.loading import LAYOUTS
 from rlhf.models.packing import microbatches
 from rlhf.models.policy import Policy
+from rlhf.rewards.workers.pool import RewardError
 from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import integers
 from rlhf.types import CriticTargets, Experience, FinishReason, Group, Prompt, Trajectory
@@ -39,6 +41,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "dr_grpo": {"max_tokens": 16},
     "dapo": {"max_tokens": 16},
     "cispo": {"max_tokens": 16, "clip_high": 0.28},
+    "dtpo": {"tool_objectives": ("short",)},
 }
 # a a | t t t | b b, and so on: 1 where the policy chose the token
 MASKS = ("1100011", "1", "1011", "110010001")
@@ -164,9 +167,10 @@ def test_what_stands_for_the_log_probs_of_a_tool_changes_nothing(
     assert never and gradients[0][sorted(never)].abs().max() == 0
 
 
-@pytest.mark.parametrize("name", ["ppo", "dpo", "nash_md"])
+@pytest.mark.parametrize("name", ["ppo", "dpo", "nash_md", "dtpo"])
 def test_layouts_and_microbatches_change_neither_loss_nor_gradient(tiny_model_dir: Path, name: str):
-    learner, experience = built(tiny_model_dir, ALGORITHMS[name](), episodes())
+    algorithm = ALGORITHMS[name](**REQUIRED.get(name, {}))
+    learner, experience = built(tiny_model_dir, algorithm, episodes())
     if experience.critic is not None:
         targets = CriticTargets(experience.critic.values.double(), experience.critic.returns.double())
         experience = replace(experience, critic=targets)
@@ -317,3 +321,39 @@ def test_a_microbatch_of_nothing_but_a_tool_has_a_loss_and_a_gradient_of_zero(
     assert [output.loss.item() for output in outputs] == [0.0] * len(outputs)
     gradients = [p.grad for p in learner.policy.model.parameters()]
     assert gradients and all(g is not None and not g.any() for g in gradients)
+
+
+def test_tokens_are_counted_by_turn_over_the_whole_update_and_all_ranks(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+):
+    learner, experience = built(tiny_model_dir, ALGORITHMS["dtpo"](tool_objectives=("short",)), episodes())
+    # 11|11, 1, 1|11 and 11|1|1 of the first prompt, 11|11 and 1 of the second
+    both, second = (learner.counts(experience, groups) for groups in ([0, 1], [1]))
+    assert (both.earlier_tokens, both.last_tokens, both.tokens) == (2 + 0 + 1 + 3 + 2 + 0, 9, 17)
+    assert (second.earlier_tokens, second.last_tokens) == (2, 3)
+    monkeypatch.setattr(World, "all_sum", lambda _, t: 3 * t)
+    three = learner.counts(experience, [0, 1])
+    assert (three.earlier_tokens, three.last_tokens, three.tokens) == (3 * 8, 3 * 9, 3 * 17)
+
+
+def test_the_loss_by_turn_is_the_sum_of_two_means_over_the_update(tiny_model_dir: Path):
+    """At the weights before the update, where each token's loss is minus its advantage."""
+    algorithm = ALGORITHMS["dtpo"](tool_objectives=("short",), earlier_weight=0.5, mismatch=Mismatch("none"))
+    learner, experience = built(tiny_model_dir, algorithm, episodes())
+    learner.section = learner.section.model_copy(update={"microbatch_tokens": 30})
+    loss, _, metrics = learned(learner, experience)
+    mask, starts = experience.loss_mask, [0, 7, 8, 12, 21, 28, 29]
+    last = torch.cat([experience.turn[a:b] == experience.turn[a:b].max() for a, b in pairwise(starts)])
+    earlier, answers = (-experience.advantages[mask & part].double().mean().item() for part in (~last, last))
+    assert loss == pytest.approx(0.5 * earlier + answers, rel=1e-6)
+    assert metrics["loss/policy"].value == pytest.approx(loss, rel=1e-6)
+
+
+def test_an_objective_that_no_completion_has_is_named(tiny_model_dir: Path):
+    algorithm = ALGORITHMS["dtpo"](tool_objectives=("short", "crop"))
+    with pytest.raises(RewardError, match=r"reads the objective crop, .* they have right, short; correct"):
+        built(tiny_model_dir, algorithm, episodes())
+    lost = [
+        replace(g, trajectories=tuple(replace(t, reward=None) for t in g.trajectories)) for g in episodes()
+    ]
+    assert len(built(tiny_model_dir, algorithm, lost)[1].token_ids) == 0

@@ -102,6 +102,10 @@ ARGUMENTS = {
         "Whether completions that were cut at the length limit are left out of the loss (overlong "
         "filtering); their rewards are still compared with those of the group."
     ),
+    "earlier_weight": (
+        "Weight of the mean over the tokens of the turns before the last one, beside the mean over those of "
+        "the last one."
+    ),
     "entropy_coef": "Weight of the policy's entropy, which is maximised; 0: it is not in the loss.",
     "eta": (
         "`dno`: scale of the log-ratios to the iterate. `inpo`: pairs are to differ by 1 / (2 eta) nats."
@@ -164,6 +168,11 @@ ARGUMENTS = {
     "temperature": (
         "Temperature of the weights exp(advantage / temperature): the lower, the more the best completions "
         "outweigh the others."
+    ),
+    "tool_coef": "Weight of the normalised tool reward in the advantages of a completion's first turn.",
+    "tool_objectives": (
+        "Names of the objectives that judge how a tool was called: their weighted sum is the tool reward, "
+        "that of all others the outcome."
     ),
     "undesirable_weight": "Factor of the loss of bad completions.",
     "use_reference": "Whether log-ratios to the reference are compared, and not log-probs.",

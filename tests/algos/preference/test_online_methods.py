@@ -200,6 +200,7 @@ def test_hypo_holds_own_samples_to_the_reference_and_data_by_pairs():
         token_penalty=1e-3 * torch.tensor([1.0, 2.0, 1.0, 9.0, 9.0], dtype=torch.float64),
         sequence=torch.tensor([0, 1, 1, 2, 3]),
         loss_mask=torch.ones(5, dtype=torch.bool),
+        turn=torch.zeros(5, dtype=torch.int64),
         own=torch.tensor([True, True, False, False]),
     )
     assert hypo.advantage(inputs).tolist() == pytest.approx([2e-3, -2e-3, -2e-3, 0.0, 0.0])
@@ -231,6 +232,7 @@ def test_nash_md_takes_the_penalties_of_all_later_tokens():
             token_penalty=penalty,
             sequence=torch.zeros(2, dtype=torch.int64),
             loss_mask=torch.ones(2, dtype=torch.bool),
+            turn=torch.zeros(2, dtype=torch.int64),
         )
         total = total - logp.detach().sum().exp() * (nash.advantage(inputs) * logp).sum()
     gradient = torch.autograd.grad(total, logits)[0].flatten().tolist()
