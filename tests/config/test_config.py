@@ -186,6 +186,7 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
         "desirable_weight",
         "divergence",
         "drop_truncated",
+        "earlier_weight",
         "entropy_coef",
         "eta",
         "floor",
@@ -212,6 +213,8 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
         "tau_negative",
         "tau_positive",
         "temperature",
+        "tool_coef",
+        "tool_objectives",
         "undesirable_weight",
         "use_reference",
         "whiten",
@@ -219,7 +222,8 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
 
 
 def minimal(name: str) -> dict[str, Any]:
-    return {"name": name} | ({"clip_high": 5.0} if name == "cispo" else {})
+    required: dict[str, Any] = {"cispo": {"clip_high": 5.0}, "dtpo": {"tool_objectives": ["tool"]}}
+    return {"name": name} | required.get(name, {})
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
