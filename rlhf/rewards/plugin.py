@@ -47,6 +47,7 @@ BUILT_IN = {
     "reward_model": "rlhf.rewards.model:RewardModel",
     "remote": "rlhf.rewards.remote:RemoteReward",
     "judge": "rlhf.rewards.remote:LLMJudge",
+    "goal": "rlhf.rewards.judges.goals:GoalReward",
 }
 NEEDS = {"math_match": ("math_verify", "rewards"), "gym": ("reasoning_gym", "gym")}
 """Package that a built-in needs, and the extra that installs it. A worker imports it before it says that it

@@ -63,6 +63,7 @@ def test_what_each_verifier_takes_is_what_the_docs_say() -> None:
         "code",
         "gym",
         "judge",
+        "goal",
     ]
     assert exact_match([" 8\n", "It is 8"], ["8", "8"]) == [1.0, 0.0]
     assert format_match(["a</t>"], ["t"], opened="<t>") == [1.0]
