@@ -18,7 +18,7 @@ from tests.runtime_checks import install
 # transformers reads this when it is imported, which is later: no test uses the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-install()
+install("rlhf")
 torch.set_num_threads(1)
 
 CHAT_TEMPLATE = (
