@@ -156,10 +156,12 @@ class Policy(Trunk):
         `[N, H]`: the hidden states of `packed`, if they are known already.
         """
         ref_arguments: dict[str, Any] = {}
+        # the policy first, also where a caller has made its pass: ranks that share the shards of both models
+        # gather them in the same order
+        states = self.hidden(packed) if hidden is None else hidden
         if reference is not None:
             with torch.no_grad():
                 ref_arguments = reference.head.beside(self.head, reference.hidden(packed))
-        states = self.hidden(packed) if hidden is None else hidden
         statistics = self.head.statistics(
             states,
             packed.targets,

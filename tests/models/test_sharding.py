@@ -31,24 +31,29 @@ def tokens(rank: int) -> Any:
     return pack([ids[:4], ids[4:7]], [[ids[7:10], ids[10:16]], [ids[16:18]]])
 
 
-def gradients_are_those_of_one(folder: str, shards: int | None) -> None:
+def gradients_are_those_of_one(folder: str, other: str, shards: int | None) -> None:
+    """Of a loss with an exact KL to the model `other`, also while some ranks make empty passes."""
     with world() as here:
         section = DistributedConfig(mode="sharded", shard_ranks=shards)
         sharding = Sharding.of(section, torch.float32, here)
         assert sharding is not None
         from rlhf.config.model import ModelConfig
 
-        policy = load_sharded_policy(ModelConfig(path=folder), folder, sharding, trains=True)
-        whole = policy_of(Path(folder))
+        model = ModelConfig(path=folder)
+        policy = load_sharded_policy(model, folder, sharding, trains=True)
+        reference = load_sharded_policy(model, other, sharding, trains=False)
+        whole, whole_reference = policy_of(Path(folder)), policy_of(Path(other))
         ranks = range(here.size)
         # the last rank has one pass fewer than the others
         passes = [0, 1] if here.rank < here.size - 1 else [0]
         for number in in_step(passes, policy.model, here):
-            loss = policy.dummy_pass() if number is None else loss_of(policy, here.rank + 10 * number)
-            loss.backward()
+            if number is None:
+                policy.dummy_pass(reference).backward()
+                continue
+            loss_of(policy, reference, here.rank + 10 * number).backward()
         for rank in ranks:
             for number in [0, 1] if rank < here.size - 1 else [0]:
-                loss_of(whole, rank + 10 * number).backward()
+                loss_of(whole, whole_reference, rank + 10 * number).backward()
         expected = dict(whole.model.named_parameters())
         for name, parameter in policy.model.named_parameters():
             want = expected[name].grad
@@ -61,10 +66,18 @@ def gradients_are_those_of_one(folder: str, shards: int | None) -> None:
         assert not expected
 
 
-def loss_of(policy: Policy, seed: int) -> torch.Tensor:
-    logprob = policy.statistics(tokens(seed), temperature=1.0, want=("logprob",)).logprob
-    assert logprob is not None
-    return logprob.square().sum()
+def loss_of(policy: Policy, reference: Policy, seed: int) -> torch.Tensor:
+    """From the policy's hidden states, as the learner makes them before it asks the reference."""
+    packed = tokens(seed)
+    found = policy.statistics(
+        packed,
+        temperature=1.0,
+        want=("logprob", "kl"),
+        reference=reference,
+        hidden=policy.hidden(packed),
+    )
+    assert found.logprob is not None and found.kl is not None
+    return found.logprob.square().sum() + 100.0 * found.kl.sum()
 
 
 @pytest.mark.multi
@@ -74,7 +87,8 @@ def loss_of(policy: Policy, seed: int) -> torch.Tensor:
 def test_gradients_are_those_of_one_rank(
     tiny_model: Callable[[str], Path], family: str, ranks: int, shards: int | None
 ) -> None:
-    together(ranks, gradients_are_those_of_one, str(tiny_model(family)), shards)
+    other = tiny_model("llama-sharp")
+    together(ranks, gradients_are_those_of_one, str(tiny_model(family)), str(other), shards)
 
 
 def run(folder: Path, model_dir: Path, ranks: int, **changes: Any) -> list[dict[str, Any]]:
