@@ -30,7 +30,7 @@ from rlhf.learn.critic import Critic, critic_section
 from rlhf.learn.experience import AdvantageContext, ExperienceBuilder
 from rlhf.learn.iterate import Iterate, frozen_copy
 from rlhf.learn.learner import Learner
-from rlhf.learn.models import Models
+from rlhf.learn.models import Models, References
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.learn.perception.masked_passes import MaskedPasses
 from rlhf.learn.perception.watch import PerceptionWatch
@@ -152,7 +152,8 @@ def _models(config: Config, inputs: Inputs, world: World) -> Models:
     models = Models(
         algorithm=inputs.algorithm,
         policy=policy,
-        reference=reference,
+        reference=None if isinstance(reference, References) else reference,
+        references=reference if isinstance(reference, References) else None,
         iterate=iterate,
         critic=_critic(config, inputs, sharding or world.device, policy),
         perception=MaskedPasses.of(config, policy),
@@ -162,7 +163,7 @@ def _models(config: Config, inputs: Inputs, world: World) -> Models:
     return models
 
 
-def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Policy | None]:
+def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Policy | References | None]:
     """Policy and reference, each as a whole on this rank's device."""
     section = config.model
     policy = load_policy(section, section.path, world.device, inputs.processor, longest=_longest(config))
@@ -172,13 +173,25 @@ def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy,
         return policy, None
     if section.lora is not None and section.reference is None:
         return policy, WithoutAdapter(policy)
-    path = section.reference or section.path
-    reference = load_policy(section, path, world.device, inputs.processor, longest=_longest(config))
-    reference.freeze(_dtype(config))
     is_sampled = config.rollout.sources & {Source.REFERENCE, Source.MIXTURE}
-    if world.device.type == "cpu" and not is_sampled:
-        reference.leave_in_file(path)
-    return policy, reference
+
+    def load(path: str) -> Policy:
+        reference = load_policy(section, path, world.device, inputs.processor, longest=_longest(config))
+        reference.freeze(_dtype(config))
+        if world.device.type == "cpu" and not is_sampled:
+            reference.leave_in_file(path)
+        return reference
+
+    return policy, _references(config, load)
+
+
+def _references(config: Config, load: Callable[[str], Policy]) -> Policy | References:
+    """The reference, or several by name; a model that has two names is loaded once."""
+    given = config.model.reference
+    if not isinstance(given, dict):
+        return load(given or config.model.path)
+    loaded = {path: load(path) for path in dict.fromkeys(given.values())}
+    return References({name: loaded[path] for name, path in given.items()}, config.data.reference_column)
 
 
 def _needs_starting_reference(config: Config, algorithm: Algorithm) -> bool:
@@ -200,7 +213,7 @@ def _iterate(config: Config, inputs: Inputs, sharding: Sharding | None, policy: 
 
 def _sharded_models(
     config: Config, inputs: Inputs, world: World, sharding: Sharding
-) -> tuple[Policy, Policy | None]:
+) -> tuple[Policy, Policy | References | None]:
     """Policy and reference, each in shards; an engine in this process samples from a whole `replica`."""
     section = config.model
     longest = _longest(config)
@@ -210,8 +223,8 @@ def _sharded_models(
         policy.replica.requires_grad_(requires_grad=False)
     if not _needs_starting_reference(config, inputs.algorithm):
         return policy, None
-    path = section.reference or section.path
-    return policy, load_sharded_policy(section, path, sharding, trains=False, longest=longest)
+    load = partial(load_sharded_policy, section, sharding=sharding, trains=False, longest=longest)
+    return policy, _references(config, load)
 
 
 def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, policy: Policy) -> Critic | None:

@@ -300,6 +300,8 @@ class PackedGroups:
     """bool `[N]`: where `rollout_logprobs` is known (it is 0.0 elsewhere). None: everywhere."""
     numbers: Tensor | None = None
     """int64 `[P]`: the number of each group among the groups of all ranks. None: no rank has other groups."""
+    references: Tensor | None = None
+    """int64 `[P]`: the number of the frozen model that each group is compared with. None: there is one."""
     images: tuple[Images | None, ...] = ()
     """The images of each group's prompt; empty where no prompt has any."""
     candidates: Candidates | None = None

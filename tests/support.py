@@ -22,7 +22,7 @@ from rlhf.learn.buffer import Buffer
 from rlhf.learn.critic import Critic
 from rlhf.learn.experience import AdvantageContext, ExperienceBuilder, fields_of, pack_groups
 from rlhf.learn.learner import Learner
-from rlhf.learn.models import Models
+from rlhf.learn.models import Models, References
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.learn.perception.masked_passes import MaskedPasses
 from rlhf.metrics import Max, Mean, Metrics, Sum
@@ -135,7 +135,7 @@ def unscored(groups: list[Group]) -> Experience:
 def learner_of(
     policy: Policy,
     algorithm: Algorithm,
-    reference: Policy | None = None,
+    reference: Policy | References | None = None,
     *,
     critic_trunk: Path | None = None,
     perception: MaskedPasses | None = None,
@@ -156,8 +156,14 @@ def learner_of(
     elif algorithm.critic is not None:
         critic = Critic.on_policy_trunk(policy, settings, total_steps=10)
     optimizer = MasterAdamW(policy.model, weights, settings, total_steps=10)
+    several = isinstance(reference, References)
     models = Models(
-        algorithm=algorithm, policy=policy, reference=reference, critic=critic, perception=perception
+        algorithm=algorithm,
+        policy=policy,
+        reference=None if several else reference,
+        references=reference if several else None,
+        critic=critic,
+        perception=perception,
     )
     learner = Learner(models, optimizer, ALONE, settings, temperature=1.0)
     context = AdvantageContext(is_correct=lambda trajectory: trajectory.reward == 1.0)

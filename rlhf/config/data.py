@@ -42,6 +42,8 @@ class DataConfig(Section):
     precompute_reference: bool = False
     """For `offline`: the reference's log-probs of all completions are computed once, before the first step,
     and kept by checkpoints; then the reference model is given up."""
+    reference_column: str = "teacher"
+    """Column that says which of several models in `model.reference` a line is compared with, by its name."""
     prompt_column: str = "prompt"
     """Column of the prompts: plain text, or a list of chat messages. All further columns are passed to the
     reward functions."""

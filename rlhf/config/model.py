@@ -51,8 +51,10 @@ class ModelConfig(Section):
     path: str
     """Model to train: a causal language model of Hugging Face (vision-language: docs/papo.md), as a local
     folder or, with a network, a name on the hub."""
-    reference: str | None = None
-    """Frozen model that the KL terms compare the policy with; not given: the policy as it is at the start."""
+    reference: str | dict[str, str] | None = None
+    """Frozen model that the KL terms compare the policy with; not given: the policy as it is at the start.
+    Several by name, `{math: PATH, chat: PATH}`: each line of the data is compared with the one that its
+    `data.reference_column` names."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type that policy, reference, critic and engine compute in; the optimizer's master weights
     are always float32. `auto`: bfloat16 on a GPU, on a CPU the faster of the two, which a short measurement
@@ -69,3 +71,17 @@ class ModelConfig(Section):
     time."""
     lora: LoraConfig | None = None
     """Given: only an adapter is trained."""
+
+    @field_validator("reference")
+    @classmethod
+    def names_a_model(cls, reference: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        if reference == {}:
+            raise ValueError("is {}: name a model, or several as {math: PATH, chat: PATH}")
+        return reference
+
+    @property
+    def references(self) -> dict[str, str]:
+        """The paths that `reference` gives, each by the setting that gives it; empty: it gives none."""
+        if isinstance(self.reference, dict):
+            return {f"model.reference.{name}": path for name, path in self.reference.items()}
+        return {} if self.reference is None else {"model.reference": self.reference}

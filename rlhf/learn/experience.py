@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -184,21 +185,25 @@ class ExperienceBuilder:
         return self._advantage_inputs(groups, packed, torch.zeros_like(packed.rollout_logprobs))
 
     def _pack(self, groups: Sequence[Group], group_numbers: Sequence[int] | None = None) -> PackedGroups:
-        return pack_groups(
+        packed = pack_groups(
             groups,
             device=self.world.device,
             group_numbers=group_numbers,
             drop_truncated=self.algorithm.selection.drop_truncated,
         )
+        references = self.models.references
+        return packed if references is None else replace(packed, references=references.numbers(groups))
 
     def _ref_logprobs(self, groups: Sequence[Group], packed: PackedGroups) -> Tensor | None:
         if self.precomputed is not None:
             return self.precomputed(groups)
         # an exact KL has the reference in every pass of the learner, which gives its log-probs too
-        reference = self.models.reference
-        if reference is None or self.algorithm.needs_exact_kl:
+        if self.algorithm.needs_exact_kl:
             return None
-        return self.logprobs(reference, packed)
+        shares = self.models.by_reference(packed, range(len(packed.prompts)))
+        # a share has zeros for the tokens of the others
+        parts = [self.logprobs(s.reference, packed, s.groups) for s in shares if s.reference is not None]
+        return reduce(torch.add, parts) if parts else None
 
     def _iterate_logprobs(self, packed: PackedGroups, ref_logprobs: Tensor | None) -> Tensor | None:
         iterate = self.models.iterate
@@ -207,10 +212,11 @@ class ExperienceBuilder:
         same = iterate is self.models.reference and ref_logprobs is not None
         return ref_logprobs if same else self.logprobs(iterate, packed)
 
-    def logprobs(self, policy: Policy, packed: PackedGroups) -> Tensor:
-        """Log-probs `[N]` of all tokens under `policy`, without gradient."""
+    def logprobs(self, policy: Policy, packed: PackedGroups, groups: Sequence[int] | None = None) -> Tensor:
+        """Log-probs `[N]` of all tokens under `policy`, without gradient; zeros outside of `groups`."""
+        temperature, budget = self.temperature, self.microbatch_tokens
         return token_logprobs(
-            policy, packed, self.world, temperature=self.temperature, budget=self.microbatch_tokens
+            policy, packed, self.world, temperature=temperature, budget=budget, groups=groups
         )
 
     @torch.no_grad()

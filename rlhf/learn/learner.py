@@ -19,6 +19,7 @@ from rlhf.algos.segments import in_last_turn
 from rlhf.algos.value import explained_variance
 from rlhf.config.learner import LearnerConfig
 from rlhf.distributed.world import World
+from rlhf.kernels.token_stats import TokenStats
 from rlhf.learn.critic import Warmup
 from rlhf.learn.dealing import minibatch_of
 from rlhf.learn.models import Models
@@ -26,6 +27,7 @@ from rlhf.learn.optimizer import MasterAdamW, step_together
 from rlhf.learn.pretraining import Pretraining
 from rlhf.metrics import Max, Mean, Metrics, Sum, merge
 from rlhf.models.packing import Microbatch, microbatches
+from rlhf.models.policy import Policy
 from rlhf.models.sharding import in_step
 from rlhf.torch_typed import integers, numbers, run_numbers
 from rlhf.types import Counts, CriticTargets, Experience, LossInputs
@@ -51,11 +53,10 @@ class Learner:
         algorithm = models.algorithm
         self.algorithm, self.optimizer, self.world = algorithm, optimizer, world
         self.policy, self.critic, self.perception = models.policy, models.critic, models.perception
-        # only an exact KL compares with the reference again in every pass
-        self.reference = models.reference if algorithm.needs_exact_kl else None
+        self.models = models
         self.pretraining, self.warmup = pretraining, Warmup(algorithm.critic)
         self.section, self.temperature = section, temperature
-        exact = () if self.reference is None else ("kl", "ref_logprob")
+        exact = ("kl", "ref_logprob") if algorithm.needs_exact_kl else ()
         exact += ("kl_reverse",) if exact and algorithm.kl.forward else ()
         self.want = ("logprob", "entropy", *exact)
         self.entropy: Tensor | None = None
@@ -121,25 +122,47 @@ class Learner:
     ) -> list[Metrics]:
         """Adds up the gradient of these groups' share of an update's loss; metrics of each microbatch."""
         metrics: list[Metrics] = []
-        micros = microbatches(experience, groups, self.section.microbatch_tokens, layout=self.policy.layout)
-        for number, micro in enumerate(in_step(micros, self.policy.model, self.world), start=1):
-            self.detail(f"{self._update}, microbatch {number}")
-            if micro is None:
-                torch.autograd.backward(self._dummy_pass())
-                continue
-            outputs = self._losses(experience, micro, counts, kl_coef)
-            torch.autograd.backward([output.loss for output in outputs])
-            metrics += [output.metrics for output in outputs]
+        number, budget = 0, self.section.microbatch_tokens
+        for name, reference, share in self.models.by_reference(experience, groups):
+            # only an exact KL compares with the reference again in every pass
+            reference = reference if self.algorithm.needs_exact_kl else None
+            micros = microbatches(experience, share, budget, layout=self.policy.layout)
+            for micro in in_step(micros, self.policy.model, self.world):
+                number += 1
+                self.detail(f"{self._update}, microbatch {number}")
+                if micro is None:
+                    torch.autograd.backward(self._dummy_pass(reference))
+                    continue
+                outputs = self._losses(experience, micro, counts, kl_coef, reference)
+                torch.autograd.backward([output.loss for output in outputs])
+                metrics += [output.metrics for output in outputs]
+                metrics += [] if name is None else [_kl_to(name, output.metrics) for output in outputs]
         return metrics
 
     def _losses(
-        self, experience: Experience, micro: Microbatch, counts: Counts, kl_coef: float
+        self,
+        experience: Experience,
+        micro: Microbatch,
+        counts: Counts,
+        kl_coef: float,
+        reference: Policy | None,
     ) -> list[LossOutput]:
-        """Losses of the policy, unless it is frozen, and of the critic, if there is one."""
+        """Losses of the policy, unless it is frozen, and of the critic, if there is one.
+
+        `reference`: what an exact KL compares with; else None.
+        """
         hidden, outputs = None, list[LossOutput]()
         if self.policy_learns:
             hidden = self.policy.hidden(micro.packed)
-            outputs.append(self.algorithm.loss(self._loss_inputs(experience, micro, hidden, counts, kl_coef)))
+            statistics = self.policy.statistics(
+                micro.packed,
+                temperature=self.temperature,
+                want=self.want,
+                reference=reference,
+                hidden=hidden,
+            )
+            batch = self._loss_inputs(experience, micro, hidden, statistics, counts, kl_coef)
+            outputs.append(self.algorithm.loss(batch))
         if self.critic is not None:
             assert experience.critic is not None
             index = micro.index
@@ -150,13 +173,13 @@ class Learner:
             outputs.append(self.algorithm.value_loss(values, targets, where))
         return outputs
 
-    def _dummy_pass(self) -> list[Tensor]:
+    def _dummy_pass(self, reference: Policy | None) -> list[Tensor]:
         """The passes of `_losses` with nothing in them: losses of 0 that depend on every weight.
 
         A rank whose microbatches are used up makes them as long as another rank, which shares the weights'
         shards, still has some.
         """
-        dummies = [self.policy.dummy_pass(self.reference)] if self.policy_learns else []
+        dummies = [self.policy.dummy_pass(reference)] if self.policy_learns else []
         if self.critic is not None and (self.critic.own or not self.policy_learns):
             dummies.append(self.critic.dummy_pass())
         return dummies
@@ -175,15 +198,14 @@ class Learner:
         return step_together(optimizers, self.world)
 
     def _loss_inputs(
-        self, experience: Experience, micro: Microbatch, hidden: Tensor, counts: Counts, kl_coef: float
+        self,
+        experience: Experience,
+        micro: Microbatch,
+        hidden: Tensor,
+        statistics: TokenStats,
+        counts: Counts,
+        kl_coef: float,
     ) -> LossInputs:
-        statistics = self.policy.statistics(
-            micro.packed,
-            temperature=self.temperature,
-            want=self.want,
-            reference=self.reference,
-            hidden=hidden,
-        )
         index, sequences = micro.index, micro.sequences.to(micro.index.device)
         logprobs, entropy = statistics.logprob, statistics.entropy
         assert logprobs is not None and entropy is not None
@@ -287,6 +309,12 @@ class Learner:
 
     def _any_rank(self, flag: bool) -> bool:
         return bool(self.world.all_sum(torch.tensor(int(flag), device=self.world.device)).item())
+
+
+def _kl_to(name: str, metrics: Metrics) -> Metrics:
+    """The KLs to the frozen model `name` among `metrics`, under names that end with it."""
+    kinds = ("kl/exact", "kl/forward", "kl/ref")
+    return {f"{kind}/{name}": metrics[kind] for kind in kinds if kind in metrics}
 
 
 def _own(experience: Experience) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,14 +27,16 @@ def token_logprobs(
     temperature: float,
     budget: int,
     seen: Seen | None = None,
+    groups: Sequence[int] | None = None,
 ) -> Tensor:
     """Log-probs of the tokens of `packed` in fp32 `[N]`, at `temperature`.
 
     A forward pass has at most `budget` tokens. Every rank calls it, also one without groups: all ranks take
-    part in the passes of a sharded model.
+    part in the passes of a sharded model. `groups`: only these get log-probs, the others zeros; None: all.
     """
     result = torch.zeros_like(packed.rollout_logprobs)
-    micros = microbatches(packed, range(len(packed.prompts)), budget, layout=policy.layout)
+    groups = range(len(packed.prompts)) if groups is None else groups
+    micros = microbatches(packed, groups, budget, layout=policy.layout)
     for micro in in_step(micros, policy.model, world):
         if micro is None:
             policy.dummy_pass()

@@ -26,6 +26,7 @@ from rlhf.preflight import tags
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
 from rlhf.preflight.probe import ignores_rewards, learns_from_one
+from rlhf.preflight.reference import by_column, unnamed
 from rlhf.rewards.judges.duels import asking
 from rlhf.types import Source
 
@@ -115,7 +116,9 @@ def _describe_images(config: Config, inputs: Inputs) -> Iterator[str]:
 def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
     sources = config.rollout.sources
     needed = inputs.algorithm.needs_reference or bool(sources & {Source.REFERENCE, Source.MIXTURE})
-    reference = config.model.reference or config.model.path if needed else None
+    reference = (config.model.reference or config.model.path) if needed else None
+    if isinstance(reference, dict):
+        reference = by_column(config, inputs.train)
     lora = config.model.lora
     adapter = "" if lora is None else f", LoRA of rank {lora.rank}"
     yield (
@@ -130,7 +133,7 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
     if reference and lora is not None and config.model.reference is None:
         reference = "the model with its adapter switched off"
     if reference and inputs.algorithm.has_teacher:
-        reference += ", the teacher"
+        reference += ", the teacher" + ("s" if isinstance(config.model.reference, dict) else "")
     if reference and config.data.precompute_reference:
         reference += ", asked once before the first step and then given up"
     if reference and config.iteration.reference == "iterate":
@@ -334,6 +337,7 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     if inputs.offline is not None and inputs.offline.splitting:
         columns = ", ".join(inputs.offline.splitting)
         yield f"completions of one prompt form separate groups where they differ in the columns {columns}"
+    yield from unnamed(config, inputs.train)
     if inputs.train.skipped > len(inputs.train):
         kept = len(inputs.train)
         yield f"{inputs.train.skipped} prompts are skipped as too long, more than are kept ({kept})"

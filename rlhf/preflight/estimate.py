@@ -116,9 +116,10 @@ def estimate(config: Config, inputs: Inputs, *, world_size: int, machine: Machin
     if inputs.algorithm.critic is not None and config.critic.trunk == "own":
         critic = model_sizes(config.critic.path or config.model.path, dtype, head=False)
     policy = model_sizes(config.model.path, dtype)
-    # a teacher, like any other reference, has a size of its own
-    reference = model_sizes(config.model.reference, dtype) if config.model.reference else policy
-    plan = Plan(config, inputs, policy, reference, critic, world_size, shards)
+    # a teacher, like any other reference, has a size of its own; one with two names is loaded once
+    named = {path: name for name, path in config.model.references.items()}
+    references = {name: model_sizes(path, dtype) for path, name in named.items()} or {"": policy}
+    plan = Plan(config, inputs, policy, references, critic, world_size, shards)
     taken = Item(
         "in use already, by libraries or other processes", machine.taken, "always", "end other processes"
     )

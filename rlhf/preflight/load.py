@@ -29,7 +29,7 @@ from rlhf.monitoring.sinks import check_installed
 from rlhf.plugins import load_plugin
 from rlhf.preflight.models import check_lengths, check_models, check_trainable, check_weight_files
 from rlhf.preflight.probe import ignores_rewards
-from rlhf.preflight.reference import check_reference
+from rlhf.preflight.reference import check_named, check_reference
 from rlhf.preflight.tags import ends_of, opened_tag, with_opened
 from rlhf.preflight.tokens import Tokenised, check_tokens
 from rlhf.preflight.vllm import check_adapter, check_vllm
@@ -72,6 +72,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
         _check_imitated(config, algorithm, offline)
         _check_singles(config, algorithm, offline)
     train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
+    check_named(config, algorithm, train)
     held_out, eval_pairs = _held_out(config, algorithm, tokenizer, processor, ends)
     _check_images(config, algorithm, train)
     texts = ()

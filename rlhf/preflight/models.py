@@ -32,6 +32,7 @@ from rlhf.models.pretrained import (
     trust,
 )
 from rlhf.models.sharding import WeightFiles, names_in_files, shard_ranks
+from rlhf.types import Source
 
 
 def check_models(config: Config, algorithm: Algorithm) -> None:
@@ -131,7 +132,8 @@ def _longest(config: Config) -> int:
 def _models(config: Config, algorithm: Algorithm) -> tuple[list[str], str | None]:
     """The causal language models that the run loads, and the model that its critic starts from."""
     section = config.model
-    reference = section.reference if algorithm.needs_reference else None
+    sampled = config.rollout.sources & {Source.REFERENCE, Source.MIXTURE}
+    references = section.references.values() if algorithm.needs_reference or sampled else ()
     own = algorithm.critic is not None and config.critic.trunk == "own"
     critic = config.critic.path or section.path if own else None
-    return list(dict.fromkeys([section.path, reference or section.path])), critic
+    return list(dict.fromkeys([section.path, *references])), critic

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -40,7 +40,8 @@ class Plan:
     config: Config
     inputs: Inputs
     policy: ModelSizes
-    reference: ModelSizes
+    references: Mapping[str, ModelSizes]
+    """By the setting that names them, all that are loaded; without a setting it is the policy's start."""
     critic: ModelSizes | None
     ranks: int
     shards: int
@@ -155,13 +156,14 @@ class Plan:
         needed = self.inputs.algorithm.needs_reference or sampled
         moves = self.config.iteration.reference == "iterate"
         if needed and not (self.config.data.precompute_reference or switched_off or moves):
-            own = -(-self.reference.weights // self.shards) * width
             less = "algorithm.kl.coef=0, or model.lora"
             if self.inputs.algorithm.preference is not None:
                 less = "data.precompute_reference=true, or model.lora"
             if self.inputs.algorithm.has_teacher:
                 less = "model.reference, a smaller teacher"
-            yield Item("reference", own, "always", less)
+            for setting, sizes in self.references.items():
+                own = -(-sizes.weights // self.shards) * width
+                yield Item(setting.removeprefix("model.") or "reference", own, "always", less)
         if self.config.iteration.steps:
             # with an adapter its two factors, unless it is sampled from
             own = -(-self.policy.weights // self.shards) * width
@@ -261,8 +263,11 @@ class Plan:
         own = self._forward(self.policy)
         back = 2 if self.config.model.lora is None else 1
         work = section.epochs * ((1 + again + back) * own + 3 * self._head(self.policy))
-        for sizes, passes in zip((self.policy, self.reference), self._passes_before, strict=True):
-            work += passes * (self._forward(sizes) + self._head(sizes))
+        of_policy, of_reference = self._passes_before
+        work += of_policy * (own + self._head(self.policy))
+        # each of several references sees a part of the groups: as if the parts were equal
+        for sizes in self.references.values():
+            work += of_reference * (self._forward(sizes) + self._head(sizes)) / len(self.references)
         if self.critic is not None:
             work += (section.epochs * (3 + again) + 1) * self._forward(self.critic)
         # bytes: AdamW reads weight, gradient and both moments, and writes all but the gradient, 4 bytes each

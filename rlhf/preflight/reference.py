@@ -1,7 +1,13 @@
-"""Whether an exact KL can be computed: policy and reference must give probabilities to the same tokens."""
+"""Whether an exact KL can be computed: policy and reference must give probabilities to the same tokens.
+
+And, of several references, whether each line of the data names one.
+"""
 
 from __future__ import annotations
 
+import difflib
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any, cast
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -9,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rlhf.algos.algorithm import Algorithm
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
+from rlhf.data.prompts import PromptDataset
 from rlhf.models.pretrained import load_model_config, load_tokenizer, text_settings
 
 
@@ -17,14 +24,21 @@ def check_reference(
 ) -> None:
     """Raises ConfigError when an exact KL compares the policy with a model of another vocabulary.
 
-    `model` and `tokenizer` are the policy's. The reference's width, depth and family are free; so are rows of
+    `model` and `tokenizer` are the policy's. A reference's width, depth and family are free; so are rows of
     its head beyond the policy's, which no token has.
     """
-    path = config.model.reference
-    if path in (None, config.model.path) or not (algorithm.needs_exact_kl or algorithm.has_teacher):
+    if not (algorithm.needs_exact_kl or algorithm.has_teacher):
         return
+    for setting, path in config.model.references.items():
+        if path != config.model.path:
+            _check_one(config, setting, path, model, tokenizer)
+
+
+def _check_one(
+    config: Config, setting: str, path: str, model: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
     of_policy, of_reference = text_settings(model), text_settings(load_model_config(path))
-    whose = f"model.reference, {path}, cannot be compared with {config.model.path}: "
+    whose = f"{setting}, {path}, cannot be compared with {config.model.path}: "
     own, other = cast(int, of_policy["vocab_size"]), cast(int, of_reference["vocab_size"])
     different = _first_difference(tokenizer, load_tokenizer(path))
     if different is not None:
@@ -48,9 +62,56 @@ def check_reference(
     limit = of_reference.get("max_position_embeddings")
     if limit is not None and longest > limit:
         raise ConfigError(
-            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but model.reference, "
+            f"data.max_prompt_tokens + rollout.max_completion_tokens = {longest}, but {setting}, "
             f"{path}, has positions for {limit} tokens; lower one of the two"
         )
+
+
+def check_named(config: Config, algorithm: Algorithm, train: PromptDataset) -> None:
+    """Raises ConfigError when `model.reference` names several models, and a line of the data none of them."""
+    names, column = config.model.reference, config.data.reference_column
+    if not isinstance(names, dict) or not algorithm.needs_reference:
+        return
+    if column not in train.columns:
+        near = difflib.get_close_matches(column, train.columns, n=1)
+        hint = f"; did you mean data.reference_column={near[0]}?" if near else ""
+        raise ConfigError(
+            f"model.reference names several models ({', '.join(names)}), of which data.reference_column = "
+            f"{column} names one for each line, but {config.data.train} has no such column, only "
+            f"{', '.join(train.columns) or 'that of the prompts'}{hint}"
+        )
+    for prompt in train.prompts:
+        name = str(prompt.columns[column])
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(
+                f"{prompt.id}: column {column} is {name}, but model.reference has no model of that name, "
+                f"only {', '.join(names)}{hint}"
+            )
+
+
+def by_column(config: Config, train: PromptDataset) -> str:
+    """Several references in words, each with the number of prompts that name it."""
+    names, column = config.model.reference, config.data.reference_column
+    assert isinstance(names, dict)
+    counts = Counter(str(prompt.columns[column]) for prompt in train.prompts)
+    each = ", ".join(f"{name} ({counts[name]} prompts) {path}" for name, path in names.items())
+    return f"by column {column}: {each}"
+
+
+def unnamed(config: Config, train: PromptDataset) -> Iterator[str]:
+    """A warning for each of several references that no line of the data names."""
+    names, column = config.model.reference, config.data.reference_column
+    if not isinstance(names, dict) or column not in train.columns:
+        return
+    used = {str(prompt.columns[column]) for prompt in train.prompts}
+    for name in names:
+        if name not in used:
+            yield (
+                f"model.reference.{name} is loaded, but no line of {config.data.train} names it in column "
+                f"{column}"
+            )
 
 
 def _first_difference(policy: PreTrainedTokenizerBase, reference: PreTrainedTokenizerBase) -> str | None:

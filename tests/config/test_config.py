@@ -62,6 +62,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "data.offline_steps",
         "data.precompute_reference",
         "data.prompt_column",
+        "data.reference_column",
         "data.reward_column",
         "data.sampling",
         "data.train",

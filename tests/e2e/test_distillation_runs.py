@@ -20,7 +20,8 @@ from rlhf.preflight.describe import describe, warnings
 from rlhf.preflight.estimate import GIB, estimate
 from rlhf.preflight.load import load_inputs
 from rlhf.preflight.machine import Machine
-from tests.support import bandit_settings, changed, metrics_of, train
+from tests.faults.processes import launch
+from tests.support import bandit_settings, changed, metrics_of, train, train_interrupted, without_clocks
 
 Folder = Callable[[str], Path]
 
@@ -90,6 +91,53 @@ def test_a_student_comes_close_to_a_wider_teacher_without_rewards(
     assert [text for values in steps for text in watch.check(values)] == []
 
 
+def two_teachers(folder: Path, tiny_model: Folder, teacher: Path, **changes: Any) -> dict[str, Any]:
+    """Two updates a step, in which the groups of both teachers and replayed ones are mixed."""
+    folder.mkdir(exist_ok=True)
+    made = settings(
+        folder,
+        tiny_model("llama"),
+        teacher,
+        **{
+            "steps": 2,
+            "model": {"reference": {"math": str(teacher), "chat": str(tiny_model("qwen2"))}},
+            "rollout": {"prompts_per_step": 6, "max_completion_tokens": 6},
+            "learner": {"minibatches": 2, "microbatch_tokens": 64},
+            "replay": {"groups_per_step": 2},
+            "checkpoint": {"every": 0, "export": False, "resume": "auto"},
+        }
+        | changes,
+    )
+    rows = [{"prompt": f"say {i}:", "teacher": "chat" if i % 3 else "math"} for i in range(40)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return made
+
+
+KLS = ("kl/exact", "kl/exact/math", "kl/exact/chat", "grad_norm")
+
+
+@pytest.mark.multi
+def test_two_teachers_of_one_run_whole_sharded_and_resumed_within_a_step(
+    tmp_path: Path, tiny_model: Folder, teacher: Path
+) -> None:
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for ranks, mode in ((1, "replicated"), (2, "sharded")):
+        made = two_teachers(tmp_path / mode, tiny_model, teacher, distributed={"mode": mode})
+        for ended in launch(made, tmp_path / mode / "log", ranks=ranks):
+            assert ended.code == 0, ended.said
+        runs[mode] = metrics_of(tmp_path / mode)
+    straight = runs["replicated"]
+    for alone, both in zip(straight, runs["sharded"], strict=True):
+        for name in KLS:
+            assert both[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-5), (alone["step"], name)
+    made = two_teachers(tmp_path / "again", tiny_model, teacher)
+    train_interrupted(made, after=3)
+    saved = tmp_path / "again" / "run" / "checkpoints"
+    assert [file.name for file in saved.glob("step_*")] == ["step_000001"]
+    train(made)
+    assert without_clocks(metrics_of(tmp_path / "again")) == without_clocks(straight)
+
+
 def test_the_check_says_who_teaches_and_counts_the_teachers_own_size(
     tmp_path: Path, tiny_model: Folder, teacher: Path
 ) -> None:
@@ -112,6 +160,62 @@ def test_the_check_says_who_teaches_and_counts_the_teachers_own_size(
         machine=machine,
     )
     assert found.seconds.learn > alone.seconds.learn
+
+
+def test_the_check_counts_each_of_several_teachers_and_the_prompts_that_name_it(
+    tmp_path: Path, tiny_model: Folder, teacher: Path
+) -> None:
+    made = two_teachers(tmp_path, tiny_model, teacher)
+    small = made["model"]["reference"]["chat"]
+    # a third name of a model that has one already takes no memory of its own
+    made["model"]["reference"]["code"] = small
+    config = make_config(made)
+    inputs = load_inputs(config)
+    text = "\n".join(describe(config, inputs))
+    # 0, 3, ... 39 are math: 14 of 40
+    each = f"math (14 prompts) {teacher}, chat (26 prompts) {small}, code (0 prompts) {small}"
+    assert f"reference    by column teacher: {each}, the teachers\n" in text
+    (warning,) = warnings(config, inputs)
+    assert warning.startswith("model.reference.code is loaded, but no line of")
+    machine = Machine("CPU", 8 * GIB, flops=1e11, bandwidth=1e10)
+    found = estimate(config, inputs, world_size=1, machine=machine)
+    held = [item.bytes for item in found.memory if item.name.startswith("reference")]
+    assert held == [4 * model_sizes(path, torch.float32).weights for path in (str(teacher), small)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"data": {"reference_column": "teach"}},
+            "no such column, only teacher; did you mean data",
+        ),
+        ({"model": {"reference": {"maths": "{t}", "chat": "{t}"}}}, "train.jsonl:1: column teacher is math"),
+        ({"model": {"reference": {"math": "{t}", "chat": "./no"}}}, "there is no model folder no"),
+    ],
+)
+def test_lines_that_name_no_teacher_and_teachers_that_are_not_there_are_refused(
+    tmp_path: Path, tiny_model: Folder, changes: dict[str, Any], message: str
+) -> None:
+    small = tiny_model("qwen2")
+    made = two_teachers(tmp_path, tiny_model, small)
+    for section, values in changes.items():
+        made[section] |= json.loads(json.dumps(values).replace("{t}", str(small)))
+    with pytest.raises(ValueError, match=message):
+        load_inputs(make_config(made))
+
+
+def test_each_of_several_teachers_has_the_policys_tokens(
+    tmp_path: Path, tiny_model: Folder, teacher: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model("qwen2"), other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"vocab_size": 98}))
+    made = two_teachers(tmp_path, tiny_model, teacher)
+    made["model"]["reference"]["chat"] = str(other)
+    with pytest.raises(ConfigError, match=r"model\.reference\.chat, .*its head has 98 rows, the policy's 99"):
+        load_inputs(make_config(made))
 
 
 def test_a_teacher_with_other_tokens_is_refused_with_the_first_of_them(
@@ -165,6 +269,27 @@ def test_a_teacher_that_cannot_be_compared_is_refused(
             "by their advantages, but distill has none",
         ),
         ({"data": {"eval": "held_out.jsonl"}}, "is evaluated by them: give some"),
+        (
+            {"model": {"path": "m", "reference": {"a": "m"}}},
+            "model.reference is the same model as model.path",
+        ),
+        ({"model": {"reference": {}}}, "name a model, or several as"),
+        (
+            {
+                "model": {"reference": {"a": "m", "b": "n"}},
+                "data": {"mode": "offline", "precompute_reference": True},
+                "algorithm": "dpo",
+            },
+            r"several models \(a, b\), but dpo compares pairs with a single one: give one path(.|\n)*"
+            "data.precompute_reference is for a single one",
+        ),
+        (
+            {
+                "model": {"reference": {"a": "m", "b": "n"}},
+                "rollout": {"samplers": [{"source": "reference", "n": 1}]},
+            },
+            "rollout.samplers has {source: reference}, which samples from a single one",
+        ),
     ],
 )
 def test_settings_that_do_not_go_with_a_teacher_are_refused(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
 from rlhf.learn.learner import Learner
-from rlhf.metrics import merge
+from rlhf.learn.models import References
+from rlhf.metrics import Mean, merge
 from rlhf.models.heads import Head
 from rlhf.models.loading import LAYOUTS
 from rlhf.models.policy import Policy
@@ -23,8 +26,8 @@ from tests.support import learner_of, policy_of, random_groups
 Folder = Callable[[str], Path]
 
 
-def distill(forward: float):
-    return ALGORITHMS["distill"](kl=KL(coef=1.0, estimator="exact", forward=forward))
+def distill(forward: float, **kl: Any):
+    return ALGORITHMS["distill"](kl=KL(**{"coef": 1.0, "estimator": "exact", "forward": forward, **kl}))
 
 
 def teacher_of(folder: Path) -> Policy:
@@ -90,6 +93,45 @@ def test_groups_whose_rewards_are_all_equal_are_learned_from(tiny_model: Folder)
     learner, builder = learner_of(policy, distill(0.0), teacher_of(tiny_model("qwen2")))
     experience = builder.build(random_groups(1, sizes=[1, 1]), kl_coef=1.0)
     assert learner.update(experience, step=0, seed=0, kl_coef=1.0)["grad_norm"].value > 0
+
+
+@pytest.mark.parametrize("kl", [{"forward": 0.3}, {"estimator": "k3", "forward": 0.0}], ids=["exact", "k3"])
+def test_a_step_with_two_teachers_is_the_sum_of_a_part_with_each(tiny_model: Folder, kl: dict[str, Any]):
+    policy = policy_of(tiny_model("llama"), dtype=torch.float64)
+    teachers = {name: teacher_of(tiny_model(shape)) for name, shape in (("a", "llama-wide"), ("b", "qwen2"))}
+    names = ["b", "a", "a", "b"]
+    groups = [
+        replace(g, prompt=replace(g.prompt, columns={"teacher": name}))
+        for g, name in zip(random_groups(5, sizes=[2, 1, 3, 2]), names, strict=True)
+    ]
+    everyone, algorithm = list(range(4)), distill(**kl)
+    kind = "kl/exact" if algorithm.needs_exact_kl else "kl/ref"
+    for layout, budget in zip(LAYOUTS, (4096, 40, 30), strict=True):
+        policy.layout = layout
+        parts, kls = list[list[Tensor]](), dict[str, Mean]()
+        for name, teacher in teachers.items():
+            learner, builder = learner_of(policy, algorithm, teacher, microbatch_tokens=budget)
+            experience = builder.build(groups, kl_coef=1.0)
+            # the denominator is that of the whole step
+            counts = learner.counts(experience, everyone)
+            policy.model.zero_grad()
+            own = [g for g in everyone if names[g] == name]
+            found = merge(learner.accumulate(experience, own, counts, 1.0))[kind]
+            assert isinstance(found, Mean)
+            kls[name] = found
+            parts.append(gradients(policy))
+        several = References(teachers, "teacher")
+        learner, builder = learner_of(policy, algorithm, several, microbatch_tokens=budget)
+        experience = builder.build(groups, kl_coef=1.0)
+        policy.model.zero_grad()
+        metrics = merge(learner.accumulate(experience, everyone, counts, 1.0))
+        for got, one, other in zip(gradients(policy), *parts, strict=True):
+            assert (got - one - other).abs().max() <= 1e-10 * max(1.0, float(got.abs().max()))
+        for name in teachers:
+            assert metrics[f"{kind}/{name}"].value == pytest.approx(kls[name].value, rel=1e-12)
+        # the loss of the step: the mean over the tokens of both
+        assert metrics[kind].value == pytest.approx((kls["a"] + kls["b"]).value, rel=1e-10)
+        assert abs(kls["a"].value - kls["b"].value) > 0.01
 
 
 def head(rows: int, *, scale: float = 1.0, softcap: float | None = None, seed: int = 0) -> Head:

@@ -11,6 +11,7 @@ from rlhf.algos.algorithm import Algorithm
 from rlhf.config.checks.samplers import sampler_problems
 from rlhf.config.pairs import PairsConfig
 from rlhf.config.run import Config
+from rlhf.types import Source
 
 
 def return_candidates(config: Config, algorithm: Algorithm) -> bool:
@@ -25,6 +26,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
     problems = [
         *_rewards(config, algorithm),
         *_teacher(config, algorithm),
+        *_several_references(config, algorithm),
         *(_online(config, algorithm) if config.data.mode == "online" else _from_data(config, algorithm)),
         *_replay(config, algorithm),
         *_preferences(config, algorithm),
@@ -83,8 +85,9 @@ def _teacher(config: Config, algorithm: Algorithm) -> Iterator[str]:
     section, name = config.model, config.algorithm["name"]
     if not algorithm.has_teacher:
         return
-    if section.reference in (None, section.path):
-        same = "not given" if section.reference is None else "the same model as model.path"
+    # of several teachers one may be the start itself, for prompts where the policy is to stay as it is
+    if set(section.references.values()) <= {section.path}:
+        same = "the same model as model.path" if section.references else "not given"
         yield (
             f"model.reference is {same}, but {name} learns from a teacher, and the policy knows all that its "
             "own start knows: set model.reference to the teacher, a folder or a name on the hub"
@@ -97,6 +100,23 @@ def _teacher(config: Config, algorithm: Algorithm) -> Iterator[str]:
         yield (
             f"data.sampling is {config.data.sampling}, which draws completions by their advantages, but "
             f"{name} has none: set it to groups or completions"
+        )
+
+
+def _several_references(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """What needs one reference for all prompts."""
+    if not isinstance(config.model.reference, dict):
+        return
+    several = f"model.reference names several models ({', '.join(config.model.reference)})"
+    if algorithm.preference is not None:
+        yield f"{several}, but {config.algorithm['name']} compares pairs with a single one: give one path"
+    if config.data.precompute_reference:
+        yield f"{several}, but data.precompute_reference is for a single one: set it to false"
+    sampled = config.rollout.sources & {Source.REFERENCE, Source.MIXTURE}
+    if sampled:
+        yield (
+            f"{several}, but rollout.samplers has {{source: {min(sampled)}}}, which samples from a single "
+            "one: give one path, or leave that sampler out"
         )
 
 
