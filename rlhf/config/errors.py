@@ -31,6 +31,7 @@ OTHER_NAMES: Mapping[str, Sequence[str]] = {
     "data.max_prompt_tokens and rollout.max_completion_tokens": ("max_length",),
     "data.precompute_reference": ("precompute_ref_log_probs",),
     "reward.functions": ("reward_funcs", "reward_fn", "reward_model", "custom_reward_function"),
+    "score.center_coef": ("center_rewards_coefficient",),
     "algorithm.name": ("adv_estimator", "loss_type"),
     "algorithm.kl.coef": ("kl", "beta", "kl_coef", "kl_loss_coef", "kl_penalty_coef", "init_kl_coef"),
     "algorithm.kl.estimator": ("kl_loss_type", "kl_penalty"),

@@ -43,7 +43,40 @@ class ScoreConfig(Section):
     """Names of the scores; the model has a head for each. `pairs` has exactly one."""
     lm_coef: float | None = Field(default=None, ge=0.0)
     """Weight of a language-model loss on the better completion of each pair. Not given: 1 for `pairs`; for
-    `ratings` it must be 0."""
+    other kinds it must be 0."""
+    margin_column: str | None = "margin"
+    """`pairs`: the column with the margin, in units of the score, by which the chosen completion is to be
+    ahead. The data need not have one of the default name; null: a column of this name is no margin."""
+    center_coef: float = Field(default=0.0, ge=0.0)
+    """`pairs`: weight of (s_chosen + s_rejected)^2, which keeps the scores around 0. TRL advises 0.01."""
+
+    def check(self, lm_coef: float) -> None:
+        """Raises ValueError for settings that do not fit the kind; `lm_coef`: the value that holds."""
+        kind, objectives = self.kind, self.objectives
+        if kind in ONE_SCORE and len(objectives) != 1:
+            raise ValueError(
+                f"score.kind is {kind}, which has one score, but score.objectives has "
+                f"{len(objectives)}: {', '.join(objectives)}"
+            )
+        if not objectives or len(set(objectives)) != len(objectives):
+            raise ValueError(f"score.objectives must be different names, got {list(objectives)}")
+        if kind != "pairs" and lm_coef:
+            raise ValueError(
+                "score.lm_coef weighs a loss on the better completion of a pair, but score.kind = "
+                f"{kind} has no pairs: it must be 0, got {lm_coef:g}"
+            )
+        for name, kinds in OF_KINDS.items():
+            if name in self.model_fields_set and kind not in kinds:
+                raise ValueError(
+                    f"score.{name} is a setting of score.kind = {' or '.join(kinds)}, but the kind is "
+                    f"{kind}: leave it out"
+                )
+
+
+ONE_SCORE = ("pairs",)
+"""Kinds with exactly one score."""
+OF_KINDS = {"margin_column": ("pairs",), "center_coef": ("pairs",)}
+"""Settings of `score` that only some kinds have."""
 
 
 class BatchConfig(Section):
@@ -118,19 +151,8 @@ class RewardModelConfig(Section):
 
     @model_validator(mode="after")
     def check_together(self) -> RewardModelConfig:
-        score, learner, batch = self.score, self.learner, self.batch
-        if score.kind == "pairs" and len(score.objectives) != 1:
-            raise ValueError(
-                f"score.kind is pairs, which has one score, but score.objectives has "
-                f"{len(score.objectives)}: {', '.join(score.objectives)}"
-            )
-        if not score.objectives or len(set(score.objectives)) != len(score.objectives):
-            raise ValueError(f"score.objectives must be different names, got {list(score.objectives)}")
-        if score.kind == "ratings" and self.lm_coef:
-            raise ValueError(
-                "score.lm_coef weighs a loss on the better completion of a pair, but score.kind = "
-                f"ratings has no pairs: it must be 0, got {self.lm_coef:g}"
-            )
+        self.score.check(self.lm_coef)
+        learner, batch = self.learner, self.batch
         if batch.low > batch.high:
             raise ValueError(f"batch.low must be at most batch.high = {batch.high}, got {batch.low}")
         if learner.epochs * learner.minibatches != 1:

@@ -1,91 +1,71 @@
-"""Updates of a reward model: batches of pairs or ratings, their loss, and the optimizer's step."""
+"""Updates of a reward model: batches of examples, their loss, and the optimizer's step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.algos.reward_model import bradley_terry, rating_loss
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.data.order import order
 from rlhf.data.pairs import Example
 from rlhf.distributed.world import World
 from rlhf.learn.optimizer import MasterAdamW
-from rlhf.metrics import Mean, Metrics, merge
-from rlhf.models.packing import Packed, Unit, fill
-from rlhf.reward_model.model import RewardModel, Scored
+from rlhf.metrics import Metrics, merge
+from rlhf.models.packing import Unit, fill
+from rlhf.reward_model.kinds.base import Batch, Kind
+from rlhf.reward_model.model import RewardModel
 
 
 class RewardModelLearner:
     """Makes updates from batches of examples, and scores examples."""
 
     def __init__(
-        self, model: RewardModel, optimizer: MasterAdamW, config: RewardModelConfig, world: World
+        self,
+        model: RewardModel,
+        kind: Kind,
+        optimizer: MasterAdamW,
+        config: RewardModelConfig,
+        world: World,
     ) -> None:
-        self.model, self.optimizer, self.config, self.world = model, optimizer, config, world
+        self.model, self.kind, self.optimizer, self.world = model, kind, optimizer, world
+        self.microbatch_tokens = config.learner.microbatch_tokens
 
-    def update(self, batch: Sequence[Example], *, step: int) -> Metrics:
-        """One update. `batch` has the examples of all ranks; each computes the gradient of its share."""
-        mine = batch[self.world.rank :: self.world.size]
-        metrics = [self._accumulate(micro, batch) for micro in self._microbatches(mine)]
+    def update(self, examples: Sequence[Example], *, step: int) -> Metrics:
+        """One update from the examples of all ranks; each computes the gradient of its share."""
+        mine, batch = examples[self.world.rank :: self.world.size], Batch(examples, step)
+        metrics = [self.accumulate(micro, batch) for micro in self.microbatches(mine)]
         return merge([*metrics, self.optimizer.step(step, self.world)])
 
-    def _accumulate(self, micro: Sequence[Example], batch: Sequence[Example]) -> Metrics:
-        scored = self.model.score(micro)
-        if self.config.score.kind == "ratings":
-            loss, metrics = self._ratings(scored, micro, batch)
-        else:
-            loss, metrics = self._pairs(scored, micro, batch)
+    def accumulate(self, micro: Sequence[Example], batch: Batch) -> Metrics:
+        """Adds the gradient of some examples of a batch; returns their metrics."""
+        loss, metrics = self.kind.loss(self.model, self.model.score(micro), micro, batch)
         torch.autograd.backward([loss])
         return metrics
 
-    def _pairs(
-        self, scored: Scored, micro: Sequence[Example], batch: Sequence[Example]
-    ) -> tuple[Tensor, Metrics]:
-        chosen, rejected = scored.scores[0::2, 0], scored.scores[1::2, 0]
-        loss = bradley_terry(chosen, rejected).sum()
-        count = float(len(micro))
-        metrics: Metrics = {
-            "reward_model/loss": Mean(loss.item(), count),
-            "reward_model/accuracy": Mean(_correct(chosen - rejected).sum().item(), count),
-            "reward_model/margin": Mean((chosen - rejected).sum().item(), count),
-        }
-        total = loss / len(batch)
-        if self.config.lm_coef:
-            wanted = scored.real & _chosen_tokens(scored.packed)
-            nll = -self.model.likelihood(scored, wanted).sum()
-            metrics["reward_model/lm_loss"] = Mean(nll.item(), float(wanted.sum()))
-            total = total + self.config.lm_coef * nll / sum(len(e.completions[0]) for e in batch)
-        return total, metrics
-
-    def _ratings(
-        self, scored: Scored, micro: Sequence[Example], batch: Sequence[Example]
-    ) -> tuple[Tensor, Metrics]:
-        ratings = ratings_of(micro, scored.scores)
-        loss = rating_loss(scored.scores, ratings).sum()
-        rated = float((~ratings.isnan()).sum())
-        # a rating that is not given is NaN, which does not equal itself
-        given = sum(value == value for example in batch for value in example.ratings)
-        return loss / given, {"reward_model/loss": Mean(loss.item(), rated)}
-
-    def _microbatches(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-        units = [Unit(i, 0, len(e.completions), e.tokens) for i, e in enumerate(examples)]
-        for units_of_one in fill(units, self.config.learner.microbatch_tokens):
-            yield [examples[unit.group] for unit in units_of_one]
+    def microbatches(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+        """Cuts examples into passes of at most `learner.microbatch_tokens` tokens."""
+        for places in packed(examples, self.microbatch_tokens):
+            yield [examples[i] for i in places]
 
     @torch.no_grad()
     def scores(self, examples: Sequence[Example]) -> Tensor:
         """Scores `[S, K]` of all completions, in order, on the CPU. Every rank computes all of them."""
         found: dict[int, Tensor] = {}
-        units = [Unit(i, 0, len(e.completions), e.tokens) for i, e in enumerate(examples)]
-        for several in fill(units, self.config.learner.microbatch_tokens):
-            scored = self.model.score([examples[unit.group] for unit in several]).scores.float().cpu()
-            sizes = [len(examples[unit.group].completions) for unit in several]
-            found |= {u.group: part for u, part in zip(several, torch.split(scored, sizes), strict=True)}
+        for places in packed(examples, self.microbatch_tokens):
+            several = [examples[i] for i in places]
+            scored = self.model.score(several).scores.float().cpu()
+            parts = torch.split(scored, [e.num_scored for e in several])
+            found |= dict(zip(places, parts, strict=True))
         return torch.cat([found[i] for i in range(len(examples))])
+
+
+def packed(examples: Sequence[Example], budget: int) -> Iterator[list[int]]:
+    """The numbers of examples that go through the model together, in passes of at most `budget` tokens."""
+    units = [Unit(i, 0, len(e.completions), e.tokens) for i, e in enumerate(examples)]
+    for several in fill(units, budget):
+        yield [unit.group for unit in several]
 
 
 def next_batch(examples: Sequence[Example], config: RewardModelConfig, position: int) -> list[Example]:
@@ -99,21 +79,3 @@ def next_batch(examples: Sequence[Example], config: RewardModelConfig, position:
             break
         batch.append(examples[index])
     return batch
-
-
-def ratings_of(examples: Sequence[Example], like: Tensor) -> Tensor:
-    """Ratings `[S, K]`, NaN where an example has none for an objective."""
-    return torch.tensor([e.ratings for e in examples], dtype=like.dtype, device=like.device)
-
-
-def _correct(margins: Tensor) -> Tensor:
-    """1 for each positive margin, 0.5 for a tie, 0 for a negative margin."""
-    return (margins > 0).float() + 0.5 * (margins == 0).float()
-
-
-def _chosen_tokens(packed: Packed) -> Tensor:
-    """bool `[N]`: the tokens of the chosen completion, which is the first of each pair."""
-    flags: list[Any] = [
-        torch.full((length,), i == 0) for span in packed.spans for i, length in enumerate(span.completions)
-    ]
-    return torch.cat(flags).to(packed.targets.device)

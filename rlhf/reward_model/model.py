@@ -1,10 +1,8 @@
-"""The reward model and its losses: a head with K scores on a language model that keeps its own head.
+"""The reward model: a head with K scores on a language model that keeps its own head.
 
-    pairs      mean of -log sigmoid(s_chosen - s_rejected) + lm_coef * mean of -logprob over the chosen tokens
-    ratings    mean over the given ratings of 0.5 (s - rating)^2
-
-The score of a completion is the head applied to the hidden state at its end-of-sequence token. The two
-completions of a pair share one copy of their prompt in the packed batch, as the groups of a rollout do.
+What it learns is the matter of a kind (rlhf/reward_model/kinds/). The score of a completion is the head
+applied to the hidden state at its end-of-sequence token. The completions of an example share one copy of
+their prompt in the packed batch, as the groups of a rollout do.
 
 Differences from PPO-max (arXiv:2307.04964 section 3.2): 1. the language-model loss is over the chosen
 completion without its prompt; 2. batches have the paper's bounds of 4 and 128 pairs, but the number of tokens
@@ -33,12 +31,14 @@ class Scored:
     """What one forward pass returns."""
 
     scores: Tensor
-    """`[S, K]`."""
+    """`[S, K]`: of each of the S places that the examples have (`Example.scored`), in order."""
     packed: Packed
     hidden: Tensor
     """`[N, H]`: the hidden states that predict each token."""
     real: Tensor
     """bool `[N]`: False for the token appended to each completion, whose state is the one that is scored."""
+    places: Tensor
+    """`[S]`: index into N of the states that are scored."""
 
 
 class RewardModel:
@@ -62,12 +62,18 @@ class RewardModel:
         # one token is appended (its value does not matter): the state that predicts it is that at the end
         completions = [[torch.tensor((*c, c[-1]), device=device) for c in e.completions] for e in examples]
         packed = pack(prompts, completions)
-        lengths = torch.tensor([len(c) for group in completions for c in group], device=device)
-        ends = lengths.cumsum(0) - 1
         hidden = self.policy.hidden(packed)
         real = torch.ones(len(hidden), dtype=torch.bool, device=device)
-        real[ends] = False
-        return Scored(scores(self.head, hidden[ends]), packed, hidden, real)
+        places: list[int] = []
+        start = 0
+        for example in examples:
+            for completion, scored in zip(example.completions, example.scored, strict=True):
+                # the state at a token is the one that predicts the next
+                places += [start + place + 1 for place in scored]
+                start += len(completion) + 1
+                real[start - 1] = False
+        index = torch.tensor(places, device=device)
+        return Scored(scores(self.head, hidden[index]), packed, hidden, real, index)
 
     def likelihood(self, scored: Scored, wanted: Tensor) -> Tensor:
         """Log-probs of the tokens where `wanted` (bool `[N]`) is True, by the language-model head."""

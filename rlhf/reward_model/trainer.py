@@ -42,6 +42,7 @@ from rlhf.monitoring.monitor import Monitor
 from rlhf.preflight.models import check_policy, check_trainable
 from rlhf.preflight.tokens import check_tokens
 from rlhf.reward_model.evaluation import evaluate
+from rlhf.reward_model.kinds.table import kind_of
 from rlhf.reward_model.learner import RewardModelLearner, next_batch
 from rlhf.reward_model.model import RewardModel
 
@@ -65,8 +66,9 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
         check_trainable(config.model, model)
         self.tokenizer = load_tokenizer(path)
         self.pad_token_id = pad_token_of(self.tokenizer)
+        self.kind = kind_of(config)
         self.train, self.held_out = (
-            load_examples(path, config.data, config.score, self.tokenizer)
+            load_examples(path, config.data, self.kind, self.tokenizer)
             for path in (config.data.train, config.data.eval)
         )
         if config.batch.low < world_size():
@@ -87,7 +89,7 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
         optimizer = MasterAdamW(self.model.module, dtype, config.learner, config.steps)
         if config.model.gradient_checkpointing:
             policy.checkpoint_activations()
-        self.learner = RewardModelLearner(self.model, optimizer, config, world)
+        self.learner = RewardModelLearner(self.model, self.kind, optimizer, config, world)
         self.cursor.data = digest([e.prompt for e in self.train])
         return {"cursor": self.cursor, "model": optimizer}
 
@@ -105,7 +107,8 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
     def evaluate(self) -> float:
         """The accuracy on the held-out examples."""
         with self.monitor.phase("eval"):
-            record, details = evaluate(self.learner, self.held_out, self.config, self.cursor.steps_done)
+            scores = self.learner.scores(self.held_out)
+            record, details = evaluate(self.kind, scores, self.held_out, self.cursor.steps_done)
         if self.world.is_main:
             self._record(record, details)
         return record["accuracy"]
@@ -152,6 +155,7 @@ def describe(trainer: RewardModelTrainer) -> Iterator[str]:
     yield f"model        {config.model.path}, computes in {dtype}"
     yield f"scores       {', '.join(config.score.objectives)}, from {config.score.kind}"
     yield f"data         {len(trainer.train)} examples, {len(trainer.held_out)} held out"
+    yield from trainer.kind.told(trainer.train)
     batch = config.batch
     yield f"an update    {batch.low} to {batch.high} examples of about {batch.tokens} tokens"
     yield f"the run      {config.steps} steps, learning rate {config.learner.lr:g}"

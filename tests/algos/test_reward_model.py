@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlhf.algos.reward_model import bradley_terry, rating_loss
+from rlhf.algos.reward_model.losses import bradley_terry, centring, rating_loss
 from rlhf.evaluation.calibration import Bin, calibration_error, pair_calibration, rating_calibration
 
 
@@ -19,6 +19,25 @@ def test_the_loss_of_a_pair_is_minus_the_log_of_its_probability():
     loss.sum().backward()
     assert chosen.grad is not None
     assert chosen.grad[0].item() == pytest.approx(-0.5)
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_a_margin_is_taken_from_what_the_chosen_one_is_ahead():
+    # 2.0 - 0.8 = 1.2, less the margin 0.5: 0.7
+    loss = bradley_terry(f64(2.0, 2.0), f64(0.8, 0.8), f64(0.0, 0.5))
+    assert loss.tolist() == pytest.approx([math.log1p(math.exp(-1.2)), math.log1p(math.exp(-0.7))])
+    assert loss.tolist() == pytest.approx([0.263282, 0.403186], abs=1e-6)
+
+
+def test_centring_alone_sees_the_level_of_both_scores():
+    chosen, rejected = f64(2.0), f64(0.8)
+    # 0.01 (2.0 + 0.8)^2
+    assert 0.01 * centring(chosen, rejected).item() == pytest.approx(0.0784)
+    assert centring(chosen + 1, rejected + 1).item() == pytest.approx(4.8**2)
+    torch.testing.assert_close(bradley_terry(chosen + 1, rejected + 1), bradley_terry(chosen, rejected))
 
 
 def test_a_pair_far_apart_overflows_nowhere():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from rlhf.config.section import ConfigError
 from rlhf.data.pairs import Example, load_examples
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.models.pretrained import load_tokenizer
+from rlhf.reward_model.kinds.base import Batch
+from rlhf.reward_model.kinds.table import kind_of
 from rlhf.reward_model.learner import RewardModelLearner, next_batch
 from rlhf.reward_model.model import RewardModel
 from rlhf.reward_model.trainer import RewardModelTrainer
@@ -64,13 +67,17 @@ def make(settings: dict[str, Any]) -> RewardModelConfig:
     return RewardModelConfig.model_validate(settings)
 
 
+def examples_of(config: RewardModelConfig) -> list[Example]:
+    return load_examples(config.data.train, config.data, kind_of(config), load_tokenizer(config.model.path))
+
+
 def learner_of(config: RewardModelConfig, dtype: torch.dtype = torch.float64) -> RewardModelLearner:
     policy = policy_of(Path(config.model.path), dtype=dtype)
     model = RewardModel(policy, len(config.score.objectives))
     model.head.to(dtype)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     optimizer = MasterAdamW(model.module, dtype, config.learner, config.steps)
-    return RewardModelLearner(model, optimizer, config, ALONE)
+    return RewardModelLearner(model, kind_of(config), optimizer, config, ALONE)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "ratings"])
@@ -78,21 +85,18 @@ def test_neither_microbatches_nor_packing_change_the_gradient(
     tmp_path: Path, tiny_model_dir: Path, kind: str
 ):
     config = make((settings if kind == "pairs" else rated_settings)(tmp_path, tiny_model_dir))
-    examples = load_examples(
-        config.data.train, config.data, config.score, load_tokenizer(str(tiny_model_dir))
-    )
+    examples = examples_of(config)
     learner = learner_of(config)
     batch = examples[:9]
 
     def gradients() -> list[torch.Tensor]:
         learner.model.module.zero_grad()
-        for micro in learner._microbatches(batch):
-            learner._accumulate(micro, batch)
+        for micro in learner.microbatches(batch):
+            learner.accumulate(micro, Batch(batch, 0))
         return [p.grad.clone() for p in learner.model.module.parameters() if p.grad is not None]
 
     whole = gradients()
-    small = config.learner.model_copy(update={"microbatch_tokens": 40})
-    learner.config = config.model_copy(update={"learner": small})
+    learner.microbatch_tokens = 40
     for layout in ("shared_prefix", "packed", "padded"):
         learner.model.policy.layout = layout
         for got, want in zip(gradients(), whole, strict=True):
@@ -101,11 +105,9 @@ def test_neither_microbatches_nor_packing_change_the_gradient(
 
 def test_the_loss_is_that_of_the_model_run_text_by_text(tmp_path: Path, tiny_model_dir: Path):
     config = make(settings(tmp_path, tiny_model_dir))
-    examples = load_examples(
-        config.data.train, config.data, config.score, load_tokenizer(str(tiny_model_dir))
-    )
+    examples = examples_of(config)
     learner, batch = learner_of(config), examples[:3]
-    metrics = learner._accumulate(batch, batch)
+    metrics = learner.accumulate(batch, Batch(batch, 0))
     policy = learner.model.policy
     policy.layout = "padded"
     losses: list[float] = []
@@ -126,9 +128,7 @@ def test_the_loss_is_that_of_the_model_run_text_by_text(tmp_path: Path, tiny_mod
 
 def test_a_batch_is_filled_by_tokens_within_its_bounds(tmp_path: Path, tiny_model_dir: Path):
     config = make(settings(tmp_path, tiny_model_dir))
-    examples = load_examples(
-        config.data.train, config.data, config.score, load_tokenizer(str(tiny_model_dir))
-    )
+    examples = examples_of(config)
     seen: list[str] = []
     position = 0
     while position < len(examples):
@@ -269,6 +269,10 @@ def test_it_is_one_task_of_the_same_command(
         ({"batch": {"low": 9, "high": 8}}, "batch.low must be at most batch.high = 8, got 9"),
         ({"score": {"kind": "ratings", "lm_coef": 1.0}}, "ratings has no pairs"),
         ({"score": {"objectives": ["a", "b"]}}, "score.kind is pairs, which has one score"),
+        (
+            {"score": {"kind": "ratings", "center_coef": 0.01}},
+            "score.center_coef is a setting of score.kind = pairs, but the kind is ratings",
+        ),
         ({"learner": {"epochs": 2}}, "makes one update of each batch"),
         ({"steps": 5, "learner": {"warmup_steps": 6}}, "the run has 5 steps"),
     ],
@@ -306,6 +310,53 @@ def test_a_bad_pair_is_refused_with_its_line(
     made = settings(tmp_path, tiny_model_dir)
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
+        RewardModelTrainer(make(made))
+
+
+def with_margins(folder: Path, model_dir: Path, score: dict[str, Any]) -> RewardModelConfig:
+    """Settings of a run whose pairs have the margins 0.5 and 2 by turns, in a column `ahead`."""
+    made = settings(folder, model_dir, score={"lm_coef": 0.0, **score})
+    rows = [{**row, "ahead": (0.5, 2.0)[i % 2]} for i, row in enumerate(pairs(4))]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make(made)
+
+
+def test_margins_and_centring_are_part_of_the_loss(tmp_path: Path, tiny_model_dir: Path):
+    def step(**score: Any) -> tuple[float, torch.Tensor]:
+        config = with_margins(tmp_path, tiny_model_dir, score)
+        learner, examples = learner_of(config), examples_of(config)
+        metrics = learner.accumulate(examples, Batch(examples, 0))
+        gradient = learner.model.head.weight.grad
+        assert gradient is not None
+        return metrics["reward_model/loss"].value, gradient
+
+    config = with_margins(tmp_path, tiny_model_dir, {})
+    scores = learner_of(config).scores(examples_of(config))[:, 0].tolist()
+    ahead = [chosen - rejected for chosen, rejected in zip(scores[::2], scores[1::2], strict=True)]
+    without, plain = step()
+    with_margin, _ = step(margin_column="ahead")
+    assert without == pytest.approx(sum(math.log1p(math.exp(-a)) for a in ahead) / 4, abs=1e-5)
+    less = [math.log1p(math.exp(m - a)) for a, m in zip(ahead, (0.5, 2.0, 0.5, 2.0), strict=True)]
+    assert with_margin == pytest.approx(sum(less) / 4, abs=1e-5)
+    # the loss that is shown is that of the pairs; centring adds to the gradient alone
+    same, centred = step(center_coef=0.01)
+    assert same == without and not torch.allclose(centred, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("margins", 1.0, "score.margin_column is 'margins', which is not among the columns chosen, rejected"),
+        ("margin", "much", "the margin in column 'margin' must be a number, got 'much'"),
+    ],
+)
+def test_a_bad_margin_is_refused_with_its_line(
+    tmp_path: Path, tiny_model_dir: Path, column: str, value: object, message: str
+):
+    made = settings(tmp_path, tiny_model_dir, score={"margin_column": column})
+    row = {"prompt": "p", "chosen": "x", "rejected": "y", "margin": value}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"train.jsonl:1: {message}"):
         RewardModelTrainer(make(made))
 
 

@@ -1,0 +1,15 @@
+"""The kinds of scores by name."""
+
+from __future__ import annotations
+
+from rlhf.config.reward_model import RewardModelConfig
+from rlhf.reward_model.kinds.base import Kind
+from rlhf.reward_model.kinds.pairs import Pairs
+from rlhf.reward_model.kinds.ratings import Ratings
+
+KINDS: dict[str, type[Kind]] = {"pairs": Pairs, "ratings": Ratings}
+
+
+def kind_of(config: RewardModelConfig) -> Kind:
+    """The kind that `score.kind` names."""
+    return KINDS[config.score.kind](config)
