@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-FIGURES = ("curve", "lines", "spread", "histogram", "stack", "intervals", "bands")
+FIGURES = ("curve", "lines", "spread", "histogram", "stack", "intervals", "bands", "shares")
 
 
 def no_figures() -> Iterator[tuple[Any, str, Any]]:

@@ -22,6 +22,8 @@ class PreferenceData(Section):
     folder."""
     eval: str
     """Held-out examples in the same form, on which accuracy and calibration are measured."""
+    ratings: str | None = None
+    """`score.kind: gated`: rated completions, with a column `ratings`, in a file or folder of their own."""
     prompt_column: str = "prompt"
     """Column of the prompts: plain text, or a list of chat messages."""
     max_prompt_tokens: Positive = 1024
@@ -33,22 +35,38 @@ class PreferenceData(Section):
     they are left out and counted."""
 
 
+class GateConfig(Section):
+    """`score.kind: gated`: the network that weighs the objectives by the prompt (ArmoRM's values)."""
+
+    width: Positive = 1024
+    """Units of a hidden layer."""
+    layers: Count = 3
+    """Hidden layers; 0: the weights are a linear function of the state at the end of the prompt."""
+    temperature: Annotated[float, Field(gt=0.0)] = 10.0
+    """By which the outputs are divided before the softmax; the higher, the longer the weights stay alike."""
+
+
 class ScoreConfig(Section):
     """What the scores of the reward model learn."""
 
-    kind: Literal["pairs", "ratings"] = "pairs"
+    kind: Literal["pairs", "ratings", "gated"] = "pairs"
     """`pairs`: which of two completions is better (Bradley-Terry loss). `ratings`: how good each completion
-    is (squared error)."""
+    is (squared error). `gated`: ratings of several objectives on a frozen model, weighed by the prompt so
+    that they agree with pairs (ArmoRM)."""
     objectives: tuple[str, ...] = ("score",)
     """Names of the scores; the model has a head for each. `pairs` has exactly one."""
     lm_coef: float | None = Field(default=None, ge=0.0)
     """Weight of a language-model loss on the better completion of each pair. Not given: 1 for `pairs`; for
     other kinds it must be 0."""
     margin_column: str | None = "margin"
-    """`pairs`: the column with the margin, in units of the score, by which the chosen completion is to be
-    ahead. The data need not have one of the default name; null: a column of this name is no margin."""
+    """`pairs` and `gated`: the column with the margin, in units of the score, by which the chosen completion
+    is to be ahead. The data need not have one of the default name; null: there are no margins."""
     center_coef: float = Field(default=0.0, ge=0.0)
     """`pairs`: weight of (s_chosen + s_rejected)^2, which keeps the scores around 0. TRL advises 0.01."""
+    verbosity: str | None = None
+    """`gated`: the objective that is verbosity. Of the others so much of it is subtracted that they do not
+    rise with it, and its own score is 0; null: nothing is subtracted."""
+    gate: GateConfig = GateConfig()
 
     def check(self, lm_coef: float) -> None:
         """Raises ValueError for settings that do not fit the kind; `lm_coef`: the value that holds."""
@@ -65,17 +83,30 @@ class ScoreConfig(Section):
                 "score.lm_coef weighs a loss on the better completion of a pair, but score.kind = "
                 f"{kind} has no pairs: it must be 0, got {lm_coef:g}"
             )
+        if self.verbosity is not None and self.verbosity not in objectives:
+            raise ValueError(
+                f"score.verbosity is {self.verbosity!r}, which is not one of score.objectives: "
+                f"{', '.join(objectives)}"
+            )
         for name, kinds in OF_KINDS.items():
-            if name in self.model_fields_set and kind not in kinds:
+            default = type(self).model_fields[name].default
+            if kind not in kinds and getattr(self, name) != default:
                 raise ValueError(
                     f"score.{name} is a setting of score.kind = {' or '.join(kinds)}, but the kind is "
                     f"{kind}: leave it out"
                 )
 
 
+GATE_LR = 1e-3
+"""Learning rate of a gate: ArmoRM's."""
 ONE_SCORE = ("pairs",)
 """Kinds with exactly one score."""
-OF_KINDS = {"margin_column": ("pairs",), "center_coef": ("pairs",)}
+OF_KINDS = {
+    "margin_column": ("pairs", "gated"),
+    "center_coef": ("pairs",),
+    "verbosity": ("gated",),
+    "gate": ("gated",),
+}
 """Settings of `score` that only some kinds have."""
 
 
@@ -94,7 +125,7 @@ class ScoreLearnerConfig(LearnerConfig):
     """The optimizer (AdamW). A `warmup_steps` that is not given is a tenth of `steps`."""
 
     lr: Annotated[float, Field(gt=0.0)] = 5e-6
-    """Learning rate of AdamW, after the warm-up."""
+    """Learning rate of AdamW, after the warm-up. Not given with `score.kind: gated`: 1e-3."""
     epochs: Positive = 1
     """1 is the only value: a reward model makes one update of each batch."""
     minibatches: Positive = 1
@@ -138,20 +169,29 @@ class RewardModelConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def warm_up_for_a_tenth_of_the_steps(cls, given: Any) -> Any:
-        """Fills in `learner.warmup_steps` where it is not given."""
+    def fill_in_the_schedule(cls, given: Any) -> Any:
+        """Fills in `learner.warmup_steps`, and `learner.lr` of a gate, where they are not given."""
         if not isinstance(given, Mapping):
             return given
         settings: dict[str, Any] = {**cast(Mapping[str, Any], given)}
         steps: Any = settings.get("steps", cls.model_fields["steps"].default)
         learner: Any = settings.get("learner", {})
         if isinstance(steps, int) and isinstance(learner, Mapping):
-            settings["learner"] = {"warmup_steps": max(steps, 0) // 10, **cast(Mapping[str, Any], learner)}
+            filled: dict[str, Any] = {"warmup_steps": max(steps, 0) // 10}
+            score: Any = settings.get("score", {})
+            if isinstance(score, Mapping) and cast(Mapping[str, Any], score).get("kind") == "gated":
+                filled["lr"] = GATE_LR
+            settings["learner"] = {**filled, **cast(Mapping[str, Any], learner)}
         return settings
 
     @model_validator(mode="after")
     def check_together(self) -> RewardModelConfig:
         self.score.check(self.lm_coef)
+        if (self.data.ratings is None) == (self.score.kind == "gated"):
+            raise ValueError(
+                "data.ratings has the rated completions that score.kind = gated learns from: "
+                + ("give it" if self.data.ratings is None else f"the kind is {self.score.kind}, leave it out")
+            )
         learner, batch = self.learner, self.batch
         if batch.low > batch.high:
             raise ValueError(f"batch.low must be at most batch.high = {batch.high}, got {batch.low}")

@@ -1,17 +1,21 @@
-"""Heads on hidden states: the language-model head, and the head of a critic or a reward model."""
+"""Heads on hidden states: of a language model, of a critic or a reward model, and the gate of scores."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from rlhf.kernels.token_stats import TokenStats, token_stats, whole
-from rlhf.models.pretrained import ModelError, head_of, text_settings
+from rlhf.models.pretrained import SCORED_AT_END, ModelError, head_of, text_settings
 from rlhf.models.truncated_logprobs import HeadInputs, candidate_logprobs, missing_statistics, with_candidates
 from rlhf.tensors.candidates import Candidates
 
@@ -119,3 +123,54 @@ def scores(head: nn.Linear, hidden: Tensor) -> Tensor:
     """Outputs `[N, K]` of a value or score head, in float32 (in float64 for float64 hidden states)."""
     precision = torch.promote_types(hidden.dtype, torch.float32)
     return F.linear(hidden.to(precision), head.weight.to(precision))
+
+
+class Gate(nn.Module):
+    """How much each of K scores counts, from the hidden state at the end of the prompt.
+
+    The gating network of ArmoRM (arXiv:2406.12845 section 2.3): an MLP whose K outputs z become
+    scale * softmax(z / temperature), with a scale that is learned and starts at 1; the weights of a prompt
+    sum to the scale.
+    """
+
+    def __init__(self, size: int, num_scores: int, width: int, layers: int, temperature: float) -> None:
+        """`size`: of a hidden state; `layers`: hidden layers of `width` units with ReLU."""
+        super().__init__()
+        sizes = [size, *[width] * layers]
+        hidden: list[nn.Module] = []
+        for before, behind in pairwise(sizes):
+            hidden += [nn.Linear(before, behind), nn.ReLU()]
+        self.network = nn.Sequential(*hidden, nn.Linear(sizes[-1], num_scores))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.temperature = temperature
+        shape = {"width": width, "layers": layers, "temperature": temperature}
+        self.entries: Mapping[str, Any] = {**SCORED_AT_END, "gate": shape}
+        """Entries of the config of a model that is saved with this gate."""
+
+    def forward(self, prompts: Tensor) -> Tensor:
+        """Weights `[P, K]` from the states `[P, H]` at the ends of prompts."""
+        logits: Tensor = self.network(prompts)
+        return self.scale * (logits / self.temperature).softmax(-1)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the weights beside those of the model that it belongs to."""
+        save_file(self.state_dict(), Path(folder) / GATE)
+
+    @classmethod
+    def load(cls, folder: str | Path, config: Any, device: torch.device) -> Gate | None:
+        """The gate of the saved model with this config; None: it has none. Raises ModelError: it is lost."""
+        shape: dict[str, Any] | None = config.to_dict().get("gate")
+        if shape is None:
+            return None
+        file = Path(folder).expanduser() / GATE
+        if not file.is_file():
+            raise ModelError(
+                f"{folder} lacks the file {GATE}, the weights of its gate: copy the whole folder"
+            )
+        gate = cls(text_settings(config)["hidden_size"], config.num_labels, **shape)
+        gate.load_state_dict(load_file(file))
+        return gate.to(device)
+
+
+GATE = "gate.safetensors"
+"""The file of a gate in the folder of a saved model."""

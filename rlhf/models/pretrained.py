@@ -6,7 +6,7 @@ import copy
 import importlib
 import pickle
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,19 +152,24 @@ SCORED_AT_END = {"scored_at": "end_of_sequence"}
 
 
 def classifier_of(
-    model: PreTrainedModel, weight: Tensor, names: Sequence[str], pad_token_id: int
+    model: PreTrainedModel,
+    weight: Tensor,
+    names: Sequence[str],
+    pad_token_id: int,
+    entries: Mapping[str, Any] = SCORED_AT_END,
 ) -> PreTrainedModel:
     """A sequence classifier of K named scores: `model`'s transformer with the score head `weight` `[K, H]`.
 
-    transformers reads the score at the last token that is not padding, so no text may end with
-    `pad_token_id`. Raises ModelError: transformers has no sequence classifier for this kind of model.
+    `entries` of its config say at which tokens it is scored. transformers reads the score at the last token
+    that is not padding, so no text may end with `pad_token_id`. Raises ModelError: transformers has no
+    sequence classifier for this kind of model.
     """
     config = copy.deepcopy(model.config)
     labels = dict(enumerate(names))
     config.num_labels, config.id2label = len(labels), labels
     config.label2id = {name: i for i, name in labels.items()}
     config.problem_type, config.pad_token_id = "regression", pad_token_id
-    config.update(SCORED_AT_END)
+    config.update(dict(entries))
     kind = _transformers.AutoModelForSequenceClassification
     try:
         scorer = kind.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")

@@ -1,11 +1,14 @@
-"""Updates of a reward model: batches of examples, their loss, and the optimizer's step."""
+"""Updates of a reward model, trunk and head: batches of examples, their loss, and the optimizer's step."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.data.order import order
@@ -14,26 +17,49 @@ from rlhf.distributed.world import World
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Metrics, merge
 from rlhf.models.packing import Unit, fill
-from rlhf.reward_model.kinds.base import Batch, Kind
-from rlhf.reward_model.model import RewardModel
+from rlhf.models.policy import Policy
+from rlhf.reward_model.kinds.base import Kind, Learner
+from rlhf.reward_model.model import RewardModel, Scored
 
 
-class RewardModelLearner:
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one update learns from: the examples of all ranks, and the number of the update (from 0)."""
+
+    examples: Sequence[Example]
+    step: int
+
+
+class TrainedKind(Kind):
+    """A kind whose loss trains the whole model: the trunk and the head."""
+
+    @abstractmethod
+    def loss(
+        self, model: RewardModel, scored: Scored, micro: Sequence[Example], batch: Batch
+    ) -> tuple[Tensor, Metrics]:
+        """The part of the loss that some examples of a batch have, and their metrics.
+
+        Its denominators count the whole batch: the losses of all parts and ranks add up to that of the batch.
+        """
+
+    def learner(self, policy: Policy, world: World, first: Sequence[Example]) -> RewardModelLearner:
+        config = self.config
+        model = RewardModel(policy, len(config.score.objectives))
+        dtype = getattr(torch, config.model.dtype)
+        optimizer = MasterAdamW(model.module, dtype, config.learner, config.steps)
+        if config.model.gradient_checkpointing:
+            policy.checkpoint_activations()
+        return RewardModelLearner(model, self, optimizer, world)
+
+
+class RewardModelLearner(Learner):
     """Makes updates from batches of examples, and scores examples."""
 
-    def __init__(
-        self,
-        model: RewardModel,
-        kind: Kind,
-        optimizer: MasterAdamW,
-        config: RewardModelConfig,
-        world: World,
-    ) -> None:
+    def __init__(self, model: RewardModel, kind: TrainedKind, optimizer: MasterAdamW, world: World) -> None:
         self.model, self.kind, self.optimizer, self.world = model, kind, optimizer, world
-        self.microbatch_tokens = config.learner.microbatch_tokens
+        self.microbatch_tokens = kind.config.learner.microbatch_tokens
 
     def update(self, examples: Sequence[Example], *, step: int) -> Metrics:
-        """One update from the examples of all ranks; each computes the gradient of its share."""
         mine, batch = examples[self.world.rank :: self.world.size], Batch(examples, step)
         metrics = [self.accumulate(micro, batch) for micro in self.microbatches(mine)]
         return merge([*metrics, self.optimizer.step(step, self.world)])
@@ -51,7 +77,6 @@ class RewardModelLearner:
 
     @torch.no_grad()
     def scores(self, examples: Sequence[Example]) -> Tensor:
-        """Scores `[S, K]` of all completions, in order, on the CPU. Every rank computes all of them."""
         found: dict[int, Tensor] = {}
         for places in packed(examples, self.microbatch_tokens):
             several = [examples[i] for i in places]
@@ -59,6 +84,9 @@ class RewardModelLearner:
             parts = torch.split(scored, [e.num_scored for e in several])
             found |= dict(zip(places, parts, strict=True))
         return torch.cat([found[i] for i in range(len(examples))])
+
+    def export(self, pad_token_id: int) -> PreTrainedModel:
+        return self.model.export(self.kind.config.score.objectives, pad_token_id, self.kind.saved)
 
 
 def packed(examples: Sequence[Example], budget: int) -> Iterator[list[int]]:

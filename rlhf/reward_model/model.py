@@ -12,8 +12,9 @@ and the language-model head is not exported.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +85,11 @@ class RewardModel:
         assert statistics.logprob is not None
         return statistics.logprob
 
-    def export(self, objectives: Sequence[str], pad_token_id: int) -> PreTrainedModel:
-        """The model in the form of `AutoModelForSequenceClassification`, in `model.dtype`."""
-        return classifier_of(self.policy.model, self.head.weight.detach(), objectives, pad_token_id)
+    def export(
+        self, objectives: Sequence[str], pad_token_id: int, entries: Mapping[str, Any]
+    ) -> PreTrainedModel:
+        """The model in the form of `AutoModelForSequenceClassification`, in `model.dtype`.
+
+        `entries` of its config say how it is read.
+        """
+        return classifier_of(self.policy.model, self.head.weight.detach(), objectives, pad_token_id, entries)

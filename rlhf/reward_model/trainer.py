@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
-import torch
 from transformers import PretrainedConfig
 
 from rlhf.checkpoints import store
@@ -26,7 +25,6 @@ from rlhf.data.pairs import Example, load_examples
 from rlhf.devices import this_device
 from rlhf.distributed.world import World, world_size
 from rlhf.files import write_atomically
-from rlhf.learn.optimizer import MasterAdamW
 from rlhf.loop import Loop
 from rlhf.metrics import Max, Metrics
 from rlhf.models.loading import load_policy
@@ -43,8 +41,7 @@ from rlhf.preflight.models import check_policy, check_trainable
 from rlhf.preflight.tokens import check_tokens
 from rlhf.reward_model.evaluation import evaluate
 from rlhf.reward_model.kinds.table import kind_of
-from rlhf.reward_model.learner import RewardModelLearner, next_batch
-from rlhf.reward_model.model import RewardModel
+from rlhf.reward_model.learner import next_batch
 
 TIMEOUT = 1800.0
 """Seconds that a rank waits for the others before it fails."""
@@ -75,7 +72,8 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
             raise ConfigError(
                 f"batch.low is {config.batch.low}, fewer than the {world_size()} ranks that share a batch"
             )
-        examples = [*self.train, *self.held_out]
+        self.first = self.kind.first(self.tokenizer)
+        examples = [*self.train, *self.held_out, *self.first]
         _check_lengths(path, model, examples)
         found = ((e.prompt.id, (*e.prompt.token_ids, *chain(*e.completions))) for e in examples)
         check_tokens(path, model, self.tokenizer, found)
@@ -84,14 +82,11 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
     def build(self, world: World, monitor: Monitor) -> dict[str, Stateful]:
         config = self.config
         policy = load_policy(config.model, config.model.path, world.device)
-        self.model = RewardModel(policy, len(config.score.objectives))
-        dtype = getattr(torch, config.model.dtype)
-        optimizer = MasterAdamW(self.model.module, dtype, config.learner, config.steps)
-        if config.model.gradient_checkpointing:
-            policy.checkpoint_activations()
-        self.learner = RewardModelLearner(self.model, self.kind, optimizer, config, world)
+        self.learner = self.kind.learner(policy, world, self.first)
+        for line in self.learner.told():
+            monitor.note(line)
         self.cursor.data = digest([e.prompt for e in self.train])
-        return {"cursor": self.cursor, "model": optimizer}
+        return {"cursor": self.cursor, "model": self.learner.optimizer}
 
     def step(self) -> Metrics:
         """One update."""
@@ -126,8 +121,7 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
             return
         if self.config.checkpoint.export:
             target = self.folder.path / "model"
-            scorer = self.model.export(self.config.score.objectives, self.pad_token_id)
-            store.export(scorer, self.tokenizer, target)
+            store.export(self.learner.export(self.pad_token_id), self.tokenizer, target)
             self.monitor.note(f"the reward model is in {target}")
         self.monitor.close()
 

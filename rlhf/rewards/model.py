@@ -4,23 +4,38 @@
       functions:
         - {path: reward_model, params: {model: runs/reward/model}, batch: 16, memory_gib: 16, timeout: 60}
 
-A model saved by `task: reward_model` gets the input that it was trained on: prompt, completion and an
-end-of-sequence token, even where the completion was truncated. Any other model gets the conversation as its
-chat template writes it.
+A model saved by `task: reward_model` (docs/reward_models.md) gets the input that it was trained on: prompt,
+completion and an end-of-sequence token, even where the completion was truncated. Any other model gets the
+conversation as its chat template writes it.
 
 A model with one label returns a number. A model with several labels returns several objectives, named by its
 `id2label`, as in multi-objective GRPO (arXiv:2503.21819). The paper does not give their weights; the setting
-`weights` of the function does.
+`weights` of the function does. A gated model returns its objectives times the gate's weights, which add up to
+its score, and logs these weights. A model of steps returns the worst, mean or last of its steps' scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.rewards.builtin import Completion, completion_text
 
 Messages = str | Sequence[Mapping[str, Any]]
+DIGITS = 4
+"""Digits of the numbers that are logged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One input of a model that was trained by this project."""
+
+    ids: list[int]
+    places: list[int]
+    """Where scores are read."""
+    prompt_end: int
+    """Where the last token of the prompt stands; negative: it was cut away."""
 
 
 class RewardModel:
@@ -34,21 +49,25 @@ class RewardModel:
         dtype: Literal["auto", "float32", "bfloat16"] = "float32",
         threads: int = 1,
         trust_remote_code: bool = False,
+        of_steps: Literal["min", "mean", "last"] = "min",
     ) -> None:
         """Loads `model`, a folder or a name on the hub, on the GPU if the worker sees one.
 
         `max_tokens`: inputs that are longer lose their beginning. `transform`: applied to each score.
         `dtype`: `auto` is bfloat16 on a GPU, on a CPU the faster of both types.
         `threads`: CPU threads of this worker. `trust_remote_code`: lets Python code that the model brings run
-        in this worker.
+        in this worker. `of_steps`: which score a model of steps gives, that of the worst step, the mean, or
+        that of the last one.
 
         Raises ModelError when there is no such model or it lacks weights, and ValueError when it is not a
-        sequence classifier.
+        sequence classifier, or a gated one whose scores are to be transformed.
         """
         import torch
 
         from rlhf.compute_dtype import resolve_dtype
         from rlhf.models import pretrained
+        from rlhf.models.heads import Gate
+        from rlhf.models.scored_text import form_of
 
         if trust_remote_code:
             pretrained.trust(model)
@@ -67,49 +86,140 @@ class RewardModel:
             # without a padding token a classifier reads its score at the last token of the row, padding
             # included
             self.model.config.pad_token_id = pretrained.pad_token_of(self.tokenizer)
-        self.scored_at_end = settings.to_dict().items() >= pretrained.SCORED_AT_END.items()
-        self.max_tokens, self.transform = max_tokens, transform
+        self.form = form_of(settings)
+        self.gate = Gate.load(model, settings, device)
+        if self.gate is not None and transform != "none":
+            raise ValueError(
+                f"{model} is a gated model, whose score is a sum: leave out transform = {transform}"
+            )
+        self.max_tokens, self.transform, self.of_steps = max_tokens, transform, of_steps
         labels: dict[int, str] = self.model.config.id2label
         self.labels = [labels[i] for i in range(self.model.config.num_labels)]
 
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """Columns of the dataset that this model needs."""
+        return ("reference",) if self.form is not None and self.form.needs_reference else ()
+
     def __call__(
-        self, prompts: Sequence[Messages], completions: Sequence[Completion]
+        self,
+        prompts: Sequence[Messages],
+        completions: Sequence[Completion],
+        reference: Sequence[Completion] | None = None,
+        log_extra: Callable[[str, Sequence[Any]], None] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
     ) -> list[float] | list[dict[str, float]]:
-        """Score of each completion (by objective, if there are several labels); one forward pass for all."""
+        """Score of each completion (by objective, if there are several labels); one forward pass for all.
+
+        `reference`: the completions that a model of gaps compares with. `log_extra`, `log_metric`: log what
+        the score is made of, the gate's weights or the scores of steps.
+        """
         import torch
 
-        rows = [self._tokens(p, c) for p, c in zip(prompts, completions, strict=True)]
-        longest, pad = max(map(len, rows)), self.model.config.pad_token_id
+        if self.form is None:
+            inputs = self._padded([self._tokens(p, c) for p, c in zip(prompts, completions, strict=True)])
+            with torch.inference_mode():
+                return self._returned(self._transformed(self.model(**inputs).logits))
+        others = [""] * len(prompts)
+        if self.form.needs_reference and reference is not None:
+            others = [completion_text(r) for r in reference]
+        texts = [completion_text(c) for c in completions]
+        rows = [self._row(p, c, r) for p, c, r in zip(prompts, texts, others, strict=True)]
+        with torch.inference_mode():
+            hidden = self.model.base_model(**self._padded([row.ids for row in rows])).last_hidden_state
+            found = [
+                self._transformed(self.model.score(states[row.places]))
+                for row, states in zip(rows, hidden, strict=True)
+            ]
+            if self.gate is None:
+                return self._returned(self._of_steps(found, log_extra))
+            ends = torch.stack([states[row.prompt_end] for row, states in zip(rows, hidden, strict=True)])
+            weights = self.gate(ends.float())
+            self._log_gate(weights.tolist(), log_extra, log_metric)
+            return self._returned(weights * torch.cat(found))
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        import torch
+
+        longest, pad, device = max(map(len, rows)), self.model.config.pad_token_id, self.model.device
         inputs = {
             "input_ids": [[*row, *[pad] * (longest - len(row))] for row in rows],
             "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
         }
-        device = self.model.device
-        with torch.inference_mode():
-            logits = self.model(**{k: torch.tensor(v, device=device) for k, v in inputs.items()}).logits
-        scores: Any = logits.float().sigmoid() if self.transform == "sigmoid" else logits.float()
+        return {k: torch.tensor(v, device=device) for k, v in inputs.items()}
+
+    def _transformed(self, logits: Any) -> Any:
+        return logits.float().sigmoid() if self.transform == "sigmoid" else logits.float()
+
+    def _returned(self, scores: Any) -> list[float] | list[dict[str, float]]:
+        """Scores `[B, K]` as a reward function returns them."""
         if len(self.labels) == 1:
             return scores[:, 0].tolist()
         return [dict(zip(self.labels, row, strict=True)) for row in scores.tolist()]
 
-    def _tokens(self, prompt: Messages, completion: Completion) -> list[int]:
+    def _of_steps(self, found: Sequence[Any], log_extra: Callable[[str, Sequence[Any]], None] | None) -> Any:
+        """`[B, K]` of the scores `[s, K]` of each completion, of which there is one unless it has steps."""
+        import torch
+
+        from rlhf.models.scored_text import AtSteps
+
+        if log_extra is not None and isinstance(self.form, AtSteps):
+            log_extra("steps", [[round(x, DIGITS) for x in scores[:, 0].tolist()] for scores in found])
+        reduce: dict[str, Callable[[Any], Any]] = {
+            "min": lambda scores: scores.amin(0),
+            "mean": lambda scores: scores.mean(0),
+            "last": lambda scores: scores[-1],
+        }
+        return torch.stack([reduce[self.of_steps](scores) for scores in found])
+
+    def _log_gate(
+        self,
+        weights: Sequence[Sequence[float]],
+        log_extra: Callable[[str, Sequence[Any]], None] | None,
+        log_metric: Callable[[str, float], None] | None,
+    ) -> None:
+        if log_extra is not None:
+            rounded = ([round(w, DIGITS) for w in row] for row in weights)
+            log_extra("gate", [dict(zip(self.labels, row, strict=True)) for row in rounded])
+        if log_metric is not None:
+            for name, of_one in zip(self.labels, zip(*weights, strict=True), strict=True):
+                log_metric(f"gate_{name}", sum(of_one) / len(of_one))
+
+    def _row(self, prompt: Messages, text: str, reference: str) -> Row:
+        """Raises ValueError where more than the beginning of a plain score's input would be cut away."""
+        assert self.form is not None
+        before = self._prompt(prompt)
+        behind, places = self.form.write(self.tokenizer, text, reference)
+        lost = max(0, len(before) + len(behind) - self.max_tokens)
+        row = Row(
+            [*before, *behind][lost:],
+            [len(before) + place - lost for place in places],
+            len(before) - 1 - lost,
+        )
+        if row.places[0] < 0 or (self.gate is not None and row.prompt_end < 0):
+            raise ValueError(
+                f"prompt and completion have {len(before) + len(behind)} tokens, more than max_tokens = "
+                f"{self.max_tokens} of reward_model: raise it in params"
+            )
+        return row
+
+    def _prompt(self, prompt: Messages) -> list[int]:
         from rlhf.models.chat import encode_texts
 
-        plain = isinstance(prompt, str)
-        encode: Any = self.tokenizer
-        if not self.scored_at_end and plain:
-            (ids,) = encode_texts(self.tokenizer, [f"{prompt}{completion}"], ends=True, most=self.max_tokens)
-            return ids
-        if not self.scored_at_end:
-            # a chat template writes the special tokens itself
-            text = self._write([*prompt, *completion], opens=False)
-            return encode(text, add_special_tokens=False)["input_ids"][-self.max_tokens :]
-        if plain:
-            (ids,) = encode_texts(self.tokenizer, [prompt])
-        else:
-            ids = encode(self._write(prompt, opens=True), add_special_tokens=False)["input_ids"]
-        ids += encode(completion_text(completion), add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id][-self.max_tokens :]
+        if isinstance(prompt, str):
+            return encode_texts(self.tokenizer, [prompt])[0]
+        return self.tokenizer(self._write(prompt, opens=True), add_special_tokens=False)["input_ids"]
+
+    def _tokens(self, prompt: Messages, completion: Completion) -> list[int]:
+        """The input of a model that others trained."""
+        from rlhf.models.chat import encode_texts
+
+        if isinstance(prompt, str):
+            text = f"{prompt}{completion}"
+            return encode_texts(self.tokenizer, [text], ends=True, most=self.max_tokens)[0]
+        # a chat template writes the special tokens itself
+        written = self._write([*prompt, *completion], opens=False)
+        return self.tokenizer(written, add_special_tokens=False)["input_ids"][-self.max_tokens :]
 
     def _write(self, messages: Sequence[Any], *, opens: bool) -> str:
         from rlhf.models.chat import of_text, without_nulls, write_chat

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from rlhf.plugins import load_object
 from rlhf.rewards.signature import (
@@ -114,6 +114,14 @@ class RewardSpec:
         return load_reward(self)
 
 
+@runtime_checkable
+class NeedsColumns(Protocol):
+    """An object that needs columns which its signature leaves optional: others of its class do without."""
+
+    @property
+    def required_columns(self) -> tuple[str, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Reward:
     """A reward function that is imported, with its signature; call it with the arguments of a batch."""
@@ -158,7 +166,11 @@ def load_reward(spec: RewardSpec) -> Reward:
             verl.accepts, verl.requires, is_async=False, is_class=is_class, compares=compares
         )
         return Reward(verl, {}, signature)
-    return Reward(found, params, signature_of(named, takes_any, called, params, is_class=is_class))
+    signature = signature_of(named, takes_any, called, params, is_class=is_class)
+    if isinstance(found, NeedsColumns):
+        columns = ((name,) for name in found.required_columns)
+        signature = replace(signature, requires=(*signature.requires, *columns))
+    return Reward(found, params, signature)
 
 
 def find(spec: RewardSpec, built_in: Mapping[str, str]) -> Any:

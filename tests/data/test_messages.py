@@ -137,6 +137,7 @@ def test_an_end_that_the_tokenizer_appends_does_not_end_a_prompt(tmp_path: Path)
 
 
 def test_a_reward_model_reads_one_beginning_and_one_end(tmp_path: Path) -> None:
+    from rlhf.models.scored_text import AtEnd
     from rlhf.rewards.model import RewardModel
 
     model = RewardModel(str(save_classifier(tmp_path, ["reward"])))
@@ -154,8 +155,9 @@ def test_a_reward_model_reads_one_beginning_and_one_end(tmp_path: Path) -> None:
     model.max_tokens = 5
     assert read("why?", "so") == "<s>?so</s>"
     # one that this project trained ends with the end of the completion, and has none after the prompt
-    model.scored_at_end, model.max_tokens = True, 99
-    assert read("why?", "so") == read("<s>why?", "so") == "<s>why?so</s>"
+    model.form, model.max_tokens = AtEnd(), 99
+    rows = [model._row(prompt, "so", "") for prompt in ("why?", "<s>why?")]  # pyright: ignore[reportPrivateUsage]
+    assert [decode(row.ids) for row in rows] == ["<s>why?so</s>"] * 2
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,8 @@ from rlhf.config.section import ConfigError
 from rlhf.data.pairs import Example, load_examples
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.models.pretrained import load_tokenizer
-from rlhf.reward_model.kinds.base import Batch
 from rlhf.reward_model.kinds.table import kind_of
-from rlhf.reward_model.learner import RewardModelLearner, next_batch
+from rlhf.reward_model.learner import Batch, RewardModelLearner, TrainedKind, next_batch
 from rlhf.reward_model.model import RewardModel
 from rlhf.reward_model.trainer import RewardModelTrainer
 from rlhf.rewards.plugin import RewardSpec
@@ -76,8 +75,10 @@ def learner_of(config: RewardModelConfig, dtype: torch.dtype = torch.float64) ->
     model = RewardModel(policy, len(config.score.objectives))
     model.head.to(dtype)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    kind = kind_of(config)
+    assert isinstance(kind, TrainedKind)
     optimizer = MasterAdamW(model.module, dtype, config.learner, config.steps)
-    return RewardModelLearner(model, kind_of(config), optimizer, config, ALONE)
+    return RewardModelLearner(model, kind, optimizer, ALONE)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "ratings"])

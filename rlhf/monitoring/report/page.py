@@ -12,6 +12,7 @@ from rlhf.monitoring.records import Headline, headlines
 from rlhf.monitoring.report import browser as report_browser
 from rlhf.monitoring.report import plots
 from rlhf.monitoring.report.browser import PAINT, browser, lengths_of, reward_text
+from rlhf.monitoring.report.gates import gates
 from rlhf.monitoring.report.style import STYLE
 from rlhf.monitoring.report.verdict import Verdict
 
@@ -109,6 +110,7 @@ def render(
         _facts(steps),
         *(_held_out(figure, evaluations) for figure in headlines(evaluations)),
         _curves(steps, groups),
+        gates(groups),
         _evaluated(evaluations),
         f"<h2>Completions in training</h2>{PAINT}{browser(groups)}" if groups else "",
         f"<h2>Configuration</h2><pre>{escape(config)}</pre>" if config else "",

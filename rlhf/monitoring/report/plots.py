@@ -74,6 +74,31 @@ def stack(title: str, steps: Numbers, parts: Sequence[tuple[str, Numbers]]) -> s
     return _as_html(figure, title)
 
 
+def shares(title: str, rows: Sequence[str], parts: Sequence[tuple[str, Numbers]]) -> str:
+    """A bar for each row, the first one on top, with the named parts of it end to end."""
+    figure, axes = _new_figure()
+    figure.set_size_inches(5.6, 1.2 + 0.22 * len(rows))
+    places = list(range(len(rows), 0, -1))
+    left = [0.0] * len(rows)
+    for i, (name, values) in enumerate(parts):
+        # when the colours are used up, they come again paler
+        axes.barh(
+            places,
+            values,
+            left=left,
+            color=COLORS[i % len(COLORS)],
+            alpha=0.7 ** (i // len(COLORS)),
+            label=name,
+        )
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    axes.set_yticks(places, list(rows))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel("weight", color=INK)
+    # above the figure: the axes are narrow, as the names of the rows are long
+    figure.legend(loc="outside upper center", ncols=min(3, len(parts)), frameon=False, labelcolor=INK)
+    return _as_html(figure, title)
+
+
 def intervals(title: str, steps: Numbers, values: Numbers, bounds: Sequence[tuple[float, float]]) -> str:
     """A curve whose points have error bars, from the lower to the upper bound of each."""
     figure, axes = _new_figure()

@@ -1,4 +1,4 @@
-"""`Kind`, what every kind of scores has, and what several of them measure."""
+"""`Kind` and `Learner`, what every kind of scores has, and what several of them measure."""
 
 from __future__ import annotations
 
@@ -12,25 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.checkpoints.store import Saves
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.data.pairs import Example
+from rlhf.distributed.world import World
 from rlhf.evaluation.calibration import Bin
+from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Metrics
+from rlhf.models.policy import Policy
 from rlhf.models.pretrained import SCORED_AT_END
-from rlhf.reward_model.model import RewardModel, Scored
 from rlhf.torch_typed import integers, numbers
 from rlhf.types import Prompt
 
 COMPARED = 2000
 """How many pairs of completions with different labels are compared, at most, for each objective."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one update learns from: the examples of all ranks, and the number of the update (from 0)."""
-
-    examples: Sequence[Example]
-    step: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +40,29 @@ class Judged:
     """Other measures by name."""
     counts: bool = True
     """Whether its comparisons are part of the accuracy of the whole model."""
+
+
+class Learner(ABC):
+    """Learns the scores of one kind, from batches of examples, and gives them."""
+
+    optimizer: MasterAdamW
+    """Of everything that is trained: what a checkpoint holds of the model."""
+
+    @abstractmethod
+    def update(self, examples: Sequence[Example], *, step: int) -> Metrics:
+        """One update from the examples of all ranks; each rank computes the gradient of its share."""
+
+    @abstractmethod
+    def scores(self, examples: Sequence[Example]) -> Tensor:
+        """Scores `[S, K]` of all places, in order, on the CPU. Every rank computes all of them."""
+
+    @abstractmethod
+    def export(self, pad_token_id: int) -> Saves:
+        """What is saved as RUN/model: a sequence classifier in `model.dtype`."""
+
+    def told(self) -> Iterator[str]:
+        """What a run says of what was learned before the first update."""
+        yield from ()
 
 
 class Kind(ABC):
@@ -66,13 +84,12 @@ class Kind(ABC):
         """The example of a line, whose columns are in `prompt`; errors (ValueError) begin with `where`."""
 
     @abstractmethod
-    def loss(
-        self, model: RewardModel, scored: Scored, micro: Sequence[Example], batch: Batch
-    ) -> tuple[Tensor, Metrics]:
-        """The part of the loss that some examples of a batch have, and their metrics.
+    def learner(self, policy: Policy, world: World, first: Sequence[Example]) -> Learner:
+        """What learns the scores, from the weights of `policy` (in float32) and the examples of `first`."""
 
-        Its denominators count the whole batch: the losses of all parts and ranks add up to that of the batch.
-        """
+    def first(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """Examples of a file of their own that are learned from once, before the first update."""
+        return []
 
     @abstractmethod
     def judge(self, scores: Tensor, examples: Sequence[Example]) -> dict[str, Judged]:

@@ -24,14 +24,15 @@ from rlhf.data.preferences import completion_text
 from rlhf.evaluation.calibration import pair_calibration
 from rlhf.metrics import Mean, Metrics
 from rlhf.models.packing import Packed
-from rlhf.reward_model.kinds.base import Batch, Judged, Kind, agreement, is_right, labels_of, shown_pair
+from rlhf.reward_model.kinds.base import Judged, agreement, is_right, labels_of, shown_pair
+from rlhf.reward_model.learner import Batch, TrainedKind
 from rlhf.reward_model.model import RewardModel, Scored
 from rlhf.types import Prompt
 
 SIDES = ("chosen", "rejected")
 
 
-class Pairs(Kind):
+class Pairs(TrainedKind):
     columns = SIDES
 
     def example(self, prompt: Prompt, where: str, tokenizer: PreTrainedTokenizerBase) -> Example:
@@ -93,7 +94,7 @@ def margin_of(prompt: Prompt, where: str, score: ScoreConfig) -> float:
         return 0.0
     if name in prompt.columns:
         return number_of(where, f"the margin in column {name!r}", prompt.columns[name])
-    if "margin_column" in score.model_fields_set:
+    if name != ScoreConfig.model_fields["margin_column"].default:
         raise ValueError(
             f"{where}: score.margin_column is {name!r}, which is not among the columns "
             f"{', '.join(prompt.columns)}; name one of them, or set it to null"

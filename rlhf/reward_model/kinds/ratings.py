@@ -20,12 +20,13 @@ from rlhf.data.pairs import Example
 from rlhf.data.preferences import completion_text
 from rlhf.evaluation.calibration import rating_calibration
 from rlhf.metrics import Mean, Metrics
-from rlhf.reward_model.kinds.base import Batch, Judged, Kind, compared, labels_of
+from rlhf.reward_model.kinds.base import Judged, compared, labels_of
+from rlhf.reward_model.learner import Batch, TrainedKind
 from rlhf.reward_model.model import RewardModel, Scored
 from rlhf.types import Prompt
 
 
-class Ratings(Kind):
+class Ratings(TrainedKind):
     columns = ("completion", "ratings")
 
     def example(self, prompt: Prompt, where: str, tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.reward_model.kinds.base import Kind
+from rlhf.reward_model.kinds.gated import Gated
 from rlhf.reward_model.kinds.pairs import Pairs
 from rlhf.reward_model.kinds.ratings import Ratings
 
-KINDS: dict[str, type[Kind]] = {"pairs": Pairs, "ratings": Ratings}
+KINDS: dict[str, type[Kind]] = {"pairs": Pairs, "ratings": Ratings, "gated": Gated}
 
 
 def kind_of(config: RewardModelConfig) -> Kind:
