@@ -13,6 +13,7 @@ from rlhf.algos.algorithm import Algorithm
 from rlhf.checkpoints.stateful import Stateful
 from rlhf.collect.budgets import Budgets
 from rlhf.collect.collector import Collector
+from rlhf.collect.episodes import Episodes
 from rlhf.collect.offline import GroupSource
 from rlhf.collect.pairing import Pairing
 from rlhf.collect.prefetch import Prefetch
@@ -265,7 +266,8 @@ def _rollout(
     others = _frozen_engines(config, inputs, models)
     if others:
         engine = EngineGroup(engine, others)
-    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed, candidates)
+    episodes = Episodes.of(config, inputs, engine)
+    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed, candidates, episodes)
     return engine, SyncOnDemand(sync) if on_demand else sync, sampler
 
 

@@ -13,6 +13,8 @@ from rlhf.algos.algorithm import Algorithm
 from rlhf.data.completions import OfflineDataset
 from rlhf.data.prompts import PromptDataset
 from rlhf.data.texts import Text
+from rlhf.environments.conversation import Conversation
+from rlhf.environments.protocol import Environments
 from rlhf.models.vision.processor import Processor
 from rlhf.rewards.scoring import Rewards
 
@@ -37,6 +39,10 @@ class Inputs:
     """The image processor and its tokenizer; None for a model that takes text alone."""
     offline: OfflineDataset | None = None
     """Completions in `data.train`; None where `data.mode` is online."""
+    environments: Environments | None = None
+    """What answers the policy between its turns; None: a completion is one turn."""
+    conversation: Conversation | None = None
+    """What writes the turns of episodes; None where there are no environments."""
     eval_pairs: OfflineDataset | None = None
     """Held-out completions (`data.eval`) of a run with a preference algorithm; None where the file has
     prompts alone."""

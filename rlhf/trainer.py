@@ -51,6 +51,8 @@ class Trainer(Loop[Config]):
 
     def build(self, world: World, monitor: Monitor) -> dict[str, Stateful]:
         self.inputs.rewards.print_to(self.folder.rewards_log)
+        if self.inputs.environments is not None:
+            self.inputs.environments.print_to(self.folder.rewards_log)
         self._components = build_components(self.config, self.inputs, world)
         for text in warnings(self.config, self.inputs):
             monitor.warn(text)

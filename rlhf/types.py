@@ -82,10 +82,7 @@ class Images:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question, tokenised.
-
-    Example: `Prompt("train.jsonl:7", (1, 9690, 198), "What is 3 + 5?", {"answer": 8})`.
-    """
+    """One question, tokenised: `Prompt("train.jsonl:7", (1, 9690), "What is 3 + 5?", {"answer": 8})`."""
 
     id: str
     """Unique within the run: file name and line number."""
@@ -96,6 +93,8 @@ class Prompt:
     """All other columns of the dataset, which rewards receive too."""
     images: tuple[Image, ...] | None = None
     """In the order of their placeholders, of which `token_ids` holds as many as the model needs."""
+    original: Prompt | None = None
+    """The dataset's prompt, where an environment has put something behind it."""
 
     @property
     def pictures(self) -> Images | None:
@@ -149,8 +148,7 @@ class Trajectory:
     """Everything after the prompt, with its reward.
 
     A second turn after a tool's answer, for example: tokens `a b | t t t | c d` with
-    `loss_mask = 1 1 0 0 0 1 1` and `turns = 0 0 0 0 0 1 1`: the tool's tokens were not chosen by the policy
-    (`rlhf.rollout.episode.of_turns`).
+    `loss_mask = 1 1 0 0 0 1 1` and `turns = 0 0 0 0 0 1 1`: the tool's tokens were not chosen by the policy.
     """
 
     token_ids: tuple[int, ...]
@@ -170,7 +168,7 @@ class Trajectory:
     logged: Mapping[str, str] = field(default_factory=dict[str, str])
     """What reward functions logged of it with `log_extra`, by `function/column`."""
     messages: tuple[Mapping[str, Any], ...] = ()
-    """The turns and what the environment answered, as chat messages; empty for a single turn."""
+    """Turns and answers of the environment as chat messages; empty for a single turn."""
 
     @classmethod
     def single_turn(

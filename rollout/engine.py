@@ -83,6 +83,11 @@ class RolloutRequest:
     """What is sampled from; engines of one model do not look at it (rollout/engine_group.py)."""
     mixture: float = 0.0
     """Share of the reference, in log-probs, where `source` is MIXTURE (rollout/mixture.py); 0: none."""
+    keeps: bool = False
+    """Whether later requests may continue its samples: each is returned as soon as it has ended, and an engine
+    may keep what it computed of them (`KeepsSamples`)."""
+    continues: tuple[str, int] | None = None
+    """The sample that this prompt begins with, prompt and completion: id of its request, and index."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.mixture <= 1:
@@ -197,6 +202,16 @@ class RolloutEngine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class KeepsSamples(Protocol):
+    """An engine that keeps keys and values of samples whose requests say `keeps`, until they are continued,
+    forgotten, or no longer true: weights change, or the memory is needed."""
+
+    def forget(self, sample: tuple[str, int]) -> None:
+        """Frees what is kept of a sample, if anything is."""
+        ...
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rlhf.metrics import Metrics
 from rlhf.rollout.engine import (
+    KeepsSamples,
     Measured,
     PauseMode,
     RolloutEngine,
@@ -84,6 +85,11 @@ class EngineGroup:
     def close(self) -> None:
         for engine in self._all():
             engine.close()
+
+    def forget(self, sample: tuple[str, int]) -> None:
+        for engine in self._all():
+            if isinstance(engine, KeepsSamples):
+                engine.forget(sample)
 
     def measured(self) -> Metrics:
         """The metrics of the policy's engine."""

@@ -63,8 +63,9 @@ class Finished:
 
     _missing: dict[str, int] = field(default_factory=dict[str, int])
     _samples: list[Completion] = field(default_factory=list[Completion])
-    has_group: bool = False
-    """Whether a whole group has ended since the last `take`: an engine returns no later than that."""
+    is_due: bool = False
+    """Whether a whole group has ended since the last `take`, or a sample that is to be continued: an engine
+    returns no later than that."""
 
     @property
     def in_flight(self) -> list[str]:
@@ -82,16 +83,16 @@ class Finished:
         self._missing[prompt_id] -= 1
         if not self._missing[prompt_id]:
             del self._missing[prompt_id]
-            self.has_group = True
+        self.is_due |= row.request.keeps or prompt_id not in self._missing
 
     def take(self) -> list[Completion]:
         """The samples that have ended since the last call, also of groups of which others have not."""
-        taken, self._samples, self.has_group = self._samples, [], False
+        taken, self._samples, self.is_due = self._samples, [], False
         return taken
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._missing, self._samples, self.has_group = {}, [], False
+        self._missing, self._samples, self.is_due = {}, [], False
 
 
 def rows_of(request: RolloutRequest, eos_token_ids: Iterable[int], version: int) -> list[Row]:

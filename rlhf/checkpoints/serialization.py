@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import accumulate, islice, pairwise
 from typing import Any, cast
 
@@ -70,7 +70,8 @@ def _numbers(partial: Partial) -> list[float]:
 
 
 def group_state(group: Group) -> dict[str, Any]:
-    """A group as JSON values; its prompt is stored as an id, and a digest of its tokens."""
+    """A group as JSON values; its prompt is stored as an id, a digest of its tokens, and what is not in the
+    data."""
     trajectories: list[dict[str, Any]] = []
     for t in group.trajectories:
         plain = {f.name: getattr(t, f.name) for f in fields(t)}
@@ -81,7 +82,10 @@ def group_state(group: Group) -> dict[str, Any]:
         if t.candidates is not None:
             plain["candidates"] = {"ids": integers(t.candidates.ids), "sizes": integers(t.candidates.sizes)}
         trajectories.append({k: list(cast(Any, v)) if isinstance(v, tuple) else v for k, v in plain.items()})
-    saved = {"prompt": group.prompt.id, "digest": _digest(group.prompt)}
+    prompt = group.prompt
+    saved: dict[str, Any] = {"prompt": prompt.id, "digest": _digest(prompt.original or prompt)}
+    if prompt.original is not None:
+        saved["begun"] = {"token_ids": list(prompt.token_ids), "content": prompt.content}
     duels = [[d.first, d.second, d.probability] for d in group.duels]
     return saved | {"draw": group.draw, "trajectories": trajectories, "duels": duels}
 
@@ -101,6 +105,11 @@ def group_of(state: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Group:
         raise CheckpointError(
             f"the checkpoint holds completions of the prompt {state['prompt']}, which is not in the data any "
             "more, or is another one: resume with the data as it was, or begin a new run in another run_dir"
+        )
+    if "begun" in state:
+        begun = state["begun"]
+        prompt = replace(
+            prompt, token_ids=tuple(begun["token_ids"]), content=begun["content"], original=prompt
         )
     trajectories: list[Trajectory] = []
     for plain in state["trajectories"]:

@@ -9,11 +9,14 @@
    `rollout.max_completion_tokens`, which counts observations too, is reached.
 
 Turn k of sample i draws with a seed made of the group's seed, i and k, so what an episode samples does not
-depend on how long an environment took. The environment of a turn that was cut gets no call for it.
+depend on how long an environment took, but for the rounding of matrix products of another size. Decoding waits
+for answers as long as that costs little (`PATIENCE`), so that with environments that answer quickly a run
+repeats itself bit for bit. The environment of a turn that was cut gets no call for it.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,13 +26,15 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.config.run import Config
 from rlhf.data.prompts import TOOLS
 from rlhf.distributed.world import derive_seed
 from rlhf.environments.conversation import Conversation, without_cuts
 from rlhf.environments.protocol import Ending, Environments, Lost, Message, Reply
+from rlhf.inputs import Inputs
 from rlhf.models.chat import ChatError
 from rlhf.models.pretrained import decoded
-from rlhf.rollout.engine import RolloutEngine, RolloutRequest
+from rlhf.rollout.engine import KeepsSamples, RolloutEngine, RolloutRequest
 from rlhf.rollout.episode import Episode, Observation, Turn
 from rlhf.types import Completion, FinishReason, Prompt
 
@@ -37,6 +42,8 @@ POLL_SECONDS = 0.02
 """How long the engine decodes, at most, before answers of environments are looked at."""
 WAIT_SECONDS = 0.2
 """How long answers are waited for, at most, when nothing is decoded."""
+PATIENCE = (1.0, 0.05)
+"""How long decoding may wait for answers in one call of `run`: seconds, and share of the time so far."""
 
 Outcome = Reply | Ending | Lost
 Begun = tuple[Message, ...] | Lost
@@ -64,6 +71,18 @@ class _Running:
     @property
     def tokens(self) -> list[int]:
         return [token for turn in self.turns for token in turn.token_ids]
+
+    @property
+    def num_turns(self) -> int:
+        """How many turns the policy has had."""
+        return sum(isinstance(turn, Completion) for turn in self.turns)
+
+    @property
+    def last_sample(self) -> tuple[str, int]:
+        """The engine's sample of the last turn: id of its request, and index."""
+        if self.num_turns == 1:
+            return self.group.request.prompt.id, self.index
+        return f"{self.key}/{self.num_turns - 1}", 0
 
 
 @dataclass(slots=True, eq=False)
@@ -97,6 +116,20 @@ class Episodes:
     max_turns: int
     max_prompt_tokens: int
 
+    @classmethod
+    def of(cls, config: Config, inputs: Inputs, engine: RolloutEngine) -> Episodes | None:
+        """What runs the episodes of a run; None where no environment answers."""
+        if inputs.environments is None or inputs.conversation is None:
+            return None
+        return cls(
+            engine,
+            inputs.environments,
+            inputs.conversation,
+            inputs.tokenizer,
+            config.environment.max_turns,
+            config.data.max_prompt_tokens,
+        )
+
     def run(
         self,
         requests: Sequence[RolloutRequest],
@@ -127,6 +160,7 @@ class _Run:
     ) -> None:
         self.own, self.engine, self.environments = episodes, episodes.engine, episodes.environments
         self.finished, self.arrived = finished, arrived
+        self.began, self.waited = time.monotonic(), 0.0
         self.outcomes: SimpleQueue[tuple[_Running, Outcome]] = SimpleQueue()
         self.asked = 0
         """Calls of environments that have not been answered."""
@@ -176,15 +210,23 @@ class _Run:
         self.outcomes.put((episode, outcome))
 
     def _answers(self) -> None:
-        """Goes on with the episodes whose environments have answered; waits for one if nothing decodes."""
-        wait = bool(self.asked) and not self.decoding and not self.ready
-        while self.asked:
+        """Goes on with the episodes whose environments have answered."""
+        found: list[tuple[_Running, Outcome]] = []
+        while len(found) < self.asked:
+            idle = not (found or self.decoding or self.ready)
+            begin = time.monotonic()
+            seconds, share = PATIENCE
+            patience = seconds + share * (begin - self.began) - self.waited
             try:
-                episode, outcome = self.outcomes.get(block=wait, timeout=WAIT_SECONDS)
+                found.append(self.outcomes.get(timeout=WAIT_SECONDS if idle else max(0.0, patience)))
             except Empty:
-                return
-            wait = False
-            self.asked -= 1
+                break
+            finally:
+                if not idle:
+                    self.waited += time.monotonic() - begin
+        self.asked -= len(found)
+        # the order in which they happened to arrive decides nothing
+        for episode, outcome in sorted(found, key=lambda one: (one[0].group.number, one[0].index)):
             self._go_on(episode, outcome)
 
     def _go_on(self, episode: _Running, outcome: Outcome) -> None:
@@ -226,6 +268,8 @@ class _Run:
         if not messages:
             return prompt
         assert not isinstance(prompt.content, str)
+        if prompt.images:
+            return Lost("value", "reset returned messages, but a prompt with images is not written again")
         content = self.own.conversation.put_behind(prompt.content, messages)
         try:
             ids = self.own.conversation.prompt(content, cast(Any, prompt.columns.get(TOOLS)))
@@ -237,10 +281,11 @@ class _Run:
                 f"with what reset returned the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
                 f"{self.own.max_prompt_tokens}",
             )
-        return replace(prompt, token_ids=ids, content=without_cuts(content))
+        return replace(prompt, token_ids=ids, content=without_cuts(content), original=prompt)
 
     def _ask(self, request: RolloutRequest, episodes: list[_Running]) -> None:
-        self.ready.append(request)
+        last = episodes[0].num_turns + 1 == self.own.max_turns
+        self.ready.append(replace(request, keeps=not last))
         self.decoding[request.prompt.id] = _Decoding(episodes, len(episodes))
 
     def _decode(self) -> None:
@@ -282,7 +327,7 @@ class _Run:
         episode.malformed += reply.malformed
         if reply.turn is not None:
             episode.messages[-1] = reply.turn
-        last = self._turns(episode) == self.own.max_turns
+        last = episode.num_turns == self.own.max_turns
         if reply.messages and not last:
             try:
                 token = episode.turns[-1].token_ids[-1]
@@ -302,11 +347,8 @@ class _Run:
         finish = partial(self._put, episode)
         self.environments.end(episode.key, tuple(episode.messages), finish)
 
-    def _turns(self, episode: _Running) -> int:
-        return sum(isinstance(turn, Completion) for turn in episode.turns)
-
     def _next(self, episode: _Running, room: int) -> None:
-        request, number = episode.group.request, self._turns(episode)
+        request, number = episode.group.request, episode.num_turns
         prompt = replace(
             episode.prompt,
             id=f"{episode.key}/{number}",
@@ -314,10 +356,13 @@ class _Run:
         )
         seed = derive_seed(request.params.seed, f"{episode.index}/{number}")
         params = replace(request.params, n=1, max_tokens=room, seed=seed)
-        self._ask(replace(request, prompt=prompt, params=params), [episode])
+        request = replace(request, prompt=prompt, params=params, continues=episode.last_sample)
+        self._ask(request, [episode])
 
     def _end(self, episode: _Running, outcome: Ending | Lost) -> None:
         group = episode.group
+        if episode.turns and isinstance(self.engine, KeepsSamples):
+            self.engine.forget(episode.last_sample)
         ending = outcome if isinstance(outcome, Ending) else Ending()
         group.done[episode.index] = Episode(
             prompt=episode.prompt,

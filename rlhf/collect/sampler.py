@@ -191,7 +191,9 @@ def _not_own(completion: Completion, source: Source) -> Completion:
 def _prompt_used(prompt: Prompt, samples: Sequence[Sample]) -> Prompt:
     """The prompt with what the environment put behind it, which all samples that were not lost share."""
     used = next((s.prompt for s in samples if isinstance(s, Episode) and s.turns), None)
-    return prompt if used is None else replace(used, id=prompt.id)
+    if used is None or used.original is None:
+        return prompt
+    return replace(used, id=prompt.id, original=prompt)
 
 
 def counted(detail: Callable[[str], None]) -> Callable[[int, int], None]:

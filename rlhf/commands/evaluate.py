@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from rlhf.collect.episodes import Episodes
 from rlhf.collect.sampler import Sampler
 from rlhf.commands.model_source import Source, find_source, load_weights
 from rlhf.commands.paths import located
@@ -224,7 +225,8 @@ def _sample(request: Request, source: Source, config: Config, inputs: Inputs) ->
     engine.update_weights(weights, version=0)
     if request.greedy:
         section = section.model_copy(update={"temperature": 0.0})
-    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed)
+    episodes = Episodes.of(config, inputs, engine)
+    sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed, episodes=episodes)
     prompts = inputs.train.prompts[: config.eval.max_prompts]
     parts = [prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE)]
     groups: list[Group] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -49,6 +49,9 @@ class DataConfig(Section):
     reward functions."""
     image_column: str | None = "images"
     """Column of images that the messages themselves do not hold (docs/papo.md); a dataset may lack it."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """Variables of the chat template, for prompts and turns: `{enable_thinking: false}` for Qwen3. The model
+    is exported with them."""
     max_prompt_tokens: Positive = 1024
     """Most tokens of a prompt, chat template included."""
     long_prompts: Literal["refuse", "skip"] = "refuse"

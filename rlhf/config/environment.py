@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rlhf.config.section import Positive, Section
 
@@ -33,3 +33,8 @@ class EnvironmentConfig(Section):
     </tool_call>`. `python`: `[name(argument=value)]`. Or `my.py:function` from a text to a list of calls."""
     isolation: Literal["worker", "episode"] = "worker"
     """`worker`: a process holds many episodes, and all are lost with it. `episode`: each has its own."""
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def may_be_one(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given

@@ -19,6 +19,7 @@ from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config.algorithm import algorithm_factory
 from rlhf.config.data import DataConfig, PromptValueConfig, ReplayConfig
+from rlhf.config.environment import EnvironmentConfig
 from rlhf.config.learner import (
     CriticConfig,
     DistributedConfig,
@@ -98,6 +99,7 @@ class Config(Section):
     algorithm: dict[str, Any]
     """`name` (a key of `ALGORITHMS`, or `path/file.py:function`) and keyword arguments of that function; or
     the name alone."""
+    environment: EnvironmentConfig = EnvironmentConfig()
     pairs: PairsConfig = PairsConfig()
     iteration: IterationConfig = IterationConfig()
     rollout: RolloutConfig = RolloutConfig()

@@ -51,13 +51,15 @@ class Conversation:
 
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: frozenset[int]
+    template: Any = None
+    """The chat template in place of the tokenizer's own."""
 
     @cached_property
     def writes_tools(self) -> bool:
         """Whether the chat template writes tools; if not, they are told in the system message."""
         tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
         try:
-            write_chat(self.tokenizer, [{"role": "user", "content": "x"}], tools=[tool])
+            write_chat(self.tokenizer, [_question()], tools=[tool], template=self.template)
         except ChatError:
             return False
         return True
@@ -109,7 +111,7 @@ class Conversation:
         """Token ids of the messages up to the opening of the policy's turn. Raises ChatError."""
         assert not isinstance(content, str)
         found = [dict(tool) for tool in tools] if tools else None
-        text = write_chat(self.tokenizer, of_text(content), tools=found)
+        text = write_chat(self.tokenizer, of_text(content), tools=found, template=self.template)
         return self._encode(text)
 
     def put_behind(self, content: Messages, messages: Sequence[Message]) -> list[Message]:
@@ -147,13 +149,12 @@ class Conversation:
         return repr(cast(Any, self.tokenizer).name_or_path)
 
     def _write(self, messages: Sequence[Message], *, opens: bool) -> str:
-        return write_chat(self.tokenizer, of_text(messages), opens=opens)
+        return write_chat(self.tokenizer, of_text(messages), template=self.template, opens=opens)
 
     def _behind_turn(self, messages: Sequence[Message]) -> str:
         """What the template writes behind the content of a turn that these messages follow."""
-        before, found, behind = self._write([_question(), _turn(TURN), *messages], opens=True).rpartition(
-            TURN
-        )
+        text = self._write([_question(), _turn(TURN), *messages], opens=True)
+        before, found, behind = text.rpartition(TURN)
         if not found or TURN in before:
             raise ChatError("the chat template does not write, once, what the assistant said before")
         return behind

@@ -61,6 +61,11 @@ class Environment:
         named = [name for name, p in needed.items() if p.default is p.empty]
         return [name for name in named[1:] if name != "seed"]
 
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether it has a reward of its own."""
+        return hasattr(self.made_of, "get_reward")
+
     def begin(self, columns: Mapping[str, Any], seed: int, wait: Wait) -> tuple[Episode, Reply]:
         """A new instance that has been reset, and what it said. Any exception means that it is lost."""
         seed_generators(seed)

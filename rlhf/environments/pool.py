@@ -12,6 +12,8 @@ import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from rlhf.config.environment import EnvironmentConfig
@@ -22,7 +24,7 @@ from rlhf.environments.spec import EnvironmentSpec
 from rlhf.plugins import absolute
 from rlhf.rewards.signature import did_you_mean
 from rlhf.rewards.workers.kept import StartError
-from rlhf.rewards.workers.pool import share_of_cores
+from rlhf.rewards.workers.pool import print_to, share_of_cores
 
 MOST_FAILED_STARTS = 3
 """Processes in a row that could not be started, after which `begin` raises."""
@@ -58,6 +60,10 @@ class EnvironmentPool:
     def names(self) -> tuple[str, ...]:
         """The names of the environments: of their classes, or of the functions that are tools."""
         return tuple(self._described)
+
+    @property
+    def gives_rewards(self) -> bool:
+        return any(one.gives_rewards for one in self._described.values())
 
     def tools(self, name: str) -> Sequence[Mapping[str, Any]]:
         return self._described[name].schemas
@@ -180,6 +186,9 @@ class EnvironmentPool:
         holder = Holder(make, self.spec.timeout, self._lock)
         holder.thread.start()
         return holder
+
+    def print_to(self, path: Path) -> None:
+        self.log = partial(print_to, path, "environment")
 
     def _print(self, text: str) -> None:
         self.log(text)

@@ -26,6 +26,7 @@ class Description:
     schemas: list[Mapping[str, Any]]
     by_function: Mapping[str, Any]
     requires: list[str]
+    gives_rewards: bool
 
 
 class EnvironmentProcess(KeptProcess):

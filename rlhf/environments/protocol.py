@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 Message = Mapping[str, Any]
@@ -64,6 +65,16 @@ class Lost:
 class Environments(Protocol):
     """The environments of a run, by name; rlhf/environments/pool.py has the one with processes."""
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Their names: those of the classes or functions."""
+        ...
+
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether one of them has a reward of its own (`get_reward`)."""
+        ...
+
     def tools(self, name: str) -> Sequence[Mapping[str, Any]]:
         """The tools of an environment as chat templates take them: `{"type": "function", "function":
         {"name", "description", "parameters"}}`; none for one that converses freely."""
@@ -71,6 +82,14 @@ class Environments(Protocol):
 
     def name_for(self, columns: Mapping[str, Any]) -> str:
         """The environment that a line of the dataset uses: its column `environment`, or the only one."""
+        ...
+
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raises ValueError when a `reset` needs a column that a dataset with `columns` does not have."""
+        ...
+
+    def print_to(self, path: Path) -> None:
+        """Appends what environments print to this file, each line preceded by `environment`."""
         ...
 
     def begin(

@@ -86,6 +86,7 @@ def _description(environment: Environment) -> dict[str, Any]:
             for name, (_, schema) in environment.tools.items()
         },
         "requires": environment.requires,
+        "gives_rewards": environment.gives_rewards,
     }
 
 

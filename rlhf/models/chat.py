@@ -228,6 +228,35 @@ def template_of(tokenizer: PreTrainedTokenizerBase, tools: object = None, templa
     return named[name]
 
 
+def set_variables(template: Any, variables: Mapping[str, Any]) -> Any:
+    """A chat template, or several by name, in which variables are set to these values.
+
+    Raises ChatError: a template has no variable of that name, or a value cannot be written.
+    """
+    if isinstance(template, Mapping):
+        several = cast(Mapping[str, Any], template)
+        return {name: set_variables(one, variables) for name, one in several.items()}
+    if not isinstance(template, str):
+        raise ChatError("data.chat_template_kwargs needs a chat template, and the tokenizer has none")
+    for name in variables:
+        if not name.isidentifier() or not re.search(rf"\b{name}\b", template):
+            raise ChatError(
+                f"data.chat_template_kwargs.{name}: the chat template reads no variable {name!r}; leave it "
+                "out, or take the name that the template has"
+            )
+    set_to = "".join(f"{{% set {name} = {_literal(name, value)} %}}" for name, value in variables.items())
+    return set_to + template
+
+
+def _literal(name: str, value: Any) -> str:
+    """A value as templates write it."""
+    if not isinstance(value, (bool, int, float, str)):
+        raise ChatError(
+            f"data.chat_template_kwargs.{name} must be true, false, a number or a text, got {value!r:.80}"
+        )
+    return json.dumps(value, ensure_ascii=False)
+
+
 def has_clock(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template asks for the date or the time."""
     return "strftime_now" in str(cast(Any, tokenizer).chat_template)

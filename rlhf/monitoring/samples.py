@@ -11,7 +11,9 @@ number for each token. `entropy` (nats, whole vocabulary) is from the forward pa
 for a token outside the loss mask, as what a tool said. A completion that was not learned from has neither.
 `entropy` is also absent where the group was skipped (all its advantages were 0). A completion that the policy
 did not sample has its `source`: `reference`, `iterate`, `mixture` or `data`. Where reward functions have
-logged values of a completion (`log_extra`), it has them under `logged`, as `{"right/parsed": 8}`.
+logged values of a completion (`log_extra`), it has them under `logged`, as `{"right/parsed": 8}`. An episode
+of several turns has its `messages`, and `parts`, its tokens in order as `[number of tokens, 1 if the policy
+learns from them, else 0]`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -123,6 +126,9 @@ def _completion(trajectory: Trajectory, texts: TokenTexts | None) -> dict[str, A
     }
     if trajectory.source != Source.POLICY:
         record["source"] = str(trajectory.source)
+    if trajectory.messages:
+        parts = [[len(list(run)), int(own)] for own, run in groupby(trajectory.loss_mask)]
+        record |= {"messages": list(trajectory.messages), "parts": parts}
     if trajectory.logged:
         record["logged"] = {name: _value(text) for name, text in trajectory.logged.items()}
     return record if texts is None else record | {"tokens": texts(trajectory.token_ids)}

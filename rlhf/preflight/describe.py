@@ -23,6 +23,7 @@ from rlhf.models.lora import frozen_experts
 from rlhf.models.pretrained import empty_model
 from rlhf.models.vision.text_alone import text_alone
 from rlhf.preflight import tags
+from rlhf.preflight.environments import describe_environments
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
 from rlhf.preflight.probe import ignores_rewards, learns_from_one
@@ -43,6 +44,8 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     prompts = _lengths(len(p.token_ids) for p in inputs.train.prompts)
     yield f"data         {len(inputs.train)} prompts {prompts}, {inputs.train.skipped} skipped as too long"
     yield from _describe_images(config, inputs)
+    if inputs.environments is not None:
+        yield from describe_environments(config, inputs.environments, inputs.train.prompts)
     yield f"held out     {_held_out(config, inputs)}"
     yield from _describe_completions(config, inputs, world_size)
     yield from _describe_samplers(config)

@@ -14,18 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from rlhf.config.run import Config
+from rlhf.inputs import Inputs
 from rlhf.models.sharding import shard_ranks
 from rlhf.models.sizes import model_sizes
 from rlhf.preflight.machine import Machine
 from rlhf.preflight.plan import GIB, Item, Plan, When
-
-if TYPE_CHECKING:
-    from rlhf.inputs import Inputs
 
 
 @dataclass(frozen=True, slots=True)

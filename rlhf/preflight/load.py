@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,12 +22,16 @@ from rlhf.data.completions import OfflineDataset, load_offline
 from rlhf.data.preferences import require_named
 from rlhf.data.prompts import PromptDataset, first_row, load_prompts
 from rlhf.data.rows import Row
-from rlhf.data.texts import load_texts
+from rlhf.data.texts import Text, load_texts
+from rlhf.environments.conversation import Conversation
+from rlhf.environments.protocol import Environments
 from rlhf.inputs import Inputs
+from rlhf.models.chat import ChatError, set_variables
 from rlhf.models.pretrained import eos_token_ids, load_model_config, load_tokenizer
 from rlhf.models.vision.processor import Processor, load_processor
 from rlhf.monitoring.sinks import check_installed
 from rlhf.plugins import load_plugin
+from rlhf.preflight.environments import load_environments, with_tools
 from rlhf.preflight.models import check_lengths, check_models, check_trainable, check_weight_files
 from rlhf.preflight.probe import ignores_rewards
 from rlhf.preflight.reference import check_named, check_reference
@@ -49,13 +54,8 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
 
     Raises ConfigError or another ValueError that says what was expected, what came and what to do.
     """
-    _check_ranks(config, world_size)
-    _check_installed(config)
-    check_vllm(config, world_size)
     algorithm = config.build_algorithm()
-    _check_sampling(config, algorithm)
-    _check_ahead(config, algorithm)
-    check_models(config, algorithm)
+    _check_settings(config, algorithm, world_size)
     model = load_model_config(config.model.path)
     tokenizer = load_tokenizer(config.model.path)
     check_lengths(config, model)
@@ -63,6 +63,9 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     check_trainable(config.model, model)
     processor = load_processor(config.model.path, tokenizer)
     check_adapter(config, processor)
+    _set_template(config, tokenizer, processor)
+    environments, conversation = load_environments(config, tokenizer, processor)
+    read = partial(_prompts, config, tokenizer, processor, environments, conversation)
     ends = _eos_token_ids(config, tokenizer)
     offline = None
     if config.data.mode == "online":
@@ -71,27 +74,83 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
         offline = _offline(config, config.data.train, tokenizer, processor, ends)
         _check_imitated(config, algorithm, offline)
         _check_singles(config, algorithm, offline)
-    train = _prompts(config, config.data.train, tokenizer, processor) if offline is None else offline.prompts
+    train = read(config.data.train) if offline is None else offline.prompts
     check_named(config, algorithm, train)
-    held_out, eval_pairs = _held_out(config, algorithm, tokenizer, processor, ends)
+    held_out, eval_pairs = _held_out(config, algorithm, tokenizer, processor, ends, read)
     _check_images(config, algorithm, train)
-    texts = ()
-    if config.ptx.path is not None:
-        texts = tuple(load_texts(config.ptx, tokenizer, config.learner.microbatch_tokens))
-    datasets = [train] if held_out is None else [train, held_out]
+    texts, datasets = _texts(config, tokenizer), [train] if held_out is None else [train, held_out]
     found = Tokenised(datasets, [d for d in (offline, eval_pairs) if d is not None], texts, ends)
     check_tokens(config.model.path, model, tokenizer, found.named())
-    rewards = _rewards(config, train, tokenizer, ends)
-    if held_out is not None:
-        try:
-            with rewards.without_judge():
-                rewards.check_columns(held_out.columns)
-        except ValueError as error:
-            raise ConfigError(f"data.eval, {config.data.eval}: {error}") from None
+    rewards = _rewards(config, train, tokenizer, ends, environments)
+    _check_columns(config, train, held_out, rewards, environments)
     check_weight_files(config, algorithm, world_size)
     return Inputs(
-        tokenizer, model, train, held_out, rewards, algorithm, ends, texts, processor, offline, eval_pairs
+        tokenizer,
+        model,
+        train,
+        held_out,
+        rewards,
+        algorithm,
+        ends,
+        texts,
+        processor,
+        offline,
+        environments=environments,
+        conversation=conversation,
+        eval_pairs=eval_pairs,
     )
+
+
+def _texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Text, ...]:
+    if config.ptx.path is None:
+        return ()
+    return tuple(load_texts(config.ptx, tokenizer, config.learner.microbatch_tokens))
+
+
+def _check_settings(config: Config, algorithm: Algorithm, world_size: int) -> None:
+    """What the settings alone can tell."""
+    _check_ranks(config, world_size)
+    _check_installed(config)
+    check_vllm(config, world_size)
+    _check_sampling(config, algorithm)
+    _check_ahead(config, algorithm)
+    check_models(config, algorithm)
+
+
+def _check_columns(
+    config: Config,
+    train: PromptDataset,
+    held_out: PromptDataset | None,
+    rewards: Rewards,
+    environments: Environments | None,
+) -> None:
+    """Raises ConfigError when environments or, in the held-out prompts, reward functions lack a column."""
+    for where, dataset in (("train", train), ("eval", held_out)):
+        try:
+            if environments is not None and dataset is not None:
+                environments.check_columns(dataset.columns)
+            if dataset is not None and dataset is held_out:
+                with rewards.without_judge():
+                    rewards.check_columns(_columns(dataset, environments))
+        except ValueError as error:
+            raise ConfigError(f"data.{where}, {getattr(config.data, where)}: {error}") from None
+
+
+def _set_template(config: Config, tokenizer: PreTrainedTokenizerBase, processor: Processor | None) -> None:
+    """Sets the variables of `data.chat_template_kwargs` in the chat template. Raises ConfigError."""
+    variables = config.data.chat_template_kwargs
+    if not variables:
+        return
+    target: Any = tokenizer if processor is None else processor
+    try:
+        target.chat_template = set_variables(target.chat_template, variables)
+    except ChatError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _columns(prompts: PromptDataset, environments: Environments | None) -> tuple[str, ...]:
+    """What reward functions may ask for beside what they always get."""
+    return prompts.columns if environments is None else (*prompts.columns, "environments")
 
 
 def _held_out(
@@ -100,6 +159,7 @@ def _held_out(
     tokenizer: PreTrainedTokenizerBase,
     processor: Processor | None,
     eos_token_ids: tuple[int, ...],
+    read: Callable[[str], PromptDataset],
 ) -> tuple[PromptDataset | None, OfflineDataset | None]:
     """Prompts to sample from, and completions to compare, as `data.eval` has them and the algorithm can use.
 
@@ -115,7 +175,7 @@ def _held_out(
                 "reward.preference has nothing to compare them with: give reward.functions too (with "
                 "pairs.labels: preference), or pairs (chosen, rejected) in data.eval, or leave data.eval out"
             )
-        return _prompts(config, path, tokenizer, processor), None
+        return read(path), None
     pairs = _offline(config, path, tokenizer, processor, eos_token_ids)
     if not config.reward.functions:
         # a judge has nothing to compare the samples with
@@ -223,16 +283,21 @@ def _check_installed(config: Config) -> None:
 
 
 def _rewards(
-    config: Config, train: PromptDataset, tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]
+    config: Config,
+    train: PromptDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    eos_token_ids: tuple[int, ...],
+    environments: Environments | None,
 ) -> Rewards:
     opened = opened_tag(train.prompts, tokenizer)
     specs = [RewardSpec(**with_opened(function, opened)) for function in config.reward.functions]
     judge, share = config.reward.preference, config.reward.max_failed_share
     if judge is None:
-        rewards = Rewards(specs, train.columns, max_failed_share=share)
+        rewards = Rewards(specs, _columns(train, environments), max_failed_share=share)
     else:
         spec = JudgeSpec(**judge.model_dump(exclude={"both_orders"}))
         rewards = JudgedRewards(specs, train.columns, spec, asking(config), max_failed_share=share)
+    rewards.environment_rewards = environments is not None and environments.gives_rewards
     rewards.max_steps = config.steps
     rewards.steps_per_epoch = len(train) / config.rollout.prompts_per_step
     if config.reward.special_tokens == "keep":
@@ -265,7 +330,12 @@ def _check_images(config: Config, algorithm: Algorithm, train: PromptDataset) ->
 
 
 def _prompts(
-    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, processor: Processor | None
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor | None,
+    environments: Environments | None,
+    conversation: Conversation | None,
+    path: str,
 ) -> PromptDataset:
     data, columns = config.data, first_row(path).columns
     change: Callable[[Row], Row] = lambda row: row  # noqa: E731
@@ -280,7 +350,7 @@ def _prompts(
         max_prompt_tokens=data.max_prompt_tokens,
         long_prompts=data.long_prompts,
         processor=processor,
-        change=change,
+        change=with_tools(change, environments, conversation, data.prompt_column),
     )
 
 

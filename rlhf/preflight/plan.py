@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from rlhf.config.run import Config
+from rlhf.inputs import Inputs
 from rlhf.models.sizes import ModelSizes
 from rlhf.preflight.machine import Machine
 from rlhf.types import Source
-
-if TYPE_CHECKING:
-    from rlhf.inputs import Inputs
 
 GIB = 2**30
 WORKSPACE = 512 << 20

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from rlhf.rewards.plugin import RewardSpec, name_apart
 from rlhf.rewards.signature import ALWAYS_GIVEN
 from rlhf.rewards.workers.batch import Batch, BatchScores, lost_episodes
 from rlhf.rewards.workers.cache import ScoreCache
-from rlhf.rewards.workers.pool import Call, Outcome, RewardError, WorkerPool
+from rlhf.rewards.workers.pool import Call, Outcome, RewardError, WorkerPool, print_to
 from rlhf.rewards.workers.return_values import Scores
 from rlhf.rollout.episode import Episode, Sample, trajectory_of, turn_metrics
 from rlhf.types import Group, Prompt, Trajectory
@@ -162,18 +162,9 @@ class Rewards:
         yield
 
     def print_to(self, path: Path) -> None:
-        """Appends what reward functions print to this file, each line preceded by the function's name.
-
-        The file is only for people to read: if it cannot be written, the output is dropped.
-        """
-
-        def write(name: str, text: str) -> None:
-            opened = partial(path.open, "a", encoding="utf-8", errors="backslashreplace")
-            with suppress(OSError), opened() as file:
-                file.write("".join(f"{name}: {line}\n" for line in text.splitlines()))
-
+        """Appends what reward functions print to this file, each line preceded by the function's name."""
         for pool in self.pools:
-            pool.log = partial(write, pool.name)
+            pool.log = partial(print_to, path, pool.name)
 
     def close(self) -> None:
         """Ends all workers. A later `submit` starts new ones."""

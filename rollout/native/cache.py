@@ -10,7 +10,8 @@ into its place; the storage is halved when half of it is unused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,18 @@ from torch import Tensor
 from rlhf.kernels.attention_parts import attend, merge
 
 CHUNK = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """Keys and values `[Hk, L, D]` of one sequence, by layer."""
+
+    layers: list[tuple[Tensor, ...]]
+
+    @property
+    def length(self) -> int:
+        """The number of tokens, L."""
+        return self.layers[0][0].shape[1]
 
 
 def compacted_order(size: int, dropped: Sequence[int]) -> list[int]:
@@ -36,11 +49,20 @@ def compacted_order(size: int, dropped: Sequence[int]) -> list[int]:
 class SharedPrefixCache:
     """Cache of several prompts and their rows, filled by one or more `Prefill`, then a `Decode` per token.
 
-    It may grow to `reserved_tokens` times `bytes_per_token` bytes.
+    It may grow to `reserved_tokens` times `bytes_per_token` bytes. `begun` has the beginning of some prompts,
+    whose keys and values are known.
     """
 
-    def __init__(self, prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int) -> None:
+    def __init__(
+        self,
+        prompt_lengths: Sequence[int],
+        group_sizes: Sequence[int],
+        max_tokens: int,
+        begun: Mapping[int, Kept] | None = None,
+    ) -> None:
         self.prompt_lengths = list(prompt_lengths)
+        self.begun = {} if begun is None else dict(begun)
+        """By prompt; empty once all prompts are stored."""
         self.owner = [p for p, size in enumerate(group_sizes) for _ in range(size)]
         """Index of the prompt of each row, `[S]`."""
         self.length = 0
@@ -68,12 +90,26 @@ class SharedPrefixCache:
         return sum(x.shape[1] * x.shape[3] * x.itemsize for pair in self._prefix for x in pair)
 
     def store_prompt(self, layer: int, prompt: int, key: Tensor, value: Tensor) -> None:
-        """Stores keys and values `[Hk, L, D]` of one prompt at one layer; layers must come in order."""
+        """Stores all keys and values `[Hk, L, D]` of one prompt at one layer; layers must come in order."""
         if layer == len(self._prefix):
             self._prefix.append((self._new_prefix(key), self._new_prefix(value)))
             self._suffix.append((self._new_suffix(key), self._new_suffix(value)))
         for stored, new in zip(self._prefix[layer], (key, value), strict=True):
             stored[prompt, :, : new.shape[1]] = new
+
+    def kept(self, row: int) -> Kept:
+        """A copy of the keys and values of a row: of its prompt, and of all its tokens but the last."""
+        prompt = self.owner[row]
+        end = self.prompt_lengths[prompt]
+        return Kept(
+            [
+                tuple(
+                    torch.cat([before[prompt, :, :end], own[row, :, : self.length]], 1)
+                    for before, own in zip(prefix, suffix, strict=True)
+                )
+                for prefix, suffix in zip(self._prefix, self._suffix, strict=True)
+            ]
+        )
 
     def _new_prefix(self, like: Tensor) -> Tensor:
         # zeros, since the weight 0 of a masked key times uninitialised NaN would be NaN
@@ -179,7 +215,10 @@ def _keep(stored: Tensor, order: Sequence[int]) -> Tensor:
 
 
 class Prefill:
-    """Attention of prompts that lie end to end in one row `[1, N]`, without padding; stores each prompt."""
+    """Attention of prompts that lie end to end in one row `[1, N]`, without padding; stores each prompt.
+
+    Of a prompt that is begun only the rest is in the row.
+    """
 
     def __init__(self, cache: SharedPrefixCache, prompts: Sequence[int]) -> None:
         self._cache = cache
@@ -192,13 +231,27 @@ class Prefill:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         outs: list[Tensor] = []
+        begun = [self._cache.begun.get(prompt) for prompt in self._prompts]
         lengths = [self._cache.prompt_lengths[prompt] for prompt in self._prompts]
-        parts = zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True)
-        for prompt, (q, k, v) in zip(self._prompts, parts, strict=True):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        rest = [length - (b.length if b else 0) for length, b in zip(lengths, begun, strict=True)]
+        parts = zip(*(torch.split(x, rest, 2) for x in (query, key, value)), strict=True)
+        for prompt, before, (q, k, v) in zip(self._prompts, begun, parts, strict=True):
+            mask = None
+            if before is not None:
+                known = before.layers[layer]
+                k, v = (torch.cat([old[None], new], 2) for old, new in zip(known, (k, v), strict=True))
+                mask = _lower_right(q.shape[2], k.shape[2], q.device)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
             outs.append(out.transpose(1, 2))
             self._cache.store_prompt(layer, prompt, k[0], v[0])
         return torch.cat(outs, 1)
+
+
+def _lower_right(queries: int, keys: int, device: torch.device) -> Tensor:
+    """The causal mask of the last `queries` of `keys` tokens."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
 class Decode:

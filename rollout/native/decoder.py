@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 
 from rlhf.rollout.engine import ImageInputs, RolloutRequest
 from rlhf.rollout.learner_module import Model, sampling_mode
-from rlhf.rollout.native.cache import AttentionPass, Decode, Prefill, SharedPrefixCache, last_tokens
+from rlhf.rollout.native.cache import AttentionPass, Decode, Kept, Prefill, SharedPrefixCache, last_tokens
 from rlhf.rollout.native.cpu_linear import PackedLinears
 from rlhf.rollout.sampling import RowSampling
 
@@ -62,11 +62,20 @@ class Decoder:
         with sampling_mode(self.model, ATTENTION), self.linears.installed():
             yield
 
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether a prompt may begin with keys and values that are kept: not where images give positions."""
+        return self.image_inputs is None
+
     def new_cache(
-        self, prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int
+        self,
+        prompt_lengths: Sequence[int],
+        group_sizes: Sequence[int],
+        max_tokens: int,
+        begun: Mapping[int, Kept],
     ) -> SharedPrefixCache:
-        """An empty cache for groups of at most `max_tokens` tokens a row."""
-        return SharedPrefixCache(prompt_lengths, group_sizes, max_tokens)
+        """A cache for groups of at most `max_tokens` tokens a row; `begun`: what is known of some prompts."""
+        return SharedPrefixCache(prompt_lengths, group_sizes, max_tokens, begun)
 
     def prefill(
         self, cache: SharedPrefixCache, requests: Sequence[RolloutRequest], batch: Sequence[int]
@@ -78,12 +87,15 @@ class Decoder:
         device = self.model.device
         prompts = [requests[p].prompt for p in batch]
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        last, attention = last_tokens(lengths).to(device), Prefill(cache, batch)
+        starts = [cache.begun[p].length if p in cache.begun else 0 for p in batch]
+        rest = [length - start for length, start in zip(lengths, starts, strict=True)]
+        last, attention = last_tokens(rest).to(device), Prefill(cache, batch)
         if self.image_inputs is not None and any(prompt.images for prompt in prompts):
             hidden, following = self.image_inputs.read(prompts, rollout_pass=attention)
             return self.model.get_output_embeddings()(hidden[0, last]), following
-        tokens = torch.tensor([token for prompt in prompts for token in prompt.token_ids], device=device)
-        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        new = [prompt.token_ids[start:] for prompt, start in zip(prompts, starts, strict=True)]
+        tokens = torch.tensor([token for ids in new for token in ids], device=device)
+        positions = torch.cat([torch.arange(a, b) for a, b in zip(starts, lengths, strict=True)]).to(device)
         return self._forward(tokens[None], positions[None], attention, last)[0], lengths
 
     def decode(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from rlhf.rollout.engine import EngineError, ImageInputs, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.learner_module import Model, causal_model, take_weights
-from rlhf.rollout.native.cache import SharedPrefixCache
+from rlhf.rollout.native.cache import Kept, SharedPrefixCache
 from rlhf.rollout.native.decoder import Decoder
 from rlhf.rollout.native.model_support import check_decoding, why_unsupported
 from rlhf.rollout.requests import Finished, Row, check_requests, rows_of
@@ -49,13 +49,23 @@ class _Cohort:
     """Its position, counted from the start of the prompt."""
 
     def record(
-        self, tokens: Int64[Tensor, " S"], drawn: Iterable[tuple[int, float, Tensor | None]]
+        self,
+        tokens: Int64[Tensor, " S"],
+        drawn: Iterable[tuple[int, float, Tensor | None]],
+        keep: dict[tuple[str, int], Kept] | None,
     ) -> list[Row]:
-        """Appends one token to every row; removes and returns the rows that it finishes."""
+        """Appends one token to every row; removes and returns the rows that it finishes.
+
+        What is known of those whose requests say `keeps` goes to `keep`.
+        """
         ended = [row.append(*one) for row, one in zip(self.rows, drawn, strict=True)]
         finished = [i for i, has_ended in enumerate(ended) if has_ended]
         self.tokens, self.positions = tokens, self.positions + 1
         gone = [self.rows[i] for i in finished]
+        for i in finished:
+            row = self.rows[i]
+            if keep is not None and row.request.keeps:
+                keep[row.request.prompt.id, row.index] = self.cache.kept(i)
         if gone:
             order = self.cache.drop(finished)
             index = torch.tensor(order, dtype=torch.int64, device=tokens.device)
@@ -92,6 +102,8 @@ class NativeEngine:
         self._cohorts: list[_Cohort] = []
         self._finished = Finished()
         self._sampling: RowSampling | None = None
+        self._kept: dict[tuple[str, int], Kept] = {}
+        """Keys and values of samples that may be continued, oldest first."""
         self._version = 0
         self._paused = False
         self._bytes_per_token = 0
@@ -141,9 +153,10 @@ class NativeEngine:
             for row in self._rows_in_flight():
                 self._finished.end(row)
             self._waiting, self._cohorts, self._sampling = [], [], None
+            self._kept.clear()
         if mode == "wait":
             while self._finished.in_flight:
-                self._finished.has_group = False
+                self._finished.is_due = False
                 self._decode_until(None)
         self._paused = True
 
@@ -154,6 +167,7 @@ class NativeEngine:
         """Copies the weights, unless the learner's own module is used. Raises ValueError on a mismatch."""
         report = take_weights(self._model, source, version)
         self._decoder.clear()
+        self._kept.clear()
         self._version = version
         for row in self._rows_in_flight():
             row.versions.append((version, len(row.token_ids)))
@@ -161,12 +175,17 @@ class NativeEngine:
 
     def release(self) -> None:
         """Frees packed weights and unused memory of the GPU's allocator; the cache is freed with its rows."""
+        self._kept.clear()
         self._decoder.clear()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def forget(self, sample: tuple[str, int]) -> None:
+        self._kept.pop(sample, None)
+
     def close(self) -> None:
         """Drops everything in flight."""
+        self._kept.clear()
         self._waiting, self._cohorts, self._sampling = [], [], None
         self._finished.clear()
 
@@ -175,10 +194,10 @@ class NativeEngine:
         return decoding + [row for rows in self._waiting for row in rows]
 
     def _decode_until(self, deadline: float | None) -> None:
-        if self._finished.has_group or not self._finished.in_flight:
+        if self._finished.is_due or not self._finished.in_flight:
             return
         with self._decoder.running():
-            while self._finished.in_flight and not self._finished.has_group:
+            while self._finished.in_flight and not self._finished.is_due:
                 self._admit()
                 self._decode()
                 if deadline is not None and time.monotonic() >= deadline:
@@ -190,8 +209,12 @@ class NativeEngine:
         groups: list[list[Row]] = []
         while self._waiting:
             wanted = [rows[0].request for rows in (*groups, self._waiting[0])]
-            if (reserved + _reserve(wanted)) * self._bytes_per_token > self._budget:
+            room = self._budget - (reserved + _reserve(wanted)) * self._bytes_per_token
+            if room < 0:
                 break
+            while sum(kept.length for kept in self._kept.values()) * self._bytes_per_token > room:
+                # what is not kept is computed again
+                del self._kept[next(iter(self._kept))]
             groups.append(self._waiting.pop(0))
         if groups:
             self._prefill(groups)
@@ -201,8 +224,11 @@ class NativeEngine:
         prompts = [request.prompt.token_ids for request in requests]
         sizes = [len(rows) for rows in groups]
         longest = max(request.params.max_tokens for request in requests)
-        cache = self._decoder.new_cache([len(prompt) for prompt in prompts], sizes, longest)
-        batches = [self._decoder.prefill(cache, requests, batch) for batch in _prefill_batches(prompts)]
+        begun = self._begun(requests)
+        cache = self._decoder.new_cache([len(prompt) for prompt in prompts], sizes, longest, begun)
+        rest = [len(prompt) - (begun[i].length if i in begun else 0) for i, prompt in enumerate(prompts)]
+        batches = [self._decoder.prefill(cache, requests, batch) for batch in _prefill_batches(rest)]
+        cache.begun.clear()
         logits = [logits for logits, _ in batches]
         self._bytes_per_token = cache.bytes_per_token
         device = self._model.device
@@ -215,6 +241,15 @@ class NativeEngine:
         if cohort.rows:
             self._cohorts.append(cohort)
         self._sampling = None
+
+    def _begun(self, requests: Sequence[RolloutRequest]) -> dict[int, Kept]:
+        """What is kept of the samples that these requests continue, by the place of the request."""
+        found: dict[int, Kept] = {}
+        for place, request in enumerate(requests):
+            kept = None if request.continues is None else self._kept.pop(request.continues, None)
+            if kept is not None:
+                found[place] = kept
+        return found
 
     def _decode(self) -> None:
         """Samples one more token for every row."""
@@ -239,7 +274,8 @@ class NativeEngine:
         sampled = drawn.per_row()
         sizes = [len(cohort.rows) for cohort in cohorts]
         for cohort, tokens in zip(cohorts, torch.split(drawn.tokens, sizes), strict=True):
-            for row in cohort.record(tokens, list(islice(sampled, len(tokens)))):
+            keep = self._kept if self._decoder.keeps_samples else None
+            for row in cohort.record(tokens, list(islice(sampled, len(tokens))), keep):
                 self._sampling = None
                 self._finished.end(row)
         self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
@@ -258,14 +294,14 @@ def _reserve(requests: Sequence[RolloutRequest]) -> int:
     return len(requests) * longest_prompt + sum(request.params.n for request in requests) * longest
 
 
-def _prefill_batches(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Indices of the prompts, grouped into forwards of at most `PREFILL_TOKENS` tokens."""
+def _prefill_batches(lengths: Sequence[int]) -> list[list[int]]:
+    """Indices of prompts of these lengths, grouped into forwards of at most `PREFILL_TOKENS` tokens."""
     batches: list[list[int]] = []
     room = 0
-    for number, prompt in enumerate(prompts):
-        if len(prompt) > room:
+    for number, length in enumerate(lengths):
+        if length > room:
             batches.append([])
-            room = max(PREFILL_TOKENS, len(prompt))
+            room = max(PREFILL_TOKENS, length)
         batches[-1].append(number)
-        room -= len(prompt)
+        room -= length
     return batches

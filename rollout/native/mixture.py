@@ -7,7 +7,7 @@ runs two.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf.rollout.engine import EngineError, ImageInputs, RolloutRequest
 from rlhf.rollout.mixture import OtherModel, check_mixable, mixed_logits
-from rlhf.rollout.native.cache import SharedPrefixCache
+from rlhf.rollout.native.cache import Kept, SharedPrefixCache
 from rlhf.rollout.native.decoder import Decoder
 from rlhf.rollout.native.engine import NativeEngine
 from rlhf.rollout.sampling import RowSampling
@@ -59,8 +59,16 @@ class _MixtureDecoder(Decoder):
         with super().running(), self._beside.running():
             yield
 
+    @property
+    def keeps_samples(self) -> bool:
+        return False
+
     def new_cache(
-        self, prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int
+        self,
+        prompt_lengths: Sequence[int],
+        group_sizes: Sequence[int],
+        max_tokens: int,
+        begun: Mapping[int, Kept],
     ) -> SharedPrefixCache:
         return _TwoCaches(prompt_lengths, group_sizes, max_tokens)
 

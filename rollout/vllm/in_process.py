@@ -205,7 +205,7 @@ class VLLMEngine:
     def _step(self, deadline: float | None) -> None:
         # even with seeds vLLM draws one number per step from the global generator, which the learner uses
         with restored_generator():
-            while self._rows and not self._finished.has_group and not self._paused:
+            while self._rows and not self._finished.is_due and not self._paused:
                 for output in self._llm.step():
                     self._take(output)
                 if deadline is not None and time.monotonic() >= deadline:
@@ -219,7 +219,7 @@ class VLLMEngine:
                 self._end(key)
         if mode == "wait":
             while self._rows:
-                self._finished.has_group = False
+                self._finished.is_due = False
                 self._step(None)
         self._paused = True
 

@@ -117,7 +117,7 @@ class VLLMServerEngine:
         return self._finished.take()
 
     def _wait(self, until: float | None) -> None:
-        while self._samples and not self._finished.has_group and not self._paused:
+        while self._samples and not self._finished.is_due and not self._paused:
             wait = POLL_INTERVAL if until is None else max(0.0, min(POLL_INTERVAL, until - time.monotonic()))
             self._take_answers(wait)
             self._watch()
@@ -128,7 +128,7 @@ class VLLMServerEngine:
         """`abort` ends samples with the tokens so far, `wait` decodes them to the end, `keep` holds them."""
         if mode == "wait":
             while self._samples:
-                self._finished.has_group = False
+                self._finished.is_due = False
                 self._wait(None)
         if mode == "keep":
             self._post_to_all("/pause?mode=keep")

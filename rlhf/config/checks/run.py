@@ -31,6 +31,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
         *_replay(config, algorithm),
         *_preferences(config, algorithm),
         *_judge(config, algorithm),
+        *_environment(config),
         *_precomputed_reference(config, algorithm),
         *sampler_problems(config, algorithm),
         *_sizes(config),
@@ -42,7 +43,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
 
 def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
     """Something has to give completions a reward, wherever one is needed."""
-    if config.reward.functions:
+    if config.reward.functions or config.environment.path:
         return
     data, judge = config.data, config.reward.preference
     if not algorithm.needs_rewards:
@@ -68,6 +69,22 @@ def _rewards(config: Config, algorithm: Algorithm) -> Iterator[str]:
         yield (
             "reward.functions is empty, but prompt_value.targets = greedy scores completions with them; "
             "give some, or learn the values from the data's rewards: prompt_value.targets = data"
+        )
+
+
+def _environment(config: Config) -> Iterator[str]:
+    """What answers the policy between turns needs turns that are sampled, and functions that read them."""
+    if not config.environment.path:
+        return
+    if config.data.mode == "offline":
+        yield (
+            "environment.path is given, but with data.mode = offline nothing is sampled that an environment "
+            "could answer; set data.mode: online, or leave the section out"
+        )
+    if config.reward.preference is not None:
+        yield (
+            "reward.preference compares single completions, and environment.path makes episodes: give "
+            "reward.functions, or an environment with get_reward"
         )
 
 

@@ -75,6 +75,15 @@ class Processor:
         """The text that stands for an image in a prompt."""
         return cast(str, self._processor.image_token)
 
+    @property
+    def chat_template(self) -> Any:
+        """The template that writes messages with images."""
+        return self._processor.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: Any) -> None:
+        self._processor.chat_template = template
+
     def prompt(
         self,
         prompt_id: str,

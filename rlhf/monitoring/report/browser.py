@@ -27,6 +27,8 @@ body:has(#by-advantage:checked) .tokens .d {
   background: color-mix(in srgb, var(--down) calc(var(--a) * 70%), transparent); }
 body:has(#by-entropy:checked) .tokens i {
   background: color-mix(in srgb, var(--open) calc(var(--e, 0) * 80%), transparent); }
+.observed { opacity: .7; border-left: 3px dashed var(--line); margin: .3rem 0 .3rem 1.2rem;
+  padding-left: .6rem; white-space: pre-wrap; }
 body:has(#by-nothing:checked) .scale, body:has(#by-advantage:checked) .scale.e,
 body:has(#by-entropy:checked) .scale.a { display: none; }
 """
@@ -80,11 +82,56 @@ def _prompt(prompt: str | Sequence[Record]) -> str:
 
 
 def _completion(completion: Record, *, coloured: bool) -> str:
-    tokens = completion.get("tokens")
-    body = "".join(_tokens(completion)) if coloured and tokens else escape(completion["text"])
-    return (
-        f'<div><small>{escape(_head(completion))}</small><blockquote class="tokens">{body}</blockquote></div>'
-    )
+    tokens = list(_tokens(completion)) if coloured and completion.get("tokens") else []
+    if completion.get("messages"):
+        body = "".join(_turns(completion, tokens))
+    else:
+        body = _quote("".join(tokens) or escape(completion["text"]))
+    return f"<div><small>{escape(_head(completion))}</small>{body}</div>"
+
+
+def _quote(body: str) -> str:
+    return f'<blockquote class="tokens">{body}</blockquote>'
+
+
+def _turns(completion: Record, tokens: Sequence[str]) -> Iterator[str]:
+    """The policy's turns in an episode, tokens coloured, and what the environment answered between them."""
+    messages: Sequence[Record] = completion["messages"]
+    parts = iter(_parts(completion, tokens))
+    for message in messages:
+        text = escape(_content(message))
+        if message["role"] == "assistant":
+            body, advantage = next(parts, ("", None))
+            called = [escape(_call(call)) for call in message.get("tool_calls", ())]
+            calls = "".join(f"<small>calls {call}</small><br>" for call in called)
+            head = "" if advantage is None else f"<small>advantage {advantage:+.2f}</small>"
+            yield head + _quote(body or text) + calls
+        else:
+            name = f" {message['name']}" if message.get("name") else ""
+            yield f'<div class="observed"><small>{escape(message["role"] + name)}</small> {text}</div>'
+
+
+def _parts(completion: Record, tokens: Sequence[str]) -> Iterator[tuple[str, float | None]]:
+    """The policy's turns, as coloured tokens, and the advantage of each, if its tokens have the same."""
+    start, advantage = 0, completion.get("advantage")
+    for length, own in completion.get("parts", ()):
+        if own:
+            found = set(advantage[start : start + length]) if isinstance(advantage, list) else {advantage}
+            yield "".join(tokens[start : start + length]), found.pop() if len(found) == 1 else None
+        start += length
+
+
+def _content(message: Record) -> str:
+    content: Any = message.get("content")
+    if isinstance(content, str):
+        return content
+    return " ".join(str(part.get("text", "[image]")) for part in content or ())
+
+
+def _call(call: Record) -> str:
+    function: Record = call.get("function", call)
+    arguments = ", ".join(f"{key}={value!r}" for key, value in dict(function.get("arguments", {})).items())
+    return f"{function.get('name')}({arguments})"
 
 
 def _head(completion: Record) -> str:

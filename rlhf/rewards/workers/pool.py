@@ -13,7 +13,9 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from rlhf.rewards.plugin import RewardSpec
@@ -26,6 +28,15 @@ logger = logging.getLogger(__name__)
 MOST_WORKERS = 8
 MOST_CALLS = 64
 """Most calls of one job; a job is what a worker is given at once."""
+
+
+def print_to(path: Path, name: str, text: str) -> None:
+    """Appends what a function printed to a file, each line preceded by the name.
+
+    The file is only for people to read: if it cannot be written, the output is dropped.
+    """
+    with suppress(OSError), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("".join(f"{name}: {line}\n" for line in text.splitlines()))
 
 
 class RewardError(RuntimeError):

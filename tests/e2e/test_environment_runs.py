@@ -1,0 +1,113 @@
+"""Whole runs with an environment: what is learned, lost and recorded, and exact resumption."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.config.load import make_config
+from rlhf.preflight.describe import describe
+from rlhf.preflight.load import load_inputs
+from rlhf.rewards.workers.pool import RewardError
+from tests.faults.processes import Fault, launch
+from tests.support import bandit_settings, metrics_of, train, without_clocks
+
+FILE = Path(__file__).parents[1] / "environments" / "my_environments.py"
+# of 99 tokens these end a turn, so that a random model's turns are short
+STOPS = list(range(20, 36))
+
+
+def settings(folder: Path, model: Path, name: str = "Echo", **changes: Any) -> dict[str, Any]:
+    base = bandit_settings(
+        folder,
+        model,
+        steps=3,
+        environment={"path": f"{FILE}:{name}", "max_turns": 3, "workers": 1},
+        reward={"functions": []},
+        rollout={
+            "prompts_per_step": 4,
+            "group_size": 4,
+            "max_completion_tokens": 120,
+            "stop_token_ids": STOPS,
+        },
+        monitor={"sinks": [], "samples_per_step": 4},
+    )
+    rows = [{"prompt": [{"role": "user", "content": f"say {i}:"}]} for i in range(40)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base["data"]["max_prompt_tokens"] = 64
+    for key, value in changes.items():
+        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) else value
+    return base
+
+
+def test_a_run_learns_from_episodes_and_shows_them(tmp_path: Path, tiny_model_dir: Path) -> None:
+    functions = [{"path": f"{FILE}:heard", "weight": 0.0}]
+    chosen = settings(tmp_path, tiny_model_dir, reward={"functions": functions})
+    said = "\n".join(describe(make_config(chosen), load_inputs(make_config(chosen))))
+    assert "Echo: answers in its own words; 40 prompts; at most 3 turns" in said
+    train(chosen)
+    metrics = metrics_of(tmp_path)
+    assert [m["reward/heard"] for m in metrics] == [m["turns/mean"] for m in metrics]
+    assert all(1 < m["turns/mean"] <= 3 and m["length/observed"] > 0 for m in metrics)
+    assert all(m["turns/lost"] == 0 and m["reward/mean"] == m["reward/Echo"] for m in metrics)
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    groups = [json.loads(line) for line in lines]
+    # the group's prompt has what reset has put behind it
+    assert all(group["prompt"][-1]["content"][-2:] in (":x", ":y", ":z") for group in groups)
+    completion = next(c for group in groups for c in group["completions"] if len(c["messages"]) > 1)
+    own = sum(length for length, learned in completion["parts"] if learned)
+    assert own == completion["num_tokens"] < len(completion["tokens"])
+    assert [m["role"] for m in completion["messages"]][:2] == ["assistant", "user"]
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert '<div class="observed"><small>user</small>' in report
+
+
+def test_a_broken_environment_costs_its_episodes_until_they_are_too_many(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    chosen = settings(tmp_path, tiny_model_dir, "Fragile", reward={"functions": [], "max_failed_share": 1.0})
+    train(chosen)
+    assert all(m["turns/lost"] == m["reward/failed"] > 0 for m in metrics_of(tmp_path))
+    chosen["reward"]["max_failed_share"] = 0.01
+    chosen["run_dir"] = str(tmp_path / "second")
+    with pytest.raises(RewardError, match=r"episodes were lost .*Fragile.*it broke"):
+        train(chosen)
+
+
+def test_a_run_killed_within_an_episode_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    kept = {"every": 1, "export": False, "resume": "auto"}
+    whole = settings(tmp_path, tiny_model_dir, checkpoint=kept)
+    train(whole)
+    cut = {**whole, "run_dir": str(tmp_path / "cut" / "run")}
+    fault = Fault("rlhf.collect.episodes:_Run._observe", 30)
+    [ended] = launch(cut, tmp_path / "log", fault=fault)
+    assert ended.code == -signal.SIGKILL, ended.said
+    train(cut)
+    assert without_clocks(metrics_of(tmp_path / "cut")) == without_clocks(metrics_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"mode": "offline"}}, "nothing is sampled that an environment could answer"),
+        ({"environment": {"path": f"{FILE}:Missing"}}, "Missing"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    tmp_path: Path, tiny_model_dir: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_inputs(make_config(settings(tmp_path, tiny_model_dir, **changes)))
+
+
+def test_prompts_of_plain_text_are_refused_with_their_line(tmp_path: Path, tiny_model_dir: Path) -> None:
+    chosen = settings(tmp_path, tiny_model_dir)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "say it"}\n')
+    with pytest.raises(ValueError, match=r"train.jsonl:1: the prompt is plain text"):
+        load_inputs(make_config(chosen))

@@ -1,0 +1,40 @@
+"""Environments of the tests of whole runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Echo:
+    """Repeats the last three letters of a turn; its reward is the share of the letter a in all turns."""
+
+    def reset(self, seed: int, **columns: Any) -> str:
+        self.greeting = random.Random(seed).choice("xyz")
+        self.heard = ""
+        return self.greeting
+
+    def respond(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]] | None:
+        said = messages[-1]["content"]
+        self.heard += said
+        return None if said.startswith("b") else [{"role": "user", "content": said[-3:]}]
+
+    def get_reward(self) -> float:
+        return self.heard.count("a") / max(1, len(self.heard))
+
+
+class Fragile(Echo):
+    """As `Echo`, but a turn that begins with c to f breaks it."""
+
+    def respond(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]] | None:
+        if messages[-1]["content"][:1] in "cdef":
+            raise RuntimeError("it broke")
+        return super().respond(messages)
+
+
+def heard(completions: list[list[dict[str, Any]]], environments: list[Any], **_: Any) -> list[float]:
+    """A reward function of episodes: how many turns there were, if the environment says the same."""
+    turns = [sum(m["role"] == "assistant" for m in messages) for messages in completions]
+    assert all(len(e.greeting) == 1 for e in environments)
+    return [float(n) for n in turns]
