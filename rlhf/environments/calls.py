@@ -215,5 +215,12 @@ DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def _short(value: object) -> str:
-    text = str(value) if isinstance(value, BaseException) else f"{type(value).__name__} {value!r}"
+    """A value by its type, or why it cannot be read, without places that say nothing to the policy."""
+    match value:
+        case json.JSONDecodeError() | SyntaxError():
+            text = str(value.msg)
+        case BaseException():
+            text = str(value)
+        case _:
+            text = f"{type(value).__name__} {value!r}"
     return text if len(text) <= 200 else f"{text[:200]}..."

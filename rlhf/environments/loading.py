@@ -71,10 +71,10 @@ class Environment:
         seed_generators(seed)
         if self.shared is not None:
             state = verifiers_state(columns)
+            given = frozenset(state)
             returned = wait(self.shared.setup_state(state)) if hasattr(self.shared, "setup_state") else None
-            return VerifiersEpisode(
-                self.name, self.shared, wait, returned if isinstance(returned, dict) else state
-            ), Reply()
+            state = returned if isinstance(returned, dict) else state
+            return VerifiersEpisode(self.name, self.shared, wait, state, given), Reply()
         if self.made_of is None:
             return ToolEpisode(self.name, None, wait, self.tools, self.parser), Reply()
         instance = self.made_of(**_with_seed(self.made_of, self.params, seed))
@@ -150,16 +150,16 @@ def _environment(
     if hasattr(found, "respond"):
         if len(parameters(found.respond)) != 2 or functions:
             raise ValueError(
-                f"{who} has the method respond(messages) of an environment that converses freely; it cannot be "
-                "a tool, or stand beside tools: rename it"
+                f"{who} has the method respond(messages) of an environment that converses freely; it cannot "
+                "be a tool, or stand beside tools: rename it"
             )
         return Environment(name, found, spec.params, parser)
     own = _schemas(list(methods.values()), f"tool {name}", spec.schemas, name)
     tools = _together(name, [*methods.values(), *functions], {**own, **schemas})
     if not tools:
         raise ValueError(
-            f"{who} is none of the shapes that are understood: it has no tool (a public method with type hints "
-            "and a docstring), and neither respond(messages) nor env_response(messages, state)"
+            f"{who} is none of the shapes that are understood: it has no tool (a public method with type "
+            "hints and a docstring), and neither respond(messages) nor env_response(messages, state)"
         )
     if both := own.keys() & schemas.keys():
         raise ValueError(f"{who} has a tool {min(both)!r}, and so has environment.path: rename one")
@@ -167,7 +167,7 @@ def _environment(
 
 
 def _of_verifiers(path: str, found: Any, spec: EnvironmentSpec, parser: Parser) -> Environment:
-    shared = found(**_with_seed(found, spec.params, 0))
+    shared = found(**spec.params)
     name = type(shared).__name__
     for method in ("env_response", "is_completed"):
         function = getattr(shared, method, None)

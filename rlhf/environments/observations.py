@@ -1,4 +1,4 @@
-"""What an environment says, as messages: results of tools as text or parts, images as PNG, texts not too long.
+"""What an environment says, as messages: results of tools as text or parts, images as PNG, no endless texts.
 
 TRL writes `str(result)` and verl at most 256 characters by default; here a text is as long as it is, up to
 LONGEST. How many tokens of it there is room for is decided by the loop of episodes
@@ -43,7 +43,7 @@ class Texts:
         return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
     def of_result(self, result: object) -> str | list[dict[str, Any]]:
-        """The result of a tool as content of a message. Raises TypeError for what is neither text nor JSON."""
+        """The result of a tool as content of a message. TypeError for what is neither text nor JSON."""
         if isinstance(result, str):
             return self.of(result)
         if isinstance(result, bytes):

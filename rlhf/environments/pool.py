@@ -99,7 +99,7 @@ class EnvironmentPool:
         seed: int,
         finish: Callable[[Reply | Lost], None],
     ) -> None:
-        """As the protocol says. Raises StartError when MOST_FAILED_STARTS processes in a row failed to start."""
+        """As the protocol says. Raises StartError when MOST_FAILED_STARTS starts in a row have failed."""
         assert name in self._described, f"there is no environment {name!r}"
         with self._lock:
             assert key not in self._episodes, f"episode {key!r} has begun already"

@@ -1,4 +1,4 @@
-"""The trainer's side of one process of environments: sends requests and hears answers, waiting for neither."""
+"""The trainer's side of one process of environments: sends requests, hears answers, waits for neither."""
 
 from __future__ import annotations
 

@@ -134,9 +134,12 @@ class Conversation(Episode):
 class VerifiersEpisode(Episode):
     """A state of an object of verifiers; all episodes of a process share the object, as they do there."""
 
-    def __init__(self, name: str, instance: Any, wait: Wait, state: dict[str, Any]) -> None:
+    def __init__(
+        self, name: str, instance: Any, wait: Wait, state: dict[str, Any], given: frozenset[str]
+    ) -> None:
+        """`given`: keys of the state that are not the environment's own."""
         super().__init__(name, instance, wait)
-        self.state, self.given = state, set(state)
+        self.state, self.given = state, given
 
     def respond(self, messages: Sequence[Message]) -> Reply:
         given, turn = [dict(m) for m in messages], {"role": "assistant", "content": text_of(messages[-1])}

@@ -1,4 +1,4 @@
-"""What an instance is at the end of an episode: its public attributes, its reward; and seeds at its beginning."""
+"""What an instance is at the end: its public attributes and its reward; and the seeds at its beginning."""
 
 from __future__ import annotations
 
