@@ -13,9 +13,9 @@ class EnvironmentConfig(Section):
     """An environment that answers the policy between its turns: a class or a tool of the user's."""
 
     path: tuple[str, ...] = ()
-    """`my.py:Calculator`, a class, or `my.py:multiply`, a function that becomes a tool. Several classes are for
-    a dataset whose column `environment` names the one of each line; functions are tools of all of them. Not
-    given: a completion is one turn."""
+    """`my.py:Calculator`, a class, or `my.py:multiply`, a function that becomes a tool. Several classes are
+    for a dataset whose column `environment` names the one of each line; functions are tools of all of them.
+    Not given: a completion is one turn."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the class."""
     max_turns: Positive = 8
@@ -34,8 +34,8 @@ class EnvironmentConfig(Section):
     </tool_call>`. `python`: `[name(argument=value)]`. Or `my.py:function` from a text to a list of calls."""
     isolation: Literal["worker", "episode"] = "worker"
     """`worker`: a process holds many episodes, each in a thread of its own, so what they share (globals,
-    class attributes, files) must be safe for threads; with the process all of them are lost. `episode`:
-    each has a process of its own, and the global random generators for itself."""
+    class attributes, files) must be safe for threads; with the process all of them are lost. `episode`: each
+    has a process of its own, and the global random generators for itself."""
 
     @field_validator("path", mode="before")
     @classmethod

@@ -124,9 +124,11 @@ class Holder:
             why = Lost("died", f"{type(error).__name__}: {error}")
             raise
         finally:
-            if process is not None:
-                process.end()
-            self._lose(why)
+            try:
+                if process is not None:
+                    process.end()
+            finally:
+                self._lose(why)
 
     def _started(self, process: EnvironmentProcess) -> None:
         with self.lock:

@@ -73,7 +73,7 @@ class Environment:
             state = verifiers_state(columns)
             given = frozenset(state)
             returned = wait(self.shared.setup_state(state)) if hasattr(self.shared, "setup_state") else None
-            state = returned if isinstance(returned, dict) else state
+            state = cast(dict[str, Any], returned) if isinstance(returned, dict) else state
             return VerifiersEpisode(self.name, self.shared, wait, state, given), Reply()
         if self.made_of is None:
             return ToolEpisode(self.name, None, wait, self.tools, self.parser), Reply()

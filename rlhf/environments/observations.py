@@ -121,10 +121,10 @@ def plain(value: Any) -> Any:
     """What JSON can hold of arrays, dataclasses, models of pydantic and sets. TypeError for the rest."""
     if hasattr(value, "tolist"):
         return value.tolist()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
     if hasattr(value, "model_dump"):
         return value.model_dump()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
     if isinstance(value, set | frozenset):
         return sorted(cast(set[Any], value))
     raise TypeError(f"{type(value).__name__} is neither text nor JSON: return one of them")
@@ -137,7 +137,7 @@ def png_of(image: Any) -> bytes:
     from PIL import Image
 
     if isinstance(image, bytes | str | os.PathLike):
-        source: Any = io.BytesIO(image) if isinstance(image, bytes) else image
+        source: Any = io.BytesIO(image) if isinstance(image, bytes) else cast(Any, image)
         try:
             with Image.open(source) as opened:
                 return _encoded(opened)
@@ -166,5 +166,7 @@ def _is_image(value: object) -> bool:
 def _are_parts(value: object) -> bool:
     if not isinstance(value, list | tuple) or not value:
         return False
-    entries = cast(Sequence[Any], value)
-    return all(isinstance(part, dict) and part.get("type") in ("text", "image") for part in entries)
+    parts = [cast(dict[str, Any], part) for part in cast(Sequence[Any], value) if isinstance(part, dict)]
+    return len(parts) == len(cast(Sequence[Any], value)) and all(
+        p.get("type") in ("text", "image") for p in parts
+    )

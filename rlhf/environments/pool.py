@@ -18,12 +18,12 @@ from typing import Any
 
 from rlhf.config.environment import EnvironmentConfig
 from rlhf.environments.holder import Held, Holder
-from rlhf.environments.process import Description, EnvironmentProcess
+from rlhf.environments.process import Description, EnvironmentProcess, ForkedProcess, Template
 from rlhf.environments.protocol import Ending, Lost, Message, Reply
 from rlhf.environments.spec import EnvironmentSpec
 from rlhf.plugins import absolute
 from rlhf.rewards.signature import did_you_mean
-from rlhf.rewards.workers.kept import StartError
+from rlhf.rewards.workers.kept import StartError, WorkerLost
 from rlhf.rewards.workers.pool import print_to, share_of_cores
 
 MOST_FAILED_STARTS = 3
@@ -49,12 +49,18 @@ class EnvironmentPool:
         self._holders: list[Holder] = []
         self._failed: list[StartError] = []
         """Of the starts since the last that went well."""
-        process = EnvironmentProcess(self.spec, self._print)
-        described = process.ready(f"environment {self.spec.path}")
+        self._template: Template | None = None
+        """The process that is forked for each episode, with `isolation: episode`."""
+        self._template_lock = threading.Lock()
+        started = self._new()
+        described = started.ready(self._who)
         self._described: dict[str, Description] = {one.name: one for one in described}
         known = {key: schema for one in described for key, schema in one.by_function.items()}
         self.spec = replace(self.spec, schemas=known)
-        self._holders.append(self._started(lambda: process))
+        if isinstance(started, Template):
+            self._template = started
+        else:
+            self._holders.append(self._started(lambda: started))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,6 +140,10 @@ class EnvironmentPool:
                 holder.close()
         for holder in holders:
             holder.thread.join()
+        with self._template_lock:
+            if self._template is not None:
+                self._template.end()
+                self._template = None
 
     def _unless_lost(self, key: str, held: Held, finish: Callable[[Any], None]) -> Callable[[Any], None]:
         """`finish`, and a lost episode has no key any more, so that the key may begin again."""
@@ -153,34 +163,51 @@ class EnvironmentPool:
             raise self._failed[-1]
         self._holders = [h for h in self._holders if not h.is_retired or h.thread.is_alive()]
         if self.spec.is_alone:
-            unused = [h for h in self._holders if not h.is_retired and not h.held]
-            if unused:
-                return self._retired(unused[0])
-            return self._retired(self._added())
+            holder = self._added()
+            # it takes no other episode
+            holder.is_retired = True
+            return holder
         open_ones = [holder for holder in self._holders if not holder.is_retired]
         if open_ones and (len(open_ones) >= self.spec.workers or not all(h.held for h in open_ones)):
             return min(open_ones, key=lambda holder: len(holder.held))
         return self._added()
-
-    def _retired(self, holder: Holder) -> Holder:
-        holder.is_retired = True
-        return holder
 
     def _added(self) -> Holder:
         holder = self._started(self._make)
         self._holders.append(holder)
         return holder
 
+    @property
+    def _who(self) -> str:
+        return f"environment {self.spec.path}"
+
+    def _new(self) -> EnvironmentProcess | Template:
+        """A process that loads the environments."""
+        return (Template if self.spec.is_alone else EnvironmentProcess)(self.spec, self._print)
+
     def _make(self) -> EnvironmentProcess:
         """Runs in the thread of a holder."""
         try:
-            process = EnvironmentProcess(self.spec, self._print)
-            process.ready(f"environment {self.spec.path}")
+            process = self._forked() if self.spec.is_alone else EnvironmentProcess(self.spec, self._print)
+            process.ready(self._who)
         except StartError as error:
             self._failed.append(error)
             raise
         self._failed.clear()
         return process
+
+    def _forked(self) -> EnvironmentProcess:
+        """A process forked from the template, which is started again if it is gone."""
+        with self._template_lock:
+            if self._template is not None:
+                try:
+                    return ForkedProcess(self.spec, self._print, self._template)
+                except WorkerLost:
+                    self._template = None
+            template = Template(self.spec, self._print)
+            template.ready(self._who)
+            self._template = template
+            return ForkedProcess(self.spec, self._print, template)
 
     def _started(self, make: Callable[[], EnvironmentProcess]) -> Holder:
         holder = Holder(make, self.spec.timeout, self._lock)

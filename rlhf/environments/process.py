@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import select
+import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.environments.spec import EnvironmentSpec
-from rlhf.rewards.workers.kept import KeptProcess
+from rlhf.rewards.workers.kept import KeeperProcess, KeptProcess
 
 SERVE = "rlhf.environments.worker:serve"
+SERVE_TEMPLATE = "rlhf.environments.forking:serve"
+SERVE_ONE = "rlhf.environments.forking:serve_one"
+UNLIMITED = 1 << 30
+"""Processes below a template, and their memory in GiB: those of an episode have limits of their own."""
+FORK_SECONDS = 60.0
+"""Time limit for a template to fork; normally it takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +42,14 @@ class Description:
 class EnvironmentProcess(KeptProcess):
     """A process that holds instances of environments. One thread waits for it; any may `post` and `wake`."""
 
+    serve = SERVE
+
     def __init__(self, spec: EnvironmentSpec, log: Callable[[str], None]) -> None:
         self._outgoing = b""
         self._lock = threading.Lock()
+        self._alarm = -1
+        super().__init__(spec, log, self.serve, spec)
         self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        super().__init__(spec, log, SERVE, spec)
         for poll in (self._both, self._answers):
             poll.register(self._alarm, select.POLLIN)
 
@@ -92,3 +105,57 @@ class EnvironmentProcess(KeptProcess):
             if self._alarm >= 0:
                 os.close(self._alarm)
                 self._alarm = -1
+
+
+class Template(KeptProcess):
+    """A process that has loaded the environments and is forked for each episode."""
+
+    def __init__(self, spec: EnvironmentSpec, log: Callable[[str], None]) -> None:
+        self._lock = threading.Lock()
+        unlimited = replace(spec, processes=UNLIMITED, memory_gib=float(UNLIMITED))
+        super().__init__(unlimited, log, SERVE_TEMPLATE, spec)
+
+    def ready(self, who: str) -> list[Description]:
+        """Waits until the environments are loaded. Raises StartError, with the reason, which names `who`."""
+        return [Description(**fields) for fields in self.first_answer(who)["ready"]]
+
+    def fork(self, settings: Mapping[str, Any]) -> ForkedKeeper:
+        """Has it fork a keeper. Raises WorkerLost when it is gone."""
+        with self._lock:
+            descriptors = [*settings["passed"], settings["line"]]
+            # that it has ended is heard next
+            with suppress(OSError):
+                socket.send_fds(self._data, [json.dumps(settings).encode()], descriptors)
+            return ForkedKeeper(int(self.receive(time.monotonic() + FORK_SECONDS)["forked"]))
+
+
+class ForkedKeeper:
+    """A keeper that is no child of the trainer."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._descriptor = os.pidfd_open(pid)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until it has ended. Raises TimeoutExpired."""
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        if not poll.poll(None if timeout is None else timeout * 1000):
+            raise subprocess.TimeoutExpired("keeper", timeout or 0.0)
+        os.close(self._descriptor)
+
+    def kill(self) -> None:
+        signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
+
+
+class ForkedProcess(EnvironmentProcess):
+    """The process of one episode."""
+
+    serve = SERVE_ONE
+
+    def __init__(self, spec: EnvironmentSpec, log: Callable[[str], None], template: Template) -> None:
+        self._template = template
+        super().__init__(spec, log)
+
+    def start_keeper(self, settings: Mapping[str, Any]) -> KeeperProcess:
+        return self._template.fork(settings)

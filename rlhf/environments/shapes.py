@@ -26,7 +26,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from rlhf.environments.calls import Call, Malformed, Parser
 from rlhf.environments.observations import Texts, WrongAnswer
@@ -148,14 +148,20 @@ class VerifiersEpisode(Episode):
         self.state["completion"] = given[len(self.state["prompt"]) :]
         self.state["turn"] += 1
         self.state["responses"].append(turn)
-        step = {"prompt": given[:-1], "completion": [turn], "reward": None, "advantage": None, "extras": {}}
+        step: dict[str, Any] = {
+            "prompt": given[:-1],
+            "completion": [turn],
+            "reward": None,
+            "advantage": None,
+            "extras": {},
+        }
         self.state["trajectory"].append(step)
         if self._ask("is_completed", given):
             return Reply(turn=turn)
         returned, texts = self._ask("env_response", given), Texts()
-        if isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict):
+        if isinstance(returned, tuple):
             # before 0.1.9 it returned messages and state
-            returned, self.state = returned
+            returned, self.state = cast(tuple[Any, dict[str, Any]], returned)
         said = texts.messages(returned, f"env_response of {self.name}")
         if self.state.get("final_env_response") is not None or (
             # where it takes the messages, verifiers asks before each turn too
@@ -166,7 +172,7 @@ class VerifiersEpisode(Episode):
 
     def _ask(self, method: str, messages: list[dict[str, Any]]) -> Any:
         function = getattr(self.instance, method)
-        given = {"messages": messages, "state": self.state}
+        given: dict[str, Any] = {"messages": messages, "state": self.state}
         return self.wait(function(**{key: given[key] for key in parameters(function) if key in given}))
 
     def variables(self) -> Mapping[str, Any]:

@@ -15,7 +15,6 @@ class EnvironmentSpec:
     """What a process must know: which environments, and its limits. It holds episodes of all of them."""
 
     kind: ClassVar[str] = "environment"
-    gpu: ClassVar[bool] = False
 
     paths: tuple[str, ...]
     """Absolute paths of classes and functions."""
@@ -27,6 +26,7 @@ class EnvironmentSpec:
     processes: int = 256
     """Most processes, the worker itself and those that its environments start."""
     variables: Sequence[str] = ()
+    gpu: bool = False
     is_alone: bool = False
     """Whether the process has one episode only, which then has the global random generators for itself."""
     schemas: Mapping[str, Any] | None = None

@@ -114,7 +114,7 @@ def _fit(value: Any, schema: Mapping[str, Any], name: str) -> Any:
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool) and kinds == ("number",):
         return _as_float(value, name)
-    return value
+    return cast(Any, value)
 
 
 def _fit_list(values: list[Any], schema: Mapping[str, Any], name: str) -> Any:
@@ -187,5 +187,6 @@ def _transformers() -> tuple[Callable[..., dict[str, Any]], tuple[type[Exception
     from transformers.utils import chat_template_utils as utils
 
     # it imports torch, for one type hint; a tool with that hint has imported it already
-    cast(Any, utils).is_torch_available = lambda: "torch" in sys.modules
-    return utils.get_json_schema, (utils.TypeHintParsingException, utils.DocstringParsingException)
+    untyped = cast(Any, utils)
+    untyped.is_torch_available = lambda: "torch" in sys.modules
+    return untyped.get_json_schema, (utils.TypeHintParsingException, utils.DocstringParsingException)

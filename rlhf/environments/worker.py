@@ -24,10 +24,11 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 from rlhf.environments.loading import Environment, load
 from rlhf.environments.observations import WrongAnswer
@@ -54,20 +55,13 @@ def serve(connection: int, folder: str) -> None:
     They are imported in the folder where the run was started and called in `folder`, as reward functions are.
     """
     os.set_inheritable(connection, False)
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
-    threading.stack_size(STACK_BYTES)
     with socket.socket(fileno=connection) as trainer, trainer.makefile("rb") as requests:
         answers = Answers(trainer)
         spec: EnvironmentSpec = pickle.load(requests)
-        try:
-            environments = load(spec)
-            os.chdir(folder)
-        except BaseException as error:
-            # the user's module may raise anything when it is imported; the trainer must learn of it
-            answers.send_object({"refused": _refusal(error), **describe(error, _is_ours)})
+        environments = loaded(lambda: load(spec), folder, answers)
+        if environments is None:
             return
-        answers.send_object({"ready": [_description(environment) for environment in environments.values()]})
+        answers.send_object({"ready": described(environments)})
         worker = Worker(environments, answers)
         while True:
             try:
@@ -77,17 +71,38 @@ def serve(connection: int, folder: str) -> None:
             worker.take(*request)
 
 
-def _description(environment: Environment) -> dict[str, Any]:
-    return {
-        "name": environment.name,
-        "schemas": environment.schemas,
-        "by_function": {
-            f"{environment.name if name in environment.methods else ''}.{name}": schema
-            for name, (_, schema) in environment.tools.items()
-        },
-        "requires": environment.requires,
-        "gives_rewards": environment.gives_rewards,
-    }
+def loaded(
+    load: Callable[[], dict[str, Environment]], folder: str, answers: Answers
+) -> dict[str, Environment] | None:
+    """The environments; if one cannot be loaded, the trainer is told why, and None is returned."""
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    threading.stack_size(STACK_BYTES)
+    try:
+        environments = load()
+        os.chdir(folder)
+    except BaseException as error:
+        # the user's module may raise anything when it is imported; the trainer must learn of it
+        answers.send_object({"refused": _refusal(error), **describe(error, _is_ours)})
+        return None
+    return environments
+
+
+def described(environments: Mapping[str, Environment]) -> list[dict[str, Any]]:
+    """What the trainer must know of the environments."""
+    return [
+        {
+            "name": environment.name,
+            "schemas": environment.schemas,
+            "by_function": {
+                f"{environment.name if name in environment.methods else ''}.{name}": schema
+                for name, (_, schema) in environment.tools.items()
+            },
+            "requires": environment.requires,
+            "gives_rewards": environment.gives_rewards,
+        }
+        for environment in environments.values()
+    ]
 
 
 class Answers:
@@ -153,14 +168,16 @@ class Instance:
         self.awaited: Future[Any] | None = None
         self.coroutine: Any = None
         """What is awaited."""
-        self.thread = threading.Thread(target=self._run, daemon=True)
-        self.thread.start()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Carries out the calls of the episode, until its end."""
         try:
             self._serve()
         finally:
             self.forget()
+            self.ended.set()
 
     def _serve(self) -> None:
         episode: Episode | None = None
@@ -218,12 +235,12 @@ class Instance:
             awaited.cancel()
         else:
             ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(Abandoned))
-        self.thread.join(STOP_SECONDS)
+        has_ended = self.ended.wait(STOP_SECONDS)
         is_stuck = awaited is not None and not self.loop.is_free()
         self.answers.send_object(
             {
                 "abandoned": number,
-                "ended": not self.thread.is_alive(),
+                "ended": has_ended,
                 "stuck": is_stuck,
                 "stack": (self.loop.stack() if is_stuck else stack)[-LONGEST_STACK:],
             }
@@ -233,15 +250,23 @@ class Instance:
 class Worker:
     """Hands requests to instances; the main thread does no more, so it can always be reached."""
 
-    def __init__(self, environments: dict[str, Environment], answers: Answers) -> None:
+    def __init__(
+        self, environments: Mapping[str, Environment], answers: Answers, is_alone: bool = False
+    ) -> None:
         self.environments, self.answers, self.loop = environments, answers, Loop()
         self.instances: dict[int, Instance] = {}
+        self._alone: queue.SimpleQueue[Instance] | None = queue.SimpleQueue() if is_alone else None
 
     def take(self, call: int, do: str, number: int, arguments: dict[str, Any]) -> None:
         if do == "begin":
             environment = self.environments[arguments["name"]]
             forget = partial(self.instances.pop, number, None)
-            self.instances[number] = Instance(environment, self.answers, self.loop, forget)
+            instance = Instance(environment, self.answers, self.loop, forget)
+            self.instances[number] = instance
+            if self._alone is None:
+                instance.thread.start()
+            else:
+                self._alone.put(instance)
         instance = self.instances.get(number)
         if instance is None:
             return
@@ -250,6 +275,15 @@ class Worker:
         else:
             instance.calls.put(None if do == "drop" else (call, do, arguments))
 
+    def run_alone(self) -> None:
+        """Carries the only episode out in this thread, when it begins."""
+        assert self._alone is not None
+        instance = self._alone.get()
+        instance.thread = threading.current_thread()
+        instance.run()
+        # the process ends when the trainer has heard how the episode ended, and closes the connection
+        threading.Event().wait()
+
 
 def _is_ours(module: str) -> bool:
     return module.startswith(OURS)
@@ -257,7 +291,8 @@ def _is_ours(module: str) -> bool:
 
 def _stack_of(thread: int) -> str:
     """The frames of a thread that are not ours."""
-    frame, lines = sys._current_frames().get(thread), list[str]()
+    frames: dict[int, FrameType] = cast(Any, sys)._current_frames()
+    frame, lines = frames.get(thread), list[str]()
     while frame is not None and not _is_ours(str(frame.f_globals.get("__name__"))):
         lines = traceback.format_stack(frame, 1) + lines
         frame = frame.f_back

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import inspect
 import os
+import random
 import re
 import signal
 import socket
@@ -57,6 +58,8 @@ def wait_for_a_program() -> None:
 
 def stop_itself() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
+    # the signal may need a moment
+    time.sleep(600)
 
 
 async def sleep_async() -> None:
@@ -262,11 +265,23 @@ BEHAVIOURS: dict[str, Callable[[], Any]] = {
 }
 
 
+MEETING = threading.Barrier(3)
+
+
+def meet() -> str:
+    """Returns when three episodes of the process are here at the same time."""
+    MEETING.wait()
+    return "met"
+
+
+BEHAVIOURS["meet"] = meet
+
+
 class Hostile:
     """Misbehaves in its tool, and at its beginning and end as `columns` say."""
 
     def reset(self, at_reset: str = "", at_end: str = "") -> Any:
-        self.at_end = at_end
+        self.at_end, self.drawn, self._pid = at_end, random.random(), os.getpid()
         return BEHAVIOURS[at_reset]() if at_reset else None
 
     def do(self, what: str) -> Any:

@@ -80,7 +80,7 @@ def test_examples_of_trl_and_of_verifiers_run_unchanged_in_processes(folder: Pat
 
         assert begin(pool, "g", "Guess", columns={"answer": "5"}) == Reply()
         assert contents(turn(pool, "g", "3")) == ["higher, turn 1"]
-        assert turn(pool, "g", "5").messages == ()
+        assert contents(turn(pool, "g", "5")) == []
         assert end(pool, "g") == Ending(None, {"low": 1, "high": 7, "guessed": True})
         assert pool.name_for({"environment": "Guess"}) == "Guess"
         with pytest.raises(

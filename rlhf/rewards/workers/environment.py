@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from rlhf.config.section import MASK, holds_mask
 
@@ -33,10 +33,8 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH|COOKIE", re.IGNOREC
 class NeedsVariables(Protocol):
     """The settings of what runs in a worker, as far as they decide on its environment variables."""
 
-    @property
-    def kind(self) -> str:
-        """What messages call it: "reward function", "judge", "environment"."""
-        ...
+    kind: ClassVar[str]
+    """What messages call it: "reward function", "judge", "environment"."""
 
     @property
     def path(self) -> str: ...

@@ -50,8 +50,11 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
+    supervise(json.loads(sys.argv[1]))
+
+
+def supervise(settings: dict[str, Any]) -> None:
     """Forks the worker and supervises it until one of the two has to end; then kills the whole tree."""
-    settings: dict[str, Any] = json.loads(sys.argv[1])
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")

@@ -71,6 +71,20 @@ class Kept(NeedsVariables, Protocol):
         ...
 
 
+@runtime_checkable
+class KeeperProcess(Protocol):
+    """The keeper as the trainer sees it; `subprocess.Popen` is one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self, timeout: float | None = None) -> Any:
+        """Waits until it has ended. Raises TimeoutExpired of subprocess."""
+        ...
+
+    def kill(self) -> None: ...
+
+
 class KeptProcess:
     """A keeper and the process below it; alive until `end`, or until a method raises WorkerLost."""
 
@@ -107,15 +121,24 @@ class KeptProcess:
             "processes": spec.processes,
             "path": [entry or os.getcwd() for entry in sys.path],
         }
-        with workers_data, keepers_line:
-            self._keeper = subprocess.Popen(
-                [sys.executable, "-P", str(KEEPER), json.dumps(settings)],
-                pass_fds=(*passed, keepers_line.fileno()),
-                env=environment(spec),
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        try:
+            with workers_data, keepers_line:
+                self._keeper = self.start_keeper(settings)
+        except BaseException:
+            self._data.close()
+            self._line.close()
+            raise
         self.send(first)
+
+    def start_keeper(self, settings: Mapping[str, Any]) -> KeeperProcess:
+        """Starts the keeper, which gets the descriptors in `settings`."""
+        return subprocess.Popen(
+            [sys.executable, "-P", str(KEEPER), json.dumps(settings)],
+            pass_fds=(*settings["passed"], settings["line"]),
+            env=environment(self._kept),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def under_way(self) -> int | None:
         """Number of the call that is under way, for WorkerLost; None: it is not known."""
@@ -140,6 +163,9 @@ class KeptProcess:
 
     def end(self) -> None:
         """Kills the worker and all it started, waits until they are gone, and logs what it printed last."""
+        if self._line.fileno() < 0:
+            # it has been ended when it was lost
+            return
         deadline = time.monotonic() + END_SECONDS
         with suppress(OSError):
             # the keeper then kills the worker; what the keeper sends can still be read
