@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf.environments.process import EnvironmentProcess
+from rlhf.environments.process import EnvironmentProcess, request
 from rlhf.environments.protocol import Ending, Lost, Reply
+from rlhf.environments.spec import EnvironmentSpec
 from rlhf.environments.wire import read
+from rlhf.rewards.workers.environment import hidden
 from rlhf.rewards.workers.kept import NO_ANSWER, StartError, WorkerLost
 
 GRACE_SECONDS = 2.0
@@ -56,12 +59,12 @@ class Holder:
 
     make: Callable[[], EnvironmentProcess]
     """Makes the process and waits until it is ready; raises StartError."""
-    timeout: float
+    spec: EnvironmentSpec
     lock: threading.RLock
     process: EnvironmentProcess | None = None
     """None until its thread has started it."""
     held: dict[int, Held] = field(default_factory=dict[int, Held])
-    waiting: list[tuple[int, str, int, Mapping[str, Any]]] = field(default_factory=list[Any])
+    waiting: list[bytes] = field(default_factory=list[bytes])
     """Requests from before the process was ready."""
     is_retired: bool = False
     """Whether it takes no new episodes: a function of an earlier one still runs in it, or it is gone."""
@@ -80,16 +83,18 @@ class Holder:
                 threading.Thread(target=finish, args=(lost,), daemon=True).start()
                 return
             assert held.call is None, "an episode has one call at a time"
+            asked = request(self._calls + 1, do, held.number, arguments)
             self._calls += 1
-            held.call = Call(self._calls, do, finish, time.monotonic() + self.timeout)
-            self._post(self._calls, do, held.number, arguments)
+            held.call = Call(self._calls, do, finish, time.monotonic() + self.spec.timeout)
+            self.held[held.number] = held
+            self._post(asked)
 
     def drop(self, held: Held) -> None:
         """Gives an episode up; if a call of it is under way, that is still answered."""
         with self.lock:
             held.is_dropped = True
             if held.lost is None:
-                self._post(0, "drop", held.number, {})
+                self._post(request(0, "drop", held.number))
                 if held.call is None:
                     self._forget(held)
 
@@ -100,11 +105,11 @@ class Holder:
             if self.process is not None:
                 self.process.wake()
 
-    def _post(self, call: int, do: str, episode: int, arguments: Mapping[str, Any]) -> None:
+    def _post(self, asked: bytes) -> None:
         if self.process is None:
-            self.waiting.append((call, do, episode, arguments))
+            self.waiting.append(asked)
         else:
-            self.process.post(call, do, episode, arguments)
+            self.process.post(asked)
 
     def _run(self) -> None:
         """Runs in the thread: starts the process, hears its answers, and tells what is lost when it ends."""
@@ -133,13 +138,13 @@ class Holder:
     def _started(self, process: EnvironmentProcess) -> None:
         with self.lock:
             self.process = process
-            for request in self.waiting:
-                process.post(*request)
+            for asked in self.waiting:
+                process.post(asked)
             self.waiting.clear()
             for held in self.held.values():
                 # the time that the process needed to start is not the environment's
                 if held.call is not None:
-                    held.call.deadline = time.monotonic() + self.timeout
+                    held.call.deadline = time.monotonic() + self.spec.timeout
 
     def _goes_on(self) -> bool:
         with self.lock:
@@ -181,6 +186,8 @@ class Holder:
             except (ValueError, TypeError, KeyError, AttributeError):
                 process.lose("died", f"{NO_ANSWER}: {answer!r:.200}")
             held.call = None
+            if isinstance(outcome, Lost):
+                outcome = replace(outcome, message=outcome.message + hidden(outcome.message, self.spec))
             if call.do == "end" or isinstance(outcome, Lost) or held.is_dropped:
                 self._forget(held)
                 held.lost = outcome if isinstance(outcome, Lost) else held.lost
@@ -194,7 +201,7 @@ class Holder:
         if call.is_late:
             process.kill_late()
         call.is_late, call.deadline = True, time.monotonic() + GRACE_SECONDS
-        process.post(0, "abandon", held.number, {})
+        process.post(request(0, "abandon", held.number))
 
     def _given_up(self, process: EnvironmentProcess, answer: Mapping[str, Any]) -> Callable[[], None] | None:
         held = self.held.get(answer["abandoned"])
@@ -211,7 +218,9 @@ class Holder:
         return lambda: call.finish(lost)
 
     def _slow(self, held: Held, details: str) -> Lost:
-        return Lost("timeout", f"environment {held.name}: it took longer than {self.timeout:g} s", details)
+        return Lost(
+            "timeout", f"environment {held.name}: it took longer than {self.spec.timeout:g} s", details
+        )
 
     def _forget(self, held: Held) -> None:
         self.held.pop(held.number, None)
@@ -226,7 +235,9 @@ class Holder:
             late = [held for held in self.held.values() if held.call is not None and held.call.is_late]
             reason = why.message
             if why.kind == "timeout" and late:
-                reason = f"{late[0].name} took longer than {self.timeout:g} s in it and could not be stopped"
+                reason = (
+                    f"{late[0].name} took longer than {self.spec.timeout:g} s in it and could not be stopped"
+                )
             for held in self.held.values():
                 call = held.call
                 held.call, held.lost = None, self._lost(held, call, why, reason)
@@ -241,5 +252,12 @@ class Holder:
         if why.kind != "timeout":
             return Lost(why.kind, f"environment {held.name}: its process is gone: {reason}", why.details)
         if call is not None and call.is_late:
-            return self._slow(held, call.stack or why.details)
+            return self._slow(held, call.stack or busy_threads(why.details))
         return Lost("died", f"environment {held.name}: its process was killed: {reason}")
+
+
+def busy_threads(stacks: str) -> str:
+    """Of the stacks of all threads, as faulthandler writes them, those that do not just wait."""
+    threads = re.split(r"(?=^(?:Current thread|Thread) 0x)", stacks, flags=re.MULTILINE)
+    idle = re.compile(r'.*\n  File "[^"]*/(?:rlhf/environments/worker|threading|socket|selectors)\.py"')
+    return "".join(thread for thread in threads if not idle.match(thread))

@@ -158,9 +158,9 @@ def _encoded(image: Any) -> bytes:
 
 
 def _is_image(value: object) -> bool:
-    # whoever has an image of PIL has imported it
-    library: Any = sys.modules.get("PIL.Image")
-    return library is not None and isinstance(value, library.Image)
+    # whoever has an image of PIL has imported it; another thread may be importing it right now
+    image: Any = getattr(sys.modules.get("PIL.Image"), "Image", None)
+    return image is not None and isinstance(value, image)
 
 
 def _are_parts(value: object) -> bool:

@@ -111,10 +111,9 @@ class EnvironmentPool:
             assert key not in self._episodes, f"episode {key!r} has begun already"
             holder = self._holder()
             held = Held(next(self._numbers), name, holder)
-            holder.held[held.number] = held
-            self._episodes[key] = held
             arguments = {"name": name, "columns": dict(columns), "seed": seed}
             holder.ask(held, "begin", arguments, self._unless_lost(key, held, finish))
+            self._episodes[key] = held
 
     def respond(self, key: str, messages: Sequence[Message], finish: Callable[[Reply | Lost], None]) -> None:
         with self._lock:
@@ -210,7 +209,7 @@ class EnvironmentPool:
             return ForkedProcess(self.spec, self._print, template)
 
     def _started(self, make: Callable[[], EnvironmentProcess]) -> Holder:
-        holder = Holder(make, self.spec.timeout, self._lock)
+        holder = Holder(make, self.spec, self._lock)
         holder.thread.start()
         return holder
 

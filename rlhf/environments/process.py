@@ -39,10 +39,17 @@ class Description:
     gives_rewards: bool
 
 
+def request(call: int, do: str, episode: int, arguments: Mapping[str, Any] | None = None) -> bytes:
+    """What a process is asked, as it reads it. Raises what pickle raises."""
+    return pickle.dumps((call, do, episode, arguments or {}))
+
+
 class EnvironmentProcess(KeptProcess):
     """A process that holds instances of environments. One thread waits for it; any may `post` and `wake`."""
 
     serve = SERVE
+    longest_tail = 1 << 15
+    """The stacks of many threads are long."""
 
     def __init__(self, spec: EnvironmentSpec, log: Callable[[str], None]) -> None:
         self._outgoing = b""
@@ -57,9 +64,8 @@ class EnvironmentProcess(KeptProcess):
         """Waits until the environments are loaded. Raises StartError, with the reason, which names `who`."""
         return [Description(**fields) for fields in self.first_answer(who)["ready"]]
 
-    def post(self, call: int, do: str, episode: int, arguments: Mapping[str, Any]) -> None:
+    def post(self, request: bytes) -> None:
         """Queues a request; `answers` sends it."""
-        request = pickle.dumps((call, do, episode, arguments))
         with self._lock:
             self._outgoing += request
         self.wake()

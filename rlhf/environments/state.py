@@ -55,9 +55,10 @@ def seed_generators(seed: int) -> None:
     or has a process of its own (`isolation: episode`).
     """
     random.seed(seed)
-    numpy: Any = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed % 2**32)
-    torch: Any = sys.modules.get("torch")
-    if torch is not None:
-        torch.manual_seed(seed % 2**63)
+    # another thread may be importing them right now
+    seed_numpy: Any = getattr(sys.modules.get("numpy.random"), "seed", None)
+    if seed_numpy is not None:
+        seed_numpy(seed % 2**32)
+    seed_torch: Any = getattr(sys.modules.get("torch"), "manual_seed", None)
+    if seed_torch is not None:
+        seed_torch(seed % 2**63)

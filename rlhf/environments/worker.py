@@ -262,11 +262,11 @@ class Worker:
             environment = self.environments[arguments["name"]]
             forget = partial(self.instances.pop, number, None)
             instance = Instance(environment, self.answers, self.loop, forget)
-            self.instances[number] = instance
-            if self._alone is None:
-                instance.thread.start()
-            else:
+            if self._alone is not None:
                 self._alone.put(instance)
+            elif not self._starts(call, instance):
+                return
+            self.instances[number] = instance
         instance = self.instances.get(number)
         if instance is None:
             return
@@ -274,6 +274,17 @@ class Worker:
             threading.Thread(target=instance.abandon, args=(number,), daemon=True).start()
         else:
             instance.calls.put(None if do == "drop" else (call, do, arguments))
+
+    def _starts(self, call: int, instance: Instance) -> bool:
+        """Starts the thread of an instance; if there is no memory for one, its episode is lost."""
+        try:
+            instance.thread.start()
+        except RuntimeError as error:
+            name = instance.environment.name
+            lost = Lost("memory", f"environment {name}: no thread for one more episode: {error}")
+            self.answers.send(written(call, lost, name))
+            return False
+        return True
 
     def run_alone(self) -> None:
         """Carries the only episode out in this thread, when it begins."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,8 +102,24 @@ def patient(others: set[int]) -> Iterator[EnvironmentPool]:
 
 @pytest.fixture(scope="module")
 def impatient(others: set[int]) -> Iterator[EnvironmentPool]:
-    with pool_of(HOSTILE, workers=1 + len(KILLED), memory_gib=0.5, timeout=TIMEOUT) as pool:
+    with pool_of(HOSTILE, workers=1 + len(KILLED), memory_gib=0.5) as pool:
         yield pool
+
+
+def ask_all(pool: EnvironmentPool, misbehaviours: Sequence[str]) -> dict[str, Lost]:
+    """How episodes of these names end when each does what it is called, with TIMEOUT for all together.
+
+    On a busy machine anything else may take longer, and has time.
+    """
+    holders = [holder for holder in pool._holders if not holder.is_retired]
+    for holder in holders:
+        holder.spec = replace(holder.spec, timeout=TIMEOUT)
+    asked = {what: start_turn(pool, what, do(what)) for what in misbehaviours}
+    lost = {what: answer.wait() for what, answer in asked.items()}
+    for holder in holders:
+        holder.spec = replace(holder.spec, timeout=PATIENCE)
+    assert all(isinstance(one, Lost) for one in lost.values()), lost
+    return lost
 
 
 def test_errors_and_odd_results_are_told_and_the_episode_goes_on(patient: EnvironmentPool) -> None:
@@ -151,16 +167,14 @@ def test_what_is_too_slow_and_cannot_be_stopped_costs_its_process(impatient: Env
     names = ["beside", *KILLED]
     for name in (*names, *(f"{name} 2" for name in names)):
         assert begin(impatient, name, "Hostile") == Reply()
-    asked = {what: start_turn(impatient, what, do(what)) for what in KILLED}
-    for what, answer in asked.items():
-        lost = answer.wait()
-        assert isinstance(lost, Lost)
+    for what, lost in ask_all(impatient, KILLED).items():
         assert (lost.kind, lost.message) == ("timeout", SLOW)
         with_it = turn(impatient, f"{what} 2", call("fine"))
         assert isinstance(with_it, Lost)
         assert with_it.kind == "died"
         assert with_it.message.endswith("Hostile took longer than 1 s in it and could not be stopped")
-        assert "block_the_event_loop" in lost.details or what != "block_the_event_loop"
+        assert f"in {what}\n" in lost.details or what == "stop_itself", "its stack, and no other"
+        assert lost.details.count("Thread 0x") <= 1
     for name in ("beside", "beside 2"):
         assert contents(turn(impatient, name, call("fine"))) == ["fine"]
         impatient.drop(name)
@@ -176,10 +190,7 @@ def test_what_is_too_slow_costs_only_its_own_episode(impatient: EnvironmentPool)
     assert all(impatient._episodes[name].holder is holder for name in GIVEN_UP)
     met = [start_turn(impatient, name, do("meet")) for name in meeting]
     assert [contents(answer.wait()) for answer in met] == [["met"]] * 3, "calls are carried out together"
-    asked = {what: start_turn(impatient, what, do(what)) for what in GIVEN_UP}
-    for what, answer in asked.items():
-        lost = answer.wait()
-        assert isinstance(lost, Lost)
+    for what, lost in ask_all(impatient, GIVEN_UP).items():
         assert (lost.kind, lost.message) == ("timeout", SLOW)
         assert f"in {what}\n" in lost.details
     # threads are left in it: it keeps its episodes, and the next gets a process without such threads

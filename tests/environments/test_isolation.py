@@ -68,10 +68,17 @@ def test_an_environment_that_cannot_be_loaded_is_named_with_the_reason(tmp_path:
         EnvironmentPool(EnvironmentConfig(path=(f"{tmp_path}/none.py:Mine",)))
 
 
-def test_too_many_starts_that_fail_are_an_error(tmp_path: Path) -> None:
+def test_too_many_starts_that_fail_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "mine.py"
-    good = "class Mine:\n    def reset(self, start, **more): ...\n    def respond(self, messages): ...\n"
+    good = (
+        "import os\n"
+        "class Mine:\n"
+        "    def reset(self, start, **more):\n"
+        "        return os.environ.get(start) and os.environ['MY_SERVICE_KEY']\n"
+        "    def respond(self, messages): ...\n"
+    )
     file.write_text(good)
+    monkeypatch.setenv("MY_SERVICE_KEY", "secret")
     printed: list[str] = []
     pool = EnvironmentPool(EnvironmentConfig(path=(f"{file}:Mine",), workers=1), printed.append)
     try:
@@ -81,11 +88,18 @@ def test_too_many_starts_that_fail_are_an_error(tmp_path: Path) -> None:
         ):
             pool.check_columns(["prompt", "starts"])
         assert pool.name_for({"environment": "other"}) == "Mine"
-        assert begin(pool, "one", "Mine", columns={"start": 1}) == Reply()
+        without = begin(pool, "one", "Mine", columns={"start": "PATH"})
+        assert isinstance(without, Lost)
+        assert without.message == (
+            "environment Mine raised KeyError: 'MY_SERVICE_KEY'\n"
+            "MY_SERVICE_KEY is set here, but environments get the environment variables that their settings name, "
+            "no others: add variables: [MY_SERVICE_KEY] to this environment"
+        )
+        assert begin(pool, "one", "Mine", columns={"start": "NOT_SET"}) == Reply()
         file.write_text(f"print('Starting.')\nraise RuntimeError('the license has run out')\n{good}")
         pool._episodes["one"].holder.close()
         for _ in range(MOST_FAILED_STARTS):
-            lost = begin(pool, "two", "Mine", columns={"start": 1})
+            lost = begin(pool, "two", "Mine", columns={"start": "NOT_SET"})
             assert isinstance(lost, Lost)
             assert "RuntimeError: the license has run out" in lost.message
         with pytest.raises(StartError, match=r"mine\.py:Mine cannot be loaded: RuntimeError: the license"):

@@ -40,7 +40,7 @@ PIECE = 1 << 14
 """Bytes of output that are read, or passed on, at once."""
 REPORT_SECONDS = 10.0
 """Seconds in which the trainer must read the final report; it is normally waiting for it."""
-TAIL = 4000
+TAIL = 1 << 15
 """Bytes of the worker's last output that the final report holds."""
 SLOW = "it was too slow"
 """Reason reported when the trainer asks to kill a worker that is within its other limits."""

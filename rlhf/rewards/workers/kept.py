@@ -88,6 +88,9 @@ class KeeperProcess(Protocol):
 class KeptProcess:
     """A keeper and the process below it; alive until `end`, or until a method raises WorkerLost."""
 
+    longest_tail = 4000
+    """Characters of the last output that WorkerLost has."""
+
     def __init__(
         self,
         spec: Kept,
@@ -259,7 +262,7 @@ class KeptProcess:
         if "output" in message:
             self._log(message["output"])
             return
-        self._ended, self._tail = message["ended"], message["tail"]
+        self._ended, self._tail = message["ended"], message["tail"][-self.longest_tail :]
         if message["dropped"]:
             self._log(f"\n[{message['dropped']} bytes of output are left out]\n")
 
