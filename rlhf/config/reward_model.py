@@ -35,6 +35,21 @@ class PreferenceData(Section):
     they are left out and counted."""
 
 
+class RankingConfig(Section):
+    """`score.kind: ranking`: what a sampled ranking is worth, and how many are sampled."""
+
+    utility: str = "ndcg"
+    """What a ranking is worth: `ndcg`, or a function of your own as `file.py:function`, which gets the
+    relevances of the ranking's first `top` completions, best place first, and returns a number."""
+    top: Positive | None = None
+    """How many places of a ranking count; null: all."""
+    samples: Annotated[int, Field(ge=2)] = 32
+    """Rankings sampled of each prompt in an update."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Divides the scores where rankings are sampled: the higher, the more they differ when scores are far
+    apart."""
+
+
 class GateConfig(Section):
     """`score.kind: gated`: the network that weighs the objectives by the prompt (ArmoRM's values)."""
 
@@ -49,10 +64,11 @@ class GateConfig(Section):
 class ScoreConfig(Section):
     """What the scores of the reward model learn."""
 
-    kind: Literal["pairs", "ratings", "gated"] = "pairs"
+    kind: Literal["pairs", "ratings", "gated", "ranking"] = "pairs"
     """`pairs`: which of two completions is better (Bradley-Terry loss). `ratings`: how good each completion
     is (squared error). `gated`: ratings of several objectives on a frozen model, weighed by the prompt so
-    that they agree with pairs (ArmoRM)."""
+    that they agree with pairs (ArmoRM). `ranking`: the best of several completions in front, by the policy
+    gradient of a utility such as nDCG (Neural PG-RANK)."""
     objectives: tuple[str, ...] = ("score",)
     """Names of the scores; the model has a head for each. `pairs` has exactly one."""
     lm_coef: float | None = Field(default=None, ge=0.0)
@@ -67,6 +83,7 @@ class ScoreConfig(Section):
     """`gated`: the objective that is verbosity. Of the others so much of it is subtracted that they do not
     rise with it, and its own score is 0; null: nothing is subtracted."""
     gate: GateConfig = GateConfig()
+    ranking: RankingConfig = RankingConfig()
 
     def check(self, lm_coef: float) -> None:
         """Raises ValueError for settings that do not fit the kind; `lm_coef`: the value that holds."""
@@ -99,13 +116,14 @@ class ScoreConfig(Section):
 
 GATE_LR = 1e-3
 """Learning rate of a gate: ArmoRM's."""
-ONE_SCORE = ("pairs",)
+ONE_SCORE = ("pairs", "ranking")
 """Kinds with exactly one score."""
 OF_KINDS = {
     "margin_column": ("pairs", "gated"),
     "center_coef": ("pairs",),
     "verbosity": ("gated",),
     "gate": ("gated",),
+    "ranking": ("ranking",),
 }
 """Settings of `score` that only some kinds have."""
 

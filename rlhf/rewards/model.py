@@ -73,11 +73,7 @@ class RewardModel:
             pretrained.trust(model)
         torch.set_num_threads(threads)
         settings: Any = pretrained.load_model_config(model)
-        found: list[str] = settings.architectures or []
-        if not any(name.endswith("ForSequenceClassification") for name in found):
-            raise ValueError(
-                f"{model} is no reward model: expected a sequence classifier, got {found or 'nothing'}"
-            )
+        _check_classifies(model, settings.architectures or [])
         self.tokenizer: Any = pretrained.load_tokenizer(model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         computed = getattr(torch, resolve_dtype(dtype, device))
@@ -225,3 +221,11 @@ class RewardModel:
         from rlhf.models.chat import of_text, without_nulls, write_chat
 
         return write_chat(self.tokenizer, of_text(without_nulls(list(messages))), opens=opens)
+
+
+def _check_classifies(model: str, architectures: Sequence[str]) -> None:
+    """Raises ValueError: the classes named in the model's config are of no sequence classifier."""
+    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+        raise ValueError(
+            f"{model} is no reward model: expected a sequence classifier, got {architectures or 'nothing'}"
+        )

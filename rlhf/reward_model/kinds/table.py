@@ -6,9 +6,15 @@ from rlhf.config.reward_model import RewardModelConfig
 from rlhf.reward_model.kinds.base import Kind
 from rlhf.reward_model.kinds.gated import Gated
 from rlhf.reward_model.kinds.pairs import Pairs
+from rlhf.reward_model.kinds.ranking import Ranking
 from rlhf.reward_model.kinds.ratings import Ratings
 
-KINDS: dict[str, type[Kind]] = {"pairs": Pairs, "ratings": Ratings, "gated": Gated}
+KINDS: dict[str, type[Kind]] = {
+    "pairs": Pairs,
+    "ratings": Ratings,
+    "gated": Gated,
+    "ranking": Ranking,
+}
 
 
 def kind_of(config: RewardModelConfig) -> Kind:
