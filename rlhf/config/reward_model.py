@@ -29,7 +29,7 @@ class PreferenceData(Section):
     max_prompt_tokens: Positive = 1024
     """Most tokens of a prompt, chat template included."""
     max_completion_tokens: Positive = 512
-    """Most tokens of a completion."""
+    """Most tokens of a completion, of the two together with `score.kind: gap`."""
     long_prompts: Literal["refuse", "skip"] = "refuse"
     """What happens to examples with a longer prompt or completion. `refuse`: the run does not start. `skip`:
     they are left out and counted."""
@@ -64,11 +64,12 @@ class GateConfig(Section):
 class ScoreConfig(Section):
     """What the scores of the reward model learn."""
 
-    kind: Literal["pairs", "ratings", "gated", "ranking"] = "pairs"
+    kind: Literal["pairs", "ratings", "gated", "ranking", "steps", "gap"] = "pairs"
     """`pairs`: which of two completions is better (Bradley-Terry loss). `ratings`: how good each completion
     is (squared error). `gated`: ratings of several objectives on a frozen model, weighed by the prompt so
     that they agree with pairs (ArmoRM). `ranking`: the best of several completions in front, by the policy
-    gradient of a utility such as nDCG (Neural PG-RANK)."""
+    gradient of a utility such as nDCG (Neural PG-RANK). `steps`: how good each step of a completion is (a
+    process reward model). `gap`: by how much one completion is better than another, read together (PIT)."""
     objectives: tuple[str, ...] = ("score",)
     """Names of the scores; the model has a head for each. `pairs` has exactly one."""
     lm_coef: float | None = Field(default=None, ge=0.0)
@@ -84,6 +85,8 @@ class ScoreConfig(Section):
     rise with it, and its own score is 0; null: nothing is subtracted."""
     gate: GateConfig = GateConfig()
     ranking: RankingConfig = RankingConfig()
+    step_separator: Annotated[str, Field(min_length=1)] = "\n"
+    """`steps`: what stands between two steps of a completion; scores are read at its last token."""
 
     def check(self, lm_coef: float) -> None:
         """Raises ValueError for settings that do not fit the kind; `lm_coef`: the value that holds."""
@@ -116,7 +119,7 @@ class ScoreConfig(Section):
 
 GATE_LR = 1e-3
 """Learning rate of a gate: ArmoRM's."""
-ONE_SCORE = ("pairs", "ranking")
+ONE_SCORE = ("pairs", "ranking", "steps", "gap")
 """Kinds with exactly one score."""
 OF_KINDS = {
     "margin_column": ("pairs", "gated"),
@@ -124,6 +127,7 @@ OF_KINDS = {
     "verbosity": ("gated",),
     "gate": ("gated",),
     "ranking": ("ranking",),
+    "step_separator": ("steps",),
 }
 """Settings of `score` that only some kinds have."""
 

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from rlhf.algos.reward_model.losses import bradley_terry, centring, rating_loss
+from rlhf.algos.reward_model.losses import (
+    bradley_terry,
+    centring,
+    quality_gap,
+    rating_loss,
+    step_loss,
+)
 from rlhf.evaluation.calibration import Bin, calibration_error, pair_calibration, rating_calibration
 
 
@@ -53,6 +59,23 @@ def test_what_was_not_rated_is_not_learned():
     loss.sum().backward()
     assert scores.grad is not None
     assert scores.grad.tolist() == [[-1.0, 0.0], [0.0, 2.0]]
+
+
+def test_a_step_is_good_or_bad_or_in_between():
+    # sigmoid(ln 3) = .75: -log .75 for a good step, -log .25 for a bad one, their mean where it is half good
+    loss = step_loss(f64(math.log(3), math.log(3), math.log(3)), f64(1.0, 0.0, 0.5))
+    good, bad = -math.log(0.75), -math.log(0.25)
+    assert loss.tolist() == pytest.approx([good, bad, (good + bad) / 2])
+
+
+def test_five_terms_of_a_quality_gap():
+    # differences 2 - 0, 2 - 0, 2 - (-2), 0 - (-2), 0 - (-2): four of 2 and one of 4
+    loss = quality_gap(f64(2.0), f64(0.0), f64(0.0), f64(-2.0))
+    assert loss.item() == pytest.approx(4 * math.log1p(math.exp(-2)) + math.log1p(math.exp(-4)))
+    assert loss.item() == pytest.approx(0.525862, abs=1e-6)
+    alike = quality_gap(*[f64(0.7)] * 4)
+    assert alike.item() == pytest.approx(5 * math.log(2)) == pytest.approx(3.465736)
+    torch.testing.assert_close(quality_gap(f64(3.0), f64(1.0), f64(1.0), f64(-1.0)), loss)
 
 
 def test_confidence_is_compared_with_the_share_that_was_right():
