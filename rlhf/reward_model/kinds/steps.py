@@ -46,7 +46,7 @@ class Steps(TrainedKind):
             if separator in step:
                 raise ValueError(
                     f"{where}: the step {step!r:.80} has score.step_separator = {separator!r} in it, by "
-                    "which a completion is cut into steps when it is scored: cut the step there, or set another one"
+                    "which completions are cut into steps: cut it there, or set another separator"
                 )
         given: object = prompt.columns["labels"]
         if not isinstance(given, list) or len(cast(list[object], given)) != len(steps):
