@@ -29,7 +29,7 @@ quickstart: setup
 	trap : INT; $(VENV)/bin/rlhf train configs/quickstart.yaml model.path="$(SMALL_MODEL)" $(ARGS) || [ $$? -eq 130 ]
 
 test: setup $(VENV)/.dev $(VENV)/.tested-vllm
-	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # every kill point, damage and shortage, about ten minutes; `make test` has a few of each
 test-faults: setup $(VENV)/.dev $(VENV)/.tested-vllm

@@ -20,20 +20,19 @@ from rlhf.config.load import make_config
 from rlhf.config.section import ConfigError
 from rlhf.models.pretrained import load_model
 from rlhf.preflight.load import load_inputs
-from tests.distributed.test_world import TORCHRUN, launch
-from tests.faults.processes import free_port
+from tests.faults.processes import free_port, launch
 from tests.ranks import together
 from tests.rollout.conformance import conforming_model
 from tests.rollout.sharing import PATIENCE, sharing
 from tests.rollout.vllm.support import needs_vllm
-from tests.support import bandit_settings
+from tests.support import bandit_settings, metrics_of
 
 pytestmark = [needs_vllm, pytest.mark.multi]
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.fixture
-def address(tmp_path: Path, tiny_model: Any) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory, tiny_model: Any) -> Iterator[str]:
     """The URL of a server that was started by hand, as docs/engines.md describes."""
     port = free_port()
     words = f"""
@@ -48,7 +47,7 @@ def address(tmp_path: Path, tiny_model: Any) -> Iterator[str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "PYTHONPATH": str(ROOT),
     }
-    log = tmp_path / "server.log"
+    log = tmp_path_factory.mktemp("server") / "server.log"
     with log.open("wb") as out:
         server = subprocess.Popen(
             [sys.executable, *words], stdout=out, stderr=out, env=environ, start_new_session=True
@@ -75,18 +74,23 @@ def is_healthy(url: str) -> bool:
         return False
 
 
+def run(folder: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The metrics of a run on two ranks."""
+    for ended in launch(settings, folder / "log", ranks=2, deadline=3 * PATIENCE):
+        assert ended.code == 0, ended.said
+    return metrics_of(folder)
+
+
 @pytest.mark.parametrize("mode", ["replicated", "sharded"])
 def test_two_ranks_learn_from_one_server_that_somebody_else_started(
     tmp_path: Path, tiny_model: Any, address: str, mode: str
 ) -> None:
-    """The model is sharded: weights for the server and for the export are gathered one by one."""
+    """Weights of a sharded model are gathered one by one, for the server and for the export."""
     rollout = {"engine": "vllm-server", "vllm": {"urls": [address], "deadline": PATIENCE}}
     rollout |= {"top_k": 20, "top_p": 0.9}
     changes: dict[str, Any] = {"distributed": {"mode": mode}, "checkpoint": {"export": True}}
     model = tiny_model("llama-wide")
-    records = launch(
-        tmp_path, bandit_settings(tmp_path, model, steps=3, rollout=rollout, **changes), TORCHRUN
-    )
+    records = run(tmp_path, bandit_settings(tmp_path, model, steps=3, rollout=rollout, **changes))
     assert [record["rollout/samples"] for record in records] == [64] * 3
     assert max(record["mismatch/k3"] for record in records if "mismatch/k3" in record) < 1e-6
     assert load_model(str(tmp_path / "run" / "model"), torch.device("cpu")).dtype == torch.float32
@@ -94,9 +98,7 @@ def test_two_ranks_learn_from_one_server_that_somebody_else_started(
 
 def test_each_of_two_ranks_has_an_engine_in_its_process(tmp_path: Path, tiny_model: Any) -> None:
     rollout = {"engine": "vllm", "kv_cache_gib": 0.1}
-    records = launch(
-        tmp_path, bandit_settings(tmp_path, tiny_model("llama-wide"), steps=3, rollout=rollout), TORCHRUN
-    )
+    records = run(tmp_path, bandit_settings(tmp_path, tiny_model("llama-wide"), steps=3, rollout=rollout))
     assert [record["rollout/samples"] for record in records] == [64] * 3
     assert max(record["mismatch/k3"] for record in records if "mismatch/k3" in record) < 1e-6
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
+from rlhf.metrics import Max, Sum
 from rlhf.rollout.engine import SyncError, generate
 from rlhf.types import FinishReason
 from tests.rollout.conformance import CHECKS, TOLERANCE, Check, Source, conforming_model, drain, moved, worst
@@ -98,7 +99,11 @@ def test_a_fault_of_one_server_is_named(
         engine.update_weights(Source(moved(model, 1e-3)), 1)
 
 
-def test_a_server_that_is_killed_within_a_step_costs_no_sample(engine: Any, model: PreTrainedModel) -> None:
+def test_a_server_that_is_killed_within_a_step_costs_no_sample(
+    engine: Any, model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    """For a whole run see every_case.py."""
+    engine.measured()
     requests = [request(length, n=4, max_tokens=300) for length in (9, 10, 11, 12)]
     engine.submit(requests)
     time.sleep(0.2)
@@ -109,8 +114,13 @@ def test_a_server_that_is_killed_within_a_step_costs_no_sample(engine: Any, mode
     assert FinishReason.ABORT not in {c.finish_reason for c in completions}
     groups = [[c for c in completions if c.prompt_id == r.prompt.id] for r in requests]
     assert worst(model, requests, groups) < TOLERANCE
+    assert engine.measured() == {"rollout/servers": Max(1.0), "rollout/servers_lost": Sum(1.0)}
     # it comes back with the current weights
     wait_for(lambda: killed.ready)
+    assert engine.measured() == {"rollout/servers": Max(2.0), "rollout/servers_lost": Sum(0.0)}
+    lost, back = (r.getMessage() for r in caplog.records if str(killed) in r.getMessage())
+    assert "does not answer" in lost and "samples go to 1 other servers" in lost
+    assert "is back and has the current weights" in back
     assert len(generate(engine, [request(9), request(10)])) == 2
 
 
