@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.kills import Straight, resumed
+from tests.faults.kills import STUCK, Straight, resumed
 from tests.faults.processes import Fault, launch, settings_of
 
 FILES = ("policy.model.safetensors", "policy.optimizer.safetensors", "state.json", "manifest.json")
@@ -108,14 +108,7 @@ def damaged_and_resumed(
 
 
 @pytest.mark.multi
-@pytest.mark.parametrize(
-    ("where", "call", "phase"),
-    [
-        ("rlhf.collect.collector:generate", 2, "rollout"),
-        ("rlhf.rewards.scoring:Rewards.gather", 2, "reward"),
-        ("torch.autograd:backward", 3, "learn"),
-    ],
-)
+@pytest.mark.parametrize(("where", "call", "phase"), STUCK)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_is_stuck_is_named_with_what_it_does(
     tmp_path: Path, tiny_model_dir: Path, where: str, call: int, phase: str, rank: int

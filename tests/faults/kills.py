@@ -56,6 +56,12 @@ TOGETHER: dict[str, list[tuple[str, tuple[int, ...]]]] = {
     ],
     "sync": [("rlhf.sync.weight_sync:WeightSync.push", (4,))],
 }
+STUCK = [
+    ("rlhf.collect.sampler:generate", 2, "rollout"),
+    ("rlhf.rewards.scoring:Rewards.gather", 2, "reward"),
+    ("torch.autograd:backward", 3, "learn"),
+]
+"""Calls in which a rank gets stuck, and the phase that the other rank names."""
 SAVING = [
     Fault("rlhf.checkpoints.store:save_file", 1),
     Fault("os:rename", 1),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.kills import PPO_MAX, SHARDED, Straight, alone, killed_and_resumed, together
+from tests.faults.kills import PPO_MAX, SHARDED, STUCK, Straight, alone, killed_and_resumed, together
 from tests.faults.processes import Fault
 
 FEW = [
@@ -55,6 +55,7 @@ def test_make_runs_all_of_them() -> None:
 
 
 def test_every_kill_point_is_a_function_of_the_code_as_it_is() -> None:
-    for fault in [*alone(), *together(), *PPO_MAX, *SHARDED]:
+    stuck = [Fault(where, call) for where, call, _ in STUCK]
+    for fault in [*alone(), *together(), *PPO_MAX, *SHARDED, *stuck]:
         module, _, path = fault.where.partition(":")
         assert callable(attrgetter(path)(import_module(module))), fault.where
