@@ -23,6 +23,7 @@ from rlhf.algos.advantage import Advantage, nothing
 from rlhf.algos.critic import RAW, CriticLoss, RewardScaling
 from rlhf.algos.kl import ESTIMATORS, KL, NO_KL, k3
 from rlhf.algos.perception import Perception
+from rlhf.algos.preference.chase import Chase
 from rlhf.algos.preference.losses import Preference, contrast_loss
 from rlhf.algos.prompt_temperature import PromptTemperature
 from rlhf.algos.ratio import TOKEN_TIS, Mismatch, Ratio, mismatch_k3
@@ -116,6 +117,11 @@ class Algorithm:
     @property
     def needs_exact_kl(self) -> bool:
         return self.kl.coef > 0 and self.kl.estimator == "exact"
+
+    @property
+    def chase(self) -> Chase | None:
+        """How two copies of the policy learn together. None: there is one."""
+        return None if self.preference is None else self.preference.chase
 
     @property
     def needs_rewards(self) -> bool:

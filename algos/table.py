@@ -27,6 +27,7 @@ from rlhf.algos.critic import RAW, CriticLoss, RewardScaling, constrained
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.table import PREFERENCE
+from rlhf.algos.preference.two_roles import TWO_ROLES
 from rlhf.algos.ratio import sequence_ratio, token_ratio
 from rlhf.algos.reduction import (
     sequence_mean_constant,
@@ -231,6 +232,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     **IMITATION,
     **PREFERENCE,
     **ONLINE_PREFERENCE,
+    **TWO_ROLES,
     "ppo": ppo,
     "ppo_max": ppo_max,
     "vapo": vapo,

@@ -36,6 +36,7 @@ from rlhf.learn.optimizer import MasterAdamW
 from rlhf.learn.perception.masked_passes import MaskedPasses
 from rlhf.learn.perception.watch import PerceptionWatch
 from rlhf.learn.precomputed_reference import PrecomputedReference
+from rlhf.learn.preference.twin import Twin
 from rlhf.learn.pretraining import Pretraining
 from rlhf.models.loading import load_policy, load_sharded_policy
 from rlhf.models.policy import Policy, WithoutAdapter
@@ -112,7 +113,7 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
         "ahead": prefetch,
         "hacking": perception_watch,
         **sources.stateful,
-        **_present(critic=models.critic, iterate=iterate),
+        **_present(critic=models.critic, iterate=iterate, twin=learner.twin),
     }
     return Components(
         policy=models.policy,
@@ -383,7 +384,11 @@ def _learner(config: Config, inputs: Inputs, world: World, models: Models, optim
             seed=config.seed,
             budget=section.microbatch_tokens,
         )
-    return Learner(models, optimizer, world, section, temperature=temperature, pretraining=pretraining)
+    chase = models.algorithm.chase
+    twin = None if chase is None else Twin(models.policy, optimizer, chase, world, section, config.steps)
+    return Learner(
+        models, optimizer, world, section, temperature=temperature, pretraining=pretraining, twin=twin
+    )
 
 
 def _longest(config: Config) -> int:

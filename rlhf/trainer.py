@@ -107,6 +107,8 @@ class Trainer(Loop[Config]):
         else:
             self.monitor.learned(components.learner.entropy)
         cursor.steps_done += 1
+        twin = components.learner.twin
+        swapped = {} if twin is None else twin.after(cursor.steps_done)
         self.monitor.phase("sync")
         iterate = components.iterate
         if iterate is not None and iterate.after(cursor.steps_done):
@@ -114,7 +116,7 @@ class Trainer(Loop[Config]):
         components.sync.push(components.engine, version=cursor.steps_done)
         components.prefetch.settle()
         metrics = self.world.merge(components.buffer.empty())
-        return metrics | components.kl.adapt(metrics) | components.learner.warmup.adapt(metrics)
+        return metrics | swapped | components.kl.adapt(metrics) | components.learner.warmup.adapt(metrics)
 
     def _fill(self) -> None:
         """Samples and scores the experience of this step and puts it into the buffer.

@@ -33,7 +33,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf.tensors.candidates import Candidates
-from rlhf.tensors.contrasts import Contrasts
+from rlhf.tensors.contrasts import Contrasts, Rival
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -253,10 +253,8 @@ class PerceptionInputs:
     """What the perception terms of a step are computed from; text-only samples have no part in them."""
 
     masked_logprobs: Tensor
-    """fp32 `[N]`: log-probs of the same tokens given the masked images, before the update; zeros where each
-    pass of the learner computes its own."""
-    has_image: Tensor
-    """bool `[N]`: tokens whose prompt has an image."""
+    """fp32 `[N]`: log-probs given the masked images before the update; zeros: each pass computes its own."""
+    has_image: Tensor  # bool [N]: tokens whose prompt has an image
     step: Tensor
     """int64, a scalar: the masks are drawn from it, the run's seed and the prompt."""
 
@@ -386,6 +384,8 @@ class LossInputs:
     iterate_logprobs: Tensor | None = None
     forward_kl: Tensor | None = None
     """KL(reference || policy) over the whole vocabulary, when the algorithm asks for it."""
+    rival: Rival | None = None
+    """The margins of the other copy of the policy, where two of them learn (OFS-DPO)."""
 
 
 def is_own(trajectory: Trajectory) -> bool:

@@ -25,6 +25,7 @@ from rlhf.learn.learner import Learner
 from rlhf.learn.models import Models, References
 from rlhf.learn.optimizer import MasterAdamW
 from rlhf.learn.perception.masked_passes import MaskedPasses
+from rlhf.learn.preference.twin import Twin
 from rlhf.metrics import Max, Mean, Metrics, Sum
 from rlhf.models.loading import load_policy
 from rlhf.models.policy import Policy
@@ -165,7 +166,9 @@ def learner_of(
         critic=critic,
         perception=perception,
     )
-    learner = Learner(models, optimizer, ALONE, settings, temperature=1.0)
+    chase = algorithm.chase
+    twin = None if chase is None else Twin(policy, optimizer, chase, ALONE, settings, total_steps=10)
+    learner = Learner(models, optimizer, ALONE, settings, temperature=1.0, twin=twin)
     context = AdvantageContext(is_correct=lambda trajectory: trajectory.reward == 1.0)
     builder = ExperienceBuilder(models, ALONE, settings, context, temperature=1.0)
     return learner, builder

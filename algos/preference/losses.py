@@ -18,6 +18,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from rlhf.algos.preference.chase import Chase, chase_loss, lead
 from rlhf.algos.preference.compares import Compare
 from rlhf.algos.preference.forms import Form, Row, pairs
 from rlhf.algos.preference.pairing import Comparison
@@ -105,6 +106,8 @@ class Preference:
     """What multiplies the log-prob of each completion. None: 0."""
     bound: float | None = None
     """Where `compare` clips margins, for metrics. None: it does not."""
+    chase: Chase | None = None
+    """Given where two copies of the policy learn. None: there is one."""
 
     def rows(self, group: ComparedGroup) -> list[Row]:
         """The rows of all comparisons of a group. Raises ValueError: the form takes no single completion."""
@@ -129,6 +132,8 @@ class Compared(NamedTuple):
     """Of contrasts, with every factor."""
     pulled: Tensor
     """The sum over sequences of pull * log policy, a scalar."""
+    chased: Tensor | None = None
+    """Of contrasts, with every factor but alpha; None where one copy of the policy learns."""
 
 
 def contrast_loss(batch: LossInputs, preference: Preference) -> tuple[Tensor, Metrics]:
@@ -136,8 +141,18 @@ def contrast_loss(batch: LossInputs, preference: Preference) -> tuple[Tensor, Me
     contrasts = batch.contrasts
     assert contrasts is not None, "the algorithm compares completions"
     compared = _compare(batch, contrasts, preference)
-    loss = (compared.losses.sum() + compared.pulled) / (batch.counts.comparisons or 1.0)
-    return loss, _metrics(contrasts, preference, compared)
+    loss = compared.losses.sum() + compared.pulled
+    metrics = _metrics(contrasts, preference, compared)
+    if preference.chase is not None and compared.chased is not None:
+        loss = loss + preference.chase.alpha * compared.chased.sum()
+        metrics |= _chase_metrics(batch, compared)
+    return loss / (batch.counts.comparisons or 1.0), metrics
+
+
+def margins(batch: LossInputs, preference: Preference) -> Tensor:
+    """The margin of each contrast of a microbatch, `[M]`."""
+    assert batch.contrasts is not None, "the algorithm compares completions"
+    return _compare(batch, batch.contrasts, preference).margin
 
 
 def _compare(batch: LossInputs, contrasts: Contrasts, preference: Preference) -> Compared:
@@ -160,9 +175,13 @@ def _compare(batch: LossInputs, contrasts: Contrasts, preference: Preference) ->
     scores = contrasts.coefficient * preference.score(sums, contrasts.coefficient)
     margin = torch.index_add(-contrasts.offset, 0, contrasts.contrast, scores)
     losses = preference.weight * contrasts.weight * preference.compare(margin, contrasts.target)
-    if batch.pull is None:
-        return Compared(sums, margin, losses, policy.new_zeros(()))
-    return Compared(sums, margin, losses, (batch.pull.to(policy.dtype) * policy[: len(batch.pull)]).sum())
+    pulled = policy.new_zeros(())
+    if batch.pull is not None:
+        pulled = (batch.pull.to(policy.dtype) * policy[: len(batch.pull)]).sum()
+    chased = None
+    if batch.rival is not None:
+        chased = preference.weight * contrasts.weight * chase_loss(margin, batch.rival, contrasts.target)
+    return Compared(sums, margin, losses, pulled, chased)
 
 
 def _completion_sums(x: Tensor, batch: LossInputs) -> Tensor:
@@ -209,6 +228,16 @@ def _metrics(contrasts: Contrasts, preference: Preference, compared: Compared) -
         {"comparisons": share.sum(), "pulled": compared.pulled.detach()},
     )
     return _as_metrics(read, dict(zip(sides, by_side, strict=True)), rest, preference)
+
+
+def _chase_metrics(batch: LossInputs, compared: Compared) -> Metrics:
+    """How far the fast copy is ahead of the slow one, as a mean over comparisons."""
+    assert batch.contrasts is not None and batch.rival is not None
+    margin = compared.margin.detach()
+    contrasts = _in(margin.dtype, batch.contrasts)
+    ahead = (contrasts.target - 0.5).sign() * lead(margin, batch.rival)
+    [read] = numbers({"ahead": (contrasts.share * ahead).sum(), "comparisons": contrasts.share.sum()})
+    return {"twin/gap": Mean(read["ahead"], read["comparisons"])} if read["comparisons"] else {}
 
 
 def _side_totals(sums: Sums, share: Tensor) -> dict[str, Tensor]:

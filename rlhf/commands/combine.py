@@ -83,7 +83,8 @@ def _base(adapter: AdapterFile) -> str:
 
 def _write_merged(path: str, adapter: Combined, target: Path) -> None:
     """Writes the model with the adapter in its weights, each rounded once. Raises ModelError."""
-    dtype = load_model_config(path).dtype or torch.float32
+    stored = load_model_config(path).dtype
+    dtype = stored if isinstance(stored, torch.dtype) else torch.float32
     model = load_model(path, torch.device("cpu"), dtype)
     for layer, (down, up) in adapter.layers.items():
         try:

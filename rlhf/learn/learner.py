@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from rlhf.learn.critic import Warmup
 from rlhf.learn.dealing import minibatch_of
 from rlhf.learn.models import Models
 from rlhf.learn.optimizer import MasterAdamW, step_together
+from rlhf.learn.preference.twin import Twin
 from rlhf.learn.pretraining import Pretraining
 from rlhf.metrics import Max, Mean, Metrics, Sum, merge
 from rlhf.models.packing import Microbatch, microbatches
@@ -45,16 +47,19 @@ class Learner:
         *,
         temperature: float,
         pretraining: Pretraining | None = None,
+        twin: Twin | None = None,
     ) -> None:
         """`temperature`: that of the rollouts; log-probs are computed at the same.
 
-        `pretraining` adds the gradient of its texts to every update.
+        `pretraining` adds the gradient of its texts to every update. `twin`: the second adapter, for an
+        algorithm with a chase.
         """
         algorithm = models.algorithm
         self.algorithm, self.optimizer, self.world = algorithm, optimizer, world
         self.policy, self.critic, self.perception = models.policy, models.critic, models.perception
         self.models = models
-        self.pretraining, self.warmup = pretraining, Warmup(algorithm.critic)
+        self.pretraining, self.warmup, self.twin = pretraining, Warmup(algorithm.critic), twin
+        assert (twin is None) == (algorithm.chase is None)
         self.section, self.temperature = section, temperature
         exact = ("kl", "ref_logprob") if algorithm.needs_exact_kl else ()
         exact += ("kl_reverse",) if exact and algorithm.kl.forward else ()
@@ -133,11 +138,34 @@ class Learner:
                 if micro is None:
                     torch.autograd.backward(self._dummy_pass(reference))
                     continue
+                if self.twin is not None:
+                    forward = partial(self._policy_pass, experience, micro, counts, kl_coef, reference)
+                    metrics.append(self.twin.accumulate(self.algorithm, forward))
+                    continue
                 outputs = self._losses(experience, micro, counts, kl_coef, reference)
                 torch.autograd.backward([output.loss for output in outputs])
                 metrics += [output.metrics for output in outputs]
                 metrics += [] if name is None else [_kl_to(name, output.metrics) for output in outputs]
         return metrics
+
+    def _policy_pass(
+        self,
+        experience: Experience,
+        micro: Microbatch,
+        counts: Counts,
+        kl_coef: float,
+        reference: Policy | None,
+    ) -> tuple[Tensor, LossInputs]:
+        """A forward pass of the policy: its hidden states `[N, H]`, and what its loss sees."""
+        hidden = self.policy.hidden(micro.packed)
+        statistics = self.policy.statistics(
+            micro.packed,
+            temperature=self.temperature,
+            want=self.want,
+            reference=reference,
+            hidden=hidden,
+        )
+        return hidden, self._loss_inputs(experience, micro, hidden, statistics, counts, kl_coef)
 
     def _losses(
         self,
@@ -153,15 +181,7 @@ class Learner:
         """
         hidden, outputs = None, list[LossOutput]()
         if self.policy_learns:
-            hidden = self.policy.hidden(micro.packed)
-            statistics = self.policy.statistics(
-                micro.packed,
-                temperature=self.temperature,
-                want=self.want,
-                reference=reference,
-                hidden=hidden,
-            )
-            batch = self._loss_inputs(experience, micro, hidden, statistics, counts, kl_coef)
+            hidden, batch = self._policy_pass(experience, micro, counts, kl_coef, reference)
             outputs.append(self.algorithm.loss(batch))
         if self.critic is not None:
             assert experience.critic is not None
@@ -195,7 +215,8 @@ class Learner:
         optimizers = {"lr": (self.optimizer, step)} if self.policy_learns else {}
         if self.critic is not None:
             optimizers["critic/lr"] = (self.critic.optimizer, step)
-        return step_together(optimizers, self.world)
+        metrics = step_together(optimizers, self.world)
+        return metrics if self.twin is None else merge([metrics, self.twin.step(step)])
 
     def _loss_inputs(
         self,
@@ -209,7 +230,7 @@ class Learner:
         index, sequences = micro.index, micro.sequences.to(micro.index.device)
         logprobs, entropy = statistics.logprob, statistics.entropy
         assert logprobs is not None and entropy is not None
-        if self.entropy is not None:
+        if self.entropy is not None and torch.is_grad_enabled():
             # later passes of the step see a policy that has been updated: the first pass stays
             first = self.entropy[index]
             self.entropy[index] = torch.where(first.isnan(), entropy.detach().to(first.dtype), first)

@@ -34,6 +34,8 @@ class MasterAdamW(Stateful):
         self.section, self.total_steps = section, total_steps
         self.begins = 0
         """The step of the first update, at which the schedule begins."""
+        self.lr_scale = 1.0
+        """Factor of the learning rate."""
         named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         self.masters = {name: Master(weight, dtype) for name, weight in named}
         for parameter in model.parameters():
@@ -50,7 +52,11 @@ class MasterAdamW(Stateful):
 
     def lr(self, step: int) -> float:
         """Learning rate in force at a step; steps count from 0."""
-        return self.section.lr * lr_factor(step - self.begins, self.section, self.total_steps - self.begins)
+        return (
+            self.lr_scale
+            * self.section.lr
+            * lr_factor(step - self.begins, self.section, self.total_steps - self.begins)
+        )
 
     def gather(self, world: World) -> Tensor:
         """Adds the gradients up over the ranks and returns their norm, a scalar.

@@ -80,18 +80,27 @@ class Adapter:
         return {name: weight for name, weight in self._model.named_parameters() if ".lora_" in name}
 
     @contextmanager
-    def holding(self, weights: Mapping[str, Tensor]) -> Generator[None]:
-        """Within this context, which must not end between a forward and its backward, the adapter has other
-        A and B.
+    def holding(self, weights: Mapping[str, nn.Parameter]) -> Generator[None]:
+        """Within this context the adapter has other A and B.
+
+        A backward belongs into it as well as its forward, because checkpointed layers run the forward again.
+        The gradient is right in any case of layers that are not: the parameters themselves are exchanged, and
+        a graph knows its own. (peft's `set_adapter` takes `requires_grad` from the weights of the adapter
+        that it leaves, by which PyTorch silently drops their gradient in graphs that are there already.)
         """
-        before = {name: weight.data for name, weight in self.weights.items()}
+        before = self.exchange(weights)
         try:
-            for name, weight in self.weights.items():
-                weight.data = weights[name]
             yield
         finally:
-            for name, weight in self.weights.items():
-                weight.data = before[name]
+            self.exchange(before)
+
+    def exchange(self, weights: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Puts other A and B in the place of the present ones, which are returned."""
+        before = self.weights
+        for name, weight in weights.items():
+            layer, _, last = name.rpartition(".")
+            self._model.get_submodule(layer).register_parameter(last, weight)
+        return before
 
     @torch.no_grad()
     def merge(self, into: PreTrainedModel | None = None) -> None:

@@ -258,7 +258,10 @@ class WithAdapterOf(Policy):
         super().__init__(policy.model, layout=policy.layout)
         self.vision = policy.vision
         self._policy, self._trained = policy, policy.adapter
-        self.weights = {name: weight.detach().clone() for name, weight in self._trained.weights.items()}
+        self.weights = {
+            name: torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            for name, weight in self._trained.weights.items()
+        }
         """A and B of that version."""
         self._merged: PreTrainedModel | None = None
 

@@ -133,6 +133,12 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
     if lora is not None:
         frozen = frozen_experts(empty_model(config.model.path, torch.float32, head=True))
         yield from () if frozen is None else (f"warning      {frozen}",)
+    chase = inputs.algorithm.chase
+    if chase is not None:
+        yield (
+            f"adapters     two, with learning rates lr and {chase.lr_ratio:g} lr; every {chase.interval} "
+            "steps the one with the lower loss becomes the fast one, which is the policy"
+        )
     if reference and lora is not None and config.model.reference is None:
         reference = "the model with its adapter switched off"
     if reference and inputs.algorithm.has_teacher:

@@ -118,6 +118,8 @@ class Plan:
         lora = self.config.model.lora
         own = self.policy.weights if lora is None else lora.rank * self.policy.linear_sides
         parts = [("policy" if lora is None else "adapter", self.policy, own)]
+        if self.inputs.algorithm.chase is not None:
+            parts.append(("slow adapter", self.policy, own))
         return parts if self.critic is None else [*parts, ("critic", self.critic, self.critic.weights)]
 
     def weights(self) -> Iterator[Item]:
@@ -261,6 +263,9 @@ class Plan:
         own = self._forward(self.policy)
         back = 2 if self.config.model.lora is None else 1
         work = section.epochs * ((1 + again + back) * own + 3 * self._head(self.policy))
+        if self.inputs.algorithm.chase is not None:
+            # the slow adapter has the same, and a forward pass for its margins
+            work += work + section.epochs * (own + self._head(self.policy))
         of_policy, of_reference = self._passes_before
         work += of_policy * (own + self._head(self.policy))
         # each of several references sees a part of the groups: as if the parts were equal

@@ -1,4 +1,4 @@
-"""`Contrasts`: which sequences a preference loss compares. Imports nothing of ours."""
+"""`Contrasts`, which sequences a preference loss compares, and `Rival`. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -56,3 +56,12 @@ class Contrasts:
 
     def to(self, device: torch.device) -> Contrasts:
         return Contrasts(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """The other of two copies of the policy that learn the same contrasts."""
+
+    margin: Tensor  # [M], without gradient
+    is_slow: bool
+    """Whether the other one is the slow copy, so that the policy of these inputs is the fast one."""

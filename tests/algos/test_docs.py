@@ -1,4 +1,4 @@
-"""docs/algorithms.md and docs/preferences.md say what the code does."""
+"""docs/algorithms.md and docs/preferences.md and its companions say what the code does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from rlhf.algos.algorithm import KL, Algorithm, Mismatch
 from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.table import PREFERENCE
+from rlhf.algos.preference.two_roles import TWO_ROLES
 from rlhf.algos.ratio import CORRECTIONS
 from rlhf.algos.table import ALGORITHMS
 from rlhf.types import Counts, LossInputs
@@ -21,8 +22,9 @@ from rlhf.types import Counts, LossInputs
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "algorithms.md").read_text()
 # methods that compare completions have a page of their own
-BOTH = TEXT + "".join((DOCS / f"{page}.md").read_text() for page in ("preferences", "preferences_online"))
-COMPARING = PREFERENCE.keys() | ONLINE_PREFERENCE.keys()
+PAGES = ("preferences", "preferences_online", "continual")
+BOTH = TEXT + "".join((DOCS / f"{page}.md").read_text() for page in PAGES)
+COMPARING = PREFERENCE.keys() | ONLINE_PREFERENCE.keys() | TWO_ROLES.keys()
 SHARED = {"kl", "mismatch", "entropy_coef", "critic", "reward_scaling"}
 
 

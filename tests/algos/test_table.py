@@ -17,6 +17,7 @@ from rlhf.algos.critic import CriticLoss, RewardScaling
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.table import PREFERENCE
+from rlhf.algos.preference.two_roles import TWO_ROLES
 from rlhf.algos.ratio import sequence_ratio
 from rlhf.algos.reduction import sequence_mean_constant, token_mean
 from rlhf.algos.shaping import Selection, keep_mixed
@@ -106,7 +107,7 @@ def test_relatives_share_what_they_do_not_change():
         values=torch.full((3,), 0.5),
     )
     signs = {name: build_on(name).advantage(inputs).sign().tolist() for name in ALGORITHMS}
-    compared = PREFERENCE.keys() | (ONLINE_PREFERENCE.keys() - {"nash_md", "hypo"})
+    compared = PREFERENCE.keys() | TWO_ROLES.keys() | (ONLINE_PREFERENCE.keys() - {"nash_md", "hypo"})
     assert {name: signs.pop(name) for name in compared} == {name: [0.0] * 3 for name in compared}
     # reinforce_pp has no group, but two rewards for a batch are a group too
     assert signs == {name: [1.0, -1.0, 0.0] if name not in IMITATION else signs[name] for name in signs}

@@ -203,9 +203,11 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
         "floor",
         "gamma",
         "imitation_coef",
+        "interval",
         "kl",
         "label_smoothing",
         "lam",
+        "lr_ratio",
         "max_reward",
         "max_tokens",
         "max_weight",
@@ -249,7 +251,9 @@ def test_every_shipped_config_loads(path: Path):
 def test_picking_a_name_is_picking_the_algorithm(name: str):
     iteration = {"steps": 5 if name in ("sppo", "dno", "inpo", "spac") else 0}
     # only a teacher has to be named beside it
-    model = {"path": "m"} | ({"reference": "teacher"} if name == "distill" else {})
+    model: dict[str, Any] = {"path": "m"} | ({"reference": "teacher"} if name == "distill" else {})
+    if name == "ofs_dpo":
+        model["lora"] = {"rank": 8}
     changes: dict[str, Any] = {"iteration": iteration, "model": model}
     make_config(settings(algorithm=minimal(name), **changes)).build_algorithm()
 

@@ -65,8 +65,9 @@ INTRO = {
 ARGUMENTS = {
     "advantage_clip": "Bound of advantages, up and down, after `whiten`; none: no bound.",
     "alpha": (
-        "What the log-prob of a frozen model's sample is multiplied with in the loss (`selm`: times beta), "
-        "which makes it less likely; 0: plain DPO."
+        "`xpo` and `selm`: what the log-prob of a frozen model's sample is multiplied with in the loss "
+        "(`selm`: times beta), which makes it less likely. `ofs_dpo`: the weight of the chase of the two "
+        "adapters. 0: plain DPO."
     ),
     "baseline": (
         "What is taken off a reward to get the advantage. `none`: nothing. `group_mean`: the mean reward of "
@@ -115,6 +116,7 @@ ARGUMENTS = {
     "imitation_coef": (
         "Weight of the negative log-likelihood of correct completions, which is added to the loss."
     ),
+    "interval": "Steps after which the adapter with the lower loss becomes the fast one, the policy.",
     "kl": "How the distance to the reference is measured, and how much it costs.",
     "label_smoothing": (
         "Share of the labels that is taken to be wrong, below 0.5; 0 trusts all of them. `exo` needs more."
@@ -123,6 +125,7 @@ ARGUMENTS = {
         "`orpo`: weight of the odds ratio beside the negative log-likelihood. `dpop`: weight of what the "
         "better completion has lost against the reference."
     ),
+    "lr_ratio": "Learning rate of the second adapter, as a share of `learner.lr`.",
     "max_reward": "Half the margin at which `chi_po` stops: it is clipped at twice this, up and down.",
     "max_tokens": (
         "Length of a completion, in tokens, that `dr_grpo` divides losses by, and from which on `dapo` and "

@@ -32,6 +32,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
         *_preferences(config, algorithm),
         *_judge(config, algorithm),
         *_environment(config),
+        *_two_adapters(config, algorithm),
         *_precomputed_reference(config, algorithm),
         *sampler_problems(config, algorithm),
         *_sizes(config),
@@ -268,6 +269,25 @@ def _judge(config: Config, algorithm: Algorithm) -> Iterator[str]:
             "reward.preference beside reward.functions only labels pairs, but pairs.labels is "
             f"{config.pairs.labels}: set it to preference, or leave one of the two out"
         )
+
+
+def _two_adapters(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """What two copies of the policy that learn together need."""
+    name = config.algorithm["name"]
+    if algorithm.chase is None:
+        return
+    if config.model.lora is None:
+        yield (
+            f"algorithm {name} trains two copies of the policy, which are LoRA adapters on one model, but "
+            "model.lora is not set: set model.lora.rank and model.lora.alpha"
+        )
+    if config.distributed.mode == "sharded":
+        yield (
+            f"algorithm {name} trains two LoRA adapters, and adapters are not sharded: set distributed.mode "
+            "to replicated"
+        )
+    if config.ptx.path is not None:
+        yield f"ptx.path adds its texts to one policy, but {name} trains two adapters: leave one of them out"
 
 
 def _precomputed_reference(config: Config, algorithm: Algorithm) -> Iterator[str]:

@@ -20,11 +20,12 @@ from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.pairing import Comparison
 from rlhf.algos.preference.scores import log_odds, log_ratio
 from rlhf.algos.preference.table import PREFERENCE
+from rlhf.algos.preference.two_roles import TWO_ROLES
 from rlhf.metrics import merge
 from rlhf.types import Counts, LossInputs, Source
 from tests.algos.preference.comparing import comparing, group_of
 
-METHODS = PREFERENCE | {name: make for name, make in ONLINE_PREFERENCE.items() if make().preference}
+METHODS = {n: f for n, f in (PREFERENCE | ONLINE_PREFERENCE | TWO_ROLES).items() if f().preference}
 every_method = pytest.mark.parametrize("name", METHODS)
 COMPARES: dict[str, Compare] = {
     "logistic": compares.logistic(),

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+import torch
 
 from rlhf.algos.algorithm import Algorithm
+from rlhf.algos.preference.forms import Row
 from rlhf.algos.preference.pairing import Comparison
 from rlhf.algos.preference.table import PREFERENCE
+from rlhf.algos.preference.two_roles import TWO_ROLES
+from rlhf.tensors.contrasts import Rival
 from tests.algos.preference.comparing import comparing, group_of
 
 
@@ -99,6 +104,34 @@ def test_discopop_begins_uphill():
     algorithm, step = PREFERENCE["discopop"](beta=1.0), 1e-3
     rise = loss_of(algorithm, (step, 0.0)) - loss_of(algorithm, (-step, 0.0))
     assert rise / (2 * step) == pytest.approx(slope, abs=1e-3)
+
+
+def chase(own: float, other: float, *, is_fast: bool) -> float:
+    """The loss of one of two copies, whose log-ratios of a pair differ by `own` and `other`."""
+    algorithm, rows = TWO_ROLES["ofs_dpo"](beta=0.1, alpha=0.1), [Row(((0, 1.0), (1, -1.0)), 1.0)]
+    rival = Rival(torch.tensor([0.1 * other], dtype=torch.float64), is_slow=is_fast)
+    return algorithm.loss(replace(comparing([own, 0.0], rows), rival=rival)).loss.item()
+
+
+def test_two_copies_chase_each_other_as_worked_out_by_hand():
+    # margins .7 and .4: -log sigmoid(.7) = .403186, -log sigmoid(.4) = .513015, -log sigmoid(.3) = .554355
+    assert chase(7.0, 4.0, is_fast=True) == pytest.approx(0.403186 + 0.1 * 0.554355, abs=1e-6)
+    assert chase(4.0, 7.0, is_fast=False) == pytest.approx(0.513015 - 0.1 * 0.554355, abs=1e-6)
+    # alike: ln 2, with a plus and with a minus
+    assert chase(7.0, 7.0, is_fast=True) == pytest.approx(0.403186 + 0.1 * math.log(2), abs=1e-6)
+    assert chase(7.0, 7.0, is_fast=False) == pytest.approx(0.403186 - 0.1 * math.log(2), abs=1e-6)
+
+
+def test_a_lead_of_more_than_ten_counts_as_ten():
+    # the slow copy is 20 ahead: log sigmoid(-10) = -10.0000454, and no further gain from leading by more
+    assert chase(300.0, 100.0, is_fast=False) == pytest.approx(-0.1 * 10.0000454, abs=1e-6)
+    assert chase(400.0, 100.0, is_fast=False) == pytest.approx(-0.1 * 10.0000454, abs=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": -0.1}, {"lr_ratio": 0.0}, {"lr_ratio": 1.5}, {"interval": 0}])
+def test_settings_of_the_chase_that_make_no_sense_are_refused(wrong: dict[str, float]):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        TWO_ROLES["ofs_dpo"](**wrong)
 
 
 def test_per_token_scores_divide_each_completion_by_its_own_tokens():

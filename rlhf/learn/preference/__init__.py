@@ -1,0 +1,1 @@
+"""Parts of the learner that a preference method alone has."""
