@@ -38,7 +38,11 @@ To call one, write its name and arguments as JSON between tags, once for each ca
 {{"name": "NAME", "arguments": {{"ARGUMENT": VALUE}}}}
 </tool_call>
 The results come back in the next message."""
-"""What is put into the system message for a template that does not write tools."""
+
+
+def tools_as_text(tools: Sequence[Mapping[str, Any]]) -> str:
+    """What the system message says of tools where the chat template does not write them."""
+    return TOOLS_AS_TEXT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
 
 
 class ConversationError(ValueError):
@@ -76,7 +80,7 @@ class Conversation:
         """The messages of a prompt, with the tools in the system message if the template writes none."""
         if isinstance(content, str) or not tools or self.writes_tools:
             return content
-        told = TOOLS_AS_TEXT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
+        told = tools_as_text(tools)
         first, rest = dict(content[0]), list(content[1:])
         if first["role"] == "system":
             return [{**first, "content": f"{first['content']}\n\n{told}"}, *rest]

@@ -8,6 +8,7 @@ changes weights gives them back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlhf.rollout.engine import RolloutEngine, RolloutRequest, generate
+from rlhf.rollout.engine import RolloutEngine, RolloutRequest, SamplingParams, generate
 from rlhf.rollout.native.model_support import logprob_errors
 from rlhf.rollout.sampling import truncate
-from rlhf.types import Completion, FinishReason
+from rlhf.types import Completion, FinishReason, Prompt
 from tests.rollout.models import EOS, prompt, ragged, request, tiny, untruncated
 
 Check = Callable[[RolloutEngine, PreTrainedModel], None]
@@ -83,6 +84,40 @@ def check_logprobs_are_those_of_a_forward_over_the_whole_sequence(
     assert worst(model, requests, groups) < TOLERANCE
     assert [len(group) for group in groups] == [r.params.n for r in requests]
     assert [c.index for c in groups[0]] == list(range(3))
+
+
+@check
+def check_later_turns_continue_the_tokens_of_earlier_ones(
+    engine: RolloutEngine, model: PreTrainedModel
+) -> None:
+    first = replace(request(11, n=2, max_tokens=9), keeps=True)
+    other = request(5, n=2, max_tokens=60)
+    engine.submit([first, other])
+    samples = [c for c in arrived(engine, 2) if c.prompt_id == first.prompt.id]
+    second: list[RolloutRequest] = []
+    for sample in samples:
+        ids = (*first.prompt.token_ids, *sample.token_ids, 40, 41, 42, 43)
+        next_prompt = Prompt(f"turn-2-{sample.index}", ids, "")
+        params = SamplingParams(1, 12, seed=sample.index)
+        second.append(RolloutRequest(next_prompt, params, continues=(first.prompt.id, sample.index)))
+    assert len(second) == 2
+    groups = [[c] for c in sorted(drained(engine, second), key=lambda c: c.prompt_id) if c.index == 0]
+    groups = [group for group in groups if group[0].prompt_id.startswith("turn-2")]
+    assert worst(model, second, groups) < TOLERANCE
+
+
+def arrived(engine: RolloutEngine, count: int) -> list[Completion]:
+    """At least so many completions; others may still be in flight."""
+    completions: list[Completion] = []
+    while len(completions) < count:
+        completions += engine.poll()
+    return completions
+
+
+def drained(engine: RolloutEngine, requests: Sequence[RolloutRequest]) -> list[Completion]:
+    """All that comes after these requests."""
+    engine.submit(requests)
+    return drain(engine)
 
 
 @check
