@@ -10,6 +10,7 @@ from typing import Any, cast
 from rlhf.environments.calls import Parser, parser_of
 from rlhf.environments.observations import Texts
 from rlhf.environments.protocol import Reply
+from rlhf.environments.randomness import seed_generators
 from rlhf.environments.shapes import (
     Conversation,
     Episode,
@@ -21,7 +22,6 @@ from rlhf.environments.shapes import (
     verifiers_state,
 )
 from rlhf.environments.spec import EnvironmentSpec
-from rlhf.environments.state import seed_generators
 from rlhf.environments.tools import schema_of
 from rlhf.plugins import load_object
 from rlhf.rewards.signature import parameters_of
@@ -82,7 +82,6 @@ class Environment:
             name: (getattr(instance, name) if name in self.methods else function, schema)
             for name, (function, schema) in self.tools.items()
         }
-        seed_generators(seed)
         named = parameters(instance.reset)
         given = columns if takes_any(instance.reset) else {k: v for k, v in columns.items() if k in named}
         texts = Texts()

@@ -15,7 +15,7 @@
 
 Functions among several paths are tools of every environment, as in TRL; functions alone are one environment.
 All methods may be async. `reset` gets the columns that it takes, all of them with `**columns`, and `seed` if
-it has an argument of that name, as the constructor has (`Seeds`). What differs from TRL: 1. an instance has
+it has an argument of that name, as the constructor has. What differs from TRL: 1. an instance has
 one episode and is not used again; 2. the calls of one turn are carried out one after the other, async ones
 too; 3. arguments are checked before the tool is called. Of verifiers, datasets and rubrics are not used:
 reward functions are this project's.

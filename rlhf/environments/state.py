@@ -1,9 +1,8 @@
-"""What an instance is at the end: its public attributes and its reward; and the seeds at its beginning."""
+"""What an instance is at the end of its episode: its public attributes and its reward."""
 
 from __future__ import annotations
 
 import json
-import random
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -44,21 +43,3 @@ def reward_of(value: object, name: str) -> float | dict[str, float] | None:
     if not is_finite(scores):
         raise WrongAnswer(f"get_reward of {name} must return finite numbers, got {value!r:.80}")
     return scores if isinstance(value, Mapping) else scores[name]
-
-
-def seed_generators(seed: int) -> None:
-    """Seeds the global generators of `random`, and of numpy and torch where they are imported.
-
-    They belong to the process. With `isolation: worker` other episodes draw from them in between, so only
-    what an instance draws at once, in its constructor or at the beginning of `reset`, is the same for the
-    same seed; an instance that must be repeatable uses the argument `seed` of `reset` or of its constructor,
-    or has a process of its own (`isolation: episode`).
-    """
-    random.seed(seed)
-    # another thread may be importing them right now
-    seed_numpy: Any = getattr(sys.modules.get("numpy.random"), "seed", None)
-    if seed_numpy is not None:
-        seed_numpy(seed % 2**32)
-    seed_torch: Any = getattr(sys.modules.get("torch"), "manual_seed", None)
-    if seed_torch is not None:
-        seed_torch(seed % 2**63)

@@ -33,6 +33,7 @@ from typing import Any, cast
 from rlhf.environments.loading import Environment, load
 from rlhf.environments.observations import WrongAnswer
 from rlhf.environments.protocol import Ending, Lost
+from rlhf.environments.randomness import give_each_episode_its_own
 from rlhf.environments.shapes import Abandoned, Episode
 from rlhf.environments.spec import EnvironmentSpec
 from rlhf.environments.wire import Outcome, written
@@ -78,9 +79,13 @@ def loaded(
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     threading.stack_size(STACK_BYTES)
+    # before the user's module may write `from random import randint`
+    give_each_episode_its_own()
     try:
         environments = load()
         os.chdir(folder)
+        # numpy is imported now, if it is used
+        give_each_episode_its_own()
     except BaseException as error:
         # the user's module may raise anything when it is imported; the trainer must learn of it
         answers.send_object({"refused": _refusal(error), **describe(error, _is_ours)})

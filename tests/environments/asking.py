@@ -28,12 +28,18 @@ class Answer:
         return self.heard.get(timeout=PATIENCE)
 
 
+def start(
+    pool: EnvironmentPool, key: str, name: str, seed: int = 0, columns: Mapping[str, Any] | None = None
+) -> Answer:
+    answer = Answer()
+    pool.begin(key, name, columns or {}, seed, answer)
+    return answer
+
+
 def begin(
     pool: EnvironmentPool, key: str, name: str, seed: int = 0, columns: Mapping[str, Any] | None = None
 ) -> Reply | Lost:
-    answer = Answer()
-    pool.begin(key, name, columns or {}, seed, answer)
-    return answer.wait()
+    return start(pool, key, name, seed, columns).wait()
 
 
 def start_turn(pool: EnvironmentPool, key: str, text: str) -> Answer:

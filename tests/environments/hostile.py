@@ -97,10 +97,12 @@ def kill_its_keeper() -> None:
 
 
 def fork_bomb() -> None:
-    """With a bound, so that a failing test does not take down the machine."""
-    for _ in range(8):
-        os.fork()
-    time.sleep(600)
+    """With a bound, so that a failing test does not take down the machine.
+
+    In a program of its own: what is forked from a process with threads may wait for a lock forever.
+    """
+    bomb = "import os, time\nfor _ in range(8): os.fork()\ntime.sleep(600)"
+    subprocess.run([sys.executable, "-S", "-c", bomb], check=True)
 
 
 def memory_hog_of_children() -> None:
@@ -281,7 +283,10 @@ class Hostile:
     """Misbehaves in its tool, and at its beginning and end as `columns` say."""
 
     def reset(self, at_reset: str = "", at_end: str = "") -> Any:
-        self.at_end, self.drawn, self._pid = at_end, random.random(), os.getpid()
+        self.at_end, self.drawn = at_end, [random.random()]
+        time.sleep(0.001)
+        # in between other episodes of the process have drawn
+        self.drawn += [random.random()]
         return BEHAVIOURS[at_reset]() if at_reset else None
 
     def do(self, what: str) -> Any:

@@ -92,8 +92,8 @@ def test_too_many_starts_that_fail_are_an_error(tmp_path: Path, monkeypatch: pyt
         assert isinstance(without, Lost)
         assert without.message == (
             "environment Mine raised KeyError: 'MY_SERVICE_KEY'\n"
-            "MY_SERVICE_KEY is set here, but environments get the environment variables that their settings name, "
-            "no others: add variables: [MY_SERVICE_KEY] to this environment"
+            "MY_SERVICE_KEY is set here, but environments get the environment variables that their settings "
+            "name, no others: add variables: [MY_SERVICE_KEY] to this environment"
         )
         assert begin(pool, "one", "Mine", columns={"start": "NOT_SET"}) == Reply()
         file.write_text(f"print('Starting.')\nraise RuntimeError('the license has run out')\n{good}")

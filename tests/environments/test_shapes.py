@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Mapping
+from contextvars import copy_context
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlhf.environments.loading import Environment, load
 from rlhf.environments.observations import WrongAnswer
 from rlhf.environments.protocol import Ending, Reply
+from rlhf.environments.randomness import _divert, seed_generators
 from rlhf.environments.shapes import Episode
 from rlhf.environments.spec import EnvironmentSpec
 from tests.environments.asking import begin, call, contents, conversation, end, pool_of, turn
@@ -176,6 +180,28 @@ def test_a_class_of_verifiers_with_the_state_alone(folder: Path) -> None:
     assert episode.end() == Ending(None, {"seen": 5})
     other, _ = begun(count)
     assert other.respond(conversation("stop")).messages == ()
+
+
+def test_functions_of_a_shared_generator_draw_from_that_of_the_episode() -> None:
+    shared, module = np.random.RandomState(1), ModuleType("numpy.random")
+    # as numpy has them: methods of the shared generator, and a function that seeds it
+    vars(module).update(rand=shared.rand, randint=shared.randint, seed=lambda seed: shared.seed(seed))
+    _divert(module, shared)
+    first = np.random.RandomState(1).rand()
+    assert module.rand() == first
+
+    def episode(seed: int) -> tuple[float, int, float]:
+        seed_generators(seed)
+        drawn = module.rand(), module.randint(100)
+        module.seed(9)
+        return *drawn, module.rand()
+
+    own = np.random.RandomState(5)
+    expected = own.rand(), own.randint(100), np.random.RandomState(9).rand()
+    assert copy_context().run(episode, 5) == copy_context().run(episode, 5) == expected
+    # nothing of this was drawn from the shared one
+    own = np.random.RandomState(1)
+    assert [own.rand(), own.rand()] == [first, module.rand()]
 
 
 REFUSED = {
