@@ -163,5 +163,9 @@ class ForkedProcess(EnvironmentProcess):
         self._template = template
         super().__init__(spec, log)
 
+    def ready(self, who: str) -> list[Description]:
+        self.first_answer(who, FORK_SECONDS)
+        return []
+
     def start_keeper(self, settings: Mapping[str, Any]) -> KeeperProcess:
         return self._template.fork(settings)

@@ -47,7 +47,7 @@ def _divert(module: ModuleType, shared: Any) -> None:
     """Replaces the functions of a module that are methods of its `shared` generator, and `seed`."""
     for name, function in list(vars(module).items()):
         is_seed = name == "seed" and not isinstance(function, partial)
-        if is_seed or getattr(function, "__self__", None) is shared:
+        if is_seed or getattr(cast(Any, function), "__self__", None) is shared:
             setattr(module, name, partial(_draw, module.__name__, shared, name))
 
 

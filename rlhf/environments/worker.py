@@ -330,6 +330,6 @@ async def _awaiting(value: Any) -> Any:
 
 def _refusal(error: BaseException) -> str | None:
     """The message of an error that this project raised, which is enough; None for the user's module's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    is_ours = bool(frames) and f"{os.sep}rlhf{os.sep}" in frames[-1].filename
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    is_ours = bool(frames) and str(frames[-1].f_globals.get("__name__")).startswith("rlhf.")
     return str(error) if isinstance(error, ValueError) and is_ours else None

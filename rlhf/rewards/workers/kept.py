@@ -147,12 +147,12 @@ class KeptProcess:
         """Number of the call that is under way, for WorkerLost; None: it is not known."""
         return None
 
-    def first_answer(self, who: str) -> dict[str, Any]:
+    def first_answer(self, who: str, seconds: float = START_SECONDS) -> dict[str, Any]:
         """Waits until what it runs is loaded. Raises StartError, with the reason, which names `who`."""
         try:
-            answer = self.receive(time.monotonic() + START_SECONDS)
+            answer = self.receive(time.monotonic() + seconds)
         except WorkerLost as lost:
-            how = f"was not ready within {START_SECONDS:g} s" if lost.kind == "timeout" else str(lost)
+            how = f"was not ready within {seconds:g} s" if lost.kind == "timeout" else str(lost)
             raise StartError(f"{who} cannot be loaded: {how}\n{lost.output}") from None
         if "ready" in answer:
             return answer
