@@ -64,7 +64,7 @@ class Environment:
     @property
     def gives_rewards(self) -> bool:
         """Whether it has a reward of its own."""
-        return hasattr(self.made_of, "get_reward")
+        return hasattr(self.made_of or self.shared, "get_reward")
 
     def begin(self, columns: Mapping[str, Any], seed: int, wait: Wait) -> tuple[Episode, Reply]:
         """A new instance that has been reset, and what it said. Any exception means that it is lost."""
