@@ -160,9 +160,10 @@ def test_after_an_update_the_ratio_is_that_of_the_truncated_policies(tiny_model:
     assert first["mismatch/k3"].value < 1e-7 and first["ratio/mean"].value == pytest.approx(1.0, abs=1e-5)
     (micro,) = microbatches(experience, range(2), 10_000)
     learner, builder = learner_of(policy, algorithm, reference)
-    inputs = learner._loss_inputs(
-        experience, micro, policy.hidden(micro.packed), learner.counts(experience, [0, 1]), 0.01
-    )
+    hidden = policy.hidden(micro.packed)
+    statistics = policy.statistics(micro.packed, temperature=1.0, want=learner.want, hidden=hidden)
+    counts = learner.counts(experience, [0, 1])
+    inputs = learner._loss_inputs(experience, micro, hidden, statistics, counts, 0.01)
     now = by_hand(policy, groups, 1.0)
     torch.testing.assert_close(inputs.logprobs, now, atol=1e-4, rtol=0)
     assert (now - before).abs().max() > 0.01
