@@ -8,26 +8,21 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from rlhf.algos.reduction import token_mean
 from rlhf.checkpoints.store import latest
 from rlhf.kernels.attention_parts import attend
 from rlhf.metrics import Mean
-from rlhf.types import Counts, Prompt
+from rlhf.types import Prompt
 
 roar = pytest.importorskip("beartype.roar")
 NUMBER: Any = 3
 
 
 def test_shapes_have_to_agree() -> None:
-    mask, sequence = torch.tensor([True, True]), torch.tensor([0, 0])
-    assert token_mean(torch.tensor([1.0, 3.0]), mask, sequence, Counts(2, 1)) == 2.0
-    with pytest.raises(TypeCheckError, match="sequence"):
-        token_mean(torch.tensor([1.0, 3.0]), mask, torch.tensor([0, 0, 0]), Counts(2, 1))
-
-
-def test_shapes_have_to_agree_under_a_name_of_their_own() -> None:
     query, key = torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 5, 4)
     attend(query, key, key, scale=1.0)
+    # their last sizes are one letter, their numbers of dimensions are given
+    with pytest.raises(TypeCheckError, match="key"):
+        attend(query, key[..., :3], key, scale=1.0)
     with pytest.raises(TypeCheckError, match="query"):
         attend(query[0], key, key, scale=1.0)
 

@@ -26,16 +26,10 @@ def whole(dtype: torch.dtype) -> Case:
     )
 
 
-def run(rank: int, ranks: int, folder: str, dtype: torch.dtype, memory: Memory) -> None:
+def run(folder: str, dtype: torch.dtype, memory: Memory) -> None:
     """Computes statistics and gradients with this rank's shard and saves them."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=ranks,
-        timeout=timedelta(seconds=60),
-    )
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank, ranks = dist.get_rank(), dist.get_world_size()
     group = dist.group.WORLD
     case = whole(dtype)
     mine = slice(*EDGES[ranks][rank : rank + 2])

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 
 from rlhf.kernels.token_stats.api import Memory
 from rlhf.kernels.token_stats.state import STATE_ROWS, finish, merge
 from tests.kernels import ranks
 from tests.kernels.cases import FIELDS, assert_close, exact
+from tests.ranks import together
 
 
 @pytest.mark.multi
@@ -23,7 +23,7 @@ from tests.kernels.cases import FIELDS, assert_close, exact
 def test_shards_on_ranks_give_what_one_rank_gives(
     count: int, dtype: torch.dtype, memory: Memory, tolerance: float, tmp_path: Path
 ) -> None:
-    spawn(ranks.run, args=(count, str(tmp_path), dtype, memory), nprocs=count)
+    together(count, ranks.run, str(tmp_path), dtype, memory)
     results: list[dict[str, Tensor]] = [
         torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)
     ]
