@@ -34,6 +34,10 @@ from torch import Tensor
 
 from rlhf.tensors.candidates import Candidates
 from rlhf.tensors.contrasts import Contrasts, Rival
+from rlhf.tensors.images import Image as Image
+from rlhf.tensors.images import Images as Images
+from rlhf.tensors.images import Mask as Mask
+from rlhf.tensors.images import Observed as Observed
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -58,28 +62,6 @@ class VersionSpan:
     end: int
 
 
-Image = str | bytes
-"""An image: the absolute path of its file, or the bytes of such a file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mask:
-    """Squares of `patch` x `patch` pixels, each made black with probability `ratio`, by `seed` (PAPO)."""
-
-    patch: int
-    ratio: float
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Images:
-    """The images of one prompt, in the order of their placeholders, and the mask that hides some patches."""
-
-    prompt_id: str
-    sources: tuple[Image, ...]
-    mask: Mask | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One question, tokenised: `Prompt("train.jsonl:7", (1, 9690), "What is 3 + 5?", {"answer": 8})`."""
@@ -95,11 +77,14 @@ class Prompt:
     """In the order of their placeholders, of which `token_ids` holds as many as the model needs."""
     original: Prompt | None = None
     """The dataset's prompt, where an environment has put something behind it."""
+    image_places: tuple[int, ...] | None = None
+    """Where these placeholders stand, if `token_ids` may have more of them: a prompt that goes on with what
+    the policy wrote. None: they are all that it has."""
 
     @property
     def pictures(self) -> Images | None:
         """The images with the prompt's id; None where there are none."""
-        return None if not self.images else Images(self.id, self.images)
+        return None if not self.images else Images(self.id, self.images, places=self.image_places)
 
 
 class Source(StrEnum):
@@ -167,6 +152,8 @@ class Trajectory:
     source: Source = Source.POLICY
     logged: Mapping[str, str] = field(default_factory=dict[str, str])
     """What reward functions logged of it with `log_extra`, by `function/column`."""
+    observations: tuple[Observed, ...] = ()
+    """The observations that have images."""
     messages: tuple[Mapping[str, Any], ...] = ()
     """Turns and answers of the environment as chat messages; empty for a single turn."""
 
@@ -300,6 +287,8 @@ class PackedGroups:
     """int64 `[P]`: the number of the frozen model that each group is compared with. None: there is one."""
     images: tuple[Images | None, ...] = ()
     """The images of each group's prompt; empty where no prompt has any."""
+    observed: tuple[tuple[Observed, ...], ...] = ()
+    """The observations with images of each of the S sequences; empty where no sequence has any."""
     candidates: Candidates | None = None
     """What each token was drawn from; every log-prob of the learner is then renormalised over the same."""
     contrasts: Contrasts | None = None

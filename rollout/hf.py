@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from rlhf.rollout.engine import ImageInputs, PauseMode, RolloutRequest, SyncReport, WeightSource
+from rlhf.rollout.engine import EngineError, ImageInputs, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.learner_module import Model, causal_model, exact_attention, sampling_mode, take_weights
 from rlhf.rollout.requests import Row, check_requests, rows_of
 from rlhf.rollout.sampling import Drawn, RowSampling, sample
@@ -65,7 +66,8 @@ class HFEngine:
         self._paused = False
 
     def submit(self, requests: Sequence[RolloutRequest]) -> None:
-        """Raises EngineError for a prompt that `check_requests` refuses."""
+        """Raises EngineError for a prompt that `check_requests` refuses, and for one in which the policy has
+        written a placeholder of an image: `model.generate` would take it for an image."""
         in_flight = [request.prompt.id for request in self._waiting]
         vocabulary = self._model.get_input_embeddings().weight.shape[0]
         takes_images = self._image_inputs is not None
@@ -76,6 +78,14 @@ class HFEngine:
             takes_images=takes_images,
             takes_mixtures=self._takes_mixtures,
         )
+        for prompt in (request.prompt for request in requests):
+            if prompt.images and prompt.image_places is not None:
+                marks = prompt.token_ids.count(cast(Any, self._model.config).image_token_id)
+                if marks != len(prompt.image_places):
+                    raise EngineError(
+                        f"prompt {prompt.id!r}: the policy wrote a placeholder of an image itself, which "
+                        "engine hf takes for an image: use rollout.engine native or vllm"
+                    )
         self._waiting.extend(requests)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:

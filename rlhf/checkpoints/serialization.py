@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from rlhf.checkpoints.stateful import CheckpointError
 from rlhf.metrics import ExpMean, Max, Mean, Metrics, Partial, Sum
 from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import integers
-from rlhf.types import Duel, FinishReason, Group, Images, Prompt, Source, Trajectory, VersionSpan
+from rlhf.types import Duel, FinishReason, Group, Images, Observed, Prompt, Source, Trajectory, VersionSpan
 
 KINDS: dict[str, type[Partial]] = {kind.__name__: kind for kind in (Mean, ExpMean, Sum, Max)}
 
@@ -55,6 +56,27 @@ def unpack_images(tensors: Mapping[str, Tensor]) -> tuple[Images | None, ...]:
     )
 
 
+def pack_observed(observed: Sequence[Sequence[Observed]]) -> dict[str, Tensor]:
+    """The observations with images of each sequence as tensors."""
+    if not observed:
+        return {}
+    ranges = [(number, o.start, o.end) for number, of_one in enumerate(observed) for o in of_one]
+    images = pack_images([o.images for of_one in observed for o in of_one])
+    return images | {"ranges": torch.tensor(ranges), "sequences": torch.tensor(len(observed))}
+
+
+def unpack_observed(tensors: Mapping[str, Tensor]) -> tuple[tuple[Observed, ...], ...]:
+    """Inverse of `pack_observed`."""
+    if not tensors:
+        return ()
+    found: list[list[Observed]] = [[] for _ in range(int(tensors["sequences"]))]
+    for place, images in zip(tensors["ranges"], unpack_images(tensors), strict=True):
+        number, start, end = integers(place)
+        assert images is not None
+        found[number].append(Observed(start, end, images))
+    return tuple(map(tuple, found))
+
+
 def metrics_state(metrics: Metrics) -> dict[str, list[Any]]:
     """Metrics as JSON values: the kind of each partial and its numbers."""
     return {name: [type(p).__name__, *_numbers(p)] for name, p in metrics.items()}
@@ -79,6 +101,7 @@ def group_state(group: Group) -> dict[str, Any]:
         plain["source"] = t.source.value
         plain["logged"] = dict(t.logged)
         plain |= {"versions": [[v.version, v.start, v.end] for v in t.versions]}
+        plain["observations"] = [[o.start, o.end, o.images.prompt_id, *_files(o)] for o in t.observations]
         if t.candidates is not None:
             plain["candidates"] = {"ids": integers(t.candidates.ids), "sizes": integers(t.candidates.sizes)}
         trajectories.append({k: list(cast(Any, v)) if isinstance(v, tuple) else v for k, v in plain.items()})
@@ -88,6 +111,18 @@ def group_state(group: Group) -> dict[str, Any]:
         saved["begun"] = {"token_ids": list(prompt.token_ids), "content": prompt.content}
     duels = [[d.first, d.second, d.probability] for d in group.duels]
     return saved | {"draw": group.draw, "trajectories": trajectories, "duels": duels}
+
+
+def _files(observed: Observed) -> list[str | dict[str, str]]:
+    """The images of an observation as JSON values: paths, or files in base64."""
+    sources = observed.images.sources
+    return [s if isinstance(s, str) else {"base64": base64.b64encode(s).decode()} for s in sources]
+
+
+def _observed_of(start: int, end: int, prompt_id: str, *files: str | Mapping[str, str]) -> Observed:
+    """Inverse of the values of an observation in `group_state`."""
+    sources = (f if isinstance(f, str) else base64.b64decode(f["base64"]) for f in files)
+    return Observed(start, end, Images(prompt_id, tuple(sources)))
 
 
 def _digest(prompt: Prompt) -> str:
@@ -118,6 +153,7 @@ def group_of(state: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Group:
         }
         values["versions"] = tuple(VersionSpan(*v) for v in plain["versions"])
         values["finish_reason"] = FinishReason(plain["finish_reason"])
+        values["observations"] = tuple(_observed_of(*o) for o in plain.get("observations", ()))
         # checkpoints of earlier versions have no source: what nobody recorded came from data
         unrecorded = plain["rollout_logprobs"] is None
         values["source"] = Source(plain.get("source", Source.DATA if unrecorded else Source.POLICY))

@@ -13,7 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.checkpoints.serialization import metrics_from, metrics_state, pack_images, unpack_images
+from rlhf.checkpoints.serialization import (
+    metrics_from,
+    metrics_state,
+    pack_images,
+    pack_observed,
+    unpack_images,
+    unpack_observed,
+)
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
 from rlhf.metrics import Metrics, merge
 from rlhf.tensors.candidates import Candidates
@@ -71,6 +78,7 @@ class Buffer(Stateful):
         }
         saved |= {} if self.entropy is None else {"entropy": self.entropy}
         saved |= {f"images.{name}": tensor for name, tensor in pack_images(x.images).items()}
+        saved |= {f"observed.{name}": tensor for name, tensor in pack_observed(x.observed).items()}
         return {"experience": {name: tensor.clone() for name, tensor in saved.items()}}
 
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
@@ -87,12 +95,17 @@ class Buffer(Stateful):
         values: dict[str, Any] = {f.name: None for f in fields(Experience)}
         values["prompts"] = tuple(prompt.clone() for prompt in prompts)
         for name, kind in NESTED.items():
-            own = {k.removeprefix(f"{name}."): t for k, t in saved.items() if k.startswith(f"{name}.")}
+            own = _beginning(f"{name}.", saved)
             values[name] = kind(**own) if own else None
-        packed = {k.removeprefix("images."): t for k, t in saved.items() if k.startswith("images.")}
-        values["images"] = unpack_images(packed)
+        values["images"] = unpack_images(_beginning("images.", saved))
+        values["observed"] = unpack_observed(_beginning("observed.", saved))
         values |= {name: tensor for name, tensor in saved.items() if "." not in name}
         self.experience = Experience(**values)
+
+
+def _beginning(prefix: str, saved: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): t for name, t in saved.items() if name.startswith(prefix)}
 
 
 def _current_name(name: str) -> str:

@@ -353,6 +353,7 @@ def pack_groups(
     logprobs = torch.tensor(stated, dtype=torch.float32)
     recorded = ~torch.tensor(unknown).repeat_interleave(lengths).to(device) if any(unknown) else None
     images = tuple(g.prompt.pictures for g in groups)
+    observed = tuple(t.observations for t in trajectories)
     return PackedGroups(
         prompts=tuple(torch.tensor(g.prompt.token_ids, device=device) for g in groups),
         token_ids=torch.tensor(token_ids, dtype=torch.long, device=device),
@@ -365,6 +366,7 @@ def pack_groups(
         recorded=recorded,
         numbers=None if group_numbers is None else torch.tensor(group_numbers, dtype=torch.long),
         images=images if any(images) else (),
+        observed=observed if any(observed) else (),
         candidates=_candidates(trajectories, device),
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from rlhf.kernels.token_stats import IGNORED
 from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import integers
-from rlhf.types import Images, PackedGroups
+from rlhf.types import Images, Observed, PackedGroups
 
 Layout = Literal["shared_prefix", "packed", "padded"]
 """How a forward pass lays out groups:
@@ -68,6 +68,9 @@ class Packed:
     """Images of each span's prompt; empty where no prompt has any. `positions` does not account for them."""
     candidates: Candidates | None = None
     """The candidates that each of the N tokens was drawn from; None: the whole vocabulary."""
+    observed: tuple[tuple[Observed, ...], ...] = ()
+    """The observations with images of each completion, in the order of the completions; empty where none has
+    any. `positions` does not account for them either."""
     num_targets: int | None = None
     """The number of targets that are not `IGNORED`; None: all of them."""
 
@@ -92,12 +95,15 @@ def pack(
     prompts: Sequence[Tensor],
     completions: Sequence[Sequence[Tensor]],
     images: Sequence[Images | None] = (),
+    observed: Sequence[tuple[Observed, ...]] = (),
 ) -> Packed:
     """Packs groups one after another; `completions[i]` belong to `prompts[i]`, and none is empty.
 
-    `images[i]` are the images of `prompts[i]`; `images` may be left out if no prompt has any.
+    `images[i]` are the images of `prompts[i]`, and `observed[n]` the observations with images of completion
+    n, counted over all groups; either may be left out where there are none.
     """
     assert not images or len(images) == len(prompts)
+    assert not observed or len(observed) == sum(map(len, completions))
     token_ids: list[Tensor] = []
     positions: list[Tensor] = []
     rows: list[Tensor] = []
@@ -126,6 +132,7 @@ def pack(
         targets=targets,
         spans=tuple(spans),
         images=tuple(images) if any(images) else (),
+        observed=tuple(observed) if any(observed) else (),
     )
 
 
@@ -238,7 +245,8 @@ def microbatches(
             for u in units
         ]
         images = [experience.images[u.group] for u in units] if experience.images else ()
-        packed = pack([experience.prompts[u.group] for u in units], completions, images)
+        observed = [o for u in units for o in experience.observed[u.first : u.last]]
+        packed = pack([experience.prompts[u.group] for u in units], completions, images, observed)
         index = index.to(experience.token_ids.device)
         num_targets = sum(sum(wanted[u.first : u.last]) for u in units)
         if num_targets < len(index):
@@ -262,7 +270,8 @@ def separate(packed: Packed) -> Packed:
         return packed
     parts = list(_sequences(packed))
     images = [i for i, span in zip(packed.images, packed.spans, strict=False) for _ in span.completions]
-    return pack([prompt for prompt, _ in parts], [[completion] for _, completion in parts], images)
+    prompts, completions = [prompt for prompt, _ in parts], [[completion] for _, completion in parts]
+    return pack(prompts, completions, images, packed.observed)
 
 
 def _sequences(packed: Packed) -> Iterator[tuple[Tensor, Tensor]]:

@@ -77,7 +77,7 @@ class Trunk:
         Raises ImageError: an image cannot be read or does not fit its prompt; ModelError: a prompt has images
         and the model was loaded without an image processor, or a sequence is too long (`constant_up_to`).
         """
-        if packed.images and self.vision is None:
+        if (packed.images or packed.observed) and self.vision is None:
             kind = type(self.model).__name__
             raise ModelError(f"a prompt has images, but {kind} was loaded without an image processor")
         if self._longest is not None and packed.longest > self._longest:

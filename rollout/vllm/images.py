@@ -158,7 +158,9 @@ def _tile_tensors(image_format: ImageFormat, tensors: Mapping[str, Tensor]) -> t
 def _placeholder_ranges(
     image_format: ImageFormat, prompt: Prompt, counts: Sequence[int]
 ) -> tuple[tuple[int, int], ...]:
-    placeholders = [i for i, token in enumerate(prompt.token_ids) if token == image_format.image_token_id]
+    placeholders = list(prompt.image_places or ())
+    if prompt.image_places is None:
+        placeholders = [i for i, token in enumerate(prompt.token_ids) if token == image_format.image_token_id]
     if len(placeholders) != sum(counts):
         raise EngineError(
             f"{prompt.id}: its prompt has {len(placeholders)} placeholders, its images make {sum(counts)} "

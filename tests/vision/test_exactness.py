@@ -112,7 +112,7 @@ def test_what_the_policy_says_depends_on_the_picture(tiny_vlm: Folder) -> None:
     seen = logprobs(policy, packed_of(prompts, groups))
     assert prompts[0].images is not None
     swapped = replace(prompts[0], images=(prompts[0].images[0], OTHER))
-    with pytest.raises(ImageError, match=r"two: its prompt has 14 placeholders, its images make 18 feat"):
+    with pytest.raises(ImageError, match=r"two: it has 14 placeholders, its images make 18 feat"):
         logprobs(policy, packed_of([swapped, *prompts[1:]], groups))
     another = replace(prompts[2], images=(noise(32, 24, 9),))
     difference = (seen - logprobs(policy, packed_of([*prompts[:2], another], groups))).abs()

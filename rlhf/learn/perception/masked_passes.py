@@ -2,7 +2,7 @@
 
 The mask of a prompt's images is a function of the run's seed, the step and the prompt, so nothing of it is
 stored, and a resumed run draws the same. In one step a prompt has one mask for its whole group, so that the
-completions still share the prompt.
+completions still share the prompt. Images of observations are no part of it: they are never masked.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Vision-language models: packed groups with images -> embeddings and positions for the language model.
 
 The vision tower encodes the images of a prompt once per forward pass, however the group is packed. The image
-features replace the embeddings of the placeholders *in prompts*; a placeholder that the policy itself writes
-in a completion stays a token like any other, as it is for the engine that sampled it. Positions of several
-axes (mrope) are the model's own within a prompt; its completions continue after the largest of them.
+features replace the embeddings of the placeholders *in prompts and in observations*; a placeholder that the
+policy itself writes in a completion stays a token like any other, as it is for the engine that sampled it.
+Positions of several axes (mrope) are the model's own within a prompt; its completions continue after the
+largest of them. Where an observation has images, positions are the model's own for prompt and completion.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ from rlhf.types import Images, Prompt
 
 @dataclass(frozen=True, slots=True)
 class ImageFeatures:
-    """The images of one prompt, encoded by the vision tower."""
+    """The images of one prompt or observation, encoded by the vision tower."""
 
     features: Tensor
     """`[n, H]`: one row for each placeholder token."""
     deeper: tuple[Tensor, ...]
     """`[n, H]` each: added to the hidden states of the first layers (DeepStack, in Qwen3-VL)."""
+
+
+Placed = tuple[Images, Tensor]
+"""Images, and the places `[n]` of their placeholders among some tokens."""
 
 
 class Vision:
@@ -54,31 +59,12 @@ class Vision:
         positions = packed.positions.expand(self.axes, -1).clone()  # [axes, T]
         # the same prompt may be packed more than once; its images are encoded once
         encoded: dict[Images, ImageFeatures] = {}
-        places: list[Tensor] = []
-        found: list[ImageFeatures] = []
-        for span, images in zip(packed.spans, packed.images, strict=False):
-            if images is None:
-                continue
-            prompt = packed.token_ids[span.start : span.start + span.prompt]
-            placeholders = (prompt == self.processor.image_token_id).nonzero()[:, 0]
-            if images not in encoded:
-                encoded[images] = self.encode(images)
-            found.append(encoded[images])
-            if len(placeholders) != len(found[-1].features):
-                raise ImageError(
-                    f"{images.prompt_id}: its prompt has {len(placeholders)} placeholders, its images make "
-                    f"{len(found[-1].features)} features; was it tokenised by another processor?"
-                )
-            places.append(placeholders + span.start)
-            own = self.positions(images, prompt)
-            if own is not None:
-                positions[:, span.start : span.start + span.prompt] = own
-                # completions were numbered from the length of the prompt on
-                positions[:, span.start + span.prompt : span.end] += own.max() + 1 - span.prompt
+        placed = self._place(packed, positions, encoded)
+        found = [encoded[images] for images, _ in placed]
         arguments: dict[str, Any] = {"position_ids": positions[:, None] if self.axes > 1 else positions}
         if not found:
             return {"inputs_embeds": embeds[None], **arguments}
-        where = torch.cat(places)
+        where = torch.cat([places for _, places in placed])
         features = torch.cat([f.features for f in found]).to(embeds.dtype)
         arguments["inputs_embeds"] = embeds.index_copy(0, where, features)[None]
         if found[0].deeper:
@@ -89,6 +75,55 @@ class Vision:
                 torch.cat(level) for level in zip(*(f.deeper for f in found), strict=True)
             ]
         return arguments
+
+    def _place(self, packed: Packed, positions: Tensor, encoded: dict[Images, ImageFeatures]) -> list[Placed]:
+        """The images of prompts and observations, placed among the `T` packed tokens, in their order.
+
+        Fills `encoded`, and corrects `positions` `[axes, T]`, which do not account for images.
+        """
+        placed: list[Placed] = []
+        observed = iter(packed.observed)
+        for number, span in enumerate(packed.spans):
+            images = packed.images[number] if packed.images else None
+            begin = span.start + span.prompt
+            prompt = packed.token_ids[span.start : begin]
+            # places count from the start of the sequence
+            before = [] if images is None else [self._seen(images, prompt, 0, encoded)]
+            own = self.positions(prompt, before)
+            if own is not None:
+                positions[:, span.start : begin] = own
+                # completions were numbered from the length of the prompt on
+                positions[:, begin : span.end] += own.max() + 1 - span.prompt
+            placed += [(i, places + span.start) for i, places in before]
+            for length in span.completions:
+                tokens = torch.cat([prompt, packed.token_ids[begin : begin + length]])
+                inside = [
+                    self._seen(o.images, tokens[: o.end + span.prompt], o.start + span.prompt, encoded)
+                    for o in next(observed, ())
+                ]
+                own = self.positions(tokens, [*before, *inside]) if inside else None
+                if own is not None:
+                    positions[:, begin : begin + length] = own[:, span.prompt :]
+                placed += [(i, places + begin - span.prompt) for i, places in inside]
+                begin += length
+        return placed
+
+    def _seen(
+        self, images: Images, tokens: Tensor, start: int, encoded: dict[Images, ImageFeatures]
+    ) -> Placed:
+        """Images whose placeholders stand in `tokens` from `start` on; adds them to `encoded`."""
+        if images not in encoded:
+            encoded[images] = self.encode(images)
+        if images.places is None:
+            places = (tokens[start:] == self.processor.image_token_id).nonzero()[:, 0] + start
+        else:
+            places = torch.tensor(images.places, dtype=torch.long, device=tokens.device)
+        if len(places) != len(encoded[images].features):
+            raise ImageError(
+                f"{images.prompt_id}: it has {len(places)} placeholders, its images make "
+                f"{len(encoded[images].features)} features; was it tokenised by another processor?"
+            )
+        return images, places
 
     def states(self, packed: Packed, **arguments: Any) -> Tensor:
         """Hidden states `[1, T, H]` of packed tokens; `arguments` go to the language model's attention."""
@@ -143,13 +178,15 @@ class Vision:
         deeper = [torch.cat(list(level)) for level in output.get("deepstack_features") or ()]
         return ImageFeatures(features, tuple(deeper))
 
-    def positions(self, images: Images, prompt: Tensor) -> Tensor | None:
-        """Positions `[axes, tokens]` of one prompt; None: its positions are those of text."""
-        if self.axes == 1:
+    def positions(self, tokens: Tensor, placed: Sequence[Placed]) -> Tensor | None:
+        """Positions `[axes, tokens]` of one sequence; None: its positions are those of text."""
+        if self.axes == 1 or not placed:
             return None
-        grid = self._tensors(images)["image_grid_thw"]
-        kinds = (prompt == self.processor.image_token_id).int()[None]
-        return self._model.base_model.get_rope_index(prompt[None], kinds, image_grid_thw=grid)[0][:, 0]
+        grid = torch.cat([self._tensors(images)["image_grid_thw"] for images, _ in placed])
+        kinds = torch.zeros_like(tokens, dtype=torch.int)
+        kinds[torch.cat([places for _, places in placed])] = 1
+        rope = self._model.base_model.get_rope_index
+        return rope(tokens[None], kinds[None], image_grid_thw=grid)[0][:, 0]
 
     def _tensors(self, images: Images) -> Mapping[str, Tensor]:
         device = self._model.device

@@ -140,7 +140,10 @@ class Processor:
         tensors = dict(self.pixels(images).tensors)
         if self.has_axes:
             ids = torch.tensor([list(token_ids)])
-            tensors["mm_token_type_ids"] = (ids == self.image_token_id).long()
+            kinds = (ids == self.image_token_id).long()
+            if images.places is not None:
+                kinds = torch.zeros_like(ids).index_fill(1, torch.tensor(images.places), 1)
+            tensors["mm_token_type_ids"] = kinds
         return tensors
 
     def save_pretrained(self, save_directory: str) -> None:
