@@ -286,9 +286,8 @@ class ExperienceBuilder:
         names = sorted({name for of_rank in seen for name in of_rank})
         if names and (missing := [name for name in algorithm.objectives if name not in names]):
             raise RewardError(
-                f"the algorithm reads the objective {missing[0]}, and no completion of this step has it: "
-                f"they have {', '.join(names)}; correct its name, or let its function return 0, not None, "
-                "where it does not apply"
+                f"no completion of this step has the objective {missing[0]}, which the algorithm reads: they "
+                f"have {', '.join(names)}; a function gives 0, not None, where it does not apply"
             )
         rewards = [algorithm.shape_reward(_reward(t), sum(t.loss_mask)) for t in trajectories]
         objectives = [[t.objectives.get(name, float("nan")) for name in names] for t in trajectories]
