@@ -29,6 +29,7 @@ from rlhf.monitoring.report.summary import closing_summary, write_report
 from rlhf.monitoring.samples import TokenTexts
 from rlhf.preflight.describe import seconds_per_step, warnings
 from rlhf.preflight.load import load_inputs
+from rlhf.preflight.resume import check_resume
 
 
 class Trainer(Loop[Config]):
@@ -40,6 +41,7 @@ class Trainer(Loop[Config]):
         """Reads and checks everything except weights. Raises ValueError for bad input."""
         super().__init__(config, timeout=config.distributed.timeout)
         self.inputs = load_inputs(self.config, world_size=world_size())
+        check_resume(self.config, self.inputs)
         self._components: Components | None = None
 
     @property

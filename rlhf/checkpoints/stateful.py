@@ -7,7 +7,7 @@ files.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -70,12 +70,7 @@ def tensors_of(parts: Mapping[str, Stateful]) -> dict[str, dict[str, Tensor]]:
 
 def load_state(parts: Mapping[str, Stateful], state: Mapping[str, Any], tensors: TensorFiles) -> None:
     """Inverse of `state_of` and `tensors_of`. Raises CheckpointError: the saved run had other parts."""
-    missing = [name for name in parts if name not in state]
-    if missing:
-        raise CheckpointError(
-            f"the checkpoint has no {' and no '.join(missing)}, so its run had other settings (another "
-            "algorithm, perhaps); go on with those, or begin a new run in another run_dir"
-        )
+    assert_parts(parts, state)
     for name, part in parts.items():
         files = {
             file.removeprefix(f"{name}."): group
@@ -83,6 +78,16 @@ def load_state(parts: Mapping[str, Stateful], state: Mapping[str, Any], tensors:
             if file.startswith(f"{name}.")
         }
         part.load(state[name], files)
+
+
+def assert_parts(parts: Iterable[str], saved: Container[str]) -> None:
+    """Raises CheckpointError: the checkpoint lacks some of the parts, by name."""
+    missing = [name for name in parts if name not in saved]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint has no {' and no '.join(missing)}, so its run had other settings (another "
+            "algorithm, perhaps); go on with those, or begin a new run in another run_dir"
+        )
 
 
 TensorFiles = Mapping[str, Mapping[str, Tensor]]

@@ -19,6 +19,7 @@ from rlhf.inputs import Inputs
 from rlhf.monitoring.run_folder import RunFolder
 from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
+from rlhf.preflight.resume import check_resume
 from rlhf.types import Prompt
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ def run_check(
         ranks = ranks or world_size()
         inputs = load_inputs(config, world_size=ranks)
         with closing(inputs.rewards):
+            check_resume(config, inputs)
             yield from describe(config, inputs, world_size=ranks)
             yield from truncation(config, inputs)
     if slow := slowness(config.model.dtype, this_device()):

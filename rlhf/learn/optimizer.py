@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from rlhf.distributed.world import World
 from rlhf.learn.lr_schedule import lr_factor
 from rlhf.learn.master_weights import Master
 from rlhf.metrics import Max, Mean, Metrics, Sum
+
+OTHERWISE = "go on with the model of that run, or begin a new run in another run_dir"
 
 
 class MasterAdamW(Stateful):
@@ -102,15 +105,10 @@ class MasterAdamW(Stateful):
     def load(self, state: Mapping[str, Any], tensors: TensorFiles) -> None:
         """Inverse of `tensors`. Raises CheckpointError when names or shapes are those of another model."""
         saved, moments = tensors["model"], tensors["optimizer"]
-        if set(saved) != set(self.masters):
-            odd = sorted(set(saved) ^ set(self.masters))[:3]
-            raise CheckpointError(
-                f"the checkpoint is of another model: {', '.join(odd)} is in one of the two only"
-            )
+        assert_names(set(saved), set(self.masters))
         for name, master in self.masters.items():
             value = rows_like(saved, name, master.weight)
-            if value.shape != master.shape:
-                raise CheckpointError(f"{name}: checkpoint {list(value.shape)}, model {list(master.shape)}")
+            assert_shape(name, value.shape, master.shape)
             master.set(value)
             if f"{name}/step" not in moments:
                 # earlier versions made moments with the first update; this was saved before it
@@ -118,6 +116,24 @@ class MasterAdamW(Stateful):
             master.moments.step.copy_(moments[f"{name}/step"])
             master.moments.first.copy_(rows_like(moments, f"{name}/exp_avg", master.weight))
             master.moments.second.copy_(rows_like(moments, f"{name}/exp_avg_sq", master.weight))
+
+
+def assert_names(saved: AbstractSet[str], own: AbstractSet[str]) -> None:
+    """Raises CheckpointError: weights of a checkpoint, by name, are not those of the model."""
+    if saved != own:
+        odd = sorted(saved ^ own)[:3]
+        raise CheckpointError(
+            f"the checkpoint is of another model: {', '.join(odd)} is in one of the two only; {OTHERWISE}"
+        )
+
+
+def assert_shape(name: str, saved: torch.Size, own: torch.Size) -> None:
+    """Raises CheckpointError: a weight of a checkpoint has another shape than the model's."""
+    if saved != own:
+        raise CheckpointError(
+            f"the checkpoint is of another model: {name} is {list(saved)} in it and {list(own)} in the "
+            f"model; {OTHERWISE}"
+        )
 
 
 def _norm(masters: Sequence[Master]) -> Tensor:

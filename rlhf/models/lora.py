@@ -187,6 +187,28 @@ def _targets(model: PreTrainedModel, wanted: Sequence[str]) -> tuple[list[str], 
     return sorted(targets), told or None
 
 
+def without_adapter(model: PreTrainedModel, wanted: Sequence[str]) -> str | None:
+    """A sentence about linear layers that get no adapter; None: there are none. The model's weights need no
+    contents. Raises ModelError where `Adapter` does.
+    """
+    return _targets(model, wanted)[1]
+
+
+def adapter_shapes(model: PreTrainedModel, section: LoraConfig) -> dict[str, tuple[int, int]]:
+    """The shapes of A and B of every layer, by the names of `Adapter.weights`. The model's weights need no
+    contents. Raises ModelError where `Adapter` does.
+    """
+    modules, linears = modules_by_name(model), linear_layers(model, section.targets)
+    targets, _ = _targets(model, section.targets)
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in {name for target in targets for name in _ending_in(target, linears)}:
+        layer = modules[name]
+        assert isinstance(layer, nn.Linear)
+        shapes[f"{name}.lora_A.{NAME}.weight"] = (section.rank, layer.in_features)
+        shapes[f"{name}.lora_B.{NAME}.weight"] = (layer.out_features, section.rank)
+    return shapes
+
+
 def linear_layers(model: PreTrainedModel, wanted: Sequence[str]) -> set[str]:
     """The paths of the linear layers below the head. Raises ModelError: none has a name of `wanted`."""
     head, modules = head_of(model), modules_by_name(model)
@@ -212,6 +234,12 @@ def _multiplies(layer: nn.Linear) -> bool:
     if type(layer).forward is nn.Linear.forward:
         return True
     weight, bias = layer.weight, layer.bias
+    if weight.is_meta:
+        # any contents tell as well: of a layer whose own were not loaded
+        layer = copy.deepcopy(layer).to_empty(device="cpu")
+        for parameter in layer.parameters():
+            parameter.copy_(torch.linspace(-1.0, 1.0, parameter.numel()).view_as(parameter))
+        weight, bias = layer.weight, layer.bias
     x = torch.linspace(-1.0, 1.0, layer.in_features, dtype=weight.dtype, device=weight.device)[None]
     try:
         return torch.allclose(layer(x), nn.functional.linear(x, weight, bias), atol=1e-3)
@@ -222,7 +250,10 @@ def _multiplies(layer: nn.Linear) -> bool:
 
 @torch.no_grad()
 def _called(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
-    """The names of those layers that a forward pass calls, and does not only take the weights of."""
+    """The names of those layers that a forward pass calls, and does not only take the weights of.
+
+    All of them where the model has no contents (meta device), and its code asks for some.
+    """
     names: set[str] = set()
 
     def note(name: str, *_: object) -> None:
@@ -231,13 +262,33 @@ def _called(model: Any, layers: Mapping[str, nn.Module]) -> set[str]:
     hooks = [layer.register_forward_hook(partial(note, name)) for name, layer in layers.items()]
     before = attention_of(model)
     set_attention(model, exact_attention(model))
+    ids = torch.arange(2, 8, device=model.device)[None]
     try:
-        model(input_ids=torch.arange(2, 8, device=model.device)[None], use_cache=False)
+        if model.device.type != "meta":
+            model(input_ids=ids, use_cache=False)
+        elif not _passes_without_contents(model, ids):
+            return set(layers)
     finally:
         set_attention(model, before)
         for hook in hooks:
             hook.remove()
     return names
+
+
+def _passes_without_contents(model: Any, ids: Tensor) -> bool:
+    """Whether a forward pass on the meta device comes to its end, with one of three masks.
+
+    Code of transformers looks into the first two for padding, or for several sequences in a row.
+    """
+    n = ids.shape[1]
+    for mask in (None, torch.ones_like(ids), torch.zeros(1, 1, n, n, device=ids.device)):
+        try:
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+        except Exception:
+            # the code of a model may fail in any way where tensors have no contents
+            continue
+        return True
+    return False
 
 
 def _refused_by_peft(model: PreTrainedModel, target: str) -> str | None:

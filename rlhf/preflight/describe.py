@@ -19,7 +19,7 @@ from rlhf.data.prompts import first_row
 from rlhf.devices import this_device
 from rlhf.inputs import Inputs
 from rlhf.models.chat import has_clock
-from rlhf.models.lora import frozen_experts
+from rlhf.models.lora import frozen_experts, without_adapter
 from rlhf.models.pretrained import empty_model
 from rlhf.models.vision.text_alone import text_alone
 from rlhf.preflight import tags
@@ -131,8 +131,9 @@ def _describe_models(config: Config, inputs: Inputs) -> Iterator[str]:
     if told := text_alone(inputs.model):
         yield f"images       {told}"
     if lora is not None:
-        frozen = frozen_experts(empty_model(config.model.path, torch.float32, head=True))
-        yield from () if frozen is None else (f"warning      {frozen}",)
+        empty = empty_model(config.model.path, torch.float32, head=True)
+        for told in (frozen_experts(empty), without_adapter(empty, lora.targets)):
+            yield from () if told is None else (f"warning      {told}",)
     chase = inputs.algorithm.chase
     if chase is not None:
         yield (

@@ -18,7 +18,7 @@ from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.models.attention import constant_up_to, sliding_window
 from rlhf.models.loading import why_not
-from rlhf.models.lora import linear_layers
+from rlhf.models.lora import without_adapter
 from rlhf.models.packing import Layout
 from rlhf.models.policy import Policy
 from rlhf.models.pretrained import (
@@ -114,7 +114,7 @@ def check_policy(section: ModelConfig, path: str, longest: int | None, *, sharde
         if reason is not None:
             raise ModelError(f"model.packing is {section.packing}, but {path} cannot: {reason}")
     if section.lora is not None and path == section.path:
-        linear_layers(model, section.lora.targets)
+        without_adapter(model, section.lora.targets)
     if sharded:
         _check_sharded(path, model)
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf.checkpoints import store
 from rlhf.checkpoints.stateful import CheckpointError
-from tests.support import bandit_settings, metrics_of, train, train_interrupted
+from rlhf.commands.check import run_check
+from rlhf.config.load import make_config
+from rlhf.config.section import ConfigError
+from rlhf.learn.optimizer import assert_shape
+from tests.support import bandit_settings, changed, metrics_of, train, train_interrupted
 
 RESUME = {"resume": "auto", "export": False, "every": 1, "keep_last": 2}
 
@@ -61,15 +67,41 @@ def test_without_a_checkpoint_that_loads_a_saved_run_is_refused_and_stays_as_it_
     assert contents(run) == before
 
 
-def test_a_refused_resume_leaves_the_settings_of_the_run(saved: dict[str, Any], tmp_path: Path) -> None:
-    """The optimizer of another model does not fit; config.yaml still is that of the checkpoint."""
+OTHER: list[tuple[dict[str, Any], str]] = [
+    ({"algorithm": {"name": "ppo"}}, "the checkpoint has no critic, so its run had other settings"),
+    ({"replay": {"groups_per_step": 2}}, "the checkpoint has no replay, so its run had other settings"),
+    ({"model": {"path": "qwen2"}}, "the checkpoint is of another model: .* is in one of the two only"),
+    ({"model": {"lora": {"rank": 2}}}, "the checkpoint is of another model: lm_head.weight, .* in one of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER)
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    saved: dict[str, Any],
+    tmp_path: Path,
+    tiny_model: Callable[[str], Path],
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    """What names and shapes tell is refused by `rlhf check` too, before anything is loaded."""
     run = tmp_path / "run"
     shutil.copytree(saved["run_dir"], run)
     before = contents(run)
-    other = {"algorithm": {"name": "ppo"}, "run_dir": str(run), "steps": 3}
-    with pytest.raises(CheckpointError, match="the checkpoint has no"):
-        train(saved | other)
+    other = changed(saved | {"run_dir": str(run), "steps": 3}, json.loads(json.dumps(changes)))
+    if changes.get("model", {}).get("path"):
+        other["model"]["path"] = str(tiny_model(changes["model"]["path"]))
+    newest = re.escape(str(run / "checkpoints" / "step_000002"))
+    for refuses in (lambda: list(run_check(make_config(other))), lambda: train(other)):
+        with pytest.raises(ConfigError, match=f"{newest}: {message}"):
+            refuses()
     assert contents(run) == before
+
+
+def test_a_weight_of_another_shape_is_named_with_both_shapes() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"another model: w is \[9, 3\] in it and \[9, 6\] in the model; go"
+    ):
+        assert_shape("w", torch.Size([9, 3]), torch.Size([9, 6]))
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again(

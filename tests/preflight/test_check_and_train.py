@@ -168,6 +168,20 @@ def sliding(here: Path) -> dict[str, Any]:
     return {"model": {"packing": "shared_prefix"}}
 
 
+def of_kind(kind: str, **changes: Any) -> Change:
+    """A small model of another kind."""
+
+    def change(here: Path) -> dict[str, Any]:
+        from benchmarks.model_kinds import small_config, small_model
+
+        shutil.rmtree(here / "model")
+        size = save_tiny_tokenizer(here / "model")
+        small_model(small_config(kind, vocab_size=size)).save_pretrained(here / "model")
+        return changes
+
+    return change
+
+
 OFFLINE: dict[str, Any] = {
     "data": {"mode": "offline"},
     "algorithm": {"name": "sft"},
@@ -194,6 +208,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "a token without embedding": (extra_token, r"train.jsonl:2: token 99 \('<\|tool\|>'\)"),
     "a packing that the model cannot do": (sliding, "cannot: it attends to a sliding window of 8 tokens"),
     "no such layer": (settings(model={"lora": {"targets": ["q_porj"]}}), "did you mean q_proj"),
+    "a layer that is not called": (
+        of_kind("mamba", model={"lora": {"targets": ["dt_proj"]}}), "its weight is used without calling"),
     "two scores": (double_scorer, "gives 2 scores a text"),
     "a critic without weights": (cut_scorer, "lack 3 of"),
     "a lacking column": (reward("lacking"), "needs columns that the dataset does not have: 'answer'"),
@@ -231,6 +247,8 @@ TRAINS: dict[str, Change] = {
         **reward("compute_score", params={"keywords": ["x"]})(here),
     },
     "an adapter": settings(model={"lora": {"rank": 2, "targets": ["q_proj"]}}),
+    # a linear layer with a forward of its own
+    "an adapter of Falcon": of_kind("falcon", model={"lora": {"rank": 2, "targets": ["query_key_value"]}}),
     "a sliding window": lambda here: sliding(here) | {"model": {"packing": "auto"}},
     "completions alone": rows({"prompt": "a", "completion": "b"}, **OFFLINE),
     "chats of ShareGPT": rows(
