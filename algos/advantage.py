@@ -184,13 +184,13 @@ def gdpo_advantage(inputs: AdvantageInputs) -> Tensor:
 
 
 def by_turn(tool_objectives: Sequence[str], coef: float, *, eps: float = 1e-6) -> Advantage:
-    """Normalised outcome + `coef` * normalised tool reward in the first turn, outcome alone in later ones (DTPO).
+    """Normalised outcome + `coef` * normalised tool reward in the first turn, later ones without it (DTPO).
 
-    The tool reward is the weighted sum of `tool_objectives`, the outcome that of all other objectives less the
-    penalties of a KL in the reward; each is normalised over its group (`group_normalize`, arXiv:2512.03794). A
-    completion that answers at once has one turn, the first, so that it gets both parts, as in the paper's code.
-    A completion without any objective of a part has none of its advantage, and is in none of its statistics:
-    the paper's tool reward is 0, not missing, where no tool was called.
+    The tool reward is the weighted sum of `tool_objectives`, the outcome that of all other objectives less
+    the penalties of a KL in the reward; each is normalised over its group (`group_normalize`,
+    arXiv:2512.03794). A completion that answers at once has one turn, the first, so that it gets both parts,
+    as in the paper's code. A completion without any objective of a part has none of its advantage, and is in
+    none of its statistics: the paper's tool reward is 0, not missing, where no tool was called.
     """
     if not tool_objectives:
         raise ValueError("tool_objectives is empty: name the objectives that judge how a tool was called")

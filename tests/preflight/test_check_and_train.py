@@ -93,6 +93,17 @@ def settings(**changes: Any) -> Change:
     return lambda here: changes
 
 
+def held_out(*lines: dict[str, Any], **changes: Any) -> Change:
+    """Data to compare held-out completions by, beside the same lines to learn from."""
+
+    def spoil(here: Path) -> dict[str, Any]:
+        made = rows(*lines)(here) | {"algorithm": {"name": "dpo"}} | changes
+        shutil.copy(here / "train.jsonl", here / "eval.jsonl")
+        return made | {"data": made.get("data", {}) | {"mode": "offline", "eval": str(here / "eval.jsonl")}}
+
+    return spoil
+
+
 def reward(path: str, **more: Any) -> Change:
     def spoil(here: Path) -> dict[str, Any]:
         (here / "rewards.py").write_text(REWARDS)
@@ -227,6 +238,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no rewards": (
         rows({"prompt": "a", "completion": "b"}, **OFFLINE | {"algorithm": {"name": "weighted_bc"}}),
         "no column 'reward' among"),
+    "held-out completions without an order": (
+        held_out({"prompt": "a", "completion": "b", "label": True}, algorithm={"name": "kto"}),
+        "no held-out line has two completions with unequal rewards"),
     "a broken sink": (broken_sink, "installed but cannot be imported: No module named 'no_such_package'"),
     "files in the run folder": (run_folder_taken, "holds files that are not those of a run"),
     "a file as run folder": (run_folder_is_a_file, "is a file; choose another run_dir"),
@@ -250,6 +264,9 @@ TRAINS: dict[str, Change] = {
     # a linear layer with a forward of its own
     "an adapter of Falcon": of_kind("falcon", model={"lora": {"rank": 2, "targets": ["query_key_value"]}}),
     "a sliding window": lambda here: sliding(here) | {"model": {"packing": "auto"}},
+    "pairs that a function scores, held out by their labels": held_out(
+        {"prompt": "a", "chosen": "ab", "rejected": "b"}, data={"reward_column": None}
+    ),
     "completions alone": rows({"prompt": "a", "completion": "b"}, **OFFLINE),
     "chats of ShareGPT": rows(
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, **OFFLINE
