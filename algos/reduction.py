@@ -73,8 +73,8 @@ def turn_means(weight: float) -> Reduction:
     """`weight` * mean over the tokens of turns before the last + mean over those of the last (DTPO).
 
     Each is a mean over the whole update, so that short turns that call a tool are not outweighed by the long
-    ones that answer (arXiv:2512.03794). The only turn of a sequence is its last, as in the paper's code. Either
-    mean is 0 where it has no tokens.
+    ones that answer (arXiv:2512.03794). The only turn of a sequence is its last, as in the paper's code.
+    Either mean is 0 where it has no tokens.
     """
     if weight < 0:
         raise ValueError(f"the weight of the turns before the last one must be 0 or more, got {weight}")

@@ -1,4 +1,4 @@
-"""What tools cost: tokens a second of episodes with a slow tool, and without the keys and values of earlier turns.
+"""What tools cost: tokens a second with a slow tool, and without the keys and values of earlier turns.
 
 64 episodes of three turns, 8 prompts with 8 samples each, on SmolLM2 and the native engine, real environment
 processes. Four ways, interleaved, the median of each:
@@ -8,8 +8,8 @@ processes. Four ways, interleaved, the median of each:
     again       as instant, but the engine keeps nothing: every turn is prefilled again with all before it
     one turn    as instant with one turn, for comparison
 
-A turn ends with a full stop, comma or line end, so that lengths differ and the turns of an episode do not come
-in step with others. Expected: slow / instant at least 0.8.
+A turn ends with a full stop, comma or line end, so that lengths differ and the episodes do not go in step.
+Expected: slow / instant at least 0.8.
 
     python -m benchmarks.environments --out benchmarks/results/<machine>/environments.json
 """

@@ -84,8 +84,8 @@ class RolloutRequest:
     mixture: float = 0.0
     """Share of the reference, in log-probs, where `source` is MIXTURE (rollout/mixture.py); 0: none."""
     keeps: bool = False
-    """Whether later requests may continue its samples: each is returned as soon as it has ended, and an engine
-    may keep what it computed of them (`KeepsSamples`)."""
+    """Whether later requests may continue its samples: each is returned as soon as it has ended, and an
+    engine may keep what it computed of them (`KeepsSamples`)."""
     continues: tuple[str, int] | None = None
     """The sample that this prompt begins with, prompt and completion: id of its request, and index."""
 

@@ -9,9 +9,9 @@
    `rollout.max_completion_tokens`, which counts observations too, is reached.
 
 Turn k of sample i draws with a seed made of the group's seed, i and k, so what an episode samples does not
-depend on how long an environment took, but for the rounding of matrix products of another size. Decoding waits
-for answers as long as that costs little (`PATIENCE`), so that with environments that answer quickly a run
-repeats itself bit for bit. The environment of a turn that was cut gets no call for it.
+depend on how long an environment took, but for the rounding of matrix products of another size. Decoding
+waits for answers as long as that costs little (`PATIENCE`), so that with environments that answer quickly a
+run repeats itself bit for bit. The environment of a turn that was cut gets no call for it.
 """
 
 from __future__ import annotations

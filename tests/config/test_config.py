@@ -273,7 +273,8 @@ def test_picking_a_name_is_picking_the_algorithm(name: str):
         ({"learner": {"beta": 0.1}}, "did you mean learner.betas?"),
         (
             {"path": "m"},
-            "did you mean model.path or reward.preference.path or environment.path or critic.path or ptx.path?",
+            "did you mean model.path or reward.preference.path or environment.path or critic.path or "
+            "ptx.path?",
         ),
         (
             {"algorithm": {"name": "grpo", "tau_positive": 1}},
