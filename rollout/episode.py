@@ -10,7 +10,17 @@ import torch
 
 from rlhf.metrics import Mean, Metrics
 from rlhf.tensors.candidates import Candidates
-from rlhf.types import Completion, FinishReason, Prompt, Source, Trajectory, VersionSpan
+from rlhf.types import (
+    Completion,
+    FinishReason,
+    Image,
+    Images,
+    Observed,
+    Prompt,
+    Source,
+    Trajectory,
+    VersionSpan,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +28,8 @@ class Observation:
     """What the environment answered, as tokens: from behind the policy's turn to the opening of its next."""
 
     token_ids: tuple[int, ...]
+    images: tuple[Image, ...] = ()
+    """In the order of their placeholders, of which `token_ids` holds as many as the model needs."""
 
 
 Turn = Completion | Observation
@@ -106,7 +118,7 @@ def of_turns(
     completions = [turn for turn in turns if isinstance(turn, Completion)]
     known = all(c.rollout_logprobs is not None for c in completions)
     logprobs, mask, numbers = list[float](), list[bool](), list[int]()
-    versions, candidates = list[VersionSpan](), list[Candidates]()
+    versions, candidates, observed = list[VersionSpan](), list[Candidates](), list[Observed]()
     number = -1
     for turn in turns:
         own, start, size = isinstance(turn, Completion), len(mask), len(turn.token_ids)
@@ -117,6 +129,9 @@ def of_turns(
         if isinstance(turn, Completion):
             versions += [VersionSpan(v.version, v.start + start, v.end + start) for v in turn.versions]
         candidates.append(_candidates(turn))
+        if isinstance(turn, Observation) and turn.images:
+            images = Images(f"{completions[0].prompt_id}, observation at token {start}", turn.images)
+            observed.append(Observed(start, start + size, images))
     truncated = any(c.candidates is not None for c in completions)
     return Trajectory(
         token_ids=tuple(token for turn in turns for token in turn.token_ids),
@@ -131,6 +146,7 @@ def of_turns(
         candidates=Candidates.join(candidates) if truncated and known else None,
         source=next((c.source for c in completions if c.source != Source.POLICY), Source.POLICY),
         messages=messages,
+        observations=tuple(observed),
     )
 
 

@@ -18,24 +18,26 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.collect.running_episodes import Decoding, RunningEpisode, RunningGroup
 from rlhf.config.run import Config
 from rlhf.data.prompts import TOOLS
 from rlhf.distributed.world import derive_seed
-from rlhf.environments.conversation import Conversation, without_cuts
+from rlhf.environments.conversation import Conversation, without_cuts, without_images
 from rlhf.environments.protocol import Ending, Environments, Lost, Message, Reply
 from rlhf.inputs import Inputs
 from rlhf.models.chat import ChatError
 from rlhf.models.pretrained import decoded
+from rlhf.models.vision.images import ImageError
 from rlhf.rollout.engine import KeepsSamples, RolloutEngine, RolloutRequest
-from rlhf.rollout.episode import Episode, Observation, Turn
+from rlhf.rollout.episode import Episode
 from rlhf.types import Completion, FinishReason, Prompt
 
 POLL_SECONDS = 0.02
@@ -46,63 +48,6 @@ PATIENCE = (1.0, 0.05)
 """How long decoding may wait for answers in one call of `run`: seconds, and share of the time so far."""
 
 Outcome = Reply | Ending | Lost
-Begun = tuple[Message, ...] | Lost
-"""What the reset of a sample has put behind its prompt."""
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """One episode that has not ended."""
-
-    group: _Group
-    index: int
-    prompt: Prompt
-    turns: list[Turn] = field(default_factory=list[Turn])
-    messages: list[Message] = field(default_factory=list[Message])
-    calls: int = 0
-    errors: int = 0
-    malformed: int = 0
-    reason: FinishReason = FinishReason.STOP
-
-    @property
-    def key(self) -> str:
-        return f"{self.group.request.prompt.id}#{self.index}"
-
-    @property
-    def tokens(self) -> list[int]:
-        return [token for turn in self.turns for token in turn.token_ids]
-
-    @property
-    def num_turns(self) -> int:
-        """How many turns the policy has had."""
-        return sum(isinstance(turn, Completion) for turn in self.turns)
-
-    @property
-    def last_sample(self) -> tuple[str, int]:
-        """The engine's sample of the last turn: id of its request, and index."""
-        if self.num_turns == 1:
-            return self.group.request.prompt.id, self.index
-        return f"{self.key}/{self.num_turns - 1}", 0
-
-
-@dataclass(slots=True, eq=False)
-class _Group:
-    """The samples of one request."""
-
-    number: int
-    request: RolloutRequest
-    name: str
-    running: list[_Running] = field(default_factory=list[_Running])
-    begun: dict[int, Begun] = field(default_factory=dict[int, Begun])
-    done: dict[int, Episode] = field(default_factory=dict[int, Episode])
-
-
-@dataclass(slots=True, eq=False)
-class _Decoding:
-    """One request that the engine has: the episodes whose turns it samples, and how many are missing."""
-
-    episodes: list[_Running]
-    missing: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +106,14 @@ class _Run:
         self.own, self.engine, self.environments = episodes, episodes.engine, episodes.environments
         self.finished, self.arrived = finished, arrived
         self.began, self.waited = time.monotonic(), 0.0
-        self.outcomes: SimpleQueue[tuple[_Running, Outcome]] = SimpleQueue()
+        self.outcomes: SimpleQueue[tuple[RunningEpisode, Outcome]] = SimpleQueue()
         self.asked = 0
         """Calls of environments that have not been answered."""
-        self.decoding: dict[str, _Decoding] = {}
+        self.decoding: dict[str, Decoding] = {}
         """What the engine samples, by the id of its request."""
         self.ready: deque[RolloutRequest] = deque()
         self.groups = [
-            _Group(number, request, self.environments.name_for(request.prompt.columns))
+            RunningGroup(number, request, self.environments.name_for(request.prompt.columns))
             for number, request in enumerate(requests)
         ]
         self.seeds = seeds
@@ -196,22 +141,22 @@ class _Run:
             raise
         return [[group.done[i] for i in sorted(group.done)] for group in self.groups]
 
-    def _begin(self, group: _Group, seed: int) -> None:
+    def _begin(self, group: RunningGroup, seed: int) -> None:
         prompt = group.request.prompt
         for index in range(group.request.params.n):
-            episode = _Running(group, index, prompt)
+            episode = RunningEpisode(group, index, prompt)
             group.running.append(episode)
             self.asked += 1
             finish = partial(self._put, episode)
             self.environments.begin(episode.key, group.name, prompt.columns, seed, finish)
 
-    def _put(self, episode: _Running, outcome: Outcome) -> None:
+    def _put(self, episode: RunningEpisode, outcome: Outcome) -> None:
         """Called from another thread."""
         self.outcomes.put((episode, outcome))
 
     def _answers(self) -> None:
         """Goes on with the episodes whose environments have answered."""
-        found: list[tuple[_Running, Outcome]] = []
+        found: list[tuple[RunningEpisode, Outcome]] = []
         while len(found) < self.asked:
             idle = not (found or self.decoding or self.ready)
             begin = time.monotonic()
@@ -229,7 +174,7 @@ class _Run:
         for episode, outcome in sorted(found, key=lambda one: (one[0].group.number, one[0].index)):
             self._go_on(episode, outcome)
 
-    def _go_on(self, episode: _Running, outcome: Outcome) -> None:
+    def _go_on(self, episode: RunningEpisode, outcome: Outcome) -> None:
         group = episode.group
         if episode.index not in group.begun:
             assert not isinstance(outcome, Ending)
@@ -241,7 +186,7 @@ class _Run:
         else:
             self._end(episode, outcome)
 
-    def _open(self, group: _Group) -> None:
+    def _open(self, group: RunningGroup) -> None:
         """All samples of a group are reset: asks for their first turns, of the prompt that they share."""
         found = [group.begun[i] for i in range(len(group.running))]
         first = next((f for f in found if not isinstance(f, Lost)), None)
@@ -268,12 +213,12 @@ class _Run:
         if not messages:
             return prompt
         assert not isinstance(prompt.content, str)
-        if prompt.images:
-            return Lost("value", "reset returned messages, but a prompt with images is not written again")
+        messages, more = without_images(messages)
         content = self.own.conversation.put_behind(prompt.content, messages)
+        images = (*(prompt.images or ()), *more)
         try:
-            ids = self.own.conversation.prompt(content, cast(Any, prompt.columns.get(TOOLS)))
-        except ChatError as error:
+            ids = self.own.conversation.prompt(content, cast(Any, prompt.columns.get(TOOLS)), images)
+        except (ChatError, ImageError) as error:
             return Lost("value", f"what reset returned cannot be written into the prompt: {error}")
         if len(ids) > self.own.max_prompt_tokens:
             return Lost(
@@ -281,12 +226,18 @@ class _Run:
                 f"with what reset returned the prompt has {len(ids)} tokens, data.max_prompt_tokens is "
                 f"{self.own.max_prompt_tokens}",
             )
-        return replace(prompt, token_ids=ids, content=without_cuts(content), original=prompt)
+        return replace(
+            prompt,
+            token_ids=ids,
+            content=without_cuts(content),
+            images=images or None,
+            original=prompt,
+        )
 
-    def _ask(self, request: RolloutRequest, episodes: list[_Running]) -> None:
+    def _ask(self, request: RolloutRequest, episodes: list[RunningEpisode]) -> None:
         last = episodes[0].num_turns + 1 == self.own.max_turns
         self.ready.append(replace(request, keeps=not last))
-        self.decoding[request.prompt.id] = _Decoding(episodes, len(episodes))
+        self.decoding[request.prompt.id] = Decoding(episodes, len(episodes))
 
     def _decode(self) -> None:
         if not self.decoding:
@@ -305,7 +256,7 @@ class _Run:
                 episode.turns.append(completion)
                 self._turn(episode, completion)
 
-    def _turn(self, episode: _Running, completion: Completion) -> None:
+    def _turn(self, episode: RunningEpisode, completion: Completion) -> None:
         """The policy has ended a turn: the environment answers."""
         ended = completion.finish_reason == FinishReason.STOP
         closed = completion.token_ids[-1:] and completion.token_ids[-1] in self.own.conversation.end_token_ids
@@ -320,7 +271,7 @@ class _Run:
             episode.reason = completion.finish_reason
             self.environments.end(episode.key, tuple(episode.messages), finish)
 
-    def _observe(self, episode: _Running, reply: Reply) -> None:
+    def _observe(self, episode: RunningEpisode, reply: Reply) -> None:
         """The environment has answered: another turn, or the end."""
         episode.calls += reply.calls
         episode.errors += reply.errors
@@ -332,14 +283,14 @@ class _Run:
             try:
                 token = episode.turns[-1].token_ids[-1]
                 observed = self.own.conversation.observation(reply.messages, token)
-            except ChatError as error:
+            except (ChatError, ImageError) as error:
                 self.environments.drop(episode.key)
                 self._end(episode, Lost("value", f"its answer cannot be written: {error}"))
                 return
-            room = episode.group.request.params.max_tokens - len(episode.tokens) - len(observed)
+            room = episode.group.request.params.max_tokens - len(episode.tokens) - len(observed.token_ids)
             if room > 0:
-                episode.messages += reply.messages
-                episode.turns.append(Observation(observed))
+                episode.messages += without_images(reply.messages)[0]
+                episode.turns.append(observed)
                 self._next(episode, room)
                 return
             episode.reason = FinishReason.LENGTH
@@ -347,37 +298,20 @@ class _Run:
         finish = partial(self._put, episode)
         self.environments.end(episode.key, tuple(episode.messages), finish)
 
-    def _next(self, episode: _Running, room: int) -> None:
+    def _next(self, episode: RunningEpisode, room: int) -> None:
         request, number = episode.group.request, episode.num_turns
-        prompt = replace(
-            episode.prompt,
-            id=f"{episode.key}/{number}",
-            token_ids=(*episode.prompt.token_ids, *episode.tokens),
-        )
+        prompt = episode.next_prompt(self.own.conversation)
         seed = derive_seed(request.params.seed, f"{episode.index}/{number}")
         params = replace(request.params, n=1, max_tokens=room, seed=seed)
         request = replace(request, prompt=prompt, params=params, continues=episode.last_sample)
         self._ask(request, [episode])
 
-    def _end(self, episode: _Running, outcome: Ending | Lost) -> None:
+    def _end(self, episode: RunningEpisode, outcome: Ending | Lost) -> None:
         group = episode.group
         if episode.turns and isinstance(self.engine, KeepsSamples):
             self.engine.forget(episode.last_sample)
-        ending = outcome if isinstance(outcome, Ending) else Ending()
-        group.done[episode.index] = Episode(
-            prompt=episode.prompt,
-            index=episode.index,
-            turns=tuple(episode.turns),
-            finish_reason=episode.reason,
-            messages=tuple(episode.messages),
-            environment=group.name,
-            rewards=_rewards(group.name, ending.reward),
-            state=ending.state,
-            calls=episode.calls,
-            errors=episode.errors,
-            malformed=episode.malformed,
-            lost=outcome.message if isinstance(outcome, Lost) else None,
-        )
+        ending, lost = (outcome, None) if isinstance(outcome, Ending) else (Ending(), outcome)
+        group.done[episode.index] = episode.ended(ending, lost)
         self.missing -= 1
         if self.arrived is not None:
             self.arrived(self.total - self.missing, self.total)
@@ -390,10 +324,3 @@ _BEGAN_OTHERWISE = (
     "columns and seed; the samples of a prompt are compared, so they must begin alike: draw at random from "
     "the argument seed of reset"
 )
-
-
-def _rewards(name: str, reward: float | Mapping[str, float] | None) -> Mapping[str, float]:
-    """The environment's own reward by objective."""
-    if reward is None:
-        return {}
-    return {name: reward} if isinstance(reward, (int, float)) else reward

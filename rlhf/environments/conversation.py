@@ -24,7 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.environments.protocol import Message
 from rlhf.models.chat import ChatError, of_text, write_chat
-from rlhf.types import Messages
+from rlhf.models.vision.images import ImageError
+from rlhf.models.vision.processor import Processor
+from rlhf.rollout.episode import Observation
+from rlhf.types import Image, Images, Messages
 
 # Unicode keeps these two for use within a program: no text has them
 CUT, TURN = "\ufdd0", "\ufdd1"
@@ -55,15 +58,15 @@ class Conversation:
 
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: frozenset[int]
-    template: Any = None
-    """The chat template in place of the tokenizer's own."""
+    processor: Processor | None = None
+    """That of a model that takes images, whose template is used then."""
 
     @cached_property
     def writes_tools(self) -> bool:
         """Whether the chat template writes tools; if not, they are told in the system message."""
         tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
         try:
-            write_chat(self.tokenizer, [_question()], tools=[tool], template=self.template)
+            self._write([_question()], [tool])
         except ChatError:
             return False
         return True
@@ -91,7 +94,7 @@ class Conversation:
 
         `roles`: who answers the policy, `tool` or `user`.
         """
-        opening = self._write([_question()], opens=True)
+        opening = self._write([_question()])
         for role in roles:
             answer = _result("x") if role == "tool" and self.writes_results else _question()
             try:
@@ -111,12 +114,19 @@ class Conversation:
                     "the template has this switch, or take a model whose template only appends"
                 )
 
-    def prompt(self, content: Messages, tools: Sequence[Mapping[str, Any]] | None) -> tuple[int, ...]:
-        """Token ids of the messages up to the opening of the policy's turn. Raises ChatError."""
+    def prompt(
+        self,
+        content: Messages,
+        tools: Sequence[Mapping[str, Any]] | None,
+        images: Sequence[Image] = (),
+    ) -> tuple[int, ...]:
+        """Token ids of the messages up to the opening of the policy's turn, images in their places.
+
+        Raises ChatError and ImageError.
+        """
         assert not isinstance(content, str)
         found = [dict(tool) for tool in tools] if tools else None
-        text = write_chat(self.tokenizer, of_text(content), tools=found, template=self.template)
-        return self._encode(text)
+        return self._encode(self._write(content, found), images)
 
     def put_behind(self, content: Messages, messages: Sequence[Message]) -> list[Message]:
         """The prompt's messages with those of a reset behind them; a text of the user joins the user's last
@@ -134,40 +144,69 @@ class Conversation:
                 joined.append(message)
         return joined
 
-    def observation(self, messages: Sequence[Message], last_token: int) -> tuple[int, ...]:
-        """Token ids from behind the policy's turn, whose last token is given, to the opening of the next one.
+    def observation(self, messages: Sequence[Message], last_token: int) -> Observation:
+        """Tokens from behind the policy's turn, whose last token is given, to the opening of the next one.
 
-        Raises ChatError when the template refuses the messages.
+        Raises ChatError when the template refuses the messages, and ImageError when an image cannot be read,
+        or the model takes none.
         """
+        messages, images = without_images(messages)
         if not self.writes_results:
             messages = [_told(message) if message["role"] == "tool" else message for message in messages]
-        ids = self._encode(self._behind_turn(self._spelled(messages)))
+        ids = self._encode(self._behind_turn(self._spelled(messages)), images)
         if last_token in self.end_token_ids:
             # the policy has ended its turn itself, so that the template's end is not written again
             end = next((i for i, token in enumerate(ids[:2]) if token in self.end_token_ids), -1)
             ids = ids[end + 1 :]
-        return ids
+        return Observation(ids, images)
+
+    def placeholders(self, token_ids: Sequence[int], start: int = 0) -> list[int]:
+        """The places of the placeholders of images among tokens, the first of which is at `start`."""
+        if self.processor is None:
+            return []
+        mark = self.processor.image_token_id
+        return [place for place, token in enumerate(token_ids, start) if token == mark]
 
     @property
     def _name(self) -> str:
         return repr(cast(Any, self.tokenizer).name_or_path)
 
-    def _write(self, messages: Sequence[Message], *, opens: bool) -> str:
-        return write_chat(self.tokenizer, of_text(messages), template=self.template, opens=opens)
+    def _write(self, messages: Sequence[Message], tools: list[dict[str, Any]] | None = None) -> str:
+        """The text of messages, which ends with the opening of the policy's turn."""
+        if self.processor is None:
+            return write_chat(self.tokenizer, of_text(messages), tools=tools)
+        # a template that writes images takes contents as lists of parts
+        parts = [{**message, "content": list(_parts(message["content"]))} for message in messages]
+        return write_chat(self.tokenizer, parts, tools=tools, template=self.processor.chat_template)
 
     def _behind_turn(self, messages: Sequence[Message]) -> str:
         """What the template writes behind the content of a turn that these messages follow."""
-        text = self._write([_question(), _turn(TURN), *messages], opens=True)
+        text = self._write([_question(), _turn(TURN), *messages])
         before, found, behind = text.rpartition(TURN)
         if not found or TURN in before:
             raise ChatError("the chat template does not write, once, what the assistant said before")
         return behind
 
-    def _encode(self, text: str) -> tuple[int, ...]:
+    def _encode(self, text: str, images: Sequence[Image] = ()) -> tuple[int, ...]:
         """Token ids of a text that a template wrote, its pieces tokenised apart."""
         pieces = [piece for piece in text.split(CUT) if piece]
+        if images:
+            return self._with_images(pieces, images)
         encoded: list[list[int]] = cast(Any, self.tokenizer)(pieces, add_special_tokens=False)["input_ids"]
         return tuple(token for ids in encoded for token in ids)
+
+    def _with_images(self, pieces: Sequence[str], images: Sequence[Image]) -> tuple[int, ...]:
+        if self.processor is None:
+            raise ImageError("it has images, but the model has no image processor")
+        ids: list[int] = []
+        waiting = list(images)
+        for piece in pieces:
+            count = piece.count(self.processor.placeholder)
+            own, waiting = waiting[:count], waiting[count:]
+            ids += self.processor.token_ids(piece, Images("an environment's answer", tuple(own)))
+        if waiting:
+            raise ImageError(f"the chat template writes no place for {len(waiting)} of its images")
+        return tuple(ids)
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -192,6 +231,19 @@ class Conversation:
             else {**m, "content": [of_part(part) for part in m["content"]]}
             for m in messages
         ]
+
+
+def without_images(messages: Sequence[Message]) -> tuple[list[Message], tuple[Image, ...]]:
+    """The messages with `{"type": "image"}` for images, and the images."""
+    found: list[Image] = []
+    written: list[Message] = []
+    for message in messages:
+        content: Any = message["content"]
+        if not isinstance(content, str):
+            found += [part["image"] for part in content if part["type"] == "image" and "image" in part]
+            content = [{"type": "image"} if part["type"] == "image" else part for part in content]
+        written.append({**message, "content": content})
+    return written, tuple(found)
 
 
 def without_cuts(messages: Sequence[Message]) -> list[Message]:

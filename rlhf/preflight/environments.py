@@ -55,8 +55,7 @@ def _conversation(
     ends = set(eos_token_ids(config.model.path))
     if isinstance(tokenizer.eos_token_id, int):
         ends.add(tokenizer.eos_token_id)
-    template = None if processor is None else processor.chat_template
-    return Conversation(tokenizer, frozenset(ends), template)
+    return Conversation(tokenizer, frozenset(ends), processor)
 
 
 def with_tools(

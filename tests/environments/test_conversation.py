@@ -46,7 +46,7 @@ def conversation(folder: Path, template: str) -> Conversation:
 
 def observed(own: Conversation, *messages: dict[str, Any], last: int = 2) -> str:
     tokenizer: Any = own.tokenizer
-    return tokenizer.decode(own.observation(messages, last))
+    return tokenizer.decode(own.observation(messages, last).token_ids)
 
 
 def result(text: str) -> dict[str, Any]:
