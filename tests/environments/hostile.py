@@ -118,7 +118,7 @@ def close_every_file() -> str:
 
 
 def garble_the_connection() -> None:
-    for number in range(3, 64):
+    for number in range(3, 256):
         try:
             socket.socket(fileno=os.dup(number)).send(b"\xff no answer\n")
         except OSError:
@@ -127,7 +127,7 @@ def garble_the_connection() -> None:
 
 
 def forge_an_answer() -> None:
-    for number in range(3, 64):
+    for number in range(3, 256):
         try:
             socket.socket(fileno=os.dup(number)).send(b'{"call": 1000000, "reply": {"messages": []}}\n')
         except OSError:
