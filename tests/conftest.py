@@ -26,6 +26,8 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+LONG = [Path(__file__).parent / name for name in ("device", "e2e", "faults", "rollout/vllm", "vision")]
+"""Folders most of whose files take long."""
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -70,8 +72,8 @@ OWN_SIZES: dict[str, dict[str, Any]] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # files with slow tests begin first, so that none of them begins when the other processes are done
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    # files that take long begin first, so that none of them begins when the other processes are done
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.path.parent in LONG}
     items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlhf.config.model import ModelConfig
+from rlhf.distributed.watchdog import lost_connection
 from rlhf.models.attention import DEFINITION, caps_attention, sliding_window, takes_attention
 from rlhf.models.packing import Layout, least
 from rlhf.models.policy import Policy, Trunk
@@ -165,6 +166,9 @@ def _tried(error: Callable[[], str | None]) -> str | None:
     except torch.OutOfMemoryError:
         raise
     except Exception as failure:
+        if lost_connection(failure):
+            # another rank, which has shards of this model, is gone
+            raise
         # the code of a model may fail in any way where it is called otherwise than transformers does
         text = " ".join(str(failure).split())
         return f"its code fails there with {type(failure).__name__}: {text:.200}"

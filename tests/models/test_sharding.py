@@ -14,7 +14,7 @@ from rlhf.checkpoints.store import load
 from rlhf.config.learner import DistributedConfig
 from rlhf.distributed.shards import first_row, own_rows
 from rlhf.distributed.world import world
-from rlhf.models.loading import load_sharded_policy
+from rlhf.models.loading import _tried, load_sharded_policy
 from rlhf.models.packing import pack
 from rlhf.models.policy import Policy
 from rlhf.models.pretrained import ModelError
@@ -210,3 +210,12 @@ def test_any_rows_are_read_out_of_the_files_of_any_ranks(tmp_path: Path) -> None
     for start in range(6):
         for stop in range(start, 6):
             assert torch.equal(saved.rows("w", start, stop), whole[start:stop])
+
+
+def test_a_rank_that_is_lost_while_models_are_compared_is_no_fault_of_the_model() -> None:
+    def fails(text: str) -> str:
+        raise RuntimeError(text)
+
+    assert _tried(lambda: fails("no such kernel")) == "its code fails there with RuntimeError: no such kernel"
+    with pytest.raises(RuntimeError, match="Connection closed by peer"):
+        _tried(lambda: fails("Connection closed by peer [127.0.0.1]:18656"))

@@ -243,7 +243,6 @@ def test_candidates_are_requested_where_they_are_needed(
     assert return_candidates(config, config.build_algorithm()) is expected
 
 
-@pytest.mark.slow
 def test_a_run_learns_from_truncated_samples(tmp_path: Path, tiny_model: Folder) -> None:
     """As it would without truncation: the mismatch stays that of rounding."""
     settings = bandit_settings(
