@@ -60,6 +60,8 @@ class Conversation:
     end_token_ids: frozenset[int]
     processor: Processor | None = None
     """That of a model that takes images, whose template is used then."""
+    no_images: str = ""
+    """Why observations cannot have images in this run; empty: they can, if the model takes any."""
 
     @cached_property
     def writes_tools(self) -> bool:
@@ -86,7 +88,9 @@ class Conversation:
         told = tools_as_text(tools)
         first, rest = dict(content[0]), list(content[1:])
         if first["role"] == "system":
-            return [{**first, "content": f"{first['content']}\n\n{told}"}, *rest]
+            own, behind = first["content"], f"\n\n{told}"
+            both = own + behind if isinstance(own, str) else [*own, *_parts(behind)]
+            return [{**first, "content": both}, *rest]
         return [{"role": "system", "content": told}, first, *rest]
 
     def check(self, *, roles: Sequence[str]) -> None:
@@ -197,7 +201,9 @@ class Conversation:
 
     def _with_images(self, pieces: Sequence[str], images: Sequence[Image]) -> tuple[int, ...]:
         if self.processor is None:
-            raise ImageError("it has images, but the model has no image processor")
+            raise ImageError("it has images, but the model takes none")
+        if self.no_images:
+            raise ImageError(f"it has images, and {self.no_images}")
         ids: list[int] = []
         waiting = list(images)
         for piece in pieces:

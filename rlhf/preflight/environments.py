@@ -55,7 +55,16 @@ def _conversation(
     ends = set(eos_token_ids(config.model.path))
     if isinstance(tokenizer.eos_token_id, int):
         ends.add(tokenizer.eos_token_id)
-    return Conversation(tokenizer, frozenset(ends), processor)
+    return Conversation(tokenizer, frozenset(ends), processor, _no_images(config))
+
+
+def _no_images(config: Config) -> str:
+    """Why environments cannot show images in this run, whatever its model; empty where they can."""
+    if config.distributed.mode == "sharded":
+        return "models that take images cannot be sharded: set distributed.mode=replicated"
+    if config.build_algorithm().critic is not None and config.critic.trunk == "own":
+        return "a critic with its own trunk sees text only: set critic.trunk=policy"
+    return ""
 
 
 def with_tools(
