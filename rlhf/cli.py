@@ -148,6 +148,12 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
         "--greedy", action="store_true", help="decode greedily: one sample of each prompt, temperature 0"
     )
     command.add_argument(
+        "--goals",
+        metavar="JUDGE",
+        help="judge whether the users' goals were reached (GSR, RCOF): FILE.py:JUDGE, or a chat endpoint as "
+        "'{url: ..., model: ..., votes: 3, temperature: 0.7}'",
+    )
+    command.add_argument(
         "--out", metavar="FILE", help="JSON file to write results and completions to; must not exist yet"
     )
     _add_overrides(command)
@@ -203,6 +209,7 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
                     rewards=tuple(options.reward),
                     k=options.k,
                     greedy=options.greedy,
+                    goals=options.goals,
                     out=options.out,
                     overrides=tuple(options.overrides),
                 )

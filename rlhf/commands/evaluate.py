@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.progress import track
 
 from rlhf.collect.episodes import Episodes
 from rlhf.collect.sampler import Sampler
+from rlhf.commands.goals import goal_judges, report_goals
 from rlhf.commands.model_source import Source, find_source, load_weights
 from rlhf.commands.paths import located
 from rlhf.components import engine_starter
@@ -54,6 +55,8 @@ class Request:
     """The k of pass@k; if empty, the powers of two up to the number of samples of a prompt."""
     greedy: bool = False
     """Whether to decode greedily, with one sample of each prompt."""
+    goals: str | None = None
+    """Who judges whether users' goals were reached (`goal_judges`); None: nobody."""
     out: str | None = None
     overrides: tuple[str, ...] = ()
 
@@ -93,6 +96,8 @@ class Measured:
     mean_tokens: float
     records: list[dict[str, Any]]
     """One object for each prompt, with its completions."""
+    goals: dict[str, Any] | None = None
+    """What `--goals` found."""
 
 
 def run_evaluation(request: Request) -> Iterator[str]:
@@ -105,16 +110,25 @@ def run_evaluation(request: Request) -> Iterator[str]:
     source = find_source(request.source)
     config = with_dtype(evaluation_config(request, source))
     ks = _ks(request, config.eval.samples)
+    judges = None if request.goals is None else goal_judges(request.goals)
     inputs = load_inputs(config)
     with closing(inputs.rewards):
         groups = _sample(request, source, config, inputs)
     measured = measure(groups, config, ks, source)
-    if request.out is not None:
-        write_atomically(Path(request.out), json.dumps(asdict(measured), indent=1, ensure_ascii=False))
+    _write(request.out, measured)
     yield from describe(measured)
+    if judges is not None:
+        report = report_goals(groups, judges)
+        _write(request.out, replace(measured, goals=report.figures()))
+        yield from report.lines()
     yield from (f"warning      {text}" for text in about_inputs(config, inputs))
     if request.out is not None:
         yield f"written      {request.out}"
+
+
+def _write(out: str | None, measured: Measured) -> None:
+    if out is not None:
+        write_atomically(Path(out), json.dumps(asdict(measured), indent=1, ensure_ascii=False))
 
 
 def evaluation_config(request: Request, source: Source) -> Config:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from typing import Any
 
 from rlhf.rewards.judges.goals import CODES, Judge, Message, TurnVerdict, majority
 
@@ -78,13 +79,27 @@ class GoalReport:
         """Conversations without a verdict."""
         return sum(goals is None for goals in self.conversations)
 
+    def figures(self) -> dict[str, Any]:
+        """The figures, and the goals of each conversation, as JSON has them."""
+        goals = self.goals
+        return {
+            "goals": len(goals),
+            "success_rate": success_rate(goals),
+            "success_rate_of_several_turns": success_rate(of_several_turns(goals)),
+            "causes": {code or "unknown": count for code, count in causes(goals).items()},
+            "left_out": self.left_out,
+            "conversations": [
+                None if c is None else [asdict(goal) for goal in c] for c in self.conversations
+            ],
+        }
+
     def lines(self) -> Iterator[str]:
         """The figures for people."""
         goals = self.goals
         several = of_several_turns(goals)
         reached = sum(goal.success for goal in goals)
         yield f"goals        {reached} of {len(goals)} reached: GSR {success_rate(goals):.1f}%"
-        yield f"several turns {len(several)} goals: GSR {success_rate(several):.1f}%"
+        yield f"             {len(several)} of several turns: GSR {success_rate(several):.1f}%"
         for code, count in causes(goals).items():
             meaning = "no code" if code is None else f"{code} {CODES[code]}"
             yield f"failed       {count:4d}  {meaning}"

@@ -38,15 +38,22 @@ def test_a_checkpoint_its_run_and_its_export_are_measured_alike(finished_run: Pa
     assert "6 prompts x 4 samples" in said and "pass@4" in said and "6 prompts are few" in said
 
 
-def test_another_engine_greedy_takes_one_sample_and_agrees(finished_run: Path, tmp_path: Path):
+def test_another_engine_greedy_takes_one_sample_and_agrees(finished_run: Path, tmp_path: Path, capsys):
     texts: list[list[str]] = []
+    (tmp_path / "my.py").write_text(
+        "def judge(cs):\n    return [[{'success': i > 0}] for i, _ in enumerate(cs)]"
+    )
     for engine in ("native", "hf"):
         out = tmp_path / f"{engine}.json"
-        assert (
-            main(["eval", str(finished_run), "--greedy", "--out", str(out), f"rollout.engine={engine}"]) == 0
-        )
+        greedy = ["--greedy", "--goals", f"{tmp_path}/my.py:judge", "--out", str(out)]
+        assert main(["eval", str(finished_run), *greedy, f"rollout.engine={engine}"]) == 0
         report = json.loads(out.read_text())
         assert report["samples"] == 1
+        # a judge that takes the first of six conversations for a failure
+        assert "5 of 6 reached: GSR 83.3%" in capsys.readouterr().out
+        assert report["goals"]["conversations"][0] == [
+            {"first": 1, "last": 1, "success": False, "code": None}
+        ]
         texts.append([r["completions"][0]["text"] for r in report["records"]])
     assert texts[0] == texts[1]
 

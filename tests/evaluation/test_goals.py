@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf.commands.goals import conversations_of, goal_judges, report_goals
+from rlhf.config.section import ConfigError
 from rlhf.evaluation.goals import Goal, causes, goals_of, judge_goals, of_several_turns, success_rate
 from rlhf.rewards.judges.goals import (
     CODES,
@@ -22,9 +26,12 @@ from rlhf.rewards.judges.goals import (
     written,
 )
 from rlhf.rewards.remote import NoVerdict
+from rlhf.rewards.workers.pool import RewardError
 from rlhf.rewards.workers.return_values import WrongReturn
+from rlhf.types import Group, Prompt
 from tests.rewards import test_remote
 from tests.rewards.test_remote import Service, serving
+from tests.support import trajectory
 
 GOOD, MORE = TurnVerdict(True, True), TurnVerdict(False, True)
 
@@ -146,9 +153,12 @@ def test_what_no_judge_could_judge_is_left_out_and_counted():
     assert report.conversations == ((Goal(1, 1, True),), None)
     assert list(report.lines()) == [
         "goals        1 of 1 reached: GSR 100.0%",
-        "several turns 0 goals: GSR 0.0%",
+        "             0 of several turns: GSR 0.0%",
         "left out     1 of 2 conversations without a verdict",
     ]
+    figures = report.figures()
+    assert figures["conversations"] == [[{"first": 1, "last": 1, "success": True, "code": None}], None]
+    assert (figures["goals"], figures["success_rate"], figures["left_out"]) == (1, 100.0, 1)
 
 
 @pytest.mark.parametrize(
@@ -223,3 +233,47 @@ def test_the_reward_of_an_episode_is_whether_no_turn_failed(service: Service):
         GoalReward(service.url("half"), "m")(["a?"], [episode])
     with pytest.raises(ValueError, match=r"template must have \{conversation\}"):
         GoalJudge("http://x", "m", template="{prompt}")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("{url: 'http://x', model: m, votes: 3}", "votes of one model are the same at temperature 0"),
+        ("{url: 'http://x', model: m, votes: 0}", "votes must be a whole number, at least 1, got 0"),
+        ("{url: 'http://x'}", "missing a required argument: 'model'"),
+        ("{url: x, model: m}", "expected an address like http://host:8000/score, got 'x"),
+        ("nobody", "expected package.module:name or path/file.py:name, got 'nobody'"),
+        ("{url: ", "neither my.py:judge nor YAML"),
+    ],
+)
+def test_judges_that_cannot_be_asked_are_refused(spec: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        goal_judges(spec)
+
+
+def test_each_vote_of_a_model_is_a_sample_of_its_own(service: Service):
+    service.requests.clear()
+    judges = goal_judges(json.dumps({"url": service.url("list"), "model": "m", "votes": 3, "temperature": 1}))
+    report = judge_goals([talk("a", "b")], judges)
+    assert report.conversations == ((Goal(1, 2, False, "E4"),),)
+    assert [sent["seed"] for _, _, sent in service.requests] == [0, 1, 2]
+
+
+def test_samples_are_judged_as_conversations(tmp_path: Path):
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a?"}]
+    several = replace(trajectory([5], 1.0), messages=tuple(talk("x", "b")[1:]))
+    one = replace(trajectory([6], 1.0), text="yes")
+    groups = [Group(Prompt("p", (3,), chat), (several,)), Group(Prompt("q", (4,), "c?"), (one,))]
+    conversations = conversations_of(groups)
+    assert [len(turns_of(c)) for c in conversations] == [2, 1]
+    assert conversations[1] == [{"role": "user", "content": "c?"}, {"role": "assistant", "content": "yes"}]
+    (tmp_path / "my.py").write_text(
+        "def judge(conversations):\n"
+        "    asked = [[m['content'] for m in c if m['role'] == 'user'] for c in conversations]\n"
+        "    return [[{'success': text != 'b?'} for text in texts] for texts in asked]\n"
+        "def broken(conversations):\n    return 1\n"
+    )
+    report = report_goals(groups, goal_judges(f"{tmp_path}/my.py:judge"))
+    assert [goal.success for goal in report.goals] == [True, False, True]
+    with pytest.raises(RewardError, match="--goals: must return a list of 2 lists"):
+        report_goals(groups, goal_judges(f"{tmp_path}/my.py:broken"))
