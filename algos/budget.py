@@ -187,7 +187,7 @@ def budget_metrics(rewards: Tensor, group: Tensor, *, threshold: float = 0.5) ->
     `budget/effective_prompts` that of the prompts with such groups. `budget/solved_A_B` is the share of
     prompts with a success rate above A and up to B percent; rates of 0 and of 100 have metrics of their own,
     and 80 belongs to the bucket above, as in the paper. `budget/size_A_B` is the mean number of rollouts of
-    these prompts.
+    these prompts; a bucket without prompts has none. Without any reward there are no metrics.
     """
     known = ~rewards.isnan()
     rewards, group = rewards[known].double(), group[known]
@@ -199,6 +199,8 @@ def budget_metrics(rewards: Tensor, group: Tensor, *, threshold: float = 0.5) ->
     mixed = (top > bottom) & seen
     solved = torch.zeros_like(top).index_add(0, group, (rewards >= threshold).double()) / size.clamp(min=1)
     prompts = int(seen.sum())
+    if not prompts:
+        return {}
     buckets = {
         "0": solved == 0,
         "0_20": (solved > 0) & (solved <= 0.2),
@@ -209,7 +211,7 @@ def budget_metrics(rewards: Tensor, group: Tensor, *, threshold: float = 0.5) ->
     return {
         "budget/effective_ratio": Mean(int(size[mixed].sum()), len(rewards)),
         "budget/effective_prompts": Mean(int(mixed.sum()), prompts),
-        "budget/largest": Max(int(size.max()) if prompts else 0),
+        "budget/largest": Max(int(size.max())),
         **{
             f"budget/solved_{name}": Mean(int((in_bucket & seen).sum()), prompts)
             for name, in_bucket in buckets.items()
@@ -217,6 +219,7 @@ def budget_metrics(rewards: Tensor, group: Tensor, *, threshold: float = 0.5) ->
         **{
             f"budget/size_{name}": Mean(int(size[in_bucket & seen].sum()), int((in_bucket & seen).sum()))
             for name, in_bucket in buckets.items()
+            if (in_bucket & seen).any()
         },
     }
 

@@ -90,7 +90,7 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
     models = _models(config, inputs, world)
     optimizer = MasterAdamW(models.policy.model, _dtype(config), config.learner, config.steps)
     iterate = None if models.iterate is None else Iterate(models.policy, models.iterate, config.iteration)
-    budgets = Budgets(config.budget, config.reward, config.rollout.group_size, world)
+    budgets = Budgets(config, world, learns_rewards=inputs.algorithm.needs_rewards)
     constraints = Constraints(config.reward.constraints, inputs.rewards, world)
     perception_watch = PerceptionWatch(config.perception)
     engine, sync, sampler = _rollout(config, inputs, world, models)

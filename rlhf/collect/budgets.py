@@ -15,8 +15,7 @@ import torch
 
 from rlhf.algos.budget import SuccessTracker, allocate, allocate_tokens, budget_metrics
 from rlhf.checkpoints.stateful import Stateful, TensorFiles
-from rlhf.config.reward import RewardConfig
-from rlhf.config.rollout import BudgetConfig
+from rlhf.config.run import Config
 from rlhf.data.identity import identity
 from rlhf.distributed.world import World
 from rlhf.metrics import Metrics
@@ -32,7 +31,11 @@ class Budgets(Stateful):
     Prompts are known by their contents, so that a run goes on with edited data.
     """
 
-    def __init__(self, section: BudgetConfig, reward: RewardConfig, group_size: int, world: World) -> None:
+    def __init__(self, config: Config, world: World, *, learns_rewards: bool = True) -> None:
+        """`learns_rewards`: whether the policy learns from rewards; else `observe` measures nothing."""
+        section, reward, group_size = config.budget, config.reward, config.rollout.group_size
+        # a win rate compares the completions of a prompt: none of them is correct by itself
+        self.measures = learns_rewards and not (reward.preference is not None and not reward.functions)
         self.section, self.reward, self.group_size, self.world = section, reward, group_size, world
         prior = None if section.prior is None else (section.prior, section.prior)
         self.tracker = SuccessTracker(prior=prior)
@@ -95,7 +98,11 @@ class Budgets(Stateful):
         return [float(is_correct(t, self.reward)) for t in scored]
 
     def observe(self, groups: Sequence[Group]) -> Metrics:
-        """Updates the success rates with the outcomes of a step; every rank uses those of all ranks."""
+        """Updates the success rates with the outcomes of a step; every rank uses those of all ranks.
+
+        Returns what the rollouts were good for, without the sizes of a uniform budget, which are all the
+        same.
+        """
         check_objective(groups, self.reward)
         mine = [(identity(g.prompt), self._outcomes(g), _mean_tokens(g)) for g in groups]
         for part in self.world.gather(mine):
@@ -107,7 +114,16 @@ class Budgets(Stateful):
         index = [i for i, g in enumerate(groups) for _ in g.trajectories]
         threshold = self.reward.success_threshold
         group = torch.tensor(index, dtype=torch.long)
-        return budget_metrics(torch.tensor(rewards), group, threshold=threshold)
+        if not self.measures:
+            return {}
+        found = budget_metrics(torch.tensor(rewards), group, threshold=threshold)
+        if self.section.rule != "uniform":
+            return found
+        return {
+            name: value
+            for name, value in found.items()
+            if not name.startswith(("budget/size", "budget/largest"))
+        }
 
     def state(self) -> dict[str, Any]:
         return {"success": self.tracker.state_dict(), "tokens": dict(self.tokens), "by": "contents"}

@@ -138,7 +138,9 @@ def _described(groups: Sequence[Group]) -> Metrics:
     duels = [d for g in groups for d in g.duels]
     trajectories = [t for g in groups for t in g.trajectories]
     truncated = sum(t.finish_reason == FinishReason.LENGTH for t in trajectories)
-    return {
-        "pairs/probability": Mean(sum(d.probability for d in duels), float(len(duels))),
-        "pairs/truncated": Mean(float(truncated), float(len(trajectories))),
-    }
+    found: Metrics = {}
+    if duels:
+        found["pairs/probability"] = Mean(sum(d.probability for d in duels), float(len(duels)))
+    if trajectories:
+        found["pairs/truncated"] = Mean(float(truncated), float(len(trajectories)))
+    return found

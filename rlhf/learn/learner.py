@@ -363,14 +363,19 @@ def _shares(experience: Experience, groups: Sequence[int]) -> Tensor:
 
 
 def _advantage_metrics(experience: Experience) -> Metrics:
-    """Largest advantage, and the share of sequences whose advantages are all zero: they teach nothing."""
+    """Largest advantage, and the share of sequences whose advantages are all zero: they teach nothing.
+
+    Where the data's completions are compared, those of the policy alone have advantages (HyPO).
+    """
     informative = torch.bincount(
         experience.sequence, weights=(experience.advantages != 0).double(), minlength=len(experience.group)
     )
     largest = experience.advantages.abs().max().item() if len(experience.advantages) else 0.0
+    if experience.contrasts is not None and experience.recorded is not None:
+        informative = informative[_own(experience)]
     num_zero = int((informative == 0).sum())
     return {
-        "advantage/zero_fraction": Mean(float(num_zero), float(len(experience.group))),
+        "advantage/zero_fraction": Mean(float(num_zero), float(len(informative))),
         "advantage/abs_max": Max(largest),
     }
 

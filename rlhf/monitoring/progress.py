@@ -63,6 +63,7 @@ SHOWN = (
     ShownMetric("length/mean", "length", "{:.1f}"),
     ShownMetric("length/truncated", "truncated", "{:.0%}"),
     ShownMetric("advantage/zero_fraction", "no signal", "{:.0%}"),
+    ShownMetric("update/no_signal", "updates without signal", "{:.0f}"),
     ShownMetric("throughput/tokens_per_second", "", "{:.0f}", " tok/s"),
     ShownMetric("time/step", "", "{:.1f}", " s"),
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import Any
 
 import pytest
 
 from rlhf.collect.budgets import Budgets
 from rlhf.config.load import make_config
 from rlhf.config.reward import RewardConfig
-from rlhf.config.rollout import BudgetConfig
+from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.data.identity import identity
 from rlhf.rewards.success import is_correct
@@ -29,8 +30,23 @@ def group(prompt: Prompt, right: int, wrong: int) -> Group:
     return Group(prompt, tuple(trajectory([4], r) for r in [1.0] * right + [0.0] * wrong))
 
 
+def config(reward: dict[str, Any] | None = None, **budget: object) -> Config:
+    return make_config(
+        {
+            "run_dir": "r",
+            "steps": 1,
+            "model": {"path": "m"},
+            "data": {"train": "t.jsonl"},
+            "algorithm": "grpo",
+            "reward": reward or {"functions": [{"path": "a:b"}]},
+            "rollout": {"group_size": 8},
+            "budget": budget,
+        }
+    )
+
+
 def budgets(**settings: object) -> Budgets:
-    return Budgets(BudgetConfig.model_validate({"rule": "knapsack"} | settings), REWARD, 8, ALONE)
+    return Budgets(config(rule="knapsack", **settings), ALONE)
 
 
 def test_prompts_never_seen_get_the_uniform_share():
@@ -44,6 +60,24 @@ def test_the_total_is_that_of_uniform_and_goes_where_it_teaches():
     sizes = rule.sizes([hard, middle, easy, solved])
     assert sum(sizes) == 32
     assert sizes[0] > sizes[1] > sizes[2] == sizes[3] == 2
+
+
+def test_what_is_measured_has_a_value_and_a_meaning():
+    hard, solved = prompts(2)
+    groups = [group(hard, 1, 3), group(solved, 4, 0)]
+    # 1 / 4 and 4 / 4 are correct; the other buckets are empty and have no size
+    assert {name for name in budgets().observe(groups) if "size" in name} == {
+        "budget/size_20_80",
+        "budget/size_100",
+    }
+    uniform = Budgets(config(), ALONE)
+    found = uniform.observe(groups)
+    assert found["budget/solved_100"].value == found["budget/effective_ratio"].value == 0.5
+    assert not any("size" in name or "largest" in name for name in found)
+    # win rates, and rewards that are only measured, say of no prompt that it is solved
+    judged = Budgets(config({"preference": {"path": "a:b"}}), ALONE)
+    assert judged.observe(groups) == uniform.observe([]) == {}
+    assert Budgets(config(), ALONE, learns_rewards=False).observe(groups) == {}
 
 
 def test_with_a_prior_one_visit_is_enough():

@@ -247,6 +247,10 @@ def test_hypo_learns_from_labels_of_the_data_and_holds_its_own_samples(tmp_path:
     assert found.count("data") == found.count("policy") > 0
     steps = metrics_of(tmp_path)
     assert steps[-1]["pairs/margin"] > 0 and steps[-1]["kl/ref"] > 0
+    # the data's half of the completions has no advantages, and does not count as without signal
+    assert steps[-1]["advantage/zero_fraction"] < 0.5
+    # nothing is learned from rewards: no prompt is hard or solved
+    assert not any(name.startswith("budget/") for name in steps[-1])
     assert steps[0]["kl/ref"] == pytest.approx(0.0, abs=1e-9)
 
 
