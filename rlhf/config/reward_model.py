@@ -15,11 +15,11 @@ from rlhf.config.section import Count, Positive, Section, masked
 
 
 class PreferenceData(Section):
-    """Pairs or ratings to train and evaluate on (docs/ppo_max.md)."""
+    """Examples to train and evaluate on (docs/reward_models.md)."""
 
     train: str
-    """Examples to train on, pairs or ratings as `score.kind` says: a jsonl or parquet file, or a `datasets`
-    folder."""
+    """Examples to train on, with the columns that `score.kind` needs: a jsonl or parquet file, or a
+    `datasets` folder."""
     eval: str
     """Held-out examples in the same form, on which accuracy and calibration are measured."""
     ratings: str | None = None

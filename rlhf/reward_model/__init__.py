@@ -1,1 +1,1 @@
-"""Reward models trained on pairs or ratings: `task: reward_model`."""
+"""Reward models: `task: reward_model`."""

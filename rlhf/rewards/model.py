@@ -117,7 +117,9 @@ class RewardModel:
             with torch.inference_mode():
                 return self._returned(self._transformed(self.model(**inputs).logits))
         others = [""] * len(prompts)
-        if self.form.needs_reference and reference is not None:
+        if self.form.needs_reference:
+            if reference is None:
+                raise ValueError("this model compares completions: give what with in `reference`")
             others = [completion_text(r) for r in reference]
         texts = [completion_text(c) for c in completions]
         rows = [self._row(p, c, r) for p, c, r in zip(prompts, texts, others, strict=True)]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.config.reward_model import RewardModelConfig
-from rlhf.reward_model.kinds.gated import GatedLearner
+from rlhf.reward_model.frozen_states import FrozenStates
 from rlhf.reward_model.trainer import RewardModelTrainer, describe
 from rlhf.rewards.model import RewardModel
 from rlhf.rewards.plugin import RewardSpec
@@ -91,13 +91,13 @@ def test_the_frozen_model_is_read_once_for_each_example(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen: list[int] = []
-    computed = GatedLearner._computed  # pyright: ignore[reportPrivateUsage]
+    computed = FrozenStates._computed  # pyright: ignore[reportPrivateUsage]
 
-    def counted(self: GatedLearner, examples: Any) -> Any:
+    def counted(self: FrozenStates, examples: Any) -> Any:
         seen.extend(map(id, examples))
         return computed(self, examples)
 
-    monkeypatch.setattr(GatedLearner, "_computed", counted)
+    monkeypatch.setattr(FrozenStates, "_computed", counted)
     trainer = trained(tmp_path, tiny_model_dir, steps=6, eval={"every": 1}, checkpoint={"export": False})
     assert sorted(seen) == sorted(map(id, [*trainer.train, *trainer.held_out, *trainer.first]))
 

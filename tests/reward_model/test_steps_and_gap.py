@@ -10,6 +10,7 @@ import pytest
 
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.reward_model.trainer import RewardModelTrainer
+from rlhf.rewards.judges.models import PairRewards
 from rlhf.rewards.model import RewardModel
 from rlhf.rewards.plugin import RewardSpec
 from tests.support import reward_model_settings
@@ -102,6 +103,11 @@ def test_a_gap_says_which_of_two_is_better(tmp_path: Path, tiny_model_dir: Path)
     chosen, rejected = zip(*(e.texts for e in trainer.held_out), strict=True)
     assert served(prompts, chosen, reference=rejected) == pytest.approx(ours[:, 0].tolist(), abs=1e-4)
     assert served(prompts, rejected, reference=chosen) == pytest.approx(ours[:, 3].tolist(), abs=1e-4)
+    with pytest.raises(ValueError, match="this model compares completions"):
+        served(prompts, chosen)
+    judge = PairRewards(str(tmp_path / "run" / "model"))
+    duels = list(zip(chosen, rejected, strict=True))
+    assert judge(prompts, duels) == pytest.approx((ours[:, 0] - ours[:, 3]).sigmoid().tolist(), abs=1e-4)
     # what the dataset lacks is told before the run
     signature = RewardSpec("reward_model", params={"model": str(tmp_path / "run" / "model")}).load().signature
     signature.check_columns("it", ("reference",))

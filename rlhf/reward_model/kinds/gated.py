@@ -18,7 +18,6 @@ all rows once their strength is chosen; 4. the reference set of the verbosity is
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,12 +34,12 @@ from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Mean, Metrics, merge
 from rlhf.models.heads import Gate, scores
 from rlhf.models.policy import Policy
+from rlhf.reward_model.frozen_states import FrozenStates
 from rlhf.reward_model.kinds.base import Judged, Kind, Learner, agreement, is_right, labels_of, shown_pair
 from rlhf.reward_model.kinds.pairs import Pairs
 from rlhf.reward_model.kinds.ratings import Ratings
-from rlhf.reward_model.learner import packed
 from rlhf.reward_model.model import RewardModel
-from rlhf.torch_typed import pieces, seeded
+from rlhf.torch_typed import seeded
 from rlhf.types import Prompt
 
 MEAN = "mean of the objectives"
@@ -64,7 +63,10 @@ class Gated(Kind):
         yield from self._pairs.told(examples)
 
     def learner(self, policy: Policy, world: World, first: Sequence[Example]) -> GatedLearner:
-        return GatedLearner(policy, self.config, world, first)
+        policy.freeze(getattr(torch, self.config.model.dtype))
+        model = RewardModel(policy, len(self.config.score.objectives))
+        states = FrozenStates(model, self.config.learner.microbatch_tokens)
+        return GatedLearner(states, self.config, world, first)
 
     def judge(self, scores: Tensor, examples: Sequence[Example]) -> dict[str, Judged]:
         """Of the score; beside it of the objectives' mean and of each objective, which do not count."""
@@ -79,31 +81,20 @@ class Gated(Kind):
         return shown_pair(example, float(scores[0, 0] - scores[1, 0]))
 
 
-@dataclass(frozen=True, slots=True)
-class States:
-    """The hidden states of an example, in float32."""
-
-    prompt: Tensor
-    """`[H]`: at the last token of the prompt."""
-    ends: Tensor
-    """`[s, H]`: where the completions are scored."""
-
-
 class GatedLearner(Learner):
     """The objectives, fitted when it is made; then it learns the gate, from pairs."""
 
     def __init__(
-        self, policy: Policy, config: RewardModelConfig, world: World, rated: Sequence[Example]
+        self, states: FrozenStates, config: RewardModelConfig, world: World, rated: Sequence[Example]
     ) -> None:
-        """Raises ValueError: too few ratings of an objective."""
-        self.config, self.world = config, world
+        """`states`: of a frozen model with a head for each objective, whose weights are set here; `rated`:
+        the examples to fit them to. Raises ValueError: too few ratings of an objective.
+        """
+        self.config, self.world, self.states = config, world, states
         self.objectives = config.score.objectives
-        policy.freeze(getattr(torch, config.model.dtype))
-        self.model = RewardModel(policy, len(self.objectives))
-        self._known: dict[int, States] = {}
-        # a rating's state is needed once
-        states = [found.ends for found in self._computed(rated)]
-        self.notes = self._fit(torch.cat(states), labels_of(rated, states[0]))
+        self.model = states.model
+        ends = torch.cat([found.ends for found in states.of(rated, keep=False)])
+        self.notes = self._fit(ends, labels_of(rated, ends))
         shape = config.score.gate
         size = self.model.head.in_features
         with seeded(config.seed):
@@ -159,7 +150,7 @@ class GatedLearner(Learner):
 
     def _gate_and_ratings(self, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
         """The gate's weights `[P, K]` and the objectives `[P, 2, K]` of the completions of P pairs."""
-        states = self._states(examples)
+        states = self.states.of(examples)
         prompts = torch.stack([s.prompt for s in states])
         ends = torch.stack([s.ends for s in states])
         with torch.no_grad():
@@ -169,26 +160,6 @@ class GatedLearner(Learner):
     def _margins(self, weights: Tensor, rated: Tensor) -> Tensor:
         """By how much the chosen completion of each pair is ahead, `[P]`."""
         return (weights * (rated[:, 0] - rated[:, 1])).sum(-1)
-
-    def _states(self, examples: Sequence[Example]) -> list[States]:
-        # the run keeps its examples, so that no two of them have the same id; a batch may have one twice
-        missing = {id(e): e for e in examples if id(e) not in self._known}
-        self._known |= dict(zip(missing, self._computed(list(missing.values())), strict=True))
-        return [self._known[id(e)] for e in examples]
-
-    @torch.no_grad()
-    def _computed(self, examples: Sequence[Example]) -> list[States]:
-        found: dict[int, States] = {}
-        for places in packed(examples, self.config.learner.microbatch_tokens):
-            several = [examples[i] for i in places]
-            scored = self.model.score(several)
-            ends = pieces(scored.hidden[scored.places].float(), [e.num_scored for e in several])
-            start = 0
-            for place, example, of_one in zip(places, several, ends, strict=True):
-                # the last token of the prompt predicts the first one of the completion
-                found[place] = States(scored.hidden[start].float(), of_one)
-                start += sum(len(c) + 1 for c in example.completions)
-        return [found[i] for i in range(len(examples))]
 
     def export(self, pad_token_id: int) -> GatedModel:
         return GatedModel(self.model, self.gate, self.objectives, pad_token_id)

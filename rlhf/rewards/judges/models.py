@@ -138,6 +138,9 @@ class PairRewards:
         self, prompts: Sequence[Messages], completions: Sequence[Sequence[Completion]]
     ) -> list[float]:
         """P(the first is better) of each pair; one forward pass for all."""
+        form = self.scorer.form
+        if form is not None and form.needs_reference:
+            return self._by_gaps(prompts, completions)
         scores: Any = self.scorer(
             [p for p in prompts for _ in range(2)], [c for pair in completions for c in pair]
         )
@@ -145,6 +148,18 @@ class PairRewards:
             _sigmoid((first - second) / self.temperature)
             for first, second in zip(scores[::2], scores[1::2], strict=True)
         ]
+
+    def _by_gaps(
+        self, prompts: Sequence[Messages], completions: Sequence[Sequence[Completion]]
+    ) -> list[float]:
+        """sigmoid(g(first, second) - g(second, first)), as a model of gaps learns it."""
+        gaps: Any = self.scorer(
+            [p for p in prompts for _ in range(2)],
+            [c for pair in completions for c in pair],
+            reference=[c for first, second in completions for c in (second, first)],
+        )
+        pairs = zip(gaps[::2], gaps[1::2], strict=True)
+        return [_sigmoid((first - second) / self.temperature) for first, second in pairs]
 
 
 def _sigmoid(x: float) -> float:
