@@ -208,8 +208,9 @@ def render() -> str:
     parts.append("## algorithm\n\n" + INTRO["algorithm"] + "\n\n" + _algorithms())
     parts.append(OTHER_HEAD + _other_names())
     parts.append(
-        "# Settings of a reward model\n\nThe settings of `task: reward_model` ([reward_models.md](reward_models.md)). "
-        "The sections `model`, `checkpoint` and `monitor` are those above.\n"
+        "# Settings of a reward model\n\nThe settings of `task: reward_model` "
+        "([reward_models.md](reward_models.md)). The sections `model`, `checkpoint` and "
+        "`monitor` are those above.\n"
     )
     parts += _sections(RewardModelConfig, "", known=set(_tables(Config)))
     return "\n".join(parts).rstrip() + "\n"
