@@ -7,9 +7,14 @@ no longer rises with the verbosity.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+# its annotations of these functions are incomplete
+_torch: Any = torch
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 5))
 """Strengths of the L2 penalty that are tried, as in ArmoRM's code."""
@@ -26,7 +31,9 @@ def ridge(
 ) -> Float[Tensor, "A H"]:
     """For each strength a: the w that minimises |states w - ratings|^2 + a |w|^2, without an intercept."""
     gram, target = states.mT @ states, states.mT @ ratings
-    values, vectors = torch.linalg.eigh(gram)
+    values: Tensor
+    vectors: Tensor
+    values, vectors = _torch.linalg.eigh(gram)
     along = vectors.mT @ target
     # rounding makes eigenvalues of 0 slightly negative
     shrunk = torch.stack([along / (values.clamp(min=0.0) + a) for a in strengths])
@@ -69,7 +76,9 @@ def spearman(a: Float[Tensor, " S"], b: Float[Tensor, " S"]) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    inverse: Tensor
+    counts: Tensor
+    _, inverse, counts = _torch.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum(0)
     return (last.double() - (counts.double() - 1) / 2)[inverse]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import torch as _safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -18,6 +18,9 @@ from rlhf.kernels.token_stats import TokenStats, token_stats, whole
 from rlhf.models.pretrained import SCORED_AT_END, ModelError, head_of, text_settings
 from rlhf.models.truncated_logprobs import HeadInputs, candidate_logprobs, missing_statistics, with_candidates
 from rlhf.tensors.candidates import Candidates
+
+# their annotations are incomplete
+_files: Any = _safetensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +157,7 @@ class Gate(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Writes the weights beside those of the model that it belongs to."""
-        save_file(self.state_dict(), Path(folder) / GATE)
+        _files.save_file(self.state_dict(), Path(folder) / GATE)
 
     @classmethod
     def load(cls, folder: str | Path, config: Any, device: torch.device) -> Gate | None:
@@ -168,7 +171,7 @@ class Gate(nn.Module):
                 f"{folder} lacks the file {GATE}, the weights of its gate: copy the whole folder"
             )
         gate = cls(text_settings(config)["hidden_size"], config.num_labels, **shape)
-        gate.load_state_dict(load_file(file))
+        gate.load_state_dict(_files.load_file(file))
         return gate.to(device)
 
 

@@ -6,9 +6,10 @@ saved model's config.json names.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,30 +22,25 @@ Written = tuple[list[int], list[int]]
 """Token ids, the end-of-sequence token last, and the places among them that are scored."""
 
 
-@runtime_checkable
-class Form(Protocol):
+class Form(ABC):
     """A way of writing."""
 
+    needs_reference: ClassVar[bool] = False
+    """Whether a completion is compared with a second one, the reference."""
+
     @property
+    @abstractmethod
     def entries(self) -> Mapping[str, Any]:
         """Entries of the saved model's config, from which `form_of` makes the form again."""
-        ...
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether a completion is compared with a second one, the reference."""
-        ...
-
-    def write(self, tokenizer: PreTrainedTokenizerBase, text: str, reference: str) -> Written:
+    @abstractmethod
+    def write(self, tokenizer: PreTrainedTokenizerBase, text: str, reference: str = "") -> Written:
         """The tokens of a completion; `reference` counts for forms that need it alone."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
-class AtEnd:
+class AtEnd(Form):
     """The text and the end-of-sequence token, which is scored."""
-
-    needs_reference: ClassVar[bool] = False
 
     @property
     def entries(self) -> Mapping[str, Any]:
@@ -56,14 +52,13 @@ class AtEnd:
 
 
 @dataclass(frozen=True, slots=True)
-class AtSteps:
+class AtSteps(Form):
     """Steps, each tokenised apart with the separator behind it, at whose last token the step is scored.
 
     The last step has the end-of-sequence token in place of the separator.
     """
 
     separator: str
-    needs_reference: ClassVar[bool] = False
 
     @property
     def entries(self) -> Mapping[str, Any]:
@@ -86,7 +81,7 @@ class AtSteps:
 
 
 @dataclass(frozen=True, slots=True)
-class OfTwo:
+class OfTwo(Form):
     """The completion and then the reference, each with an end-of-sequence token; the second is scored."""
 
     needs_reference: ClassVar[bool] = True
@@ -95,7 +90,7 @@ class OfTwo:
     def entries(self) -> Mapping[str, Any]:
         return {SCORED_AT: TWO}
 
-    def write(self, tokenizer: PreTrainedTokenizerBase, text: str, reference: str) -> Written:
+    def write(self, tokenizer: PreTrainedTokenizerBase, text: str, reference: str = "") -> Written:
         end = _end(tokenizer)
         ids = [*_encode(tokenizer, text), end, *_encode(tokenizer, reference), end]
         return ids, [len(ids) - 1]

@@ -149,6 +149,8 @@ def describe(trainer: RewardModelTrainer) -> Iterator[str]:
     yield f"model        {config.model.path}, computes in {dtype}"
     yield f"scores       {', '.join(config.score.objectives)}, from {config.score.kind}"
     yield f"data         {len(trainer.train)} examples, {len(trainer.held_out)} held out"
+    if trainer.first:
+        yield f"fitted to    {len(trainer.first)} rated completions, before the first step"
     yield from trainer.kind.told(trainer.train)
     batch = config.batch
     yield f"an update    {batch.low} to {batch.high} examples of about {batch.tokens} tokens"

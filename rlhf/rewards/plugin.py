@@ -167,8 +167,9 @@ def load_reward(spec: RewardSpec) -> Reward:
         )
         return Reward(verl, {}, signature)
     signature = signature_of(named, takes_any, called, params, is_class=is_class)
-    if isinstance(found, NeedsColumns):
-        columns = ((name,) for name in found.required_columns)
+    needing: object = found
+    if isinstance(needing, NeedsColumns):
+        columns = ((name,) for name in needing.required_columns)
         signature = replace(signature, requires=(*signature.requires, *columns))
     return Reward(found, params, signature)
 

@@ -75,13 +75,15 @@ def test_a_tenth_of_the_verbosity_is_subtracted_by_hand() -> None:
 
 def test_a_gate_whose_outputs_are_alike_gives_the_mean() -> None:
     gate = Gate(4, 3, width=5, layers=2, temperature=10.0).double()
+    last = gate.network[-1]
+    assert isinstance(last, torch.nn.Linear)
     with torch.no_grad():
-        gate.network[-1].weight.zero_()
-        gate.network[-1].bias.zero_()
+        last.weight.zero_()
+        last.bias.zero_()
         weights = gate(torch.randn(2, 4, dtype=torch.float64))
         assert (weights @ f64(0.9, 0.6, 0.3)).tolist() == pytest.approx([0.6, 0.6])
         # outputs 10 ln 2, 0, 0 at temperature 10: shares 2, 1, 1 of the scale
-        gate.network[-1].bias.copy_(f64(10 * math.log(2), 0.0, 0.0))
+        last.bias.copy_(f64(10 * math.log(2), 0.0, 0.0))
         gate.scale.fill_(3.0)
         weights = gate(torch.randn(2, 4, dtype=torch.float64))
     torch.testing.assert_close(weights, f64([1.5, 0.75, 0.75]).expand(2, 3))

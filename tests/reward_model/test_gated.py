@@ -166,7 +166,7 @@ def test_a_gate_has_its_own_learning_rate_and_too_few_ratings_are_refused(
     del made["learner"]["lr"]
     config = RewardModelConfig.model_validate(made)
     assert config.learner.lr == 1e-3
-    assert "from gated" in "\n".join(describe(RewardModelTrainer(config)))
+    assert "fitted to    30 rated completions" in "\n".join(describe(RewardModelTrainer(config)))
     (tmp_path / "rated.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rated(4)))
     with pytest.raises(ValueError, match=r"rated.jsonl: .* has 2 ratings.*0: vowels"):
         RewardModelTrainer(config).run()

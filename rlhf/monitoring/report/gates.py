@@ -23,12 +23,11 @@ def gates(groups: Sequence[Mapping[str, Any]]) -> str:
     for group in groups:
         for key, value in group["completions"][0].get("logged", {}).items():
             function, _, column = key.rpartition("/")
-            # a user's function may log anything under this name
-            if column == "gate" and isinstance(value, dict) and all(map(_is_number, value.values())):
+            if column == "gate" and (weights := _weights(value)):
                 of_one = found.setdefault(function, {})
                 prompt = _short(group["prompt"])
                 of_one.pop(prompt, None)
-                of_one[prompt] = cast(Mapping[str, float], value)
+                of_one[prompt] = weights
     drawn = "".join(_figure(function, of_one) for function, of_one in found.items())
     return f'<h2>Weights of the objectives, by prompt</h2><div class="plots">{drawn}</div>' if drawn else ""
 
@@ -40,8 +39,13 @@ def _figure(function: str, weights: Mapping[str, Mapping[str, float]]) -> str:
     return plots.shares(f"Gate of {function}: the last {len(rows)} prompts that were recorded", rows, parts)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _weights(value: object) -> Mapping[str, float]:
+    """The weights of objectives; empty for anything else, which a user's function may log as its gate."""
+    if not isinstance(value, dict):
+        return {}
+    given = cast(Mapping[str, object], value)
+    weights = {name: float(w) for name, w in given.items() if isinstance(w, int | float)}
+    return weights if len(weights) == len(given) else {}
 
 
 def _short(prompt: Any) -> str:

@@ -22,10 +22,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.algos.reward_model.attributes import fit_attributes, verbosity_penalties, without_verbosity
 from rlhf.algos.reward_model.losses import bradley_terry
+from rlhf.checkpoints.store import Saves
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.data.pairs import Example, load_examples
 from rlhf.distributed.world import World
@@ -170,7 +171,7 @@ class GatedModel:
 
     def __init__(self, model: RewardModel, gate: Gate, objectives: Sequence[str], pad_token_id: int) -> None:
         self.gate = gate
-        self.classifier: PreTrainedModel = model.export(objectives, pad_token_id, gate.entries)
+        self.classifier: Saves = model.export(objectives, pad_token_id, gate.entries)
 
     def save_pretrained(self, save_directory: str) -> None:
         self.classifier.save_pretrained(save_directory)
