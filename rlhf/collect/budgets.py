@@ -122,7 +122,7 @@ class Budgets(Stateful):
         return {
             name: value
             for name, value in found.items()
-            if not name.startswith(("budget/size", "budget/largest"))
+            if not name.startswith(("budget/size_", "budget/largest"))
         }
 
     def state(self) -> dict[str, Any]:

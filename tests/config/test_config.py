@@ -14,6 +14,7 @@ from rlhf.config.algorithm import resolve_algorithm
 from rlhf.config.errors import MEANT, OTHER_NAMES, setting_names
 from rlhf.config.load import load_config, load_task, make_config
 from rlhf.config.overrides import load_yaml
+from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 
@@ -336,7 +337,13 @@ def test_a_name_alone_is_an_algorithm_with_its_defaults(tmp_path: Path):
 
 
 def test_every_name_of_another_framework_leads_to_a_setting():
-    known = {*setting_names(Config), "algorithm.name", "model.lora.rank", "model.lora.alpha"}
+    known = {
+        *setting_names(Config),
+        *setting_names(RewardModelConfig),
+        "algorithm.name",
+        "model.lora.rank",
+        "model.lora.alpha",
+    }
     known |= {f"algorithm.{key}" for key in ("clip_low", "clip_high", "clip_dual", "entropy_coef")}
     known |= {f"algorithm.kl.{key}" for key in ("coef", "estimator")}
     known |= {f"algorithm.critic.{key}" for key in ("value_clip", "coef", "gamma", "lam")}
