@@ -41,7 +41,8 @@ def _of_model(given: Mapping[str, Any]) -> list[Judge]:
     if votes > 1 and not arguments.get("temperature"):
         raise ValueError("votes of one model are the same at temperature 0: set a temperature above 0")
     inspect.signature(GoalJudge).bind(**arguments)
-    return [GoalJudge(**arguments, **({"sample": k} if votes > 1 else {})) for k in range(votes)]
+    each: list[dict[str, Any]] = [{"sample": k} for k in range(votes)] if votes > 1 else [{}]
+    return [GoalJudge(**arguments, **own) for own in each]
 
 
 def _plugin(spec: str) -> Judge:

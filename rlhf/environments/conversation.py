@@ -66,7 +66,8 @@ class Conversation:
     @cached_property
     def writes_tools(self) -> bool:
         """Whether the chat template writes tools; if not, they are told in the system message."""
-        tool = {"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}
+        function: dict[str, Any] = {"name": "f", "description": "", "parameters": {}}
+        tool = {"type": "function", "function": function}
         try:
             self._write([_question()], [tool])
         except ChatError:

@@ -21,7 +21,7 @@ from rlhf.algos.preference.two_roles import TWO_ROLES
 from rlhf.algos.ratio import sequence_ratio
 from rlhf.algos.reduction import sequence_mean_constant, token_mean
 from rlhf.algos.shaping import Selection, keep_mixed
-from rlhf.algos.table import ALGORITHMS, cispo, dapo, dr_grpo, dtpo, grpo, gspo, reinforce_pp, rloo, sapo
+from rlhf.algos.table import ALGORITHMS, cispo, dapo, dr_grpo, grpo, gspo, reinforce_pp, rloo, sapo
 from rlhf.types import AdvantageInputs
 
 # settings of a few words are Literals
@@ -135,4 +135,4 @@ def build_on(name: str) -> Algorithm:
 )
 def test_dtpo_names_what_its_settings_must_be(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        dtpo(**({"tool_objectives": ("tool",)} | changes))
+        ALGORITHMS["dtpo"](**({"tool_objectives": ("tool",)} | changes))

@@ -226,15 +226,14 @@ def _objects(text: str) -> Iterator[Any]:
         except (ValueError, RecursionError):
             continue
         values.append(value)
-    lists = [value for value in values if isinstance(value, list) and value]
+    lists = [cast(list[Any], value) for value in values if isinstance(value, list) and value]
     yield from lists[-1] if lists else (value for value in values if isinstance(value, dict))
 
 
 def _verdicts(value: Any, count: int) -> list[TurnVerdict]:
     """One verdict a turn, in order. Raises NoVerdict, which says what is missing."""
-    entries: list[Any] = (
-        list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    )
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    entries: list[Any] = list(cast(Sequence[Any], value)) if several else [cast(Any, value)]
     if len(entries) != count:
         raise NoVerdict(f"{len(entries)} verdicts on {count} turns")
     verdicts: dict[int, TurnVerdict] = {}
