@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +79,7 @@ class HFEngine:
         )
         for prompt in (request.prompt for request in requests):
             if prompt.images and prompt.image_places is not None:
-                marks = prompt.token_ids.count(cast(Any, self._model.config).image_token_id)
+                marks = prompt.token_ids.count(self._model.config.image_token_id)
                 if marks != len(prompt.image_places):
                     raise EngineError(
                         f"prompt {prompt.id!r}: the policy wrote a placeholder of an image itself, which "

@@ -103,9 +103,8 @@ class Conversation:
         for role in roles:
             answer = _result("x") if role == "tool" and self.writes_results else _question()
             try:
-                thought = self._write(
-                    [_question(), _turn(f"<think>\n{THOUGHT}\n</think>\n\n{TURN}"), answer], opens=True
-                )
+                turn = _turn(f"<think>\n{THOUGHT}\n</think>\n\n{TURN}")
+                thought = self._write([_question(), turn, answer])
                 self._behind_turn([answer])
             except ChatError as error:
                 raise ConversationError(

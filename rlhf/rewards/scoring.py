@@ -306,7 +306,7 @@ class Rewards:
         scored = [scores.scores[number] for scores in scoring.by_function]
         given = [(pool.name, s or {}) for pool, s in zip(self.pools, scored, strict=True)]
         if isinstance(sample, Episode):
-            given.append((f"{ENVIRONMENT}{sample.environment}", sample.rewards))
+            given.append((f"{ENVIRONMENT}{sample.environment}", dict(sample.rewards)))
         objectives: Scores = {}
         total = 0.0
         for owner, values in given:

@@ -135,4 +135,5 @@ def build_on(name: str) -> Algorithm:
 )
 def test_dtpo_names_what_its_settings_must_be(changes: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        ALGORITHMS["dtpo"](**({"tool_objectives": ("tool",)} | changes))
+        settings: dict[str, Any] = {"tool_objectives": ("tool",), **changes}
+        ALGORITHMS["dtpo"](**settings)

@@ -45,7 +45,7 @@ def config(reward: dict[str, Any] | None = None, **budget: object) -> Config:
     )
 
 
-def budgets(**settings: object) -> Budgets:
+def budgets(**settings: Any) -> Budgets:
     return Budgets(config(rule="knapsack", **settings), ALONE)
 
 

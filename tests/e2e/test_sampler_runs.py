@@ -15,7 +15,7 @@ from rlhf.config.load import make_config
 from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
 from rlhf.trainer import Trainer
-from rlhf.types import Completion, Group, Source
+from rlhf.types import Group, Source
 from tests.e2e.test_preference_runs import write_pairs
 from tests.faults.processes import Fault, launch
 from tests.support import bandit_settings, metrics_of, train, without_clocks
@@ -60,7 +60,7 @@ def greedy(trainer: Trainer, groups: list[Group]) -> list[tuple[int, ...]]:
     requests = [sampler.request(g.prompt, n=1, label=f"again/{i}") for i, g in enumerate(groups)]
     for request in requests:
         object.__setattr__(request.params, "temperature", 0.0)
-    completions: list[list[Completion]] = sampler.generate(requests)
+    completions = sampler.generate(requests)
     return [c.token_ids for [c] in completions]
 
 

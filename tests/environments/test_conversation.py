@@ -74,7 +74,7 @@ def test_a_turn_that_a_stop_token_ended_gets_its_end_from_the_template(tiny_mode
 def test_tools_are_told_in_the_system_message_where_the_template_writes_none(tiny_model_dir: Path) -> None:
     own = conversation(tiny_model_dir, NO_TOOL_ROLE)
     user, system = {"role": "user", "content": "x"}, {"role": "system", "content": "Be brief."}
-    told = own.told_tools([user], [TOOL])
+    told: Any = own.told_tools([user], [TOOL])
     assert told[0]["role"] == "system" and '"name": "add"' in told[0]["content"] and told[1] == user
     told = own.told_tools([system, user], [TOOL])
     assert told[0]["content"].startswith("Be brief.\n\nYou can call these tools:") and len(told) == 2

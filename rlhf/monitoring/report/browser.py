@@ -113,11 +113,12 @@ def _turns(completion: Record, tokens: Sequence[str]) -> Iterator[str]:
 
 def _parts(completion: Record, tokens: Sequence[str]) -> Iterator[tuple[str, float | None]]:
     """The policy's turns, as coloured tokens, and the advantage of each, if its tokens have the same."""
-    start, advantage = 0, completion.get("advantage")
+    start, given = 0, completion.get("advantage")
     for length, own in completion.get("parts", ()):
+        turn = slice(start, start + length)
         if own:
-            found = set(advantage[start : start + length]) if isinstance(advantage, list) else {advantage}
-            yield "".join(tokens[start : start + length]), found.pop() if len(found) == 1 else None
+            found = {*cast(list[float], given)[turn]} if isinstance(given, list) else {given}
+            yield "".join(tokens[turn]), found.pop() if len(found) == 1 else None
         start += length
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from rlhf.config.run import Config
 from rlhf.metrics import Mean, Metrics, Sum
 from rlhf.rewards.workers.batch import Batch
+from rlhf.rollout.episode import Sample
 from rlhf.types import Completion, Duel, FinishReason, Prompt
 
 
@@ -64,7 +65,9 @@ class DuelBatch(Batch):
             groups.append((prompt, range(start, len(places))))
         prompts = [prompt for prompt, calls in groups for _ in calls]
         # stand-ins without tokens: what is compared is taken from `scored`
-        blank = [Completion(p.id, i, (), None, FinishReason.STOP, ()) for i, p in enumerate(prompts)]
+        blank: list[Sample] = [
+            Completion(p.id, i, (), None, FinishReason.STOP, ()) for i, p in enumerate(prompts)
+        ]
         return cls(groups, prompts, blank, [scored.texts[a] for a, _ in places], scored, places)
 
     def arguments(
