@@ -98,10 +98,15 @@ class ScoreConfig(Section):
             )
         if not objectives or len(set(objectives)) != len(objectives):
             raise ValueError(f"score.objectives must be different names, got {list(objectives)}")
+        if kind == "gated" and (len(objectives) < 2 or "score" in objectives):
+            raise ValueError(
+                "score.kind is gated, which weighs several objectives: score.objectives must name two or "
+                f"more, none of them `score`, the name of their sum; got {', '.join(objectives)}"
+            )
         if kind != "pairs" and lm_coef:
             raise ValueError(
-                "score.lm_coef weighs a loss on the better completion of a pair, but score.kind = "
-                f"{kind} has no pairs: it must be 0, got {lm_coef:g}"
+                "score.lm_coef weighs a loss on the better completion of a pair, which score.kind = "
+                f"{kind} does not have: it must be 0, got {lm_coef:g}"
             )
         if self.verbosity is not None and self.verbosity not in objectives:
             raise ValueError(

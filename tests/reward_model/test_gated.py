@@ -147,9 +147,16 @@ def test_a_run_logs_the_gate_beside_each_completion(tmp_path: Path, tiny_model_d
     ("changes", "message"),
     [
         ({"data": {"ratings": None}}, "data.ratings has the rated completions .* give it"),
-        ({"score": {"kind": "gated", "verbosity": "x"}}, "score.verbosity is 'x', which is not one of"),
+        (
+            {"score": {"kind": "gated", "objectives": OBJECTIVES, "verbosity": "x"}},
+            "score.verbosity is 'x', which is not one of",
+        ),
+        ({"score": {"kind": "gated"}}, "must name two or more, .*; got score"),
         ({"score": {"kind": "pairs"}}, "the kind is pairs, leave it out"),
-        ({"score": {"kind": "gated", "lm_coef": 1.0}}, "gated has no language-model loss|gated has no pairs"),
+        (
+            {"score": {"kind": "gated", "objectives": OBJECTIVES, "lm_coef": 1.0}},
+            "score.lm_coef weighs a loss .* must be 0, got 1",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(

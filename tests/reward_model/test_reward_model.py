@@ -268,7 +268,7 @@ def test_it_is_one_task_of_the_same_command(
         ({"task": "reward_modle"}, "did you mean reward_model?"),
         ({"batch": {"tokes": 5}}, "unknown setting batch.tokes; did you mean batch.tokens?"),
         ({"batch": {"low": 9, "high": 8}}, "batch.low must be at most batch.high = 8, got 9"),
-        ({"score": {"kind": "ratings", "lm_coef": 1.0}}, "ratings has no pairs"),
+        ({"score": {"kind": "ratings", "lm_coef": 1.0}}, "ratings does not have: it must be 0, got 1"),
         ({"score": {"objectives": ["a", "b"]}}, "score.kind is pairs, which has one score"),
         (
             {"score": {"kind": "ratings", "center_coef": 0.01}},
