@@ -41,9 +41,23 @@ def test_a_verdict_has_the_probability_of_its_letter_against_the_other(service: 
     assert asked(service, "pair", logprobs=False) == 0.0
 
 
-@pytest.mark.parametrize("path", ["pair-cut", "pair-quotes", "pair-within", "only", "nothing", "mute"])
-def test_a_verdict_that_is_cut_thought_or_quoted_is_none(service: Service, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("pair-cut", "cut at max_tokens"),
+        ("pair-quotes", "does not end with a line Better: A or Better: B: "),
+        ("pair-within", "does not end with a line"),
+        ("only", "no answer beside its thoughts"),
+        ("nothing", "no answer beside its thoughts"),
+        ("mute", "does not end with a line"),
+    ],
+)
+def test_a_verdict_that_is_cut_thought_or_quoted_is_none_and_says_why(
+    service: Service, path: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert asked(service, path) is None
+    said = capsys.readouterr().out
+    assert said.startswith("no verdict: ") and reason in said and said.count("\n") == 1
 
 
 def test_an_endpoint_without_log_probs_is_an_error_that_says_what_to_set(service: Service) -> None:

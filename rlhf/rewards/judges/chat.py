@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -99,11 +100,12 @@ class PairJudge:
         answer = self.client.post(payload)
         try:
             written, choice = judge_answer(answer, self.client.url, self.max_tokens)
-        except NoVerdict:
-            return None
+        except NoVerdict as reason:
+            return _no_verdict(str(reason))
         found = VERDICT.search(written)
         if found is None:
-            return None
+            end = f"...{written[-200:]}" if len(written) > 200 else written
+            return _no_verdict(f"the answer does not end with a line Better: A or Better: B: {end!r}")
         return self._probability(found[1], choice) if self.logprobs else float(found[1] == "A")
 
     def _probability(self, letter: str, choice: Mapping[str, Any]) -> float:
@@ -125,3 +127,8 @@ class PairJudge:
             both[letter] = math.exp(place["logprob"])
         # a letter that is not among the listed tokens has next to no probability
         return both["A"] / (both["A"] + both["B"]) if sum(both.values()) else float(letter == "A")
+
+
+def _no_verdict(reason: str) -> None:
+    """Says why in RUN/rewards.log, where everything goes that a worker prints."""
+    sys.stdout.write(f"no verdict: {reason}\n")

@@ -40,7 +40,7 @@ class JudgeSpec(RewardSpec):
     kind: ClassVar[str] = "judge"
     scored: ClassVar[str] = "comparison"
     score: ClassVar[str] = "verdict"
-    none_given: ClassVar[str] = "the judge gave none (None or -1)"
+    none_given: ClassVar[str] = "the judge gave none (None or -1); RUN/rewards.log has what it printed"
 
     def load(self) -> Reward:
         return load_judge(self)
