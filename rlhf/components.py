@@ -122,7 +122,7 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
         budgets=budgets,
         constraints=constraints,
         collector=collector,
-        pairing=Pairing(config.pairs, inputs.algorithm, inputs.rewards.win_rate),
+        pairing=_pairing(config, inputs),
         pair_evaluation=pair_evaluation,
         iterate=iterate,
         prefetch=prefetch,
@@ -135,6 +135,11 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
         stateful=stateful,
         preparations=sources.preparations,
     )
+
+
+def _pairing(config: Config, inputs: Inputs) -> Pairing:
+    reviser = inputs.reviser(config.data.improve_prompt)
+    return Pairing(config.pairs, inputs.algorithm, inputs.rewards.win_rate, reviser)
 
 
 def _present(**parts: Stateful | None) -> dict[str, Stateful]:
@@ -168,7 +173,7 @@ def _models(config: Config, inputs: Inputs, world: World) -> Models:
 def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy, Policy | References | None]:
     """Policy and reference, each as a whole on this rank's device."""
     section = config.model
-    policy = load_policy(section, section.path, world.device, inputs.processor, longest=_longest(config))
+    policy = load_policy(section, section.path, world.device, inputs.processor, longest=config.longest)
     if section.lora is not None:
         policy.add_adapter(section.lora, seed=config.seed)
     if not _needs_starting_reference(config, inputs.algorithm):
@@ -178,7 +183,7 @@ def _whole_models(config: Config, inputs: Inputs, world: World) -> tuple[Policy,
     is_sampled = config.rollout.sources & {Source.REFERENCE, Source.MIXTURE}
 
     def load(path: str) -> Policy:
-        reference = load_policy(section, path, world.device, inputs.processor, longest=_longest(config))
+        reference = load_policy(section, path, world.device, inputs.processor, longest=config.longest)
         reference.freeze(_dtype(config))
         if world.device.type == "cpu" and not is_sampled:
             reference.leave_in_file(path)
@@ -218,7 +223,7 @@ def _sharded_models(
 ) -> tuple[Policy, Policy | References | None]:
     """Policy and reference, each in shards; an engine in this process samples from a whole `replica`."""
     section = config.model
-    longest = _longest(config)
+    longest = config.longest
     policy = load_sharded_policy(section, section.path, sharding, trains=True, longest=longest)
     if not config.rollout.elsewhere:
         policy.replica = load_model(section.path, world.device, _dtype(config))
@@ -236,7 +241,7 @@ def _critic(config: Config, inputs: Inputs, device: torch.device | Sharding, pol
     if config.critic.trunk == "policy":
         return Critic.on_policy_trunk(policy, section, config.steps)
     path = config.critic.path or config.model.path
-    return Critic.on_own_trunk(path, device, _dtype(config), section, config.steps, longest=_longest(config))
+    return Critic.on_own_trunk(path, device, _dtype(config), section, config.steps, longest=config.longest)
 
 
 def _checkpoint_activations(models: Models) -> None:
@@ -295,7 +300,7 @@ def _frozen_engines(
             OtherModel(reference, image_inputs=None if processor is None else Vision(reference, processor)),
             eos_token_ids=inputs.eos_token_ids,
             kv_cache_gib=config.rollout.kv_cache_gib,
-            max_tokens=config.data.max_prompt_tokens + config.rollout.max_completion_tokens,
+            max_tokens=config.longest,
             image_inputs=None if processor is None else Vision(policy, processor),
         )
     return starters
@@ -316,7 +321,7 @@ def engine_starter(
         model,
         eos_token_ids=inputs.eos_token_ids,
         kv_cache_gib=section.kv_cache_gib,
-        max_tokens=_longest(config),
+        max_tokens=config.longest,
         dtype=_dtype(config),
         vllm=vllm_settings(config),
         image_inputs=None if inputs.processor is None else Vision(model, inputs.processor),
@@ -389,11 +394,6 @@ def _learner(config: Config, inputs: Inputs, world: World, models: Models, optim
     return Learner(
         models, optimizer, world, section, temperature=temperature, pretraining=pretraining, twin=twin
     )
-
-
-def _longest(config: Config) -> int:
-    """The most tokens that prompt and completion have together."""
-    return config.data.max_prompt_tokens + config.rollout.max_completion_tokens
 
 
 def _dtype(config: Config) -> torch.dtype:

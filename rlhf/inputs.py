@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from rlhf.algos.algorithm import Algorithm
 from rlhf.data.completions import OfflineDataset
 from rlhf.data.prompts import PromptDataset
+from rlhf.data.revision import Reviser
 from rlhf.data.texts import Text
 from rlhf.environments.conversation import Conversation
 from rlhf.environments.protocol import Environments
@@ -46,3 +47,9 @@ class Inputs:
     eval_pairs: OfflineDataset | None = None
     """Held-out completions (`data.eval`) of a run with a preference algorithm; None where the file has
     prompts alone."""
+
+    def reviser(self, improve_prompt: str | None) -> Reviser | None:
+        """Asks for second answers with these words; None without any."""
+        if improve_prompt is None:
+            return None
+        return Reviser(self.tokenizer, improve_prompt, frozenset(self.eos_token_ids))

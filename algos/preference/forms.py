@@ -4,6 +4,8 @@
     singles            + better, label P, and + other, label 1 - P          KTO, BCO, NCA, APO-zero
     pair_and_single    the pair, and P times "+ better, label 0"            APO-down
     against_own        the pair, and "+ own - mean of the pair, label 0"    SPAC
+    revision           second answers: + better - other after the other and after the better one, and both
+                       half each, with the pair's own halves               SRPO
 
 `stack` makes the tensors of many rows.
 """
@@ -46,6 +48,8 @@ class Form:
     """A comparison, and the source of each completion of its group -> its rows."""
     takes_singles: bool
     """Whether a completion can be judged alone (`Comparison.other` None)."""
+    revises: bool = False
+    """Whether its rows are of a pair and the four second answers made of it (rlhf/data/revision.py)."""
 
     def __call__(self, comparison: Comparison, sources: Sequence[Source] = ()) -> tuple[Row, ...]:
         if comparison.other is None and not self.takes_singles:
@@ -103,6 +107,33 @@ def against_own(pair_weight: float) -> Form:
         return (*pair, *down)
 
     return Form(rows, takes_singles=False)
+
+
+def revision(mix: float) -> Form:
+    """Three rows of a pair w, l with the label P, of second answers w|l (w after l) and so on (SRPO).
+
+        + w|l - l|l, label P, and + l|w - w|w, label 1 - P: the improver, (1 - mix) / 2 each
+        + w|l / 2 - l|w / 2 + w / 2 - l / 2, label P: writer and improver together, mix
+
+    Completions of the group are 0 and 1, the pair, and 2 + 2 a + b, completion b after completion a.
+    """
+
+    def rows(comparison: Comparison, sources: Sequence[Source]) -> tuple[Row, ...]:
+        won, lost, p = comparison.better, comparison.other, comparison.probability
+        assert lost is not None and {won, lost} == {0, 1}
+
+        def after(first: int, second: int) -> int:
+            return 2 + 2 * first + second
+
+        improver = (1.0 - mix) / 2
+        both = ((after(lost, won), 0.5), (after(won, lost), -0.5), (won, 0.5), (lost, -0.5))
+        return (
+            Row(((after(lost, won), 1.0), (after(lost, lost), -1.0)), p, improver, improver),
+            Row(((after(won, lost), 1.0), (after(won, won), -1.0)), 1.0 - p, improver, improver),
+            Row(both, p, mix, mix),
+        )
+
+    return Form(rows, takes_singles=False, revises=True)
 
 
 def stack(rows: Sequence[Row]) -> Contrasts:

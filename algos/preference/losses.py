@@ -118,7 +118,10 @@ class Preference:
         return [0.0] * len(group.tokens) if self.pull is None else self.pull(group)
 
     def learned(self, group: ComparedGroup) -> set[int]:
-        """The completions of a group that the loss depends on."""
+        """The completions of a group that the loss depends on; of the pair alone where second answers will
+        be made of it."""
+        if self.form.revises:
+            return {i for c in group.comparisons for i in (c.better, c.other) if i is not None}
         used = {i for row in self.rows(group) for i, _ in row.entries}
         return used | {i for i, pull in enumerate(self.pulls(group)) if pull}
 

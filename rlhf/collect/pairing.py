@@ -24,6 +24,7 @@ from rlhf.algos.preference.pairing import (
     win_rates,
 )
 from rlhf.config.pairs import PairsConfig
+from rlhf.data.revision import Reviser
 from rlhf.learn.contrasts import compared_group
 from rlhf.metrics import Mean, Metrics, Sum
 from rlhf.plugins import load_plugin
@@ -33,12 +34,22 @@ from rlhf.types import Duel, FinishReason, Group, is_learnable, is_own
 class Pairing:
     """Applies the rule of the section `pairs` to the groups of a step."""
 
-    def __init__(self, section: PairsConfig, algorithm: Algorithm, win_rate: str | None = None) -> None:
-        """`win_rate`: the objective that a judge gives where there are no reward functions.
+    def __init__(
+        self,
+        section: PairsConfig,
+        algorithm: Algorithm,
+        win_rate: str | None = None,
+        reviser: Reviser | None = None,
+    ) -> None:
+        """`win_rate`: the objective that a judge gives where there are no reward functions. `reviser`: makes
+        second answers, for an algorithm that learns from those.
 
         Raises ValueError: the rule is a function that cannot be found.
         """
         self.section, self.preference, self.win_rate = section, algorithm.preference, win_rate
+        revises = self.preference is not None and self.preference.form.revises
+        assert reviser is not None or not revises
+        self.reviser = reviser if revises else None
         self.own_only = algorithm.selection.own_only
         self.keeps_own = algorithm.has_advantages
         """Whether the policy's own samples are learned from besides (HyPO)."""
@@ -111,7 +122,15 @@ class Pairing:
         used = sorted(learned)
         place = {old: new for new, old in enumerate(used)}
         duels = tuple(Duel(place[c.better], place[cast(int, c.other)], c.probability) for c in comparisons)
-        return replace(group, trajectories=tuple(trajectories[i] for i in used), duels=duels)
+        pair = replace(group, trajectories=tuple(trajectories[i] for i in used), duels=duels)
+        if self.reviser is None:
+            return pair
+        if len(duels) != 1:
+            raise ValueError(
+                f"pairs.rule {self.section.rule} gives {len(duels)} pairs of one prompt, but second answers "
+                "are made of one pair: take a rule that gives one, as best_worst"
+            )
+        return self.reviser.revised(pair)
 
     def _label(self, group: Group) -> Label:
         if self.section.labels == "auto":

@@ -42,6 +42,9 @@ class DataConfig(Section):
     precompute_reference: bool = False
     """For `offline`: the reference's log-probs of all completions are computed once, before the first step,
     and kept by checkpoints; then the reference model is given up."""
+    improve_prompt: str | None = None
+    """What asks for a better answer, behind a first one: a message of the user, or behind a prompt of text
+    the text itself. For `srpo`, and for `rlhf eval --revise`."""
     reference_column: str = "teacher"
     """Column that says which of several models in `model.reference` a line is compared with, by its name."""
     prompt_column: str = "prompt"

@@ -34,6 +34,9 @@ from rlhf.config.reward import RewardConfig
 from rlhf.config.rollout import BudgetConfig, RolloutConfig
 from rlhf.config.section import Count, Positive, Section, masked
 
+AROUND = 32
+"""More tokens than a chat template writes around a message."""
+
 
 class EvalConfig(Section):
     """Evaluations on the held-out prompts of `data.eval`."""
@@ -138,6 +141,15 @@ class Config(Section):
         if not isinstance(settings.get("name"), str):
             raise ValueError(f"needs a name, one of {', '.join(ALGORITHMS)} or path/file.py:function")
         return settings
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that a prompt and all that follows it have."""
+        longest, improve = self.data.max_prompt_tokens, self.data.improve_prompt
+        if improve is not None:
+            # a first answer, and no more tokens than characters, those of a chat template among them
+            longest += self.rollout.max_completion_tokens + len(improve) + AROUND
+        return longest + self.rollout.max_completion_tokens
 
     def build_algorithm(self) -> Algorithm:
         """The algorithm of the section `algorithm`, with the loss of the section `perception`."""

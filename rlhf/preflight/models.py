@@ -49,7 +49,7 @@ def check_models(config: Config, algorithm: Algorithm) -> None:
 
 def check_lengths(config: Config, model: PretrainedConfig) -> None:
     """Raises ConfigError when the longest sequences that the settings allow do not fit the model."""
-    longest = _longest(config)
+    longest = config.longest
     same = constant_up_to(model)
     if same is not None and longest > same:
         raise ConfigError(
@@ -88,7 +88,7 @@ def check_weight_files(config: Config, algorithm: Algorithm, world_size: int) ->
     if sharded:
         shard_ranks(config.distributed, world_size)
     for path in writers:
-        check_policy(config.model, path, _longest(config), sharded=sharded)
+        check_policy(config.model, path, config.longest, sharded=sharded)
     if critic is None or (model := check_weights(critic, head=False)) is None:
         return
     weight = score_weight(critic, model)
@@ -122,11 +122,6 @@ def check_policy(section: ModelConfig, path: str, longest: int | None, *, sharde
 def _check_sharded(path: str, model: PreTrainedModel) -> None:
     parameters: nn.Module = model
     names_in_files(parameters, WeightFiles(model_folder(path)))
-
-
-def _longest(config: Config) -> int:
-    """The most tokens of prompt and completion together."""
-    return config.data.max_prompt_tokens + config.rollout.max_completion_tokens
 
 
 def _models(config: Config, algorithm: Algorithm) -> tuple[list[str], str | None]:

@@ -22,7 +22,7 @@ from rlhf.types import Counts, LossInputs
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = (DOCS / "algorithms.md").read_text()
 # methods that compare completions have a page of their own
-PAGES = ("preferences", "preferences_online", "continual")
+PAGES = ("preferences", "preferences_online", "continual", "revisions")
 BOTH = TEXT + "".join((DOCS / f"{page}.md").read_text() for page in PAGES)
 COMPARING = PREFERENCE.keys() | ONLINE_PREFERENCE.keys() | TWO_ROLES.keys()
 SHARED = {"kl", "mismatch", "entropy_coef", "critic", "reward_scaling"}

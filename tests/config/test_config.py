@@ -57,6 +57,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "data.completion_column",
         "data.eval",
         "data.image_column",
+        "data.improve_prompt",
         "data.long_prompts",
         "data.max_prompt_tokens",
         "data.mix",
@@ -213,6 +214,7 @@ def test_adding_a_setting_of_an_algorithm_is_a_deliberate_edit_of_this_list():
         "max_tokens",
         "max_weight",
         "mismatch",
+        "mix",
         "nll_coef",
         "normalize",
         "one_sided",
@@ -256,7 +258,8 @@ def test_picking_a_name_is_picking_the_algorithm(name: str):
     if name == "ofs_dpo":
         model["lora"] = {"rank": 8}
     changes: dict[str, Any] = {"iteration": iteration, "model": model}
-    make_config(settings(algorithm=minimal(name), **changes)).build_algorithm()
+    data = {"train": "train.jsonl"} | ({"improve_prompt": "Better?"} if name == "srpo" else {})
+    make_config(settings(algorithm=minimal(name), data=data, **changes)).build_algorithm()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,21 @@ def test_a_run_learns_to_order_held_out_pairs(tmp_path: Path, tiny_model_dir: Pa
     assert not [k for step in steps for k in step if k.startswith(("advantage/", "ratio/", "loss/", "kl/"))]
 
 
+def test_a_model_learns_to_answer_and_to_improve_an_answer(tmp_path: Path, tiny_model_dir: Path):
+    changes: dict[str, Any] = {"algorithm": {"name": "srpo"}, "data": {"improve_prompt": " Better: "}}
+    train(settings(tmp_path, tiny_model_dir, steps=6, learner={"lr": 1e-3, "eps": 1e-8}, **changes))
+    steps = metrics_of(tmp_path)
+    # nothing is preferred yet: (1 - 1/2)^2, of a prompt's six sequences of which four have two answers
+    assert steps[0]["pairs/loss"] == pytest.approx(0.25) and steps[0]["pairs/margin"] == 0.0
+    assert steps[-1]["pairs/loss"] < 0.15 and steps[-1]["pairs/accuracy"] > 0.8
+    # what is learned is an answer, wherever it stands
+    assert steps[0]["pairs/chosen_tokens"] == 8.0
+    assert evaluations(tmp_path)[-1]["accuracy"] > evaluations(tmp_path)[0]["accuracy"]
+    made = settings(tmp_path, tiny_model_dir, **changes | {"data": {}})
+    with pytest.raises(ConfigError, match=r"data\.improve_prompt is not set"):
+        make_config(made)
+
+
 def test_a_precomputed_reference_changes_nothing_and_is_given_up(tmp_path: Path, tiny_model_dir: Path):
     found: list[Any] = []
     for name, given_up in (("kept", False), ("computed", True)):

@@ -156,6 +156,10 @@ ARGUMENTS = {
         "Most further rounds of sampling in a step, to replace groups whose rewards are all equal; 0: they "
         "are left out and not replaced."
     ),
+    "mix": (
+        "Weight of the loss in which the model learns to answer and to improve an answer together; 1 - mix "
+        "is that of the loss in which it learns to improve alone. Above 0, at most 1."
+    ),
     "reward_scaling": "How rewards are scaled by those of all steps so far.",
     "standardize": (
         "Whether advantages first get mean 0 and standard deviation 1 over the experience of a step."

@@ -33,6 +33,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
         *_judge(config, algorithm),
         *_environment(config),
         *_two_adapters(config, algorithm),
+        *_revisions(config, algorithm),
         *_precomputed_reference(config, algorithm),
         *sampler_problems(config, algorithm),
         *_sizes(config),
@@ -288,6 +289,25 @@ def _two_adapters(config: Config, algorithm: Algorithm) -> Iterator[str]:
         )
     if config.ptx.path is not None:
         yield f"ptx.path adds its texts to one policy, but {name} trains two adapters: leave one of them out"
+
+
+def _revisions(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """What an algorithm that learns from second answers needs."""
+    name = config.algorithm["name"]
+    if algorithm.preference is None or not algorithm.preference.form.revises:
+        return
+    if config.data.improve_prompt is None:
+        yield (
+            f"algorithm {name} learns to improve an answer, but data.improve_prompt is not set: say how the "
+            "model is asked to, as data.improve_prompt='Improve your answer.'"
+        )
+    if config.pairs.rule in ("all", "dno_prct"):
+        yield (
+            f"pairs.rule is {config.pairs.rule}, which gives several pairs of a prompt, but {name} makes "
+            "second answers of one pair: take best_worst, or another rule that gives one"
+        )
+    if config.data.precompute_reference:
+        yield f"data.precompute_reference scores the data alone, but {name} makes second answers of it"
 
 
 def _precomputed_reference(config: Config, algorithm: Algorithm) -> Iterator[str]:
