@@ -154,6 +154,13 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
         "'{url: ..., model: ..., votes: 3, temperature: 0.7}'",
     )
     command.add_argument(
+        "--revise",
+        type=int,
+        default=0,
+        metavar="N",
+        help="have the model improve its answers N times (data.improve_prompt), and score each round",
+    )
+    command.add_argument(
         "--out", metavar="FILE", help="JSON file to write results and completions to; must not exist yet"
     )
     _add_overrides(command)
@@ -210,6 +217,7 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
                     k=options.k,
                     greedy=options.greedy,
                     goals=options.goals,
+                    revise=options.revise,
                     out=options.out,
                     overrides=tuple(options.overrides),
                 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf.collect.sampler import Sampler
 from rlhf.commands.goals import goal_judges, report_goals
 from rlhf.commands.model_source import Source, find_source, load_weights
 from rlhf.commands.paths import located
+from rlhf.commands.revise import Revision, describe_revision, measure_revision, revised
 from rlhf.components import engine_starter
 from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import make_config
@@ -57,6 +59,8 @@ class Request:
     """Whether to decode greedily, with one sample of each prompt."""
     goals: str | None = None
     """Who judges whether users' goals were reached (`goal_judges`); None: nobody."""
+    revise: int = 0
+    """How many times the model improves its answers."""
     out: str | None = None
     overrides: tuple[str, ...] = ()
 
@@ -96,6 +100,8 @@ class Measured:
     mean_tokens: float
     records: list[dict[str, Any]]
     """One object for each prompt, with its completions."""
+    revisions: list[Revision] = field(default_factory=list[Revision])
+    """What became of the answers when the model improved them, round by round."""
     goals: dict[str, Any] | None = None
     """What `--goals` found."""
 
@@ -113,8 +119,11 @@ def run_evaluation(request: Request) -> Iterator[str]:
     judges = None if request.goals is None else goal_judges(request.goals)
     inputs = load_inputs(config)
     with closing(inputs.rewards):
-        groups = _sample(request, source, config, inputs)
+        groups, *rounds = _sample(request, source, config, inputs)
     measured = measure(groups, config, ks, source)
+    for before, after in pairwise([groups, *rounds]):
+        correct = [is_correct(t, config.reward) for g in after for t in g.trajectories]
+        measured.revisions.append(measure_revision(before, after, correct))
     _write(request.out, measured)
     yield from describe(measured)
     if judges is not None:
@@ -165,8 +174,9 @@ def evaluation_config(request: Request, source: Source) -> Config:
         )
     if request.greedy:
         tree["eval"]["samples"] = 1
+    improve = _improve_prompt(request, data, tree.get("environment"))
     # load_inputs reads the evaluation data as data.train; all settings of training are fixed to plain values
-    data = {key: data[key] for key in PROMPTS if key in data} | {"train": data["eval"]}
+    data = {key: data[key] for key in PROMPTS if key in data} | improve | {"train": data["eval"]}
     longest = int(data.get("max_prompt_tokens", 1024)) + int(rollout.get("max_completion_tokens", 512))
     return make_config(
         tree
@@ -179,6 +189,25 @@ def evaluation_config(request: Request, source: Source) -> Config:
             "monitor": {"sinks": []},
         }
     )
+
+
+def _improve_prompt(request: Request, data: Mapping[str, Any], environment: object) -> dict[str, Any]:
+    """The setting of the section `data` by which answers are improved, where they are.
+
+    Raises ConfigError: there is none, or an environment answers the model.
+    """
+    if request.revise < 0:
+        raise ConfigError(f"--revise: a number of revisions is 0 or more, got {request.revise}")
+    if not request.revise:
+        return {}
+    if environment:
+        raise ConfigError("--revise improves single answers, but there is an environment: leave one out")
+    if not data.get("improve_prompt"):
+        raise ConfigError(
+            "--revise asks for a better answer, but nothing says in which words: add "
+            "data.improve_prompt='Improve your answer.'"
+        )
+    return {"improve_prompt": data["improve_prompt"]}
 
 
 def measure(groups: Sequence[Group], config: Config, ks: Sequence[int], source: Source) -> Measured:
@@ -215,6 +244,7 @@ def describe(measured: Measured) -> Iterator[str]:
     mean = "none" if measured.reward is None else f"{measured.reward:.4f}"
     yield f"reward       {mean}, mean of {measured.prompts * measured.samples - measured.unscored} samples"
     yield f"length       {measured.mean_tokens:.1f} tokens, {100 * measured.truncated:.1f} % cut at the limit"
+    yield from (describe_revision(i, revision) for i, revision in enumerate(measured.revisions, start=1))
     if measured.unscored:
         yield (
             f"warning      {measured.unscored} samples got no reward (a function failed or returned None); "
@@ -230,7 +260,8 @@ def describe(measured: Measured) -> Iterator[str]:
     )
 
 
-def _sample(request: Request, source: Source, config: Config, inputs: Inputs) -> list[Group]:
+def _sample(request: Request, source: Source, config: Config, inputs: Inputs) -> list[list[Group]]:
+    """The scored answers to all prompts, and those of each round of revisions."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = load_weights(source, config.model, device, seed=config.seed)
     section = config.rollout
@@ -243,13 +274,18 @@ def _sample(request: Request, source: Source, config: Config, inputs: Inputs) ->
     sampler = Sampler(engine, inputs.rewards, inputs.tokenizer, section, config.seed, episodes=episodes)
     prompts = inputs.train.prompts[: config.eval.max_prompts]
     parts = [prompts[i : i + AT_ONCE] for i in range(0, len(prompts), AT_ONCE)]
-    groups: list[Group] = []
+    rounds: list[list[Group]] = [[] for _ in range(1 + request.revise)]
+    reviser = inputs.reviser(config.data.improve_prompt)
     for part in track(parts, "evaluating", console=Console(stderr=True), transient=True):
         requests = [sampler.request(p, n=config.eval.samples, label=f"eval/{p.id}") for p in part]
         scored, _ = sampler.score(part, sampler.generate(requests), 0)
-        groups += scored
+        rounds[0] += scored
+        for number, of_round in enumerate(rounds[1:], start=1):
+            assert reviser is not None
+            scored = revised(sampler, reviser, scored, number)
+            of_round += scored
     engine.close()
-    return groups
+    return rounds
 
 
 def _ks(request: Request, samples: int) -> list[int]:

@@ -142,6 +142,8 @@ def test_the_samplers_of_a_run_have_no_part_in_an_evaluation():
         (["MODEL"], "nothing to evaluate on"),
         (["MODEL", "--data", "x.jsonl"], "no reward function says what is correct"),
         (["./nowhere"], "there is no model folder"),
+        (["RUN", "--revise", "2"], "nothing says in which words"),
+        (["RUN", "--revise", "-1", "data.improve_prompt=x"], "0 or more, got -1"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_weights_are_loaded(
