@@ -97,15 +97,16 @@ def _quote(body: str) -> str:
 def _turns(completion: Record, tokens: Sequence[str]) -> Iterator[str]:
     """The policy's turns in an episode, tokens coloured, and what the environment answered between them."""
     messages: Sequence[Record] = completion["messages"]
-    parts = iter(_parts(completion, tokens))
+    parts, number = iter(_parts(completion, tokens)), 0
     for message in messages:
         text = escape(_content(message))
         if message["role"] == "assistant":
             body, advantage = next(parts, ("", None))
             called = [escape(_call(call)) for call in message.get("tool_calls", ())]
             calls = "".join(f"<small>calls {call}</small><br>" for call in called)
-            head = "" if advantage is None else f"<small>advantage {advantage:+.2f}</small>"
-            yield head + _quote(body or text) + calls
+            number += 1
+            head = f"turn {number}" + ("" if advantage is None else f" · advantage {advantage:+.2f}")
+            yield f"<div><small>{head}</small></div>{_quote(body or text)}{calls}"
         else:
             name = f" {message['name']}" if message.get("name") else ""
             yield f'<div class="observed"><small>{escape(message["role"] + name)}</small> {text}</div>'
