@@ -72,6 +72,9 @@ def loss(algorithm: Algorithm, policy: Tensor, reference: Tensor, pairs: Pairs) 
     """The sum over runs of each run's loss, a mean over its pairs; `policy` and `reference` are log-probs
     `[R, K]`."""
     run, column = pairs.kept.nonzero(as_tuple=True)
+    if not len(run) and not algorithm.has_advantages:
+        # as in training, a step without a pair changes nothing
+        return 0.0 * policy.sum()
     share = (1.0 / pairs.kept.sum(1).clamp(min=1)).to(policy.dtype)[run]  # [M]
     # better and other of pair m are the completions 2 m and 2 m + 1, of one token each
     runs = run.repeat_interleave(2)
@@ -163,15 +166,17 @@ class Problem:
 
 
 def learn(problem: Problem, algorithm: Algorithm, lr: float, steps: int) -> dict[str, Any]:
-    """Reward and KL to the reference of each run, at the steps in `RECORDED`: `[steps, R]`."""
+    """Reward and KL to the reference of each run, at the steps in `RECORDED`: `[steps, R]`; and `policy`, its
+    probabilities at the end `[R, K]`."""
     runs = len(problem.reference)
     parameters = torch.zeros(runs, problem.features.shape[1], dtype=torch.float64, requires_grad=True)
-    curve: dict[str, Any] = {"steps": [], "reward": [], "kl": []}
+    curve: dict[str, Any] = {"steps": [], "reward": [], "kl": [], "policy": []}
     for step in range(steps + 1):
         policy = (problem.reference + parameters @ problem.features.T).log_softmax(1)
         if step in RECORDED:
             p = policy.detach().exp()
             curve["steps"].append(step)
+            curve["policy"] = p.tolist()
             curve["reward"].append((p * problem.rewards).sum(1).tolist())
             curve["kl"].append((p * (policy.detach() - problem.reference)).sum(1).tolist())
         value = loss(algorithm, policy, problem.reference, problem.draw(policy.detach()))

@@ -66,6 +66,33 @@ def test_a_run_learns_from_episodes_and_shows_them(tmp_path: Path, tiny_model_di
     assert '<div class="observed"><small>user</small>' in report
 
 
+def test_dpo_learns_from_pairs_of_episodes(tmp_path: Path, tiny_model_dir: Path) -> None:
+    chosen = settings(
+        tmp_path,
+        tiny_model_dir,
+        steps=2,
+        algorithm={"name": "dpo", "beta": 0.1},
+        pairs={"rule": "first_two"},
+        rollout={"group_size": 2},
+    )
+    train(chosen)
+    first, second = metrics_of(tmp_path)
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    groups = [group for group in map(json.loads, lines) if group["step"] == 1]
+    # episodes with the same reward are no pair, and not learned from
+    pairs = [sorted(group["completions"], key=lambda one: one["reward"]) for group in groups]
+    assert 0 < len(pairs) == first["pairs/groups"]
+    assert all(worse["reward"] < better["reward"] for worse, better in pairs)
+    # the pair is of whole episodes: all turns of the policy count, and nothing that it observed
+    for place, name in enumerate(("rejected", "chosen")):
+        own = [sum(length for length, learned in pair[place]["parts"] if learned) for pair in pairs]
+        assert first[f"pairs/{name}_tokens"] == sum(own) / len(own)
+        assert all(len(pair[place]["messages"]) > 1 for pair in pairs)
+    # log 2 before anything was learned; then the policy has moved
+    assert first["pairs/loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert first["kl/ref"] == 0 < second["kl/ref"]
+
+
 def test_a_broken_environment_costs_its_episodes_until_they_are_too_many(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:
