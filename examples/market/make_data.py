@@ -1,8 +1,10 @@
-"""Writes customers for the market: what they need, and what the assistant knows of the products.
+"""Writes customers for the market (train, eval) and conversations that show how one answers them (shown).
 
     python examples/market/make_data.py
 
 Each of three products has what is needed with a probability of 35 %, so that for some customers none has.
+Half of the answers in `shown.jsonl` are true and the others drawn at random: a model that learns from them
+writes short answers of both kinds, and the ratings decide which of them become likelier.
 """
 
 from __future__ import annotations
@@ -27,8 +29,9 @@ NAMES = ["Falcon", "Otter", "Robin", "Badger", "Heron", "Lynx"]
 
 def main(folder: Path = HERE) -> None:
     rng = random.Random(SEED)
-    rows = [customer(rng) for _ in range(288)]
-    for name, part in (("train", rows[:256]), ("eval", rows[256:])):
+    rows = [customer(rng) for _ in range(384)]
+    shows = [shown(rng, row) for row in rows[288:]]
+    for name, part in (("train", rows[:256]), ("eval", rows[256:288]), ("shown", shows)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
 
 
@@ -52,6 +55,17 @@ def customer(rng: random.Random) -> dict[str, Any]:
         {"role": "user", "content": f"I need a {goods} with {need}. Which one has it?"},
     ]
     return {"prompt": prompt, "options": options, "need": need}
+
+
+def shown(rng: random.Random, row: dict[str, Any]) -> dict[str, Any]:
+    """A conversation: the answer is the cheapest product that fits or that none does, or drawn at random."""
+    options = row["options"]
+    fitting = sorted((option["price"], option["name"]) for option in options if option["fits"])
+    best = fitting[0][1] if fitting else None
+    chosen = best if rng.random() < 0.5 else rng.choice([None, *(option["name"] for option in options)])
+    none = f"None of {', '.join(option['name'] for option in options)} has {row['need']}."
+    answer = none if chosen is None else f"{chosen} has {row['need']}."
+    return {"messages": [*row["prompt"], {"role": "assistant", "content": answer}]}
 
 
 if __name__ == "__main__":

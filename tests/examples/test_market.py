@@ -82,5 +82,5 @@ def test_an_unknown_feedback_is_refused() -> None:
 
 def test_the_data_is_what_its_script_writes(tmp_path: Path) -> None:
     load_object(f"{HERE / 'make_data.py'}:main")(tmp_path)
-    for name in ("train.jsonl", "eval.jsonl"):
+    for name in ("train.jsonl", "eval.jsonl", "shown.jsonl"):
         assert (tmp_path / name).read_text() == (HERE / name).read_text()
