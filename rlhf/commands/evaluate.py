@@ -38,10 +38,16 @@ AT_ONCE = 64
 """Prompts that are sampled and scored together; the progress bar moves once for each such batch."""
 FEW = 30
 """With fewer prompts than this a warning is given."""
-TAKEN = ("model", "data", "reward", "rollout", "eval", "seed")
+TAKEN = ("model", "data", "environment", "reward", "rollout", "eval", "seed")
 """The parts of a run's config that an evaluation uses; the others are about training."""
 
-PROMPTS = ("prompt_column", "image_column", "max_prompt_tokens", "long_prompts")
+PROMPTS = (
+    "prompt_column",
+    "image_column",
+    "chat_template_kwargs",
+    "max_prompt_tokens",
+    "long_prompts",
+)
 """The settings of the section `data` that an evaluation uses; the others are about completions in data."""
 
 
@@ -152,7 +158,7 @@ def evaluation_config(request: Request, source: Source) -> Config:
     tree: dict[str, Any] = {key: located(own[key], source.folder) for key in TAKEN if key in own}
     for override in request.overrides:
         apply_override(tree, override)
-    for section in ("model", "data", "reward", "rollout", "eval"):
+    for section in ("model", "data", "environment", "reward", "rollout", "eval"):
         tree[section] = dict(tree.get(section) or {})
     data, reward, rollout = tree["data"], tree["reward"], tree["rollout"]
     if source.checkpoint is None:
@@ -167,14 +173,14 @@ def evaluation_config(request: Request, source: Source) -> Config:
         reward["functions"] = [{"path": path} for path in request.rewards]
     if not data.get("eval"):
         raise ConfigError("there is nothing to evaluate on: add --data FILE, or data.eval=FILE")
-    if not reward.get("functions"):
+    if not reward.get("functions") and not tree["environment"].get("path"):
         raise ConfigError(
             "no reward function says what is correct: add --reward file.py:function, or set "
             "reward.functions in the config"
         )
     if request.greedy:
         tree["eval"]["samples"] = 1
-    improve = _improve_prompt(request, data, tree.get("environment"))
+    improve = _improve_prompt(request, data, tree["environment"].get("path"))
     # load_inputs reads the evaluation data as data.train; all settings of training are fixed to plain values
     data = {key: data[key] for key in PROMPTS if key in data} | improve | {"train": data["eval"]}
     longest = int(data.get("max_prompt_tokens", 1024)) + int(rollout.get("max_completion_tokens", 512))

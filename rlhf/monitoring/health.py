@@ -119,6 +119,12 @@ def _learns_without_advantages(values: Mapping[str, Any]) -> bool:
     return _compares_pairs(values) or _distills(values)
 
 
+def _learns_whatever_the_reward(values: Mapping[str, Any]) -> bool:
+    """Whether equal rewards teach: a step of pairs, of a teacher, or of completions that are imitated."""
+    imitates = "offline/kept_fraction" in values and values.get("advantage/zero_fraction") == 0.0
+    return _learns_without_advantages(values) or imitates
+
+
 def _meaningless(values: Mapping[str, Any]) -> set[str]:
     """Shares in `AT_ONCE` by which nothing is learned here: pairs teach without advantages, and given
     completions are not cut by any setting."""
@@ -224,7 +230,7 @@ PATTERN = {"length/mean", "perplexity", "kl/ref"}
 FINDINGS = (
     Finding(
         "reward",
-        _unless(_learns_without_advantages, _constant_reward),
+        _unless(_learns_whatever_the_reward, _constant_reward),
         "every completion gets the same reward, so there is nothing to learn from; look at RUN/samples.jsonl "
         "and try the reward function on a completion that should score well",
     ),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.cli import main
 from rlhf.config.load import make_config
 from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
@@ -91,6 +92,17 @@ def test_dpo_learns_from_pairs_of_episodes(tmp_path: Path, tiny_model_dir: Path)
     # log 2 before anything was learned; then the policy has moved
     assert first["pairs/loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["kl/ref"] == 0 < second["kl/ref"]
+
+
+def test_an_evaluation_plays_the_same_environment(tmp_path: Path, tiny_model_dir: Path) -> None:
+    chosen = settings(tmp_path, tiny_model_dir, checkpoint={"export": True}, steps=1)
+    (tmp_path / "eval.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+    train(chosen)
+    out = tmp_path / "measured.json"
+    asked = [str(tmp_path / "run"), "--data", str(tmp_path / "eval.jsonl"), "--out", str(out)]
+    assert main(["eval", *asked, "eval.samples=1", "eval.max_prompts=4"]) == 0
+    records = json.loads(out.read_text())["records"]
+    assert len(records) == 4 and all("Echo" in c["objectives"] for r in records for c in r["completions"])
 
 
 def test_a_broken_environment_costs_its_episodes_until_they_are_too_many(

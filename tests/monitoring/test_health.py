@@ -222,9 +222,13 @@ def test_samples_without_signal_are_no_reason_to_change_anything_where_pairs_tea
     assert "60% of the held-out completions are cut" in cut
 
 
-def test_a_constant_reward_says_nothing_of_a_run_that_learns_from_a_teacher() -> None:
+def test_a_constant_reward_says_nothing_of_a_run_that_learns_from_a_teacher_or_by_imitation() -> None:
     measured = {"reward/mean": 0.0, "reward/std": 0.0, "grad_norm": 0.7}
     assert told([measured | {"kl/exact": 0.1}] * 4) == []
     assert len(told([measured] * 4)) == 1
+    # completions of the data are imitated whatever their reward
+    imitated = {"offline/kept_fraction": 1.0, "advantage/zero_fraction": 0.0}
+    assert told([measured | imitated] * 4) == []
+    assert len(told([measured | {"offline/kept_fraction": 1.0, "advantage/zero_fraction": 0.5}] * 4)) == 1
     # with advantages beside the exact KL it is a run that should learn from its rewards
     assert len(told([measured | {"kl/exact": 0.1, "advantage/zero_fraction": 0.9}] * 4)) == 1
