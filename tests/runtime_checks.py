@@ -76,6 +76,9 @@ class _Loader(SourceFileLoader):
 
 class _Decorate(ast.NodeTransformer):
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        if any("triton" in ast.unparse(decorator) for decorator in node.decorator_list):
+            # Triton compiles the function itself, and finds names in its globals
+            return node
         # innermost: other decorators may hide the annotations
         node.decorator_list.append(_decorator_at(node))
         return self.generic_visit(node)
