@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.algos.imitation import IMITATION
 from rlhf.algos.preference.online_table import ONLINE_PREFERENCE
 from rlhf.algos.preference.table import PREFERENCE
+from rlhf.algos.preference.two_roles import TWO_ROLES
 from rlhf.algos.table import ALGORITHMS
 from rlhf.checkpoints.store import load
 from tests.support import bandit_settings, metrics_of, train, train_interrupted, without_clocks
@@ -25,10 +26,11 @@ REQUIRED = {
 }
 
 
-# tests/e2e/test_offline_runs.py, test_preference_runs.py and test_sampler_runs.py have the others
-@pytest.mark.parametrize(
-    "name", [name for name in ALGORITHMS if name not in IMITATION | PREFERENCE | ONLINE_PREFERENCE]
-)
+# test_offline_runs.py, test_preference_runs.py, test_sampler_runs.py and test_twin_runs.py have the others
+OTHERS = IMITATION | PREFERENCE | ONLINE_PREFERENCE | TWO_ROLES
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in OTHERS])
 def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path, name: str):
     algorithm = {"name": name, "kl": {"coef": 0.0}} | REQUIRED.get(name, {})
     settings = bandit_settings(tmp_path, tiny_model_dir, critic={"lr": 1e-3})
