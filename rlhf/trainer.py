@@ -189,6 +189,8 @@ class Trainer(Loop[Config]):
         return result.score
 
     def finish(self) -> None:
+        if self.inputs.environments is not None:
+            self.inputs.environments.close()
         policy, path, exports = self.components.policy, self.folder.path, self.config.checkpoint.export
         if not self.world.is_main:
             # a sharded model is gathered by all ranks together

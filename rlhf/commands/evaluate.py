@@ -291,6 +291,8 @@ def _sample(request: Request, source: Source, config: Config, inputs: Inputs) ->
             scored = revised(sampler, reviser, scored, number)
             of_round += scored
     engine.close()
+    if inputs.environments is not None:
+        inputs.environments.close()
     return rounds
 
 
