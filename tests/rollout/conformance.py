@@ -96,7 +96,7 @@ def check_later_turns_continue_the_tokens_of_earlier_ones(
     came: list[Completion] = []
     while sum(c.prompt_id == first.prompt.id for c in came) < 2:
         came += engine.poll()
-    samples = [c for c in came if c.prompt_id == first.prompt.id]
+    samples = sorted((c for c in came if c.prompt_id == first.prompt.id), key=lambda c: c.index)
     second: list[RolloutRequest] = []
     for sample in samples:
         ids = (*first.prompt.token_ids, *sample.token_ids, 40, 41, 42, 43)
