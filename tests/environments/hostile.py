@@ -112,13 +112,18 @@ def memory_hog_of_children() -> None:
         child.wait()
 
 
+def opened() -> list[int]:
+    """Every descriptor but the standard ones; the trainer may have hundreds, so that numbers are large."""
+    return [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
+
+
 def close_every_file() -> str:
-    os.closerange(3, 256)
+    os.closerange(3, 1 << 16)
     return "closed"
 
 
 def garble_the_connection() -> None:
-    for number in range(3, 256):
+    for number in opened():
         try:
             socket.socket(fileno=os.dup(number)).send(b"\xff no answer\n")
         except OSError:
@@ -127,7 +132,7 @@ def garble_the_connection() -> None:
 
 
 def forge_an_answer() -> None:
-    for number in range(3, 256):
+    for number in opened():
         try:
             socket.socket(fileno=os.dup(number)).send(b'{"call": 1000000, "reply": {"messages": []}}\n')
         except OSError:
