@@ -123,6 +123,15 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     plt.close(figure)
 
 
+def made_data(runs: Path, model: Path, seed: int) -> Path:
+    """The folder of a seed's completions and pairs, which are made once."""
+    data = runs / f"data-{seed}"
+    if not (data / "eval.jsonl").is_file():
+        write_set(data, model, chat=False, prompts=300, held_out=64, seed=seed, max_tokens=LIMIT)
+    write_pairs(data)
+    return data
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=Path, required=True)
@@ -134,10 +143,7 @@ def main() -> None:
     model = taught(options.runs, steps=600)
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
-        data = options.runs / f"data-{seed}"
-        if not (data / "eval.jsonl").is_file():
-            write_set(data, model, chat=False, prompts=300, held_out=64, seed=seed, max_tokens=LIMIT)
-        write_pairs(data)
+        data = made_data(options.runs, model, seed)
         for name in ARMS:
             made = settings_of(name, model, data, seed, options.lr)
             rows.append(

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.advantage_weighted import taught
-from benchmarks.offline_data import Row, write, write_set
-from benchmarks.preference_words import LIMIT, settings_of, write_pairs
+from benchmarks.offline_data import Row, write
+from benchmarks.preference_words import made_data, settings_of
 from benchmarks.runs import machine
 from rlhf.cli import main as rlhf
 from rlhf.config.load import make_config
@@ -86,10 +86,7 @@ def main() -> None:
     model = taught(options.runs, steps=600)
     rows: list[dict[str, Any]] = []
     for seed in SEEDS:
-        data = options.runs / f"data-{seed}"
-        if not (data / "eval.jsonl").is_file():
-            write_set(data, model, chat=False, prompts=300, held_out=64, seed=seed, max_tokens=LIMIT)
-        write_pairs(data)
+        data = made_data(options.runs, model, seed)
         write_lessons(data, seed)
         sft: dict[str, Any] = {"algorithm": {"name": "sft"}, "steps": LESSONS}
         lessons = train("lessons", model, data, options.runs / f"lessons-{seed}", seed, **sft)

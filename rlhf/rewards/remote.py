@@ -66,6 +66,17 @@ class Client:
         self._place = parts.netloc.rpartition("@")[2]
         self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
+    @classmethod
+    def of_chat(
+        cls, url: str, *, key_variable: str | None, seconds: float, attempts: int, pause: float
+    ) -> Client:
+        """For the chat endpoint at `url`, without its ending `/chat/completions`.
+
+        Raises what `Client` and `authorization` raise.
+        """
+        address, headers = url.rstrip("/") + "/chat/completions", authorization(key_variable)
+        return cls(address, headers=headers, seconds=seconds, attempts=attempts, pause=pause)
+
     def __del__(self) -> None:
         self._drop()
 
@@ -199,9 +210,9 @@ class LLMJudge:
         """
         if "{completion}" not in template:
             raise ValueError("the judge's template must have {completion}, or it judges nothing")
-        address = url.rstrip("/") + "/chat/completions"
-        headers = authorization(key_variable)
-        self.client = Client(address, headers=headers, seconds=seconds, attempts=attempts, pause=pause)
+        self.client = Client.of_chat(
+            url, key_variable=key_variable, seconds=seconds, attempts=attempts, pause=pause
+        )
         self.model, self.template, self.pattern = model, template, re.compile(pattern)
         self.low, self.high, self.max_tokens = low, high, max_tokens
 

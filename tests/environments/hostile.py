@@ -10,13 +10,15 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from typing import Any
+
+from tests import misbehaviour
+from tests.misbehaviour import send_everywhere
 
 
 def sleep() -> None:
@@ -112,31 +114,18 @@ def memory_hog_of_children() -> None:
         child.wait()
 
 
-def opened() -> list[int]:
-    """Every descriptor but the standard ones; the trainer may have hundreds, so that numbers are large."""
-    return [int(name) for name in os.listdir("/proc/self/fd") if int(name) > 2]
-
-
 def close_every_file() -> str:
     os.closerange(3, 1 << 16)
     return "closed"
 
 
 def garble_the_connection() -> None:
-    for number in opened():
-        try:
-            socket.socket(fileno=os.dup(number)).send(b"\xff no answer\n")
-        except OSError:
-            continue
+    send_everywhere(b"\xff no answer\n")
     time.sleep(600)
 
 
 def forge_an_answer() -> None:
-    for number in opened():
-        try:
-            socket.socket(fileno=os.dup(number)).send(b'{"call": 1000000, "reply": {"messages": []}}\n')
-        except OSError:
-            continue
+    send_everywhere(b'{"call": 1000000, "reply": {"messages": []}}\n')
     time.sleep(600)
 
 
@@ -153,35 +142,11 @@ def raise_error() -> None:
     raise ValueError("Game over.")
 
 
-def raise_what_cannot_be_printed() -> None:
-    class Unprintable(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("no text")
-
-    raise Unprintable
-
-
-def raise_megabytes() -> None:
-    raise ValueError("z" * (1 << 24))
-
-
-def raise_base_exception() -> None:
-    raise BaseException("not an Exception")
-
-
 def raise_in_a_coroutine() -> Any:
     async def inner() -> None:
         raise KeyError("inside")
 
     return inner()
-
-
-def exit_politely() -> None:
-    sys.exit("enough")
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def set_a_signal_handler() -> None:
@@ -268,7 +233,9 @@ def disable_everything() -> str:
 
 
 BEHAVIOURS: dict[str, Callable[[], Any]] = {
-    value.__name__: value for value in list(globals().values()) if inspect.isfunction(value)
+    value.__name__: value
+    for value in (*vars(misbehaviour).values(), *globals().values())
+    if inspect.isfunction(value)
 }
 
 

@@ -11,7 +11,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from tests import misbehaviour
+from tests.misbehaviour import send_everywhere
 
 SLEEPER = "import time; time.sleep(600)"
 
@@ -120,10 +122,6 @@ def exit_at_once() -> None:
     os._exit(0)
 
 
-def exit_politely() -> None:
-    sys.exit("enough")
-
-
 def kill_itself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -145,52 +143,20 @@ def print_megabytes() -> None:
 
 
 def close_every_file() -> None:
-    os.closerange(0, 256)
+    os.closerange(0, 1 << 16)
 
 
 def garble_the_connection() -> None:
     """Writes to every open socket, as a library with a bug might."""
-    for number in range(3, 64):
-        try:
-            socket.socket(fileno=os.dup(number)).send(b"\xff\xfe no answer\n")
-        except OSError:
-            continue
+    send_everywhere(b"\xff\xfe no answer\n")
 
 
 def forge_an_answer() -> None:
-    for number in range(3, 64):
-        try:
-            socket.socket(fileno=os.dup(number)).send(b'{"call": 7, "seconds": 0, "scores": [{"bad": 9}]}\n')
-        except OSError:
-            continue
+    send_everywhere(b'{"call": 7, "seconds": 0, "scores": [{"bad": 9}]}\n')
 
 
 def flood_the_connection() -> None:
-    for number in range(3, 64):
-        try:
-            socket.socket(fileno=os.dup(number)).sendall(b"z" * (1 << 25))
-        except OSError:
-            continue
-
-
-def raise_what_cannot_be_printed() -> None:
-    class Unprintable(Exception):
-        def __str__(self) -> str:
-            raise RuntimeError("no text")
-
-    raise Unprintable
-
-
-def raise_megabytes() -> None:
-    raise ValueError("z" * (1 << 24))
-
-
-def raise_base_exception() -> None:
-    raise BaseException("not an Exception")
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
+    send_everywhere(b"z" * (1 << 25))
 
 
 def leak_threads() -> None:
@@ -217,7 +183,9 @@ def disable_everything() -> None:
 
 
 BEHAVIOURS: dict[str, Callable[[], None]] = {
-    value.__name__: value for value in list(globals().values()) if inspect.isfunction(value)
+    value.__name__: value
+    for value in (*vars(misbehaviour).values(), *globals().values())
+    if inspect.isfunction(value)
 }
 
 

@@ -21,7 +21,6 @@ from rlhf.rewards.remote import (
     Client,
     NoVerdict,
     RemoteError,
-    authorization,
     filled,
     judge_answer,
 )
@@ -71,9 +70,9 @@ class PairJudge:
         """
         if "{first}" not in template or "{second}" not in template:
             raise ValueError("the judge's template must have {first} and {second}, or it compares nothing")
-        address = url.rstrip("/") + "/chat/completions"
-        headers = authorization(key_variable)
-        self.client = Client(address, headers=headers, seconds=seconds, attempts=attempts, pause=pause)
+        self.client = Client.of_chat(
+            url, key_variable=key_variable, seconds=seconds, attempts=attempts, pause=pause
+        )
         self.model, self.template, self.logprobs, self.max_tokens = model, template, logprobs, max_tokens
 
     def __call__(

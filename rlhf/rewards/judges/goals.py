@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from rlhf.rewards.builtin import Completion
-from rlhf.rewards.remote import Client, NoVerdict, authorization, filled, judge_answer
+from rlhf.rewards.remote import Client, NoVerdict, filled, judge_answer
 from rlhf.rewards.workers.return_values import WrongReturn, read_values
 
 Message = Mapping[str, Any]
@@ -144,9 +144,9 @@ class Asked:
         """
         if "{conversation}" not in template:
             raise ValueError("the judge's template must have {conversation}, or it judges nothing")
-        address = url.rstrip("/") + "/chat/completions"
-        headers = authorization(key_variable)
-        self.client = Client(address, headers=headers, seconds=seconds, attempts=attempts, pause=pause)
+        self.client = Client.of_chat(
+            url, key_variable=key_variable, seconds=seconds, attempts=attempts, pause=pause
+        )
         self.template, self.max_tokens = template, max_tokens
         seed = {} if sample is None else {"seed": sample}
         self._settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens, **seed}
