@@ -20,6 +20,7 @@ from rlhf.monitoring.run_folder import RunFolder
 from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
 from rlhf.preflight.resume import check_resume
+from rlhf.preflight.trial import try_packing
 from rlhf.types import Prompt
 
 T = TypeVar("T")
@@ -42,7 +43,9 @@ def run_check(
         from rlhf.reward_model.trainer import RewardModelTrainer
         from rlhf.reward_model.trainer import describe as describe_reward_model
 
-        yield from describe_reward_model(RewardModelTrainer(config))
+        trainer = RewardModelTrainer(config)
+        try_packing(config.model, [config.model.path], None, None)
+        yield from describe_reward_model(trainer)
     else:
         ranks = ranks or world_size()
         inputs = load_inputs(config, world_size=ranks)

@@ -41,7 +41,7 @@ def load_policy(
     smaller is none. Raises ModelError: the model cannot be loaded, its head is not linear, or it cannot do
     the packing of `section` (the message gives the reason).
     """
-    return _checked_policy(section, path, load_model(path, device), processor, longest=longest)
+    return checked_policy(section, path, load_model(path, device), processor, longest=longest)
 
 
 def load_sharded_policy(
@@ -52,7 +52,7 @@ def load_sharded_policy(
     The forward is checked in float32; then the model is opened again to compute in `sharding.computed`.
     Raises ModelError as `load_policy` does.
     """
-    policy = _checked_policy(
+    policy = checked_policy(
         section, path, open_policy(path, sharding.exact(), trains=trains), longest=longest
     )
     free_gathered(policy.model)
@@ -77,8 +77,8 @@ def load_trunk(
     again to compute in `Sharding.computed`. Raises ModelError as `load_policy` does.
     """
     if isinstance(device, torch.device):
-        return _checked_trunk(path, *load_scorer(path, device), longest)
-    trunk, weight = _checked_trunk(path, *open_scorer(path, device.exact()), longest)
+        return _checked_scorer(path, *load_scorer(path, device), longest)
+    trunk, weight = _checked_scorer(path, *open_scorer(path, device.exact()), longest)
     if device.computed == torch.float32:
         return trunk, weight
     layout = trunk.layout
@@ -91,7 +91,7 @@ def load_trunk(
     return reopened, weight
 
 
-def _checked_policy(
+def checked_policy(
     section: ModelConfig,
     path: str,
     model: PreTrainedModel,
@@ -99,6 +99,10 @@ def _checked_policy(
     *,
     longest: int | None,
 ) -> Policy:
+    """A policy of a model that is loaded, in the layout that its own forward allows.
+
+    Raises ModelError as `load_policy` does.
+    """
     leave_tower(model)
     if told := text_alone(model.config):
         log.warning("%s: %s", path, told)
@@ -112,12 +116,18 @@ def _checked_policy(
     return policy
 
 
-def _checked_trunk(
-    path: str, model: PreTrainedModel, weight: Tensor | None, longest: int | None
-) -> tuple[Trunk, Tensor | None]:
+def checked_trunk(path: str, model: PreTrainedModel, *, longest: int | None) -> Trunk:
+    """A transformer that is loaded, in the first layout that works. Raises ModelError like `load_trunk`."""
     trunk = Trunk(model, layout="padded")
     window = sliding_window(model.config, longest)
     choose_layout(trunk, path, "auto", lambda: hidden_state_error(trunk, window), window)
+    return trunk
+
+
+def _checked_scorer(
+    path: str, model: PreTrainedModel, weight: Tensor | None, longest: int | None
+) -> tuple[Trunk, Tensor | None]:
+    trunk = checked_trunk(path, model, longest=longest)
     free_gathered(model)
     return trunk, weight
 

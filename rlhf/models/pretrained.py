@@ -217,6 +217,15 @@ def empty_model(path: str, dtype: torch.dtype, *, head: bool) -> PreTrainedModel
     return _ready(model)
 
 
+def random_model(path: str, config: PretrainedConfig, *, head: bool) -> PreTrainedModel:
+    """A model of the kind at `path`, with the sizes of `config` and random float32 weights.
+
+    A causal language model, or without `head` its transformer alone.
+    """
+    kind = _kind_of(config) if head else _transformers.AutoModel
+    return _ready(kind.from_config(config, dtype=torch.float32, **_code_of(local_or_hub(path))))
+
+
 def base_prefix(model: Any) -> str:
     """Name of the attribute under which a model with a head has its transformer."""
     return model.base_model_prefix

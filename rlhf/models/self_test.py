@@ -48,7 +48,7 @@ def forward_error(policy: Policy, window: int | None = None) -> str | None:
             for several in (prompts, others)
         )
         alone = _full_forward(policy.model, prompts[0], [completions[0][:1]])
-    if (alone - expected[:1]).abs().max() > TOLERANCE * (changed - expected).abs().max() + 1e-5:
+    if _looks_ahead(alone, expected, changed):
         return "a token's log-prob depends on the tokens after it: this is no causal language model"
     return _difference(got, expected, changed, unit=" nats", other="prompt")
 
@@ -88,6 +88,9 @@ def hidden_state_error(trunk: Trunk, window: int | None = None) -> str | None:
     got = states(prompts)
     with _own_attention(trunk):
         expected, changed = states(prompts), states(others)
+        alone = trunk.hidden(pack(prompts[:1], [[completions[0][:1]]]))
+    if _looks_ahead(alone, expected, changed):
+        return "a token's hidden states depend on the tokens after it: this is no causal language model"
     return _difference(got, expected, changed, unit="", other="prompt")
 
 
@@ -117,6 +120,11 @@ def _own_attention(trunk: Trunk) -> Generator[None]:
         yield
     finally:
         trunk.layout = layout
+
+
+def _looks_ahead(alone: Tensor, expected: Tensor, changed: Tensor) -> bool:
+    """Whether the first row changes when the tokens after it are left out."""
+    return bool((alone - expected[:1]).abs().max() > TOLERANCE * (changed - expected).abs().max() + 1e-5)
 
 
 def _difference(got: Tensor, expected: Tensor, changed: Tensor, *, unit: str, other: str) -> str | None:

@@ -26,8 +26,10 @@ from rlhf.preflight import tags
 from rlhf.preflight.environments import describe_environments
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
+from rlhf.preflight.models import models_of
 from rlhf.preflight.probe import ignores_rewards, learns_from_one
 from rlhf.preflight.reference import by_column, unnamed
+from rlhf.preflight.trial import try_packing
 from rlhf.rewards.judges.duels import asking
 from rlhf.types import Source
 
@@ -54,6 +56,8 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
         f"updates      {learner.epochs} epoch(s) x {learner.minibatches} minibatch(es) = {updates} a step, "
         f"microbatches of at most {learner.microbatch_tokens} tokens"
     )
+    writers, critic = models_of(config, inputs.algorithm)
+    yield f"packing      {try_packing(config.model, writers, critic, config.longest)}"
     passes = config.steps * rollout.prompts_per_step / len(inputs.train)
     drawn = f"{config.steps * samples} completions"
     if config.data.mode == "offline" and _learns_pairs(inputs):

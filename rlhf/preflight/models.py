@@ -1,7 +1,7 @@
 """Checks of a run's models by their config.json and by the names and shapes in their files, without weights.
 
-What only numbers tell stays for the run: whether log-probs of packed groups are those of the model's own
-forward (rlhf/models/self_test.py). By then all else that a run would refuse has been refused.
+Whether log-probs of packed groups are those of the model's own forward, a run finds out with its weights
+(rlhf/models/self_test.py), and `rlhf check` with a small copy of the model (trial.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rlhf.types import Source
 
 def check_models(config: Config, algorithm: Algorithm) -> None:
     """Raises ModelError: a model that the run loads is not there, or its files are damaged."""
-    writers, critic = _models(config, algorithm)
+    writers, critic = models_of(config, algorithm)
     paths = [*writers, *([] if critic is None else [critic])]
     for path in paths if config.model.trust_remote_code else ():
         trust(path)
@@ -83,7 +83,7 @@ def check_weight_files(config: Config, algorithm: Algorithm, world_size: int) ->
     """Raises ModelError: the files of a model that the run loads lack some of its weights, or it cannot be
     packed, adapted or sharded as the settings say. Raises ValueError: so many ranks cannot be sharded over.
     """
-    writers, critic = _models(config, algorithm)
+    writers, critic = models_of(config, algorithm)
     sharded = config.distributed.mode == "sharded" and world_size > 1
     if sharded:
         shard_ranks(config.distributed, world_size)
@@ -124,7 +124,7 @@ def _check_sharded(path: str, model: PreTrainedModel) -> None:
     names_in_files(parameters, WeightFiles(model_folder(path)))
 
 
-def _models(config: Config, algorithm: Algorithm) -> tuple[list[str], str | None]:
+def models_of(config: Config, algorithm: Algorithm) -> tuple[list[str], str | None]:
     """The causal language models that the run loads, and the model that its critic starts from."""
     section = config.model
     sampled = config.rollout.sources & {Source.REFERENCE, Source.MIXTURE}

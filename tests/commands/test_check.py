@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
 
+from benchmarks.model_kinds import small_config, small_model
 from rlhf.cli import main
 from rlhf.commands.check import quantile, spaced
+from rlhf.preflight import trial
+from tests.conftest import save_tiny_tokenizer
 from tests.support import bandit_settings
 
 
@@ -41,6 +44,24 @@ def test_answers_longer_than_completions_may_be_are_a_warning(check) -> None:
 def test_prompts_near_the_limit_are_counted(check) -> None:
     said = check([{"prompt": "x" * n} for n in [10] * 15 + [30, 31, 31, 31, 32]])
     assert "prompts: 31 tokens at 95 %, limit 32; 5 of 20 examined are within a tenth of it" in said
+
+
+def test_how_groups_are_packed_is_tried_on_a_small_copy_of_the_model(check, tmp_path: Path) -> None:
+    assert "packing      prompts are shared within a group" in check()
+    size = save_tiny_tokenizer(tmp_path / "bloom")
+    small_model(small_config("bloom", vocab_size=size)).save_pretrained(tmp_path / "bloom")
+    assert "packing      sequences are padded" in check(None, f"model.path={tmp_path / 'bloom'}")
+
+
+def test_a_small_copy_has_a_layer_of_each_kind(tmp_path: Path) -> None:
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    given = small_config("gemma3_text", num_hidden_layers=12, layer_types=kinds * 2, intermediate_size=96)
+    given.save_pretrained(tmp_path)
+    copy = trial.small_config(given)
+    assert copy.layer_types == ["sliding_attention", "full_attention"] and copy.num_hidden_layers == 2
+    assert copy.intermediate_size == 64 and given.num_hidden_layers == 12
+    model = trial.small_copy(str(tmp_path))
+    assert model is not None and len(cast(Any, model).model.layers) == 2
 
 
 def test_a_run_that_would_be_refused_is_said_at_once(check, tmp_path: Path) -> None:

@@ -193,6 +193,18 @@ def of_kind(kind: str, **changes: Any) -> Change:
     return change
 
 
+def encoder(folder: Path) -> dict[str, Any]:
+    """BERT, which reads in both directions, as a critic."""
+    from transformers import BertConfig, BertModel
+
+    size = save_tiny_tokenizer(folder)
+    config: Any = BertConfig(
+        vocab_size=size, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
+    return {"algorithm": {"name": "ppo"}, "critic": {"path": str(folder)}}
+
+
 OFFLINE: dict[str, Any] = {
     "data": {"mode": "offline"},
     "algorithm": {"name": "sft"},
@@ -221,6 +233,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "no such layer": (settings(model={"lora": {"targets": ["q_porj"]}}), "did you mean q_proj"),
     "a layer that is not called": (
         of_kind("mamba", model={"lora": {"targets": ["dt_proj"]}}), "its weight is used without calling"),
+    "no causal model": (of_kind("bert-generation"), "depends on the tokens after it: this is no causal"),
+    "a critic that is no causal model": (
+        lambda here: encoder(here / "encoder"), "hidden states depend on the tokens after it"),
     "two scores": (double_scorer, "gives 2 scores a text"),
     "a critic without weights": (cut_scorer, "lack 3 of"),
     "a lacking column": (reward("lacking"), "needs columns that the dataset does not have: 'answer'"),
