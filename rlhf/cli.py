@@ -1,4 +1,4 @@
-"""The `rlhf` command line: options of train, check, eval, export, combine, report and doctor; exit status."""
+"""The `rlhf` command line: options of each command, exit status."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from rlhf.commands.migrate import add_migrate, run_migrate
 from rlhf.config.load import load_task
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
@@ -113,6 +114,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", metavar="FOLDER", required=True, help="the folder to write: new, empty, or an earlier export"
     )
     command.add_argument("--merged", action="store_true", help="write the model with the sum in its weights")
+    summary = "turn a script or config of verl or TRL into a config, with a line for what has no counterpart"
+    add_migrate(commands.add_parser("migrate", help=summary, description=_sentence(summary)))
     summary = "show what is installed, what works on this machine, and what to install for more"
     commands.add_parser("doctor", help=summary, description=_sentence(summary))
     return parser
@@ -191,7 +194,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _print_lines(options: argparse.Namespace) -> int:
-    """Runs eval, report, export, combine or doctor and prints its lines. Returns the exit status."""
+    """Runs a command that does not train and prints its lines. Returns the exit status."""
     from rlhf.checkpoints.stateful import CheckpointError
     from rlhf.rewards.workers.pool import RewardError
 
@@ -234,6 +237,8 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
             from rlhf.commands.combine import run_combine
 
             return run_combine(options.adapters, options.out, merged=options.merged)
+        case "migrate":
+            return run_migrate(options)
         case _:
             from rlhf.commands.doctor import run_doctor
 

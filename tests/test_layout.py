@@ -46,6 +46,7 @@ ROOMS = (
     "rlhf.evaluation",
     "rlhf.monitoring",
     "rlhf.preflight",
+    "rlhf.migrate",
     "rlhf.components",
     "rlhf.loop",
     "rlhf.reward_model",

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config.errors import Arguments, explain
-from rlhf.config.trl import answer_for_method
+from rlhf.config.foreign.preferences import answer_for_method
 from rlhf.plugins import load_plugin
 
 

@@ -13,76 +13,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from rlhf.config.trl import RENAMED, answer_for_setting
-
-OTHER_NAMES: Mapping[str, Sequence[str]] = {
-    "run_dir": ("output_dir", "default_local_dir"),
-    "steps": ("max_steps", "num_train_epochs", "total_epochs", "total_training_steps"),
-    "model.path": ("model_name_or_path", "model_name", "model_id"),
-    "model.reference": ("ref_model", "ref_model_path", "reference_model"),
-    "model.dtype": ("torch_dtype", "bf16", "fp16"),
-    "model.gradient_checkpointing": ("enable_gradient_checkpointing",),
-    "model.lora.rank": ("lora_r", "lora_rank"),
-    "model.lora.alpha": ("lora_alpha",),
-    "data.train": ("train_files", "train_file", "train_dataset", "dataset", "dataset_name"),
-    "data.eval": ("val_files", "eval_dataset", "val_dataset"),
-    "data.prompt_column": ("prompt_key",),
-    "data.max_prompt_tokens": ("max_prompt_length",),
-    "data.max_prompt_tokens and rollout.max_completion_tokens": ("max_length",),
-    "data.precompute_reference": ("precompute_ref_log_probs",),
-    "reward.functions": ("reward_funcs", "reward_fn", "reward_model", "custom_reward_function"),
-    "score.center_coef": ("center_rewards_coefficient",),
-    "algorithm.name": ("adv_estimator", "loss_type"),
-    "algorithm.kl.coef": ("kl", "beta", "kl_coef", "kl_loss_coef", "kl_penalty_coef", "init_kl_coef"),
-    "algorithm.kl.estimator": ("kl_loss_type", "kl_penalty"),
-    "algorithm.clip_low and algorithm.clip_high": ("epsilon", "clip_ratio", "cliprange", "clip_range"),
-    "algorithm.clip_low": ("epsilon_low", "clip_ratio_low"),
-    "algorithm.clip_high": ("epsilon_high", "clip_ratio_high"),
-    "algorithm.clip_dual": ("delta", "clip_ratio_c"),
-    "algorithm.critic.value_clip": ("cliprange_value",),
-    "algorithm.critic.coef": ("vf_coef",),
-    "algorithm.critic.gamma": ("gamma",),
-    "algorithm.critic.lam": ("lam", "gae_lambda"),
-    "algorithm.entropy_coef": ("entropy_coeff",),
-    "rollout.engine": ("use_vllm", "vllm_mode"),
-    "rollout.prompts_per_step": (
-        "train_batch_size",
-        "batch_size",
-        "per_device_train_batch_size",
-        "rollout_batch_size",
-    ),
-    "rollout.group_size": ("n", "num_generations", "n_samples_per_prompt", "group_size"),
-    "rollout.max_completion_tokens": (
-        "max_completion_length",
-        "max_response_length",
-        "response_length",
-        "max_new_tokens",
-        "max_tokens",
-    ),
-    "learner.lr": ("lr", "learning_rate"),
-    "learner.schedule": ("lr_scheduler_type",),
-    "learner.betas": ("adam_beta1", "adam_beta2"),
-    "learner.eps": ("adam_epsilon",),
-    "learner.max_grad_norm": ("grad_clip", "clip_grad"),
-    "learner.epochs": ("num_iterations", "ppo_epochs", "num_ppo_epochs"),
-    "learner.minibatches": ("ppo_mini_batch_size", "num_mini_batches"),
-    "learner.microbatch_tokens": (
-        "gradient_accumulation_steps",
-        "micro_batch_size",
-        "ppo_micro_batch_size_per_gpu",
-        "ppo_max_token_len_per_gpu",
-    ),
-    "eval.every": ("eval_steps", "test_freq"),
-    "checkpoint.every": ("save_steps", "save_freq"),
-    "checkpoint.keep_last": ("save_total_limit", "max_ckpt_to_keep"),
-    "checkpoint.resume": ("resume_from_checkpoint", "resume_mode"),
-    "monitor.sinks": ("report_to", "logger"),
-    "rollout.vllm.args": ("gpu_memory_utilization", "vllm_gpu_memory_utilization"),
-}
-"""Each setting, and the names (their last parts) that TRL, verl and others have for it; shown in
-docs/settings.md."""
-MEANT = {other: ours for ours, others in OTHER_NAMES.items() for other in others}
-"""The setting that another framework's name stands for."""
+from rlhf.algos.table import ALGORITHMS
+from rlhf.config.foreign import trl, verl
+from rlhf.config.foreign.names import MEANT
+from rlhf.config.foreign.preferences import RENAMED, answer_for_setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +45,8 @@ def explain(
         where = ".".join([prefix, *map(str, problem["loc"])] if prefix else map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            yield f"unknown setting {where}{_help(where, problem['input'], prefix, schema, arguments)}"
+            for name, value in verl.leaves(where, problem["input"]):
+                yield f"unknown setting {name}{_help(name, value, prefix, schema, arguments)}"
         elif problem["type"] == "too_short":
             # pydantic also calls a list too short when its entries have problems, which have own lines
             if not any(len(p["loc"]) > len(problem["loc"]) for p in problems):
@@ -139,8 +74,16 @@ def _help(where: str, value: object, prefix: str, schema: type[BaseModel], argum
     answer = answer_for_setting(last, value)
     if answer is not None:
         return f"; coming from TRL: {answer}"
+    answer = verl.answer(where, value)
+    if answer is not None:
+        return f"; coming from verl: {answer}"
+    answer = trl.answer(last, value) if last not in MEANT else None
+    if answer is not None:
+        return f"; coming from TRL: {answer}"
+    if last in ALGORITHMS:
+        return f"; did you mean algorithm.name={last}?"
     owner = arguments.owners.get(last)
-    hint = nearest_setting(where, prefix, schema, cutoff=0.6 if owner is None else 0.85)
+    hint = nearest_setting(where, prefix, schema, cutoff=0.7 if owner is None else 0.85)
     if hint:
         return f"; did you mean {hint}?"
     return f", which is one of {owner}" if owner else ""
@@ -214,6 +157,7 @@ def nearest_setting(where: str, prefix: str, schema: type[BaseModel], *, cutoff:
         or _close(last, siblings, cutoff)
         or _close(last, leaves, cutoff)
         or _close(where, {name: [name] for name in names}, cutoff)
+        or _close(last, {theirs: [ours] for theirs, ours in MEANT.items()}, 0.85)
     )
 
 

@@ -72,6 +72,19 @@ class ModelConfig(Section):
     lora: LoraConfig | None = None
     """Given: only an adapter is trained."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def may_be_a_path_alone(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str) else given
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def may_be_a_rank_alone(cls, given: Any) -> Any:
+        """`true`: an adapter with the defaults; a number: its rank."""
+        if isinstance(given, bool):
+            return {} if given else None
+        return {"rank": given} if isinstance(given, int) else given
+
     @field_validator("reference")
     @classmethod
     def names_a_model(cls, reference: str | dict[str, str] | None) -> str | dict[str, str] | None:

@@ -13,6 +13,9 @@ import yaml
 
 from rlhf.config.section import ConfigError
 
+ALONE = {"algorithm": "name", "model": "path"}
+"""Sections that may be given as one value, and the setting that this value is."""
+
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The tree of a YAML file with the overrides put into it; keys and values are not checked yet.
@@ -46,8 +49,8 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     node = settings
     for parent in parents:
         child = node.setdefault(parent, {})
-        if parent == "algorithm" and isinstance(child, str):
-            child = node[parent] = {"name": child}
+        if parent in ALONE and isinstance(child, str):
+            child = node[parent] = {ALONE[parent]: child}
         if not isinstance(child, dict):
             raise ConfigError(f"{override!r}: {parent} is a value, not a section")
         node = typing.cast(dict[str, Any], child)

@@ -26,6 +26,11 @@ class Function(Section):
     gpu: bool = False
     variables: tuple[str, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def may_be_a_path_alone(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str) else given
+
 
 class RewardFunction(Function):
     """One reward function."""

@@ -68,6 +68,11 @@ class CheckpointConfig(Section):
     export: bool = True
     """Whether the final model is written to RUN/model, in the Hugging Face layout."""
 
+    @field_validator("resume", mode="before")
+    @classmethod
+    def may_be_yes_or_no(cls, given: Any) -> Any:
+        return {True: "auto", False: "never"}[given] if isinstance(given, bool) else given
+
 
 class MonitorConfig(Section):
     """Where metrics are shown, and how many completions are recorded."""
@@ -133,7 +138,13 @@ class Config(Section):
     @field_validator("algorithm", mode="before")
     @classmethod
     def may_be_a_name_alone(cls, given: Any) -> Any:
-        return {"name": given} if isinstance(given, str) else given
+        """Capitals and dashes do not matter: Dr-GRPO is dr_grpo."""
+        settings: Any = {"name": given} if isinstance(given, str) else given
+        if not isinstance(settings, dict):
+            return settings
+        named = typing.cast(dict[str, Any], settings)
+        name = str(named.get("name")).lower().replace("-", "_")
+        return named | {"name": name} if name in ALGORITHMS else named
 
     @field_validator("algorithm")
     @classmethod

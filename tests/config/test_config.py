@@ -11,7 +11,8 @@ import yaml
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config.algorithm import resolve_algorithm
-from rlhf.config.errors import MEANT, OTHER_NAMES, setting_names
+from rlhf.config.errors import setting_names
+from rlhf.config.foreign.names import MEANT, OTHER_NAMES
 from rlhf.config.load import load_config, load_task, make_config
 from rlhf.config.overrides import load_yaml
 from rlhf.config.reward_model import RewardModelConfig

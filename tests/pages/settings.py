@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlhf.algos.table import ALGORITHMS
-from rlhf.config.errors import OTHER_NAMES
+from rlhf.config.foreign.names import OTHER_NAMES
 from rlhf.config.reward import Function
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
@@ -188,6 +188,10 @@ ARGUMENTS = {
 """What the keyword arguments of algorithms mean: a function's arguments have no docstrings."""
 
 OTHER_HEAD = """## Coming from TRL or verl
+
+`rlhf migrate FILE` turns a script or config of verl, or a YAML file, a command or a Python file with a config of
+TRL into a config of ours, with a line for each of its settings that has no counterpart; a full name of theirs
+in a config is answered with ours and its value.
 
 The settings here, and what TRL, verl and other frameworks call them (the last part of their names). A config
 with such a name is refused with a hint at the setting. Here batches are counted in prompts, microbatches in

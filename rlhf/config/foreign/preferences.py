@@ -1,7 +1,7 @@
 """Answers for settings of TRL's preference trainers (DPO, KTO, CPO, ORPO, BCO, online DPO) that have no
 counterpart of one name here: what to set instead, or why nothing has to be set.
 
-`errors.OTHER_NAMES` has the settings that only have another name. docs/preferences.md shows these tables.
+`names.OTHER_NAMES` has the settings that only have another name. docs/preferences.md shows these tables.
 """
 
 from __future__ import annotations
