@@ -189,9 +189,9 @@ ARGUMENTS = {
 
 OTHER_HEAD = """## Coming from TRL or verl
 
-`rlhf migrate FILE` turns a script or config of verl, or a YAML file, a command or a Python file with a config of
-TRL into a config of ours, with a line for each of its settings that has no counterpart; a full name of theirs
-in a config is answered with ours and its value.
+`rlhf migrate FILE` turns a script or config of verl, or a YAML file, a command or a Python file with a config
+of TRL into a config of ours, with a line for each of its settings that has no counterpart; a full name of
+theirs in a config is answered with ours and its value.
 
 The settings here, and what TRL, verl and other frameworks call them (the last part of their names). A config
 with such a name is refused with a hint at the setting. Here batches are counted in prompts, microbatches in
