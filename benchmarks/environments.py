@@ -1,15 +1,19 @@
-"""What tools cost: tokens a second with a slow tool, and without the keys and values of earlier turns.
+"""What turns and tools cost: tokens a second of several turns, of one, with a slow tool, without kept turns.
 
 64 episodes of three turns, 8 prompts with 8 samples each, on SmolLM2 and the native engine, real environment
-processes. Four ways, interleaved, the median of each:
+processes. Five ways, interleaved, the median of each:
 
-    instant     the tool answers at once
-    slow        each call of the tool sleeps 0.2 s; the same turns
-    again       as instant, but the engine keeps nothing: every turn is prefilled again with all before it
-    one turn    as instant with one turn, for comparison
+    instant      the tool answers at once
+    slow         each call of the tool sleeps 0.2 s; the same turns
+    again        as instant, but the engine keeps nothing: every turn is prefilled again with all before it
+    same tokens  as many tokens as in instant are read and written, in one turn without an environment: each
+                 episode is a request whose prompt is what was read for it, the observations and for one
+                 sample of a group the prompt, and which samples as many tokens as the episode has
+    first turn   the first turn alone: little is read, for comparison
 
 A turn ends with a full stop, comma or line end, so that lengths differ and the episodes do not go in step.
-Expected: slow / instant at least 0.8.
+Expected: instant / same tokens and slow / instant at least 0.8, instant / again at least 1.3. Instant cannot
+come near first turn: what is read is computed too, and an observation of 26 tokens follows a turn of 9.
 
     python -m benchmarks.environments --out benchmarks/results/<machine>/environments.json
 """
@@ -21,7 +25,8 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +38,9 @@ from rlhf.collect.episodes import Episodes
 from rlhf.config.environment import EnvironmentConfig
 from rlhf.environments.conversation import Conversation
 from rlhf.environments.pool import EnvironmentPool
-from rlhf.rollout.engine import RolloutRequest, SamplingParams
+from rlhf.rollout.engine import RolloutRequest, SamplingParams, generate
+from rlhf.rollout.episode import Episode, Observation
 from rlhf.rollout.factory import make_engine
-from rlhf.rollout.native.engine import NativeEngine
 from rlhf.small_model import make_small_model
 from rlhf.types import Prompt
 
@@ -73,29 +78,39 @@ def main() -> None:
     engine = make_engine(
         "native", model, eos_token_ids=(tokenizer.eos_token_id,), kv_cache_gib=4.0, max_tokens=600
     )
-    assert isinstance(engine, NativeEngine)
+    # turns of a length that is given, whatever the model says
+    endless = make_engine("native", model, eos_token_ids=(), kv_cache_gib=4.0, max_tokens=600)
     pools = {
         name: EnvironmentPool(EnvironmentConfig(path=(f"{__file__}:{name}",))) for name in ("Instant", "Slow")
     }
     conversation = Conversation(tokenizer, frozenset([tokenizer.eos_token_id]))
-    found: dict[str, list[dict[str, float]]] = {"instant": [], "slow": [], "again": [], "one turn": []}
+    names = ("instant", "slow", "again", "same tokens", "first turn")
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    # the first round is not counted
     for repeat in range(-1, options.repeats):
+        groups: list[list[Episode]] = []
         for name, figures in found.items():
-            pool = pools["Slow" if name == "slow" else "Instant"]
-            turns = 1 if name == "one turn" else TURNS
-            episodes = Episodes(engine, pool, conversation, tokenizer, turns, 200)
-            # an engine that keeps nothing is one that is told to forget at once
-            keeps = name != "again"
-            measured = measure(episodes, requests(tokenizer, conversation), keeps=keeps)
+            if name == "same tokens":
+                asked, run = same_tokens(groups), partial(generate, endless)
+            else:
+                pool = pools["Slow" if name == "slow" else "Instant"]
+                turns = 1 if name == "first turn" else TURNS
+                episodes = Episodes(engine, pool, conversation, tokenizer, turns, 200)
+                asked = requests(tokenizer, conversation)
+                run = partial(played, episodes, keeps=name != "again")
+            measured, sampled = measure(model, asked, run)
+            if name == "instant":
+                groups = sampled
             if repeat >= 0:
                 figures.append(measured)
     medians = {
         name: {key: statistics.median(one[key] for one in figures) for key in figures[0]}
         for name, figures in found.items()
     }
+    pairs = (("instant", "same tokens"), ("slow", "instant"), ("instant", "again"), ("instant", "first turn"))
     ratios = {
-        "slow / instant": medians["slow"]["tokens_per_second"] / medians["instant"]["tokens_per_second"],
-        "instant / again": medians["instant"]["tokens_per_second"] / medians["again"]["tokens_per_second"],
+        f"{one} / {other}": medians[one]["tokens_per_second"] / medians[other]["tokens_per_second"]
+        for one, other in pairs
     }
     result = {
         "command": " ".join(["python -m benchmarks.environments", *sys.argv[1:]]),
@@ -125,36 +140,67 @@ def requests(tokenizer: Any, conversation: Conversation) -> list[RolloutRequest]
     return made
 
 
-def measure(episodes: Episodes, asked: list[RolloutRequest], *, keeps: bool) -> dict[str, float]:
+def same_tokens(groups: list[list[Episode]]) -> list[RolloutRequest]:
+    """Requests of one turn, in which as much is read and written as in these episodes."""
+    asked: list[RolloutRequest] = []
+    for number, episode in enumerate(episode for group in groups for episode in group):
+        read = episode.prompt.token_ids if episode.index == 0 else ()
+        for turn in episode.turns:
+            read += turn.token_ids if isinstance(turn, Observation) else ()
+        own = sum(len(turn.token_ids) for turn in episode.completions)
+        params = SamplingParams(1, own, seed=number)
+        asked.append(RolloutRequest(Prompt(f"{number}", read, ""), params))
+    return asked
+
+
+def played(episodes: Episodes, asked: list[RolloutRequest], *, keeps: bool) -> list[list[Episode]]:
     engine: Any = episodes.engine
-    prefilled, original = 0, engine._decoder.prefill
-
-    def counted(cache: Any, requests: Any, batch: Any) -> Any:
-        nonlocal prefilled
-        for place in batch:
-            known = cache.begun[place].length if place in cache.begun else 0
-            prefilled += len(requests[place].prompt.token_ids) - known
-        return original(cache, requests, batch)
-
-    engine._decoder.prefill = counted
     submit = engine.submit
-    if not keeps:
-        engine.submit = lambda some: submit([replace(r, continues=None) for r in some])
+
+    def forgetful(some: list[RolloutRequest]) -> None:
+        for request in some:
+            if request.continues is not None:
+                engine.forget(request.continues)
+        submit(some)
+
+    engine.submit = submit if keeps else forgetful
+    try:
+        return episodes.run(asked, [0] * len(asked))
+    finally:
+        engine.submit = submit
+
+
+def measure(
+    model: Any, asked: list[RolloutRequest], run: Callable[[list[RolloutRequest]], list[list[Any]]]
+) -> tuple[dict[str, float], list[list[Any]]]:
+    """Figures of one run, and what it sampled."""
+    computed = passes = 0
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal computed, passes
+        computed += kwargs["input_ids"].numel()
+        passes += 1
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
     try:
         begin = time.perf_counter()
-        groups = episodes.run(asked, [0] * len(asked))
+        groups = run(asked)
         seconds = time.perf_counter() - begin
     finally:
-        engine._decoder.prefill, engine.submit = original, submit
-    own = sum(len(c.token_ids) for group in groups for e in group for c in e.completions)
-    turns = sum(len(e.completions) for group in groups for e in group)
-    return {
+        handle.remove()
+    samples = [sample for group in groups for sample in group]
+    turns = [turn for one in samples for turn in (one.completions if isinstance(one, Episode) else [one])]
+    own = sum(len(turn.token_ids) for turn in turns)
+    figures = {
         "seconds": seconds,
         "tokens": own,
-        "turns": turns,
-        "prefilled": prefilled,
+        "turns": len(turns),
+        # every token of a turn but its last is an input of its own
+        "prefilled": computed - (own - len(turns)),
+        "passes": passes,
         "tokens_per_second": own / seconds,
     }
+    return figures, groups
 
 
 if __name__ == "__main__":

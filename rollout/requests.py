@@ -26,6 +26,11 @@ class Row:
     candidates: list[Tensor] = field(default_factory=list[Tensor])
     """Per token: its candidates, the token itself first; empty unless `candidates_needed`."""
 
+    @property
+    def sample(self) -> tuple[str, int]:
+        """What `RolloutRequest.continues` names it by."""
+        return self.request.prompt.id, self.index
+
     def append(self, token_id: int, logprob: float, candidates: Tensor | None = None) -> bool:
         """Appends a token; returns whether it finishes the row."""
         self.token_ids.append(token_id)

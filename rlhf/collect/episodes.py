@@ -251,10 +251,12 @@ class _Run:
             decoding.missing -= 1
             if not decoding.missing:
                 del self.decoding[completion.prompt_id]
-            # a sample that was lost at its reset is sampled with its group all the same
             if episode.index not in episode.group.done:
                 episode.turns.append(completion)
                 self._turn(episode, completion)
+            elif isinstance(self.engine, KeepsSamples):
+                # a sample that was lost at its reset is sampled with its group all the same
+                self.engine.forget((completion.prompt_id, completion.index))
 
     def _turn(self, episode: RunningEpisode, completion: Completion) -> None:
         """The policy has ended a turn: the environment answers."""

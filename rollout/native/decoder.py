@@ -1,8 +1,8 @@
-"""Runs a model for the native engine: prompts and single tokens in, logits of the next tokens out."""
+"""Runs a model for the native engine: prompts and new tokens in, logits of the next tokens out."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 
 from rlhf.rollout.engine import ImageInputs, RolloutRequest
 from rlhf.rollout.learner_module import Model, sampling_mode
-from rlhf.rollout.native.cache import AttentionPass, Decode, Kept, Prefill, SharedPrefixCache, last_tokens
+from rlhf.rollout.native.cache import AttentionPass, Decode, Prefill, SharedPrefixCache, last_tokens
 from rlhf.rollout.native.cpu_linear import PackedLinears
 from rlhf.rollout.sampling import RowSampling
 
@@ -64,18 +64,14 @@ class Decoder:
 
     @property
     def keeps_samples(self) -> bool:
-        """Whether a prompt may begin with keys and values that are kept: not where images give positions."""
+        """Whether finished rows may be continued: not where images give positions."""
         return self.image_inputs is None
 
     def new_cache(
-        self,
-        prompt_lengths: Sequence[int],
-        group_sizes: Sequence[int],
-        max_tokens: int,
-        begun: Mapping[int, Kept],
+        self, prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int
     ) -> SharedPrefixCache:
-        """A cache for groups of at most `max_tokens` tokens a row; `begun`: what is known of some prompts."""
-        return SharedPrefixCache(prompt_lengths, group_sizes, max_tokens, begun)
+        """A cache for groups of at most `max_tokens` tokens a row."""
+        return SharedPrefixCache(prompt_lengths, group_sizes, max_tokens)
 
     def prefill(
         self, cache: SharedPrefixCache, requests: Sequence[RolloutRequest], batch: Sequence[int]
@@ -87,37 +83,35 @@ class Decoder:
         device = self.model.device
         prompts = [requests[p].prompt for p in batch]
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        starts = [cache.begun[p].length if p in cache.begun else 0 for p in batch]
-        rest = [length - start for length, start in zip(lengths, starts, strict=True)]
-        last, attention = last_tokens(rest).to(device), Prefill(cache, batch)
+        last, attention = last_tokens(lengths).to(device), Prefill(cache, batch)
         if self.image_inputs is not None and any(prompt.images for prompt in prompts):
             hidden, following = self.image_inputs.read(prompts, rollout_pass=attention)
             return self.model.get_output_embeddings()(hidden[0, last]), following
-        new = [prompt.token_ids[start:] for prompt, start in zip(prompts, starts, strict=True)]
-        tokens = torch.tensor([token for ids in new for token in ids], device=device)
-        positions = torch.cat([torch.arange(a, b) for a, b in zip(starts, lengths, strict=True)]).to(device)
-        return self._forward(tokens[None], positions[None], attention, last)[0], lengths
+        tokens = torch.tensor([token for prompt in prompts for token in prompt.token_ids], device=device)
+        positions = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        return self._forward(tokens, positions, attention, last), lengths
 
     def decode(
         self, tokens: Tensor, positions: Tensor, caches: Sequence[SharedPrefixCache], sampling: RowSampling
     ) -> Float[Tensor, "S V"]:
-        """Next-token logits after one more token `[S]` of every row of the caches, end to end.
+        """Next-token logits of every decoded row after its new tokens, which lie end to end: `[N]`.
 
         `sampling` says how the rows are sampled; here it is not used.
         """
-        return self._forward(tokens[:, None], positions[:, None], Decode(caches), 1)[:, 0]
+        last = last_tokens([count for cache in caches for count in cache.new_tokens]).to(tokens.device)
+        return self._forward(tokens, positions, Decode(caches), last)
 
     def clear(self) -> None:
         """Frees packed weights."""
         self.linears.clear()
 
     def _forward(
-        self, tokens: Tensor, positions: Tensor, attention: AttentionPass, keep: int | Tensor
-    ) -> Float[Tensor, "B T V"]:
+        self, tokens: Tensor, positions: Tensor, attention: AttentionPass, last: Tensor
+    ) -> Float[Tensor, "S V"]:
         return self.model(
-            input_ids=tokens,
-            position_ids=positions,
+            input_ids=tokens[None],
+            position_ids=positions[None],
             use_cache=False,
-            logits_to_keep=keep,
+            logits_to_keep=last,
             rollout_pass=attention,
-        ).logits
+        ).logits[0]

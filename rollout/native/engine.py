@@ -4,29 +4,30 @@
 2. Each decoding step runs one token of every row through the model, with its attention replaced: the rows of
    a prompt attend to the prompt's keys together, as queries of one attention, then each to its own suffix,
    and the two results are merged by their log-sum-exp (`kernels/attention_parts.py`, `cache.py`).
-3. Finished rows leave the batch at once, and a prompt leaves with its last row.
+3. Finished rows leave the batch at once, and a prompt leaves with its last row. A row that may be continued
+   keeps its place in the cache; the request that continues it joins the next step with all tokens that are
+   new, beside the one token of every other row, and still shares the prompt of its group.
 4. A token is a function of its logits and of `(seed, index, position)` (`rollout/sampling.py`), so a sample
    does not depend on the rest of the batch, except through rounding in matrix products of another size.
 
 Requests are admitted as whole groups, in the order of `submit`, as long as the keys and values that they may
-need fit in `kv_cache_gib`; the others wait. A weight update during decoding keeps the keys and values of rows
+need fit in `kv_cache_gib`; the others wait, and when nothing else is decoded, rows that are only kept make
+room for them. A weight update during decoding keeps the keys and values of rows
 in flight; `Completion.versions` says which weights sampled which tokens.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor, nn
+from torch import nn
 
 from rlhf.rollout.engine import EngineError, ImageInputs, PauseMode, RolloutRequest, SyncReport, WeightSource
 from rlhf.rollout.learner_module import Model, causal_model, take_weights
-from rlhf.rollout.native.cache import Kept, SharedPrefixCache
+from rlhf.rollout.native.cohort import Cohort
 from rlhf.rollout.native.decoder import Decoder
 from rlhf.rollout.native.model_support import check_decoding, why_unsupported
 from rlhf.rollout.requests import Finished, Row, check_requests, rows_of
@@ -35,43 +36,6 @@ from rlhf.types import Completion
 
 PREFILL_TOKENS = 4096
 """Most prompt tokens of one forward; a longer prompt gets a forward of its own."""
-
-
-@dataclass(slots=True, eq=False)
-class _Cohort:
-    """Groups that were admitted together: all their rows have the same number of sampled tokens."""
-
-    cache: SharedPrefixCache
-    rows: list[Row]
-    tokens: Int64[Tensor, " S"]
-    """The last sampled token of each row, the model's next input."""
-    positions: Int64[Tensor, " S"]
-    """Its position, counted from the start of the prompt."""
-
-    def record(
-        self,
-        tokens: Int64[Tensor, " S"],
-        drawn: Iterable[tuple[int, float, Tensor | None]],
-        keep: dict[tuple[str, int], Kept] | None,
-    ) -> list[Row]:
-        """Appends one token to every row; removes and returns the rows that it finishes.
-
-        What is known of those whose requests say `keeps` goes to `keep`.
-        """
-        ended = [row.append(*one) for row, one in zip(self.rows, drawn, strict=True)]
-        finished = [i for i, has_ended in enumerate(ended) if has_ended]
-        self.tokens, self.positions = tokens, self.positions + 1
-        gone = [self.rows[i] for i in finished]
-        for i in finished:
-            row = self.rows[i]
-            if keep is not None and row.request.keeps:
-                keep[row.request.prompt.id, row.index] = self.cache.kept(i)
-        if gone:
-            order = self.cache.drop(finished)
-            index = torch.tensor(order, dtype=torch.int64, device=tokens.device)
-            self.rows = [self.rows[i] for i in order]
-            self.tokens, self.positions = self.tokens[index], self.positions[index]
-        return gone
 
 
 class NativeEngine:
@@ -99,11 +63,9 @@ class NativeEngine:
             raise ValueError(f"the native engine cannot decode {type(self._model).__name__}: {reason}")
         self._eos_token_ids: tuple[int, ...] = ()
         self._waiting: list[list[Row]] = []
-        self._cohorts: list[_Cohort] = []
+        self._cohorts: list[Cohort] = []
         self._finished = Finished()
         self._sampling: RowSampling | None = None
-        self._kept: dict[tuple[str, int], Kept] = {}
-        """Keys and values of samples that may be continued, oldest first."""
         self._version = 0
         self._paused = False
         self._bytes_per_token = 0
@@ -137,7 +99,11 @@ class NativeEngine:
                     "or the token limit"
                 )
         for request in requests:
-            self._waiting.append(rows_of(request, self._eos_token_ids, self._version))
+            rows = rows_of(request, self._eos_token_ids, self._version)
+            for row in rows:
+                # ids may come again
+                self._forget(row.sample)
+            self._waiting.append(rows)
             self._finished.expect(request)
 
     def poll(self, timeout: float | None = None) -> list[Completion]:
@@ -153,7 +119,6 @@ class NativeEngine:
             for row in self._rows_in_flight():
                 self._finished.end(row)
             self._waiting, self._cohorts, self._sampling = [], [], None
-            self._kept.clear()
         if mode == "wait":
             while self._finished.in_flight:
                 self._finished.is_due = False
@@ -167,25 +132,27 @@ class NativeEngine:
         """Copies the weights, unless the learner's own module is used. Raises ValueError on a mismatch."""
         report = take_weights(self._model, source, version)
         self._decoder.clear()
-        self._kept.clear()
+        self._forget()
         self._version = version
         for row in self._rows_in_flight():
             row.versions.append((version, len(row.token_ids)))
         return report
 
     def release(self) -> None:
-        """Frees packed weights and unused memory of the GPU's allocator; the cache is freed with its rows."""
-        self._kept.clear()
+        """Frees what is kept, packed weights, and unused memory of the GPU's allocator.
+
+        The cache of rows that are decoded is freed with them.
+        """
+        self._forget()
         self._decoder.clear()
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def forget(self, sample: tuple[str, int]) -> None:
-        self._kept.pop(sample, None)
+        self._forget(sample)
 
     def close(self) -> None:
         """Drops everything in flight."""
-        self._kept.clear()
         self._waiting, self._cohorts, self._sampling = [], [], None
         self._finished.clear()
 
@@ -204,81 +171,88 @@ class NativeEngine:
                     break
 
     def _admit(self) -> None:
-        """Prefills as many waiting groups as fit, and samples their first tokens."""
+        """Continues what is kept, prefills as many other groups as fit, and samples their first tokens."""
+        waiting = {rows[0].request.continues: rows[0] for rows in self._waiting}
+        requested = {sample: row for sample, row in waiting.items() if sample is not None}
+        joined = [row for cohort in self._cohorts for row in cohort.join(requested)] if requested else []
+        if joined:
+            self._waiting = [rows for rows in self._waiting if rows[0] not in joined]
+            self._sampling = None
+        groups = self._fitting()
+        if self._waiting and not groups and not any(cohort.rows for cohort in self._cohorts):
+            # what is not kept is computed again
+            self._forget()
+            groups = self._fitting()
+        if groups:
+            self._prefill(groups)
+
+    def _fitting(self) -> list[list[Row]]:
+        """Takes the first of the waiting groups, as many as fit into the memory that is left."""
         reserved = sum(cohort.cache.reserved_tokens for cohort in self._cohorts)
         groups: list[list[Row]] = []
         while self._waiting:
             wanted = [rows[0].request for rows in (*groups, self._waiting[0])]
-            room = self._budget - (reserved + _reserve(wanted)) * self._bytes_per_token
-            if room < 0:
+            if (reserved + _reserve(wanted)) * self._bytes_per_token > self._budget:
                 break
-            while sum(kept.length for kept in self._kept.values()) * self._bytes_per_token > room:
-                # what is not kept is computed again
-                del self._kept[next(iter(self._kept))]
             groups.append(self._waiting.pop(0))
-        if groups:
-            self._prefill(groups)
+        return groups
+
+    def _forget(self, sample: tuple[str, int] | None = None) -> None:
+        """Drops what is kept, of one sample or of all."""
+        for cohort in self._cohorts:
+            cohort.forget(sample)
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.rows or cohort.kept]
 
     def _prefill(self, groups: list[list[Row]]) -> None:
         requests = [rows[0].request for rows in groups]
+        for request in requests:
+            if request.continues is not None:
+                self._forget(request.continues)
         prompts = [request.prompt.token_ids for request in requests]
         sizes = [len(rows) for rows in groups]
         longest = max(request.params.max_tokens for request in requests)
-        begun = self._begun(requests)
-        cache = self._decoder.new_cache([len(prompt) for prompt in prompts], sizes, longest, begun)
-        rest = [len(prompt) - (begun[i].length if i in begun else 0) for i, prompt in enumerate(prompts)]
-        batches = [self._decoder.prefill(cache, requests, batch) for batch in _prefill_batches(rest)]
-        cache.begun.clear()
+        lengths = [len(prompt) for prompt in prompts]
+        cache = self._decoder.new_cache(lengths, sizes, longest)
+        batches = [self._decoder.prefill(cache, requests, batch) for batch in _prefill_batches(lengths)]
         logits = [logits for logits, _ in batches]
         self._bytes_per_token = cache.bytes_per_token
         device = self._model.device
         rows = [row for group in groups for row in group]
         owner = torch.tensor(cache.owner, device=device)
         ends = torch.tensor([place for _, places in batches for place in places], device=device)[owner] - 1
-        cohort = _Cohort(cache, rows, owner, ends)
+        cohort = Cohort(cache, rows, owner, ends)
         sampling = _sampling_of(rows, device)
+        self._cohorts.append(cohort)
         self._record([cohort], sample(torch.cat(logits)[owner], sampling, torch.zeros_like(owner)))
-        if cohort.rows:
-            self._cohorts.append(cohort)
         self._sampling = None
-
-    def _begun(self, requests: Sequence[RolloutRequest]) -> dict[int, Kept]:
-        """What is kept of the samples that these requests continue, by the place of the request."""
-        found: dict[int, Kept] = {}
-        for place, request in enumerate(requests):
-            kept = None if request.continues is None else self._kept.pop(request.continues, None)
-            if kept is not None:
-                found[place] = kept
-        return found
 
     def _decode(self) -> None:
         """Samples one more token for every row."""
-        if not self._cohorts:
+        cohorts = [cohort for cohort in self._cohorts if cohort.rows]
+        if not cohorts:
             return
-        caches = [cohort.cache for cohort in self._cohorts]
-        for cache in caches:
-            cache.begin_token()
-        tokens = torch.cat([cohort.tokens for cohort in self._cohorts])
-        positions = torch.cat([cohort.positions for cohort in self._cohorts])
+        tokens, positions = (torch.cat(x) for x in zip(*(cohort.inputs() for cohort in cohorts), strict=True))
+        rows = [row for cohort in cohorts for row in cohort.rows]
         if self._sampling is None:
-            self._sampling = _sampling_of(
-                [row for cohort in self._cohorts for row in cohort.rows], tokens.device
-            )
+            self._sampling = _sampling_of(rows, tokens.device)
+        caches = [cohort.cache for cohort in cohorts]
+        for cache in caches:
+            cache.begin_step()
         logits = self._decoder.decode(tokens, positions, caches, self._sampling)
         for cache in caches:
-            cache.end_token()
-        sampled = torch.cat([torch.full_like(c.tokens, c.cache.length) for c in self._cohorts])
-        self._record(self._cohorts, sample(logits, self._sampling, sampled))
+            cache.end_step()
+        sampled = torch.tensor([len(row.token_ids) for row in rows], device=tokens.device)
+        self._record(cohorts, sample(logits, self._sampling, sampled))
 
-    def _record(self, cohorts: list[_Cohort], drawn: Drawn) -> None:
+    def _record(self, cohorts: list[Cohort], drawn: Drawn) -> None:
         sampled = drawn.per_row()
         sizes = [len(cohort.rows) for cohort in cohorts]
         for cohort, tokens in zip(cohorts, torch.split(drawn.tokens, sizes), strict=True):
-            keep = self._kept if self._decoder.keeps_samples else None
-            for row in cohort.record(tokens, list(islice(sampled, len(tokens))), keep):
+            drawn_here = list(islice(sampled, len(tokens)))
+            for row in cohort.record(tokens, drawn_here, keeps=self._decoder.keeps_samples):
                 self._sampling = None
                 self._finished.end(row)
-        self._cohorts = [cohort for cohort in self._cohorts if cohort.rows]
+        self._cohorts = [cohort for cohort in self._cohorts if cohort.rows or cohort.kept]
 
 
 def _sampling_of(rows: Sequence[Row], device: torch.device) -> RowSampling:

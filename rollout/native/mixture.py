@@ -7,7 +7,7 @@ runs two.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf.rollout.engine import EngineError, ImageInputs, RolloutRequest
 from rlhf.rollout.mixture import OtherModel, check_mixable, mixed_logits
-from rlhf.rollout.native.cache import Kept, SharedPrefixCache
+from rlhf.rollout.native.cache import SharedPrefixCache
 from rlhf.rollout.native.decoder import Decoder
 from rlhf.rollout.native.engine import NativeEngine
 from rlhf.rollout.sampling import RowSampling
@@ -34,17 +34,17 @@ class _TwoCaches(SharedPrefixCache):
     def bytes_per_token(self) -> int:
         return super().bytes_per_token + self.other.bytes_per_token
 
-    def begin_token(self) -> None:
-        super().begin_token()
-        self.other.begin_token()
+    def begin_step(self) -> None:
+        super().begin_step()
+        self.other.begin_step()
 
-    def end_token(self) -> None:
-        super().end_token()
-        self.other.end_token()
+    def end_step(self) -> None:
+        super().end_step()
+        self.other.end_step()
 
-    def drop(self, rows: Sequence[int]) -> list[int]:
-        self.other.drop(rows)
-        return super().drop(rows)
+    def arrange(self, decoded: Sequence[int], waiting: Sequence[int]) -> list[int]:
+        self.other.arrange(decoded, waiting)
+        return super().arrange(decoded, waiting)
 
 
 class _MixtureDecoder(Decoder):
@@ -64,11 +64,7 @@ class _MixtureDecoder(Decoder):
         return False
 
     def new_cache(
-        self,
-        prompt_lengths: Sequence[int],
-        group_sizes: Sequence[int],
-        max_tokens: int,
-        begun: Mapping[int, Kept],
+        self, prompt_lengths: Sequence[int], group_sizes: Sequence[int], max_tokens: int
     ) -> SharedPrefixCache:
         return _TwoCaches(prompt_lengths, group_sizes, max_tokens)
 

@@ -245,4 +245,4 @@ def test_no_token_is_computed_twice_by_the_native_engine(
         handle.remove()
     # the prompt once, then all that follows but the last token of each episode, which predicts nothing
     assert computed == len(group[0].prompt.token_ids) + sum(len(e.token_ids) - 1 for e in group)
-    assert isinstance(own, NativeEngine) and not own._kept
+    assert isinstance(own, NativeEngine) and not own._cohorts

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rlhf.kernels.attention_parts import attend, attend_reference, merge
-from rlhf.rollout.native.cache import Decode, Prefill, SharedPrefixCache, compacted_order
+from rlhf.rollout.native.cache import Decode, Prefill, SharedPrefixCache, arranged
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -54,17 +54,16 @@ def test_two_parts_merged_are_the_whole(split: int, seed: int) -> None:
 
 
 @settings(deadline=None)
-@given(
-    st.integers(0, 30).flatmap(
-        lambda n: st.tuples(st.just(n), st.sets(st.integers(0, max(0, n - 1)), max_size=n))
-    )
-)
-def test_compacting_keeps_every_entry_that_is_not_dropped_and_moves_few(case: tuple[int, set[int]]) -> None:
-    size, dropped = case
-    dropped &= set(range(size))
-    order = compacted_order(size, sorted(dropped))
-    assert sorted(order) == sorted(set(range(size)) - dropped)
-    assert sum(i != entry for i, entry in enumerate(order)) <= len(dropped)
+@given(st.lists(st.integers(0, 2), max_size=30))
+def test_arranging_keeps_every_entry_of_each_part_and_moves_few(part_of: list[int]) -> None:
+    """Two parts, and entries that are dropped."""
+    parts = [[i for i, part in enumerate(part_of) if part == wanted] for wanted in (0, 1)]
+    order = arranged(*parts)
+    size = len(parts[0])
+    assert [sorted(order[:size]), sorted(order[size:])] == parts
+    # only what is outside of its part's places is moved
+    moved = [entry for i, entry in enumerate(order) if i != entry]
+    assert all((entry < size) != (entry in parts[0]) or entry >= len(order) for entry in moved)
 
 
 class Naive:
@@ -74,49 +73,67 @@ class Naive:
         self.context: dict[str, tuple[Tensor, Tensor]] = {}
 
     def attend(self, name: str, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        if name in self.context:
-            key, value = (torch.cat(pair, 1) for pair in zip(self.context[name], (key, value), strict=True))
-        self.context[name] = (key, value)
-        return attend_reference(query[None], key[None], value[None], scale=scale)[0][0]
+        """Of the new tokens of a row: `[Hq, T, D]`."""
+        outs: list[Tensor] = []
+        for token in range(query.shape[1]):
+            one = slice(token, token + 1)
+            new = zip(self.context[name], (key[:, one], value[:, one]), strict=True)
+            keys, values = self.context[name] = tuple(torch.cat(pair, 1) for pair in new)
+            outs.append(attend_reference(query[None, :, one], keys[None], values[None], scale=scale)[0][0])
+        return torch.cat(outs, 1)
 
 
-def test_rows_that_share_prompts_and_leave_attend_as_if_each_had_its_own_cache() -> None:
-    """Two caches in one batch, ragged prompts, ragged groups, more tokens than a chunk, rows that leave."""
+def test_rows_that_share_prompts_leave_wait_and_join_attend_as_if_each_had_its_own_cache() -> None:
+    """Two caches in one batch, ragged prompts, ragged groups, more tokens than a chunk."""
     generator = torch.Generator().manual_seed(0)
 
-    def new(*shape: int) -> list[Tensor]:
-        return [
-            torch.randn(*s, 8, generator=generator)
-            for s in ((shape[0], 4, shape[1]), (shape[0], 2, shape[1]))
-        ]
+    def new(tokens: int) -> list[Tensor]:
+        """Query, key and value."""
+        return [torch.randn(1, heads, tokens, 8, generator=generator) for heads in (4, 2, 2)]
 
     naive = Naive()
     caches = [SharedPrefixCache([3, 7, 2], [3, 1, 4], 150), SharedPrefixCache([5], [2], 150)]
     names: list[list[str]] = []
     for c, cache in enumerate(caches):
-        (query, key), (_, value) = new(1, sum(cache.prompt_lengths)), new(1, sum(cache.prompt_lengths))
+        query, key, value = new(sum(cache.prompt_lengths))
         Prefill(cache, range(len(cache.prompt_lengths))).attend(0, query, key, value, 0.4)
         starts = [sum(cache.prompt_lengths[:p]) for p in range(len(cache.prompt_lengths))]
         names.append([f"{c}.{row}" for row in range(len(cache.owner))])
         for name, p in zip(names[c], cache.owner, strict=True):
             part = slice(starts[p], starts[p] + cache.prompt_lengths[p])
             naive.context[name] = (key[0, :, part], value[0, :, part])
-    leaving = {2: [[1], []], 5: [[3], [0]], 70: [[0, 1], []], 90: [[0, 1, 2, 3], []]}
-    for token in range(100):
-        rows = [name for group in names for name in group]
-        (query, key), (_, value) = new(len(rows), 1), new(len(rows), 1)
-        live = [cache for cache, group in zip(caches, names, strict=True) if group]
-        for cache in live:
-            cache.begin_token()
-        out = Decode(live).attend(0, query, key, value, 0.4)
-        for cache in live:
-            cache.end_token()
-        expected = [naive.attend(n, query[i], key[i], value[i], 0.4)[:, 0] for i, n in enumerate(rows)]
-        torch.testing.assert_close(out[:, 0], torch.stack(expected), atol=1e-5, rtol=1e-5)
-        for c, dropped in enumerate(leaving.get(token, [[], []])):
-            if dropped:
-                names[c] = [names[c][i] for i in caches[c].drop(dropped)]
-    assert names == [[], ["1.1"]]
+    # after a step: the rows of each cache that are decoded, those that wait, and the tokens that the last
+    # of the decoded ones bring to the next step
+    events: dict[int, list[tuple[list[str], list[str], list[int]]]] = {
+        2: [(["0.0", "0.2", "0.4", "0.5", "0.6", "0.7"], ["0.3"], []), (["1.0", "1.1"], [], [])],
+        5: [(["0.0", "0.4", "0.6"], ["0.2", "0.3", "0.5", "0.7"], []), (["1.1"], ["1.0"], [])],
+        # row 3 is the only one of its prompt, and longer than a chunk when it has joined
+        9: [(["0.0", "0.4", "0.6", "0.3", "0.7"], ["0.2", "0.5"], [70, 2]), (["1.1"], ["1.0"], [])],
+        12: [(["0.3", "0.7"], ["0.5", "0.6"], []), (["1.1", "1.0"], [], [9])],
+        30: [(["0.3", "0.6", "0.5"], [], [1, 4]), (["1.0", "1.1"], [], [])],
+        40: [(["0.5"], [], []), (["1.0"], [], [])],
+    }
+    for step in range(50):
+        rows = [name for c, cache in enumerate(caches) for name in names[c][: cache.decoded]]
+        counts = [count for cache in caches for count in cache.new_tokens]
+        query, key, value = new(sum(counts))
+        for cache in caches:
+            cache.begin_step()
+        out = Decode(caches).attend(0, query, key, value, 0.4)
+        for cache in caches:
+            cache.end_step()
+        parts = zip(rows, *(torch.split(x[0], counts, 1) for x in (query, key, value)), strict=True)
+        expected = torch.cat([naive.attend(*part, 0.4) for part in parts], 1)
+        torch.testing.assert_close(out[0].transpose(0, 1), expected, atol=1e-5, rtol=1e-5)
+        for c, (decoded, waiting, joining) in enumerate(events.get(step, [])):
+            parts = ([names[c].index(name) for name in part] for part in (decoded, waiting))
+            order = caches[c].arrange(*parts)
+            names[c] = [names[c][i] for i in order]
+            caches[c].joining = joining
+            assert sorted(names[c][: len(decoded)]) == sorted(decoded)
+            for place, name in enumerate(names[c]):
+                assert caches[c].known(place) == naive.context[name][0].shape[1]
+    assert names == [["0.5"], ["1.0"]]
 
 
 def test_a_cache_says_what_it_may_grow_to_and_gives_half_back() -> None:
@@ -125,7 +142,7 @@ def test_a_cache_says_what_it_may_grow_to_and_gives_half_back() -> None:
     Prefill(cache, [0, 1]).attend(0, torch.zeros(1, 4, 8, 8), key, key, 1.0)
     assert cache.bytes_per_token == 2 * 2 * 8 * 4
     assert cache.reserved_tokens == 2 * 5 + 8 * 100
-    cache.drop([0, 1, 2])
+    cache.arrange([3, 4, 5], [6, 7])
     assert cache.reserved_tokens == 2 * 5 + 8 * 100
-    cache.drop([4])
+    cache.arrange([0, 1, 2], [4])
     assert cache.reserved_tokens == 2 * 5 + 4 * 100
