@@ -6,6 +6,8 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from PIL import Image
+
 
 class Echo:
     """Repeats the last three letters of a turn; its reward is the share of the letter a in all turns."""
@@ -38,3 +40,13 @@ def heard(completions: list[list[dict[str, Any]]], environments: list[Any], **_:
     turns = [sum(m["role"] == "assistant" for m in messages) for messages in completions]
     assert all(len(e.greeting) == 1 for e in environments)
     return [float(n) for n in turns]
+
+
+class Shows(Echo):
+    """As `Echo`, but answers with a picture of 24 by 16 pixels, whose grey says how much was heard."""
+
+    def respond(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        if super().respond(messages) is None:
+            return None
+        picture = Image.new("L", (24, 16), 40 * len(self.heard) % 256)
+        return [{"role": "user", "content": [{"type": "image", "image": picture}]}]

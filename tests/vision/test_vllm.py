@@ -19,9 +19,11 @@ from rlhf.rollout.engine import EngineError, RolloutRequest, SamplingParams, Syn
 from rlhf.rollout.factory import make_engine
 from rlhf.rollout.vllm.worker import HeldWeights
 from rlhf.sync.weight_sync import WeightSync
-from rlhf.types import Completion, Prompt
+from rlhf.types import Completion, Group, Prompt
 from tests.rollout.vllm.support import needs_vllm
 from tests.vision.support import HEADS, mixed_prompts, prompt_of, seeing_policy
+from tests.vision.test_exactness import logprobs
+from tests.vision.test_observed_pictures import conversation, packed_of
 from tests.vision_models import FAMILIES, save_tiny_vlm
 
 pytestmark = needs_vllm
@@ -111,6 +113,28 @@ def test_a_placeholder_that_is_sampled_is_a_token_like_any_other(engine: Any, po
     token = policy.vision.processor.image_token_id
     assert any(token in completion.token_ids[:-1] for completion in groups[0])
     assert worst(policy, [prompt], groups) < TOLERANCE
+
+
+def test_a_turn_behind_an_observed_picture_has_the_learners_log_probs(engine: Any, policy: Policy) -> None:
+    """The turn is sampled behind prompt, first turn and observation; the learner reads them in one row."""
+    assert policy.vision is not None
+    processor = policy.vision.processor
+    # the second time the policy has written a placeholder itself, which is text
+    for written in ([], [processor.image_token_id]):
+        prompt, said, following = conversation(processor, written)
+        [group] = generate(engine, [RolloutRequest(following, SamplingParams(n=3, max_tokens=12, seed=5))])
+        whole = [replace(said, token_ids=said.token_ids + c.token_ids) for c in group]
+        scored = logprobs(policy, packed_of([Group(prompt, tuple(whole))])).detach()
+        turns = torch.split(scored, [len(t.token_ids) for t in whole])
+        for both, completion in zip(turns, group, strict=True):
+            stated = torch.tensor(completion.rollout_logprobs)
+            torch.testing.assert_close(both[len(said.token_ids) :], stated, rtol=0, atol=TOLERANCE)
+        # they are of the observed picture: behind another one they are others
+        [observed] = said.observations
+        another = replace(observed, images=replace(observed.images, sources=(noise(32, 24, 9),)))
+        changed = [replace(t, observations=(another,)) for t in whole]
+        others = logprobs(policy, packed_of([Group(prompt, tuple(changed))]))
+        assert (others - scored).abs().max() > 5 * TOLERANCE
 
 
 def test_an_update_reaches_the_eyes(engine: Any, policy: Policy) -> None:

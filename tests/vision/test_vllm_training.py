@@ -1,4 +1,4 @@
-"""Runs with pictures whose completions come from vLLM."""
+"""Runs with pictures, in prompts and in what an environment answers, whose completions come from vLLM."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.test_environment_runs import FILE, STOPS
 from tests.rollout.vllm.support import needs_vllm
 from tests.support import metrics_of, train
 from tests.vision.support import HEADS, picture_settings
@@ -22,7 +23,10 @@ def test_a_run_with_pictures(tmp_path: Path, name: str, dtype: str, bound: float
     rollout = {"engine": name, "kv_cache_gib": 0.1}
     settings = picture_settings(tmp_path, tmp_path / "model", steps=2, rollout=rollout)
     settings["model"]["dtype"] = dtype
+    settings["rollout"] |= {"max_completion_tokens": 60, "stop_token_ids": STOPS}
+    settings["environment"] = {"path": f"{FILE}:Shows", "max_turns": 2, "workers": 1}
     train(settings)
     records = metrics_of(tmp_path)
     assert len(records) == 2
+    assert all(record["turns/mean"] > 1.5 and record["turns/lost"] == 0 for record in records)
     assert max(record["mismatch/k3"] for record in records) < bound
