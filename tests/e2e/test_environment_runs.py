@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
 import pytest
@@ -92,6 +93,44 @@ def test_dpo_learns_from_pairs_of_episodes(tmp_path: Path, tiny_model_dir: Path)
     # log 2 before anything was learned; then the policy has moved
     assert first["pairs/loss"] == pytest.approx(0.693147, abs=1e-5)
     assert first["kl/ref"] == 0 < second["kl/ref"]
+
+
+@pytest.mark.multi
+def test_ranks_whole_or_sharded_learn_from_episodes_what_one_does(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    """By turn: counts of earlier and last turns, and the normalisation of each part, are of all ranks."""
+    runs: list[list[dict[str, Any]]] = []
+    for ranks, mode in ((1, "replicated"), (2, "replicated"), (2, "sharded")):
+        folder = tmp_path / f"{ranks}{mode}"
+        folder.mkdir()
+        chosen = settings(
+            folder,
+            tiny_model_dir,
+            steps=2,
+            algorithm={"name": "dtpo", "tool_objectives": ["brief"]},
+            environment={"params": {"ends": ascii_lowercase}},
+            reward={"functions": [{"path": f"{FILE}:brief", "weight": 0.1}]},
+            # AdamW makes steps of the same size for a gradient that is only rounding error as for a large one
+            learner={"lr": 1e-3, "eps": 1e-3, "minibatches": 2},
+            distributed={"mode": mode},
+        )
+        for ended in launch(chosen, folder / "log", ranks=ranks):
+            assert ended.code == 0, ended.said
+        runs.append(metrics_of(folder))
+    one, *others = runs
+    assert all(1.2 < step["turns/mean"] < 2.8 and step["grad_norm"] > 0.1 for step in one)
+    for other in others:
+        for alone, both in zip(one, other, strict=True):
+            for name in (
+                "loss/policy",
+                "grad_norm",
+                "reward/mean",
+                "reward/brief",
+                "turns/mean",
+                "length/mean",
+            ):
+                assert both[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-5), (alone["step"], name)
 
 
 def test_an_evaluation_plays_the_same_environment(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -10,7 +10,13 @@ from PIL import Image
 
 
 class Echo:
-    """Repeats the last three letters of a turn; its reward is the share of the letter a in all turns."""
+    """Repeats the last three letters of a turn; its reward is the share of the letter a in all turns.
+
+    A turn that begins with one of `ends` ends the episode.
+    """
+
+    def __init__(self, ends: str = "b") -> None:
+        self.ends = ends
 
     def reset(self, seed: int, **columns: Any) -> str:
         self.greeting = random.Random(seed).choice("xyz")
@@ -20,7 +26,7 @@ class Echo:
     def respond(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, str]] | None:
         said = messages[-1]["content"]
         self.heard += said
-        return None if said.startswith("b") else [{"role": "user", "content": said[-3:]}]
+        return None if said.startswith(tuple(self.ends)) else [{"role": "user", "content": said[-3:]}]
 
     def get_reward(self) -> float:
         return self.heard.count("a") / max(1, len(self.heard))
@@ -50,3 +56,8 @@ class Shows(Echo):
             return None
         picture = Image.new("L", (24, 16), 40 * len(self.heard) % 256)
         return [{"role": "user", "content": [{"type": "image", "image": picture}]}]
+
+
+def brief(completions: list[list[dict[str, Any]]], **_: Any) -> list[float]:
+    """A reward function of episodes: how short the first turn was."""
+    return [1.0 / (1 + len(messages[0]["content"])) for messages in completions]
