@@ -60,6 +60,28 @@ def test_rounding_has_no_cause(noise: float) -> None:
     assert diagnose(logits, tokens, logprobs, 0.7) is None
 
 
+@pytest.mark.parametrize("sharpness", [2.0, 8.0])
+def test_rounding_of_few_uncertain_tokens_has_no_cause(sharpness: float) -> None:
+    """Of a policy that is sure of most tokens a few make up the differences, which one number can fit."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        logits = sharpness * torch.randn(TOKENS, 50, generator=generator, dtype=torch.float64)
+        tokens = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        slope = ((logits / 1.01).log_softmax(-1) - logits.log_softmax(-1)).gather(1, tokens)
+        noise = 4.0 * slope * torch.randn(TOKENS, 1, generator=generator)
+        logprobs = (logits.log_softmax(-1).gather(1, tokens) + noise)[:, 0]
+        assert diagnose(logits, tokens[:, 0], logprobs, 1.0) is None
+
+
+def test_a_setting_is_named_for_a_policy_that_is_sure_of_most_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 8.0 * torch.randn(TOKENS, 50, generator=generator, dtype=torch.float64)
+    tokens = torch.multinomial((logits / 1.1).softmax(-1), 1, generator=generator)
+    logprobs = (logits / 1.1).log_softmax(-1).gather(1, tokens)[:, 0]
+    cause = diagnose(logits, tokens[:, 0], logprobs, 1.0)
+    assert cause is not None and "the engine samples at 1.1, the learner" in cause.text
+
+
 class Skewed(HFEngine):
     """An engine with its own model that changes the log-probs it reports, and may ignore new weights."""
 
