@@ -64,7 +64,9 @@ class Reader:
         if path is None:
             return None, None
         if algorithm.preference is None or not PAIR_COLUMNS.intersection(first_row(path).columns):
-            if not config.reward.functions and config.reward.preference is not None:
+            rewarded = self.environments is not None and self.environments.gives_rewards
+            judged_alone = config.reward.preference is not None and not config.reward.functions
+            if judged_alone and not rewarded:
                 raise ConfigError(
                     f"data.eval, {path}, has prompts alone, whose samples reward.functions would score; "
                     "reward.preference has nothing to compare them with: give reward.functions too (with "

@@ -195,7 +195,7 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
     rollout, data, offline = config.rollout, config.data, inputs.offline
     yield f"rewards      {_rewards(config, inputs)}"
     if config.reward.preference is not None:
-        yield from _describe_judge(config, config.reward.preference)
+        yield from _describe_judge(config, inputs, config.reward.preference)
     for c in config.reward.constraints:
         bound = f"at most {c.bound:g}" if c.at_least is None else f"at least {c.bound:g}"
         yield f"constraint   mean of {c.objective} {bound}: multiplier from {c.start:g}, rate {c.rate:g}"
@@ -225,7 +225,10 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
 
 def _rewards(config: Config, inputs: Inputs) -> str:
     """What gives completions their rewards; of functions that score held-out samples alone, that they do."""
-    functions = ", ".join(f"{f.path} x {f.weight:g}" for f in config.reward.functions)
+    named = [f"{f.path} x {f.weight:g}" for f in config.reward.functions]
+    if inputs.environments is not None and inputs.environments.gives_rewards:
+        named.append("get_reward of the environment")
+    functions = ", ".join(named)
     if config.reward.preference is not None:
         functions = functions or "mean win rate of a completion against the others of its prompt"
     column = config.data.reward_column
@@ -255,7 +258,7 @@ def _rewards(config: Config, inputs: Inputs) -> str:
     return f"{given}, {functions}"
 
 
-def _describe_judge(config: Config, judge: JudgeConfig) -> Iterator[str]:
+def _describe_judge(config: Config, inputs: Inputs, judge: JudgeConfig) -> Iterator[str]:
     """The judge of pairs, and how often it is called."""
     asked, rollout = asking(config), config.rollout
     duels = len(list(asked.duels(rollout.group_size)))
@@ -265,7 +268,7 @@ def _describe_judge(config: Config, judge: JudgeConfig) -> Iterator[str]:
         f"judge        {judge.path}: {rollout.prompts_per_step} prompts x {duels} duels{orders} = {calls} "
         "calls a step, fewer where completions are the same"
     )
-    if not config.reward.functions:
+    if inputs.rewards.win_rate is not None:
         yield "             held-out prompts are not sampled: the judge has nothing to compare there"
 
 

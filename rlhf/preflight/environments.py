@@ -9,6 +9,8 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.algos.algorithm import Algorithm
+from rlhf.config.checks.run import beside_judge
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.data.prompts import TOOLS
@@ -65,6 +67,24 @@ def _no_images(config: Config) -> str:
     if config.build_algorithm().critic is not None and config.critic.trunk == "own":
         return "a critic with its own trunk sees text only: set critic.trunk=policy"
     return ""
+
+
+def check_rewards(config: Config, algorithm: Algorithm, environments: Environments | None) -> None:
+    """Raises ConfigError: nothing gives episodes a reward, or an environment does, and a judge is of no use
+    beside it."""
+    reward = config.reward
+    if environments is None or reward.functions or not algorithm.needs_rewards:
+        return
+    if environments.gives_rewards:
+        beside = "get_reward of the environment"
+        problem = None if reward.preference is None else beside_judge(config, algorithm, beside)
+        if problem is not None:
+            raise ConfigError(problem)
+    elif reward.preference is None:
+        raise ConfigError(
+            f"nothing gives episodes a reward: {', '.join(environments.names)} has no get_reward, and "
+            "reward.functions is empty; add either, or a judge as reward.preference"
+        )
 
 
 def with_tools(

@@ -7,7 +7,8 @@ number of operations or bytes, divided by the measured speed of a matrix product
 A run does not reach these speeds, so the time is a lower bound. All sampled completions are assumed to have
 `rollout.max_completion_tokens` tokens, those of a dataset their mean length.
 
-Not included: fragmentation in the allocator, reward workers, buffers of collectives.
+Not included: fragmentation in the allocator, buffers of collectives, and of workers all but the models that
+built-in reward functions and judges load.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from rlhf.models.sharding import shard_ranks
 from rlhf.models.sizes import model_sizes
 from rlhf.preflight.machine import Machine
 from rlhf.preflight.plan import GIB, Item, Plan, When
+from rlhf.preflight.served_models import served_models
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ def estimate(config: Config, inputs: Inputs, *, world_size: int, machine: Machin
         "in use already, by libraries or other processes", machine.taken, "always", "end other processes"
     )
     items = [taken, *plan.weights(), *plan.copies(), *plan.rollout(machine.on_cpu), *plan.activations()]
+    items += served_models(inputs.rewards, on_cpu=machine.on_cpu)
     uncounted = None
     if plan.policy.kept_bytes is None:
         uncounted = (

@@ -23,7 +23,7 @@ from rlhf.models.vision.processor import Processor, load_processor
 from rlhf.monitoring.sinks import check_installed
 from rlhf.plugins import load_plugin
 from rlhf.preflight.datasets import Reader, check_images
-from rlhf.preflight.environments import load_environments
+from rlhf.preflight.environments import check_rewards, load_environments
 from rlhf.preflight.models import check_lengths, check_models, check_trainable, check_weight_files
 from rlhf.preflight.reference import check_named, check_reference
 from rlhf.preflight.tags import ends_of, opened_tag, with_opened
@@ -52,6 +52,7 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     check_adapter(config, processor)
     _set_template(config, tokenizer, processor)
     environments, conversation = load_environments(config, tokenizer, processor)
+    check_rewards(config, algorithm, environments)
     ends = _eos_token_ids(config, tokenizer)
     reader = Reader(config, tokenizer, processor, ends, environments, conversation)
     train, offline = reader.train(algorithm)
@@ -166,11 +167,12 @@ def _rewards(
     opened = opened_tag(train.prompts, tokenizer)
     specs = [RewardSpec(**with_opened(function, opened)) for function in config.reward.functions]
     judge, share = config.reward.preference, config.reward.max_failed_share
+    columns = _columns(train, environments)
     if judge is None:
-        rewards = Rewards(specs, _columns(train, environments), max_failed_share=share)
+        rewards = Rewards(specs, columns, max_failed_share=share)
     else:
         spec = JudgeSpec(**judge.model_dump(exclude={"both_orders"}))
-        rewards = JudgedRewards(specs, train.columns, spec, asking(config), max_failed_share=share)
+        rewards = JudgedRewards(specs, columns, spec, asking(config), max_failed_share=share)
     rewards.environment_rewards = environments is not None and environments.gives_rewards
     rewards.max_steps = config.steps
     rewards.steps_per_epoch = len(train) / config.rollout.prompts_per_step

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 from rlhf.rewards.numbers import final_answer, read_gold
 
@@ -99,6 +99,29 @@ def as_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def compared_texts(first: Completion, second: Completion) -> tuple[str, str]:
+    """Two completions as a judge reads them: what the policy wrote, or, where one of them is an episode of
+    several messages, both as whole conversations, a line for each message."""
+    if any(not isinstance(c, str) and (len(c) > 1 or c[-1].get("tool_calls")) for c in (first, second)):
+        return conversation_text(first), conversation_text(second)
+    return completion_text(first), completion_text(second)
+
+
+def conversation_text(messages: Completion) -> str:
+    """Messages as lines `role: content`, with calls of tools; what is no text is named by its type."""
+    return messages if isinstance(messages, str) else "\n".join(map(message_line, messages))
+
+
+def message_line(message: Mapping[str, Any]) -> str:
+    """One message as a line `role: content`, with its calls of tools."""
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        parts = cast(Sequence[Mapping[str, Any]], content)
+        content = " ".join(str(part.get("text", f"[{part.get('type')}]")) for part in parts)
+    calls = [f"[calls {json.dumps(call, ensure_ascii=False)}]" for call in message.get("tool_calls") or ()]
+    return f"{message['role']}: " + " ".join([content, *calls]).strip()
 
 
 def last_number(text: str) -> Fraction | None:

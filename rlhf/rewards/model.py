@@ -5,8 +5,9 @@
         - {path: reward_model, params: {model: runs/reward/model}, batch: 16, memory_gib: 16, timeout: 60}
 
 A model saved by `task: reward_model` (docs/reward_models.md) gets the input that it was trained on: prompt,
-completion and an end-of-sequence token, even where the completion was truncated. Any other model gets the
-conversation as its chat template writes it.
+completion and an end-of-sequence token, even where the completion was truncated; of an episode the completion
+is its last message, and those before it stand behind the prompt. Any other model gets the conversation as its
+chat template writes it.
 
 A model with one label returns a number. A model with several labels returns several objectives, named by its
 `id2label`, as in multi-objective GRPO (arXiv:2503.21819). The paper does not give their weights; the setting
@@ -120,9 +121,14 @@ class RewardModel:
         if self.form.needs_reference:
             if reference is None:
                 raise ValueError("this model compares completions: give what with in `reference`")
+            if any(not isinstance(c, str) and len(c) > 1 for c in (*completions, *reference)):
+                raise ValueError(
+                    "this model compares answers to one prompt, which episodes of several turns are not"
+                )
             others = [completion_text(r) for r in reference]
         texts = [completion_text(c) for c in completions]
-        rows = [self._row(p, c, r) for p, c, r in zip(prompts, texts, others, strict=True)]
+        before = [_up_to_last(p, c) for p, c in zip(prompts, completions, strict=True)]
+        rows = [self._row(p, c, r) for p, c, r in zip(before, texts, others, strict=True)]
         with torch.inference_mode():
             hidden = self.model.base_model(**self._padded([row.ids for row in rows])).last_hidden_state
             found = [
@@ -223,6 +229,13 @@ class RewardModel:
         from rlhf.models.chat import of_text, without_nulls, write_chat
 
         return write_chat(self.tokenizer, of_text(without_nulls(list(messages))), opens=opens)
+
+
+def _up_to_last(prompt: Messages, completion: Completion) -> Messages:
+    """What the last message answers: the prompt, and of an episode its messages before that one."""
+    if isinstance(prompt, str) or isinstance(completion, str):
+        return prompt
+    return [*prompt, *completion[:-1]]
 
 
 def _check_classifies(model: str, architectures: Sequence[str]) -> None:

@@ -147,6 +147,11 @@ class Rewards:
         return configured + self.extra_weights.get(objective, 0.0)
 
     @property
+    def all_pools(self) -> list[WorkerPool]:
+        """Those of all reward functions and of the judge."""
+        return self.pools
+
+    @property
     def sees_whole_step(self) -> bool:
         """Whether a function is called once with all samples of a step: they must be submitted together."""
         return any(pool.spec.batch == "step" for pool in self.pools)

@@ -12,9 +12,11 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.config.load import make_config
+from rlhf.config.section import ConfigError
 from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
 from rlhf.rewards.workers.pool import RewardError
+from tests.environments.my_environments import spoken
 from tests.faults.processes import Fault, launch
 from tests.support import bandit_settings, metrics_of, train, without_clocks
 
@@ -131,6 +133,46 @@ def test_ranks_whole_or_sharded_learn_from_episodes_what_one_does(
                 "length/mean",
             ):
                 assert both[name] == pytest.approx(alone[name], rel=2e-3, abs=1e-5), (alone["step"], name)
+
+
+def test_dpo_learns_from_a_judge_of_episodes(tmp_path: Path, tiny_model_dir: Path) -> None:
+    judge = {"path": f"{FILE}:longer", "workers": 1, "batch": 64}
+    chosen = settings(
+        tmp_path,
+        tiny_model_dir,
+        "Unrated",
+        steps=1,
+        algorithm={"name": "dpo"},
+        reward={"functions": [], "preference": judge},
+    )
+    said = "\n".join(describe(make_config(chosen), load_inputs(make_config(chosen))))
+    assert "longer: 4 prompts x 6 duels x 2 orders = 48 calls a step" in said
+    train(chosen)
+    [step] = metrics_of(tmp_path)
+    assert step["duels/asked"] > 0 == step["duels/failed"]
+    assert step["pairs/groups"] > 0 and step["reward/mean"] == pytest.approx(0.5)
+    for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines():
+        better, worse = sorted(json.loads(line)["completions"], key=lambda one: -one["reward"])
+        assert better["reward"] > worse["reward"] and spoken(better["messages"]) > spoken(worse["messages"])
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("Unrated", {}, "nothing gives episodes a reward: Unrated has no get_reward"),
+        (
+            "Echo",
+            {"reward": {"preference": {"path": f"{FILE}:longer"}}},
+            "get_reward of the environment only labels",
+        ),
+    ],
+)
+def test_what_rewards_no_episode_is_refused(
+    tmp_path: Path, tiny_model_dir: Path, name: str, changes: dict[str, Any], said: str
+) -> None:
+    config = make_config(settings(tmp_path, tiny_model_dir, name, **changes))
+    with pytest.raises(ConfigError, match=said):
+        load_inputs(config)
 
 
 def test_an_evaluation_plays_the_same_environment(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from PIL import Image
 
 
-class Echo:
-    """Repeats the last three letters of a turn; its reward is the share of the letter a in all turns.
+class Unrated:
+    """Repeats the last three letters of a turn, and gives no reward.
 
     A turn that begins with one of `ends` ends the episode.
     """
@@ -27,6 +27,10 @@ class Echo:
         said = messages[-1]["content"]
         self.heard += said
         return None if said.startswith(tuple(self.ends)) else [{"role": "user", "content": said[-3:]}]
+
+
+class Echo(Unrated):
+    """Its reward is the share of the letter a in all turns."""
 
     def get_reward(self) -> float:
         return self.heard.count("a") / max(1, len(self.heard))
@@ -61,3 +65,15 @@ class Shows(Echo):
 def brief(completions: list[list[dict[str, Any]]], **_: Any) -> list[float]:
     """A reward function of episodes: how short the first turn was."""
     return [1.0 / (1 + len(messages[0]["content"])) for messages in completions]
+
+
+def longer(completions: list[list[list[dict[str, Any]]]]) -> list[float]:
+    """A judge of episodes: the one in which the policy said more letters is better."""
+    sizes = [[spoken(messages) for messages in pair] for pair in completions]
+    return [0.5 if a == b else float(a > b) for a, b in sizes]
+
+
+def spoken(messages: list[dict[str, Any]]) -> int:
+    """Letters of the policy, whose turns have what it observed between them."""
+    assert len(messages) % 2 and all(m["role"] == "user" for m in messages[1::2])
+    return sum(len(m["content"]) for m in messages[::2])

@@ -19,6 +19,7 @@ from rlhf.models.sizes import kept_in_a_pass, model_sizes
 from rlhf.preflight.estimate import GIB, Estimate, estimate
 from rlhf.preflight.load import load_inputs
 from rlhf.preflight.machine import Machine
+from tests.rewards.test_model import save_classifier
 from tests.support import bandit_settings, bytes_held, policy_of
 
 LARGE = Machine("CPU", 8 * GIB, flops=1e11, bandwidth=1e10)
@@ -178,3 +179,27 @@ def test_rates_are_measured():
     machine = Machine.measured(torch.device("cpu"), torch.float32, ranks_here=2)
     assert 1e8 < machine.flops < 1e14 and 1e8 < machine.bandwidth < 1e13
     assert machine.on_cpu and GIB // 4 < machine.memory < 1 << 45
+
+
+def test_models_that_reward_functions_and_judges_load_are_counted(tmp_path: Path, tiny_model_dir: Path):
+    scorer = save_classifier(tmp_path / "scorer", ["reward"])
+    functions = [{"path": "reward_model", "params": {"model": str(scorer)}, "workers": 2, "name": "scores"}]
+    rewards = {"functions": functions}
+    found = estimated(tmp_path, tiny_model_dir, reward=rewards)
+    trunk = 4 * model_sizes(str(scorer), torch.float32, head=False).weights
+    assert bytes_of(found, f"reward function scores: {scorer} x 2 workers") == 2 * trunk
+    # in the memory of a GPU there is only what is told to use it
+    gpu = Machine("A GPU", 8 * GIB, flops=1e14, bandwidth=1e12)
+    assert not [
+        i for i in estimated(tmp_path, tiny_model_dir, machine=gpu, reward=rewards).memory if "sc" in i.name
+    ]
+    params = {"model": str(tiny_model_dir), "letters": ["a", "b"], "dtype": "bfloat16"}
+    judge = {"path": "pair_model", "params": params}
+    found = estimated(
+        tmp_path,
+        tiny_model_dir,
+        algorithm={"name": "dpo"},
+        reward={"functions": [], "preference": judge},
+    )
+    sizes = model_sizes(str(tiny_model_dir), torch.bfloat16)
+    assert bytes_of(found, f"judge pair_model: {tiny_model_dir}") == 2 * sizes.weights

@@ -44,6 +44,13 @@ def test_it_puts_the_relevant_one_in_front_and_serves_as_a_reward(tmp_path: Path
     served = RewardModel(str(tmp_path / "run" / "model"))
     prompts = [e.prompt.content for e in trainer.held_out for _ in e.texts]
     assert served(prompts, [t for e in trainer.held_out for t in e.texts]) == pytest.approx(ours, abs=1e-4)
+    # of an episode the last message is scored, behind all that was said before it
+    roles = ["user", "assistant", "tool", "assistant"]
+    told = [
+        {"role": role, "content": text} for role, text in zip(roles, ["why", "see", "so", "ah"], strict=True)
+    ]
+    whole, split, alone = served([told[:1], told[:3], told[:1]], [told[1:], told[3:], told[3:]])
+    assert whole == split != alone
 
 
 def test_a_utility_of_ones_own_is_what_is_learned(tmp_path: Path, tiny_model_dir: Path):

@@ -105,6 +105,9 @@ def test_a_gap_says_which_of_two_is_better(tmp_path: Path, tiny_model_dir: Path)
     assert served(prompts, rejected, reference=chosen) == pytest.approx(ours[:, 3].tolist(), abs=1e-4)
     with pytest.raises(ValueError, match="this model compares completions"):
         served(prompts, chosen)
+    turns = [{"role": "assistant", "content": "a"}] * 2
+    with pytest.raises(ValueError, match="which episodes of several turns are not"):
+        served(prompts[:1], [turns], reference=[turns[:1]])
     judge = PairRewards(str(tmp_path / "run" / "model"))
     duels = list(zip(chosen, rejected, strict=True))
     assert judge(prompts, duels) == pytest.approx((ours[:, 0] - ours[:, 3]).sigmoid().tolist(), abs=1e-4)

@@ -58,6 +58,13 @@ def seen(prompts: Any, completions: Any, completion_ids: Any, answer: Any, train
     return [1.0 for _ in prompts]
 
 
+def sold_more(completions: Any, environments: Any) -> list[float]:
+    """Of two episodes the one whose environment sold more; prints what it sees of the first pair."""
+    roles = [[message["role"] for message in messages] for messages in completions[0]]
+    sys.stdout.write(f"{roles} {[e.sold for e in environments[0]]}\n")
+    return [0.5 if a.sold == b.sold else float(a.sold > b.sold) for a, b in environments]
+
+
 async def later(completions: Any) -> list[float]:
     return [0.25 for _ in completions]
 

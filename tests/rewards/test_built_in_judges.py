@@ -78,6 +78,25 @@ def test_the_judge_reads_both_completions_the_prompt_and_columns(service: Servic
         PairJudge(service.url("pair"), "m", template="{first}")
 
 
+def test_the_judge_reads_episodes_as_conversations(service: Service) -> None:
+    """Both, also the one that needed no second turn."""
+    service.requests.clear()
+    long = [
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add"}}]},
+        {"role": "tool", "name": "add", "content": "5"},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Sure?"}]},
+        {"role": "assistant", "content": "5"},
+    ]
+    short = [{"role": "assistant", "content": "6"}]
+    judge = PairJudge(service.url("pair"), "m", template="{first}|{second}")
+    judge([CHAT, CHAT], [[long, short], [short, short]])
+    assert [sent["messages"][0]["content"] for _, _, sent in service.requests] == [
+        'assistant: [calls {"function": {"name": "add"}}]\ntool: 5\nuser: [image] Sure?\nassistant: 5'
+        "|assistant: 6",
+        "6|6",
+    ]
+
+
 def test_a_judge_behind_an_endpoint_in_a_worker(service: Service) -> None:
     with judged("pair_judge", params={"url": service.url("pair"), "model": "m"}) as rewards:
         (group,), metrics = score(rewards, ["a", "b"])

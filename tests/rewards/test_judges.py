@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.workers.batch import Batch
 from rlhf.rewards.workers.pool import RewardError
 from rlhf.rewards.workers.return_values import WrongReturn
-from rlhf.types import Duel, Group, Prompt
+from rlhf.rollout.episode import Episode, Observation
+from rlhf.types import Completion, Duel, FinishReason, Group, Prompt, VersionSpan
 from tests.rewards.test_scoring import completions_of, prompt
 
 MINE = str(Path(__file__).with_name("my_judges.py"))
@@ -153,6 +155,75 @@ def test_duels_and_win_rates_come_with_the_groups() -> None:
     assert metrics["reward/failed/looked_up"].value == 0.0
     restored = group_of(group_state(group), {group.prompt.id: group.prompt})
     assert restored.duels == group.duels
+
+
+def test_the_same_tokens_are_a_tie_and_are_not_asked() -> None:
+    with judged("looked_up") as rewards:
+        (three, two), metrics = score(rewards, ["a", "b", "a"], ["c", "c"])
+    assert known(three.duels) == {(0, 1): 0.6889, (1, 2): 0.3111, (0, 2): 0.5}
+    # (.6889 + .5) / 2 and (.3111 + .3111) / 2
+    assert rewards_of(three) == pytest.approx([0.59445, 0.3111, 0.59445])
+    assert (two.duels, rewards_of(two)) == ((Duel(0, 1, 0.5),), [0.5, 0.5])
+    assert values(metrics) == {
+        "duels/asked": 2.0,
+        "duels/failed": 0.0,
+        "duels/disagree": 0.0,
+        "duels/first": 0.5,
+    }
+    assert metrics["reward/failed"].value == 0.0
+
+
+def episode(of: Prompt, index: int, said: str, sold: int, lost: str | None = None) -> Episode:
+    """Two turns of the policy, the second of which says something else in each episode."""
+    tokens = tuple(map(ord, said))
+    turn = Completion(of.id, index, (104, 105), (-0.5, -0.5), FinishReason.STOP, (VersionSpan(0, 0, 2),))
+    last = replace(turn, token_ids=tokens, rollout_logprobs=(-0.5,) * len(said), versions=())
+    return Episode(
+        prompt=of,
+        index=index,
+        turns=(turn, Observation((63,)), last),
+        finish_reason=FinishReason.STOP,
+        messages=(
+            {"role": "assistant", "content": "hi"},
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": said},
+        ),
+        environment="Shop",
+        state={"sold": sold},
+        lost=lost,
+    )
+
+
+def test_episodes_are_compared_as_conversations_and_lost_ones_have_no_reward(tmp_path: Path) -> None:
+    of = prompt(1, [{"role": "user", "content": "Hello."}])
+    group = [episode(of, 0, "a", 3), episode(of, 1, "b", 2, lost="it died"), episode(of, 2, "c", 3)]
+    group += [episode(of, 3, "d", 1), episode(of, 4, "d", 1)]
+    with judged("sold_more", columns=["environments"], max_failed_share=0.2) as rewards:
+        rewards.print_to(tmp_path / "log")
+        texts = [[e.messages[-1]["content"] for e in group]]
+        (found,), metrics = rewards.score([of], [group], texts, trainer_state={})
+        shape = (tmp_path / "log").read_text().splitlines()[0]
+        with pytest.raises(RewardError, match=r"2 of 5 .*have no reward.*2 episodes were lost .*it died"):
+            rewards.score([of], [[*group[:4], replace(group[1], index=4)]], texts, trainer_state={})
+    turns = "['assistant', 'user', 'assistant']"
+    assert shape == f"sold_more: [{turns}, {turns}] [3, 3]"
+    # 0 ties with 2 and beats 3 and 4: (.5 + 1 + 1) / 3; 3 loses to 0 and 2 and is the same as 4: .5 / 3
+    most, least = pytest.approx(2.5 / 3), pytest.approx(0.5 / 3)
+    assert rewards_of(found) == [most, None, most, least, least]
+    assert {(d.first, d.second) for d in found.duels} == {(0, 2), (0, 3), (0, 4), (2, 3), (2, 4), (3, 4)}
+    # all but 3-4, in both orders
+    assert values(metrics)["duels/asked"] == 5.0 and values(metrics)["duels/failed"] == 0.0
+    assert metrics["turns/lost"].value == metrics["reward/failed"].value == 1 / 5
+
+
+def test_where_environments_give_rewards_the_duels_change_none() -> None:
+    of = prompt(1, [{"role": "user", "content": "Hello."}])
+    group = [replace(episode(of, i, text, i), rewards={"Shop": i / 4}) for i, text in enumerate("ab")]
+    with judged("sold_more", columns=["environments"]) as rewards:
+        rewards.environment_rewards = True
+        (found,), _ = rewards.score([of], [group], [["a", "b"]], trainer_state={})
+        assert rewards.win_rate is None and rewards.weights == {"Shop": 1.0}
+    assert (rewards_of(found), found.duels) == ([0.0, 0.25], (Duel(0, 1, 0.0),))
 
 
 def test_the_groups_of_a_step_are_submitted_one_by_one_and_gathered_together() -> None:

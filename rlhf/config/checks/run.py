@@ -83,11 +83,6 @@ def _environment(config: Config) -> Iterator[str]:
             "environment.path is given, but with data.mode = offline nothing is sampled that an environment "
             "could answer; set data.mode: online, or leave the section out"
         )
-    if config.reward.preference is not None:
-        yield (
-            "reward.preference compares single completions, and environment.path makes episodes: give "
-            "reward.functions, or an environment with get_reward"
-        )
 
 
 def _without_rewards(config: Config) -> Iterator[str]:
@@ -260,16 +255,23 @@ def _judge(config: Config, algorithm: Algorithm) -> Iterator[str]:
                 "reward.constraints and reward.success_objective are of reward functions, but the reward is "
                 "a win rate: its mean over a group is always about 1/2"
             )
-    elif algorithm.preference is None and not algorithm.selection.own_only:
-        yield (
-            "reward.preference beside reward.functions only labels pairs, and "
-            f"{config.algorithm['name']} has none: leave one of the two out"
+    elif problem := beside_judge(config, algorithm, "reward.functions"):
+        yield problem
+
+
+def beside_judge(config: Config, algorithm: Algorithm, rewards: str) -> str | None:
+    """What is wrong where `rewards`, so called, give the rewards, so that a judge only labels pairs."""
+    if algorithm.preference is None and not algorithm.selection.own_only:
+        return (
+            f"reward.preference beside {rewards} only labels pairs, and {config.algorithm['name']} has none: "
+            "leave one of the two out"
         )
-    elif algorithm.preference and config.pairs.labels != "preference" and ":" not in config.pairs.rule:
-        yield (
-            "reward.preference beside reward.functions only labels pairs, but pairs.labels is "
+    if algorithm.preference and config.pairs.labels != "preference" and ":" not in config.pairs.rule:
+        return (
+            f"reward.preference beside {rewards} only labels pairs, but pairs.labels is "
             f"{config.pairs.labels}: set it to preference, or leave one of the two out"
         )
+    return None
 
 
 def _two_adapters(config: Config, algorithm: Algorithm) -> Iterator[str]:

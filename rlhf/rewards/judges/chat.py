@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.rewards.builtin import Completion, as_text, completion_text
+from rlhf.rewards.builtin import Completion, as_text, compared_texts
 from rlhf.rewards.remote import (
     NO_COLUMNS,
     Client,
@@ -45,8 +45,8 @@ class PairJudge:
     """Thoughts (up to the last `</think>`) are no part of the answer. No verdict, which leaves the duel out:
     an answer that is cut at `max_tokens`, has nothing behind its thoughts, or ends otherwise than with one.
 
-    The completions are put into the judge's prompt unchanged. Words in them that address the judge can sway
-    it.
+    The completions are put into the judge's prompt unchanged, episodes as conversations. Words in them that
+    address the judge can sway it.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class PairJudge:
         verdicts: list[float | None] = []
         for i, (prompt, (first, second)) in enumerate(zip(prompts, completions, strict=True)):
             given = {name: values[i] for name, values in columns.items() if name not in NO_COLUMNS}
-            compared = {"first": completion_text(first), "second": completion_text(second)}
+            compared = dict(zip(("first", "second"), compared_texts(first, second), strict=True))
             verdicts.append(
                 self._ask(filled(self.template, {**given, "prompt": as_text(prompt), **compared}))
             )

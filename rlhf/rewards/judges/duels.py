@@ -50,36 +50,48 @@ class DuelBatch(Batch):
     """The completions that are compared."""
     places: list[tuple[int, int]]
     """Of each comparison: which two of `scored` stand in the first and in the second place."""
+    ties: list[list[tuple[int, int]]]
+    """By group: the duels of completions with the same tokens, which are not asked; places in the group."""
 
     @classmethod
     def asked(cls, scored: Batch, asking: Asking) -> DuelBatch:
-        """Those of `asking`, without duels of completions with the same tokens, which are never a pair."""
+        """Those of `asking`, but without duels of the same tokens, which are ties, and without lost episodes,
+        of which nothing is known."""
         groups: list[tuple[Prompt, range]] = []
         places: list[tuple[int, int]] = []
+        ties: list[list[tuple[int, int]]] = []
         for prompt, samples in scored.groups:
-            start = len(places)
+            start, same = len(places), list[tuple[int, int]]()
             for i, j in asking.duels(len(samples)):
                 a, b = samples[i], samples[j]
-                if scored.completions[a].token_ids != scored.completions[b].token_ids:
+                if scored.lost(a) is not None or scored.lost(b) is not None:
+                    continue
+                if scored.completions[a].token_ids == scored.completions[b].token_ids:
+                    same.append((i, j))
+                else:
                     places += [(a, b), (b, a)] if asking.both_orders else [(a, b)]
             groups.append((prompt, range(start, len(places))))
+            ties.append(same)
         prompts = [prompt for prompt, calls in groups for _ in calls]
         # stand-ins without tokens: what is compared is taken from `scored`
         blank: list[Sample] = [
             Completion(p.id, i, (), None, FinishReason.STOP, ()) for i, p in enumerate(prompts)
         ]
-        return cls(groups, prompts, blank, [scored.texts[a] for a, _ in places], scored, places)
+        return cls(groups, prompts, blank, [scored.texts[a] for a, _ in places], scored, places, ties)
 
     def arguments(
         self, samples: Sequence[int], wanted: Iterable[str] | None, trainer_state: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """As for reward functions, with two entries in `completions` and `completion_ids` for each prompt."""
+        """As for reward functions, with two entries in `completions`, `completion_ids` and `environments` for
+        each prompt."""
         pairs = [self.places[i] for i in samples]
         given = Batch.arguments(self, samples, wanted, trainer_state)
         if "completion_ids" in given:
             given["completion_ids"] = [
                 [list(self.scored.completions[k].token_ids) for k in pair] for pair in pairs
             ]
+        if self.scored.has_episodes and (wanted is None or "environments" in wanted):
+            given["environments"] = [[self.scored.environment(k) for k in pair] for pair in pairs]
         return given | {"completions": [[self.scored.completion(k) for k in pair] for pair in pairs]}
 
     def name(self, sample: int) -> str:
@@ -94,15 +106,23 @@ class Verdicts:
     asked: int
     """Number of duels."""
     duels: tuple[Duel, ...]
-    """Those that have a verdict, in both orders where both were asked."""
+    """Those that have a verdict, in both orders where both were asked, and those of the same tokens."""
     first: tuple[float, ...]
     """Of each comparison with a verdict: 1 if the first place won, 0 if the second, 0.5 for a tie."""
     disagree: tuple[bool, ...]
     """Of each duel that is known in both orders: whether these name different winners."""
+    failed: int = 0
+    """Duels that were asked and have no verdict."""
 
     @classmethod
-    def of(cls, places: Sequence[tuple[int, int]], answers: Sequence[float | None]) -> Verdicts:
+    def of(
+        cls,
+        places: Sequence[tuple[int, int]],
+        answers: Sequence[float | None],
+        ties: Sequence[tuple[int, int]] = (),
+    ) -> Verdicts:
         """`places`: of each comparison, places in the group; `answers`: P(the first is better), if known.
+        `ties`: duels that need no judge, because P(a, a) = 1/2.
 
         With both orders p = (P(a, b) + 1 - P(b, a)) / 2; a duel of which one order is not known is not known,
         because one order alone has the judge's bias for a place.
@@ -121,7 +141,9 @@ class Verdicts:
             duels.append(Duel(a, b, 0.5 + fsum(signed) / len(signed)))
             disagree += [min(signed) < 0.0 < max(signed)] * (len(both) > 1)
         won = tuple(0.5 if a == 0.5 else float(a > 0.5) for a in answers if a is not None)
-        return cls(len(by_duel), tuple(duels), won, tuple(disagree))
+        failed = len(by_duel) - len(duels)
+        duels += [Duel(a, b, 0.5) for a, b in ties]
+        return cls(len(by_duel), tuple(duels), won, tuple(disagree), failed)
 
     def win_rates(self, size: int) -> list[float | None]:
         """Mean P of each of `size` completions over its known duels; None: it has none."""
@@ -134,12 +156,11 @@ class Verdicts:
 
 def duel_metrics(verdicts: Sequence[Verdicts]) -> Metrics:
     """How many duels were asked, and how the judge judges; no share of what there was none of."""
-    asked = sum(v.asked for v in verdicts)
-    unknown = asked - sum(len(v.duels) for v in verdicts)
+    asked, failed = sum(v.asked for v in verdicts), sum(v.failed for v in verdicts)
     first = [won for v in verdicts for won in v.first]
     disagree = [differs for v in verdicts for differs in v.disagree]
     shares = {
-        "duels/failed": Mean(float(unknown), float(asked)),
+        "duels/failed": Mean(float(failed), float(asked)),
         "duels/disagree": Mean(float(sum(disagree)), float(len(disagree))),
         "duels/first": Mean(fsum(first), float(len(first))),
     }

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-from rlhf.rewards.builtin import Completion
+from rlhf.rewards.builtin import Completion, message_line
 from rlhf.rewards.remote import Client, NoVerdict, filled, judge_answer
 from rlhf.rewards.workers.return_values import WrongReturn, read_values
 
@@ -197,18 +197,8 @@ class GoalReward(Asked):
 def written(turns: Sequence[Sequence[Message]]) -> str:
     """The turns as a judge reads them."""
     return "\n\n".join(
-        "\n".join([f"Turn {number}", *(_line(message) for message in turn)])
-        for number, turn in enumerate(turns, start=1)
+        "\n".join([f"Turn {number}", *map(message_line, turn)]) for number, turn in enumerate(turns, start=1)
     )
-
-
-def _line(message: Message) -> str:
-    content = message.get("content") or ""
-    if not isinstance(content, str):
-        parts = cast(Sequence[Mapping[str, Any]], content)
-        content = " ".join(str(part.get("text", f"[{part.get('type')}]")) for part in parts)
-    calls = [f"[calls {json.dumps(call, ensure_ascii=False)}]" for call in message.get("tool_calls") or ()]
-    return f"{message['role']}: " + " ".join([content, *calls]).strip()
 
 
 def _messages(given: Any, role: str) -> Sequence[Message]:

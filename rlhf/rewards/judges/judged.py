@@ -3,7 +3,10 @@
 The judge's answers become `Group.duels`. Where there are no reward functions, the reward of a completion is
 its mean win rate: the mean of P(it is better) over its duels with the others of its prompt (the r_t of DNO,
 arXiv:2404.03715). A comparison that fails, is late or gets no verdict leaves its duel out; it never counts as
-a tie. A completion without a known duel has no reward.
+a tie. Completions with the same tokens are a tie, and the judge is not asked. A completion without a known
+duel has no reward, and neither has an episode whose environment failed, which is in no duel.
+
+"Reward functions" are below also environments that give rewards.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from rlhf.rewards.measures import function_metrics, reward_metrics
 from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards, Scoring
 from rlhf.rewards.workers.batch import Batch
+from rlhf.rewards.workers.pool import WorkerPool
 from rlhf.types import Group
 
 
@@ -58,8 +62,13 @@ class JudgedRewards(Rewards):
         return self.judge.pools[0].name
 
     @property
+    def has_rewards(self) -> bool:
+        """Whether reward functions or environments give the rewards, so that the judge only labels pairs."""
+        return bool(self.pools) or self.environment_rewards
+
+    @property
     def win_rate(self) -> str | None:
-        return None if self.pools else self.name
+        return None if self.has_rewards else self.name
 
     def check_columns(self, columns: Iterable[str]) -> None:
         columns = tuple(columns)
@@ -74,7 +83,11 @@ class JudgedRewards(Rewards):
 
     @property
     def weights(self) -> dict[str, float]:
-        return super().weights if self.pools else {self.name: 1.0}
+        return super().weights if self.has_rewards else {self.name: 1.0}
+
+    @property
+    def all_pools(self) -> list[WorkerPool]:
+        return [*self.pools, *self.judge.pools]
 
     @property
     def sees_whole_step(self) -> bool:
@@ -126,14 +139,9 @@ class JudgedRewards(Rewards):
         metrics |= function_metrics(self.name, parts, has_cache=self.judge.caches[0] is not None)
         return groups, metrics | duel_metrics(verdicts) | reward_metrics(groups)
 
-    def _refuse_too_many_failures(self, groups: Sequence[Group], scorings: Sequence[Scoring]) -> None:
-        # without functions the judge gives the rewards, later
-        if self.pools:
-            super()._refuse_too_many_failures(groups, scorings)
-
     def _judged(self, group: Group, verdicts: Verdicts) -> Group:
         trajectories = group.trajectories
-        if not self.pools:
+        if not self.has_rewards:
             rates = verdicts.win_rates(len(trajectories))
             trajectories = tuple(
                 replace(t, reward=rate, objectives={} if rate is None else {self.name: rate})
@@ -152,7 +160,8 @@ class JudgedRewards(Rewards):
 def _verdicts(judging: Scoring, answered: list[Group]) -> Iterator[Verdicts]:
     """Of each group of one submission; takes its part away from the front of `answered`."""
     batch = cast(DuelBatch, judging.batch)
-    for (_, samples), (_, calls) in zip(batch.scored.groups, batch.groups, strict=True):
+    parts = zip(batch.scored.groups, batch.groups, batch.ties, strict=True)
+    for (_, samples), (_, calls), ties in parts:
         group = answered.pop(0)
         places = [(a - samples.start, b - samples.start) for a, b in (batch.places[call] for call in calls)]
-        yield Verdicts.of(places, [t.reward for t in group.trajectories])
+        yield Verdicts.of(places, [t.reward for t in group.trajectories], ties)

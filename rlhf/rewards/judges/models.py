@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rlhf.rewards.builtin import Completion, as_text, completion_text
+from rlhf.rewards.builtin import Completion, as_text, compared_texts
 from rlhf.rewards.model import Messages, RewardModel
 from rlhf.rewards.remote import filled
 
@@ -89,11 +89,8 @@ class PairModel:
     def _tokens(self, prompt: Messages, first: Completion, second: Completion) -> list[int]:
         from rlhf.models.chat import encode_texts, write_chat
 
-        fields = {
-            "prompt": as_text(prompt),
-            "first": completion_text(first),
-            "second": completion_text(second),
-        }
+        texts = compared_texts(first, second)
+        fields = {"prompt": as_text(prompt), "first": texts[0], "second": texts[1]}
         text = filled(self.template, fields)
         if self.tokenizer.chat_template:
             chat = write_chat(self.tokenizer, [{"role": "user", "content": text}], opens=True)

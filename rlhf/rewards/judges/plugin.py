@@ -5,8 +5,8 @@
 This is the signature of TRL's pairwise judges: `completions` has two completions for each prompt. An answer
 is a **float**: P(the first one is better), from 0 to 1; or an **int**, as in TRL: the index of the better
 one, so that 0 says the first and 1 the second; or -1 or None: no verdict. A bool is refused, because True
-could mean either. Prompts, completions, columns, `params` and classes are as for reward functions
-(rlhf/rewards/plugin.py).
+could mean either. Prompts, completions (of an episode all its messages), columns, `params` and classes are as
+for reward functions (rlhf/rewards/plugin.py).
 
 An object or a class with the method `judge(prompts, completions, shuffle_order=...)` and without `__call__`,
 a judge of TRL, gets text, as from TRL's trainers, and `shuffle_order=False`: which completion stands first is
@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, ClassVar
 
-from rlhf.rewards.builtin import as_text, completion_text
+from rlhf.rewards.builtin import as_text, compared_texts
 from rlhf.rewards.plugin import Reward, RewardSpec, find
 from rlhf.rewards.signature import called_by, parameters_of, signature_of
 from rlhf.rewards.workers.return_values import WrongReturn, read_values
@@ -57,7 +57,7 @@ class Judge(Reward):
         if self.is_of_trl:
             given |= {
                 "prompts": [as_text(prompt) for prompt in given["prompts"]],
-                "completions": [[completion_text(c) for c in pair] for pair in given["completions"]],
+                "completions": [list(compared_texts(*pair)) for pair in given["completions"]],
             }
         # not super(): a dataclass with slots is another class than the one that super() means
         returned = Reward.__call__(self, given)

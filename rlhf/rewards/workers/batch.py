@@ -56,9 +56,8 @@ class Batch:
             "completion_ids": [list(self.completions[i].token_ids) for i in samples],
             "trainer_state": dict(trainer_state),
         }
-        ends = [self.completions[i] for i in samples]
-        if any(isinstance(end, Episode) for end in ends):
-            given["environments"] = [SimpleNamespace(**getattr(end, "state", {})) for end in ends]
+        if self.has_episodes:
+            given["environments"] = [self.environment(i) for i in samples]
         completions = [self.completion(i) for i in samples]
         kept = given if wanted is None else {name: given[name] for name in wanted if name in given}
         return {**kept, "completions": completions}
@@ -71,6 +70,16 @@ class Batch:
             return [dict(message) for message in episode.messages]
         is_text = isinstance(self.prompts[sample].content, str)
         return text if is_text else [{"role": "assistant", "content": text}]
+
+    @property
+    def has_episodes(self) -> bool:
+        """Whether an environment answered between turns."""
+        return any(isinstance(completion, Episode) for completion in self.completions)
+
+    def environment(self, sample: int) -> SimpleNamespace:
+        """The public attributes of an episode's environment at its end, as functions get them."""
+        episode = self.completions[sample]
+        return SimpleNamespace(**episode.state) if isinstance(episode, Episode) else SimpleNamespace()
 
     def lost(self, sample: int) -> str | None:
         """Why the environment of a sample could not go on; None: nothing went wrong, or there is none."""
