@@ -28,7 +28,8 @@ class EnvironmentConfig(Section):
     """Most memory of one of these processes."""
     variables: tuple[str, ...] = ()
     """Names of environment variables that the environment needs, such as keys of services. It gets those that
-    every program needs (`PATH`, `HOME`, ...), that of `params.key_variable`, and these, no others."""
+    every program needs (`PATH`, `HOME`, ...), those that a `key_variable` in `params` names, and these, no
+    others."""
     calls: str = "json_tags"
     """How the policy writes calls of tools. `json_tags`: `<tool_call>{"name": ..., "arguments": ...}
     </tool_call>`. `python`: `[name(argument=value)]`. Or `my.py:function` from a text to a list of calls."""

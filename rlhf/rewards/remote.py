@@ -244,10 +244,11 @@ class LLMJudge:
         return (score - self.low) / (self.high - self.low)
 
 
-def judge_answer(answer: Any, url: str, max_tokens: int) -> tuple[str, Mapping[str, Any]]:
+def judge_answer(answer: Any, url: str, max_tokens: int, who: str = "judge") -> tuple[str, Mapping[str, Any]]:
     """A judge's answer behind its thoughts, and the choice of the chat completion that it is part of.
 
-    Raises NoVerdict when there is none, or it is cut, and RemoteError for what is no chat completion.
+    `who`: what messages call it. Raises NoVerdict when there is none, or it is cut, and RemoteError for what
+    is no chat completion.
     """
     try:
         choice = answer["choices"][0]
@@ -256,12 +257,12 @@ def judge_answer(answer: Any, url: str, max_tokens: int) -> tuple[str, Mapping[s
         raise RemoteError(f"{url}: not a chat completion: {answer!r:.200}") from None
     if choice.get("finish_reason") == "length":
         raise NoVerdict(
-            f"the judge's answer was cut at max_tokens = {max_tokens}, before its verdict; raise "
+            f"the {who}'s answer was cut at max_tokens = {max_tokens}, before its verdict; raise "
             f"max_tokens in params: {written!r:.200}"
         )
     thoughts, end, verdict = str(written or "").rpartition("</think>")
     if not verdict.strip() or (not end and "<think>" in verdict):
-        raise NoVerdict(f"the judge gave no answer beside its thoughts: {thoughts or verdict!r:.200}")
+        raise NoVerdict(f"the {who} gave no answer beside its thoughts: {thoughts or verdict!r:.200}")
     return verdict, choice
 
 

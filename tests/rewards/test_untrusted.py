@@ -136,6 +136,9 @@ def test_workers_get_the_variables_that_are_named(monkeypatch: pytest.MonkeyPatc
     assert "secret" not in given.values()
     given = environment(RewardSpec("m:f", params={"key_variable": "MY_KEY"}, variables=["OTHER"]))
     assert {name for name, value in given.items() if value == "secret"} == {"MY_KEY", "OTHER"}
+    # of a service among the parameters, as the customer of examples/market
+    nested = environment(RewardSpec("m:f", params={"customer": {"url": "OTHER", "key_variable": "MY_KEY"}}))
+    assert {name for name, value in nested.items() if value == "secret"} == {"MY_KEY"}
     with pytest.raises(ValueError, match="NOT_THERE, named by variables, is not set"):
         environment(RewardSpec("m:f", variables=["NOT_THERE"]))
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, cast, runtime_checkable
 
 from rlhf.config.section import MASK, holds_mask
 
@@ -83,9 +83,18 @@ def hidden(message: str, spec: NeedsVariables) -> str:
 
 
 def _is_given(name: str, spec: NeedsVariables) -> bool:
-    if name in spec.variables or name == spec.params.get("key_variable"):
+    if name in spec.variables or name in _key_variables(spec.params):
         return True
     return KEPT.fullmatch(name) is not None and SECRET.search(name) is None
+
+
+def _key_variables(params: Mapping[str, Any]) -> Iterator[str]:
+    """What `key_variable` names in `params`, and in the settings of a service among them."""
+    for key, value in params.items():
+        if key == "key_variable" and isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _key_variables(cast(Mapping[str, Any], value))
 
 
 def _own_gpu_first() -> dict[str, str]:
