@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, cast
 import yaml
 from pydantic import Field, model_validator
 
-from rlhf.config.learner import LearnerConfig
+from rlhf.config.learner import DistributedConfig, LearnerConfig
 from rlhf.config.model import ModelConfig
 from rlhf.config.run import CheckpointConfig, MonitorConfig
 from rlhf.config.section import Count, Positive, Section, masked
@@ -26,8 +26,10 @@ class PreferenceData(Section):
     """`score.kind: gated`: rated completions, with a column `ratings`, in a file or folder of their own."""
     prompt_column: str = "prompt"
     """Column of the prompts: plain text, or a list of chat messages."""
+    image_column: str | None = "images"
+    """Column of images that the messages themselves do not hold (docs/papo.md); a dataset may lack it."""
     max_prompt_tokens: Positive = 1024
-    """Most tokens of a prompt, chat template included."""
+    """Most tokens of a prompt, chat template and images included."""
     max_completion_tokens: Positive = 512
     """Most tokens of a completion, of the two together with `score.kind: gap`."""
     long_prompts: Literal["refuse", "skip"] = "refuse"
@@ -183,6 +185,7 @@ class RewardModelConfig(Section):
     score: ScoreConfig = ScoreConfig()
     batch: BatchConfig
     learner: ScoreLearnerConfig = ScoreLearnerConfig()
+    distributed: DistributedConfig = DistributedConfig()
     eval: HeldOutConfig = HeldOutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()

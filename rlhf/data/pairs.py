@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.config.reward_model import PreferenceData
 from rlhf.data.pair_prompts import with_prompt
 from rlhf.data.prompts import load_prompts
+from rlhf.models.vision.processor import Processor
 from rlhf.types import Prompt
 
 
@@ -69,14 +70,23 @@ class Reader(Protocol):
 
 
 def load_examples(
-    path: str, data: PreferenceData, reader: Reader, tokenizer: PreTrainedTokenizerBase
+    path: str,
+    data: PreferenceData,
+    reader: Reader,
+    tokenizer: PreTrainedTokenizerBase,
+    processor: Processor | None = None,
 ) -> list[Example]:
-    """Reads, checks and tokenises all examples. Raises ValueError with file, line, column and reason."""
+    """Reads, checks and tokenises all examples; `processor`: of a model that sees.
+
+    Raises ValueError with file, line, column and reason.
+    """
     prompts = load_prompts(
         Path(path).expanduser(),
         tokenizer,
         change=partial(with_prompt, column=data.prompt_column),
         prompt_column=data.prompt_column,
+        image_column=data.image_column,
+        processor=processor,
         max_prompt_tokens=data.max_prompt_tokens,
         long_prompts=data.long_prompts,
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import pickle
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +58,12 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype = torch.float
     """
     # first, because transformers refuses some of these files without their name
     generation = load_generation_config(path)
-    model = _loaded(_kind_of(load_model_config(path)), path, dtype)
+    model = loaded(_kind_of(load_model_config(path)), path, dtype)
     model.generation_config = generation or model.generation_config
     return _ready(model, device)
 
 
-def _loaded(kind: Any, path: str, dtype: torch.dtype, device: str | None = None) -> Any:
+def loaded(kind: Any, path: str, dtype: torch.dtype, device: str | None = None) -> Any:
     """A model with all of its weights. Raises ModelError: files are damaged, or lack some of them."""
     place = local_or_hub(path)
     if Path(place).is_dir():
@@ -97,7 +96,7 @@ def check_weights(path: str, *, head: bool = True) -> Any | None:
     config = load_model_config(path)
     if head:
         load_generation_config(path)
-    return _loaded(_kind_of(config) if head else _scorer_kind(config), path, torch.float32, device="meta")
+    return loaded(_kind_of(config) if head else _scorer_kind(config), path, torch.float32, device="meta")
 
 
 def _ready(model: Any, device: torch.device | None = None) -> PreTrainedModel:
@@ -115,7 +114,15 @@ def _kind_of(config: PretrainedConfig) -> Any:
 
 
 def _scorer_kind(config: PretrainedConfig) -> Any:
-    """The class of transformers that loads a reward model with its score head, else a transformer alone."""
+    """The class of transformers that loads a reward model with its score head, else a transformer alone.
+
+    Raises ModelError: it is a reward model that sees, which is none of these.
+    """
+    if SCORE_FILE in config.to_dict():
+        raise ModelError(
+            f"{config.name_or_path} is a reward model with eyes, but a critic of its own reads text alone: "
+            "take critic.trunk=policy, or start it from a model without a vision tower"
+        )
     scores = (config.architectures or [""])[0].endswith("ForSequenceClassification")
     return _transformers.AutoModelForSequenceClassification if scores else _transformers.AutoModel
 
@@ -126,7 +133,7 @@ def load_scorer(path: str, device: torch.device) -> tuple[PreTrainedModel, Tenso
     A reward model has a score head, in Hugging Face's sequence-classification layout; a causal language model
     has none. Raises ModelError when there is neither at `path`, or as `score_weight` does.
     """
-    model = _loaded(_scorer_kind(load_model_config(path)), path, torch.float32)
+    model = loaded(_scorer_kind(load_model_config(path)), path, torch.float32)
     if (weight := score_weight(path, model)) is None:
         return _ready(model, device), None
     return _ready(model.base_model, device), weight.to(device)
@@ -142,46 +149,10 @@ def score_weight(path: str, model: Any) -> Tensor | None:
     return head.weight.detach()
 
 
-def load_classifier(path: str, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The sequence classifier at `path`, in evaluation mode. Raises ModelError: it lacks weights."""
-    return _loaded(_transformers.AutoModelForSequenceClassification, path, dtype).to(device).eval()
-
-
 SCORED_AT_END = {"scored_at": "end_of_sequence"}
 """Entry in the config of a reward model: it was trained on texts that end with an end-of-sequence token."""
-
-
-def classifier_of(
-    model: PreTrainedModel,
-    weight: Tensor,
-    names: Sequence[str],
-    pad_token_id: int,
-    entries: Mapping[str, Any] = SCORED_AT_END,
-) -> PreTrainedModel:
-    """A sequence classifier of K named scores: `model`'s transformer with the score head `weight` `[K, H]`.
-
-    `entries` of its config say at which tokens it is scored. transformers reads the score at the last token
-    that is not padding, so no text may end with `pad_token_id`. Raises ModelError: transformers has no
-    sequence classifier for this kind of model.
-    """
-    config = copy.deepcopy(model.config)
-    labels = dict(enumerate(names))
-    config.num_labels, config.id2label = len(labels), labels
-    config.label2id = {name: i for i, name in labels.items()}
-    config.problem_type, config.pad_token_id = "regression", pad_token_id
-    config.update(dict(entries))
-    kind = _transformers.AutoModelForSequenceClassification
-    try:
-        scorer = kind.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
-    except ValueError as error:
-        name = type(model).__name__
-        raise ModelError(f"{name} cannot be saved as a sequence classifier: {error}") from None
-    scorer.base_model.load_state_dict(model.base_model.state_dict())
-    head = score_head_of(scorer)
-    assert isinstance(head, nn.Linear)
-    with torch.no_grad():
-        head.weight.copy_(weight)
-    return scorer
+SCORE_FILE = "score_file"
+"""Entry in the config of a reward model that sees, whose score head is in a file (models/classifier.py)."""
 
 
 def pad_token_of(tokenizer: PreTrainedTokenizerBase) -> int:

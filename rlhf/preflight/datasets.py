@@ -21,6 +21,7 @@ from rlhf.data.rows import Row
 from rlhf.environments.conversation import Conversation
 from rlhf.environments.protocol import Environments
 from rlhf.evaluation.pairs import held_out_pairs
+from rlhf.models.pretrained import SCORE_FILE, load_model_config
 from rlhf.models.vision.processor import Processor
 from rlhf.preflight.environments import with_tools
 from rlhf.preflight.probe import ignores_rewards
@@ -175,6 +176,20 @@ def _check_singles(config: Config, algorithm: Algorithm, data: OfflineDataset) -
         )
 
 
+def _check_scorers_see(config: Config) -> None:
+    """Raises ConfigError: prompts have images, and a reward model of text alone is to score them."""
+    judge = config.reward.preference
+    for function in (*config.reward.functions, *([] if judge is None else [judge])):
+        path: object = function.params.get("model")
+        if function.path not in ("reward_model", "pair_rewards") or not isinstance(path, str):
+            continue
+        if SCORE_FILE not in load_model_config(path).to_dict():
+            raise ConfigError(
+                f"prompts have images, but {path}, the model of {function.path}, reads text alone: train "
+                "one on a model that sees (task: reward_model)"
+            )
+
+
 def check_images(config: Config, algorithm: Algorithm, train: PromptDataset) -> None:
     if not any(prompt.images for prompt in train.prompts):
         if algorithm.perception is not None:
@@ -187,6 +202,7 @@ def check_images(config: Config, algorithm: Algorithm, train: PromptDataset) -> 
             "prompts have images, and models that take images cannot be sharded: set "
             "distributed.mode=replicated"
         )
+    _check_scorers_see(config)
     if algorithm.needs_prompt_value or algorithm.prompt_temperature is not None:
         raise ConfigError(
             f"prompts have images, but the prompt value or temperature that {config.algorithm['name']} "

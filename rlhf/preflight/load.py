@@ -131,7 +131,8 @@ def _set_template(config: Config, tokenizer: PreTrainedTokenizerBase, processor:
 
 def _columns(prompts: PromptDataset, environments: Environments | None) -> tuple[str, ...]:
     """What reward functions may ask for beside what they always get."""
-    return prompts.columns if environments is None else (*prompts.columns, "environments")
+    images = ("images",) if any(prompt.images for prompt in prompts.prompts) else ()
+    return (*prompts.columns, *(() if environments is None else ("environments",)), *images)
 
 
 def _check_ranks(config: Config, world_size: int) -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from rlhf.checkpoints.store import Saves
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.data.order import order
 from rlhf.data.pairs import Example
@@ -18,6 +18,7 @@ from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Metrics, merge
 from rlhf.models.packing import Unit, fill
 from rlhf.models.policy import Policy
+from rlhf.models.sharding import in_step
 from rlhf.reward_model.kinds.base import Kind, Learner
 from rlhf.reward_model.model import RewardModel, Scored
 
@@ -61,8 +62,20 @@ class RewardModelLearner(Learner):
 
     def update(self, examples: Sequence[Example], *, step: int) -> Metrics:
         mine, batch = examples[self.world.rank :: self.world.size], Batch(examples, step)
-        metrics = [self.accumulate(micro, batch) for micro in self.microbatches(mine)]
+        metrics: list[Metrics] = []
+        for micro in in_step(self.microbatches(mine), self.model.policy.model, self.world):
+            if micro is None:
+                self._empty_pass(batch)
+            else:
+                metrics.append(self.accumulate(micro, batch))
         return merge([*metrics, self.optimizer.step(step, self.world)])
+
+    def _empty_pass(self, batch: Batch) -> None:
+        """Takes part in a pass of a sharded model without adding to the gradient."""
+        # the loss itself, so that it depends on the weights that those of the other ranks depend on
+        example = min(batch.examples, key=lambda e: e.tokens)
+        loss, _ = self.kind.loss(self.model, self.model.score([example]), [example], batch)
+        torch.autograd.backward([loss * 0.0])
 
     def accumulate(self, micro: Sequence[Example], batch: Batch) -> Metrics:
         """Adds the gradient of some examples of a batch; returns their metrics."""
@@ -78,14 +91,17 @@ class RewardModelLearner(Learner):
     @torch.no_grad()
     def scores(self, examples: Sequence[Example]) -> Tensor:
         found: dict[int, Tensor] = {}
-        for places in packed(examples, self.microbatch_tokens):
-            several = [examples[i] for i in places]
+        own = range(len(examples))[self.world.rank :: self.world.size]
+        passes = packed([examples[i] for i in own], self.microbatch_tokens)
+        for places in in_step(passes, self.model.policy.model, self.world):
+            several = [examples[own[i]] for i in places or [0]]
             scored = self.model.score(several).scores.float().cpu()
             parts = torch.split(scored, [e.num_scored for e in several])
-            found |= dict(zip(places, parts, strict=True))
-        return torch.cat([found[i] for i in range(len(examples))])
+            found |= zip([own[i] for i in places or ()], parts, strict=False)
+        of_all = {place: part for of_rank in self.world.gather(found) for place, part in of_rank.items()}
+        return torch.cat([of_all[i] for i in range(len(examples))])
 
-    def export(self, pad_token_id: int) -> PreTrainedModel:
+    def export(self, pad_token_id: int) -> Saves:
         return self.model.export(self.kind.config.score.objectives, pad_token_id, self.kind.saved)
 
 

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from rlhf.data.pairs import Example
+from rlhf.models.classifier import Classifier
 from rlhf.models.heads import scores, value_head
 from rlhf.models.packing import Packed, pack
 from rlhf.models.policy import Policy
-from rlhf.models.pretrained import classifier_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ class RewardModel:
         prompts = [torch.tensor(e.prompt.token_ids, device=device) for e in examples]
         # one token is appended (its value does not matter): the state that predicts it is that at the end
         completions = [[torch.tensor((*c, c[-1]), device=device) for c in e.completions] for e in examples]
-        packed = pack(prompts, completions)
+        packed = pack(prompts, completions, [e.prompt.pictures for e in examples])
         hidden = self.policy.hidden(packed)
         real = torch.ones(len(hidden), dtype=torch.bool, device=device)
         places: list[int] = []
@@ -85,11 +84,6 @@ class RewardModel:
         assert statistics.logprob is not None
         return statistics.logprob
 
-    def export(
-        self, objectives: Sequence[str], pad_token_id: int, entries: Mapping[str, Any]
-    ) -> PreTrainedModel:
-        """The model in the form of `AutoModelForSequenceClassification`, in `model.dtype`.
-
-        `entries` of its config say how it is read.
-        """
-        return classifier_of(self.policy.model, self.head.weight.detach(), objectives, pad_token_id, entries)
+    def export(self, objectives: Sequence[str], pad_token_id: int, entries: Mapping[str, Any]) -> Classifier:
+        """What is saved, in `model.dtype`; `entries` of its config say how it is read."""
+        return Classifier(self.policy.model, self.head.weight.detach(), objectives, pad_token_id, entries)

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, ClassVar
 
+import torch
 from transformers import PretrainedConfig
 
 from rlhf.checkpoints import store
@@ -27,7 +28,8 @@ from rlhf.distributed.world import World, world_size
 from rlhf.files import write_atomically
 from rlhf.loop import Loop
 from rlhf.metrics import Max, Metrics
-from rlhf.models.loading import load_policy
+from rlhf.models.classifier import check_can_be_saved
+from rlhf.models.loading import load_policy, load_sharded_policy
 from rlhf.models.pretrained import (
     check_writes_text,
     load_model_config,
@@ -36,15 +38,14 @@ from rlhf.models.pretrained import (
     text_settings,
     trust,
 )
+from rlhf.models.sharding import Sharding, gathered, shard_ranks
+from rlhf.models.vision.processor import Reader, load_processor
 from rlhf.monitoring.monitor import Monitor
 from rlhf.preflight.models import check_policy, check_trainable
 from rlhf.preflight.tokens import check_tokens
 from rlhf.reward_model.evaluation import evaluate
 from rlhf.reward_model.kinds.table import kind_of
 from rlhf.reward_model.learner import next_batch
-
-TIMEOUT = 1800.0
-"""Seconds that a rank waits for the others before it fails."""
 
 
 class RewardModelTrainer(Loop[RewardModelConfig]):
@@ -54,34 +55,45 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
 
     def __init__(self, config: RewardModelConfig) -> None:
         """Reads and checks everything except weights. Raises ValueError for bad input."""
-        super().__init__(config, timeout=TIMEOUT)
+        super().__init__(config, timeout=config.distributed.timeout)
         path = config.model.path
         if config.model.trust_remote_code:
             trust(path)
         model = load_model_config(path)
         check_writes_text(path, model)
+        check_can_be_saved(path, model)
         check_trainable(config.model, model)
         self.tokenizer = load_tokenizer(path)
+        self.processor = load_processor(path, self.tokenizer)
         self.pad_token_id = pad_token_of(self.tokenizer)
         self.kind = kind_of(config)
         self.train, self.held_out = (
-            load_examples(path, config.data, self.kind, self.tokenizer)
+            load_examples(path, config.data, self.kind, self.tokenizer, self.processor)
             for path in (config.data.train, config.data.eval)
         )
         if config.batch.low < world_size():
             raise ConfigError(
                 f"batch.low is {config.batch.low}, fewer than the {world_size()} ranks that share a batch"
             )
-        self.first = self.kind.first(self.tokenizer)
+        self.first = self.kind.first(self.tokenizer, self.processor)
         examples = [*self.train, *self.held_out, *self.first]
         _check_lengths(path, model, examples)
         found = ((e.prompt.id, (*e.prompt.token_ids, *chain(*e.completions))) for e in examples)
         check_tokens(path, model, self.tokenizer, found)
-        check_policy(config.model, path, None)
+        sharded = config.distributed.mode == "sharded" and world_size() > 1
+        if sharded:
+            shard_ranks(config.distributed, world_size())
+        check_policy(config.model, path, None, sharded=sharded)
+        _check_images(config, examples)
 
     def build(self, world: World, monitor: Monitor) -> dict[str, Stateful]:
         config = self.config
-        policy = load_policy(config.model, config.model.path, world.device)
+        sharding = Sharding.of(config.distributed, getattr(torch, config.model.dtype), world)
+        path = config.model.path
+        if sharding is None:
+            policy = load_policy(config.model, path, world.device, self.processor)
+        else:
+            policy = load_sharded_policy(config.model, path, sharding, trains=self.kind.trains_model)
         self.learner = self.kind.learner(policy, world, self.first)
         for line in self.learner.told():
             monitor.note(line)
@@ -117,11 +129,16 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
         self.monitor.note(", ".join(_sentences(details)))
 
     def finish(self) -> None:
+        exports, policy = self.config.checkpoint.export, self.learner.model.policy
         if not self.world.is_main:
+            # a sharded model is gathered by all ranks together
+            for _ in gathered(policy.model) if exports else ():
+                pass
             return
-        if self.config.checkpoint.export:
+        if exports:
             target = self.folder.path / "model"
-            store.export(self.learner.export(self.pad_token_id), self.tokenizer, target)
+            reader = Reader(self.config.model.path, self.tokenizer)
+            store.export(self.learner.export(self.pad_token_id), reader, target)
             self.monitor.note(f"the reward model is in {target}")
         self.monitor.close()
 
@@ -142,6 +159,15 @@ def _check_lengths(path: str, model: PretrainedConfig, examples: Sequence[Exampl
             )
 
 
+def _check_images(config: RewardModelConfig, examples: Sequence[Example]) -> None:
+    """Raises ConfigError when prompts have images and the model is sharded."""
+    if config.distributed.mode == "sharded" and any(e.prompt.images for e in examples):
+        raise ConfigError(
+            "prompts have images, and models that take images cannot be sharded: set "
+            "distributed.mode=replicated"
+        )
+
+
 def describe(trainer: RewardModelTrainer) -> Iterator[str]:
     """What a run of this config will do: the lines that `rlhf check` prints."""
     config = trainer.config
@@ -152,6 +178,8 @@ def describe(trainer: RewardModelTrainer) -> Iterator[str]:
     if trainer.first:
         yield f"fitted to    {len(trainer.first)} rated completions, before the first step"
     yield from trainer.kind.told(trainer.train)
+    if count := sum(len(e.prompt.images or ()) for e in (*trainer.train, *trainer.held_out)):
+        yield f"images       {count}, read by the model's own processor"
     batch = config.batch
     yield f"an update    {batch.low} to {batch.high} examples of about {batch.tokens} tokens"
     yield f"the run      {config.steps} steps, learning rate {config.learner.lr:g}"

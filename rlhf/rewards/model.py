@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.rewards.builtin import Completion, completion_text
@@ -37,6 +38,8 @@ class Row:
     """Where scores are read."""
     prompt_end: int
     """Where the last token of the prompt stands; negative: it was cut away."""
+    images: Any = None
+    """The prompt's images (`Images`)."""
 
 
 class RewardModel:
@@ -67,18 +70,27 @@ class RewardModel:
 
         from rlhf.compute_dtype import resolve_dtype
         from rlhf.models import pretrained
+        from rlhf.models.classifier import load_classifier
         from rlhf.models.heads import Gate
+        from rlhf.models.policy import Trunk
         from rlhf.models.scored_text import form_of
+        from rlhf.models.vision.processor import load_processor
 
         if trust_remote_code:
             pretrained.trust(model)
         torch.set_num_threads(threads)
         settings: Any = pretrained.load_model_config(model)
-        _check_classifies(model, settings.architectures or [])
+        _check_classifies(model, settings)
         self.tokenizer: Any = pretrained.load_tokenizer(model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         computed = getattr(torch, resolve_dtype(dtype, device))
-        self.model: Any = pretrained.load_classifier(model, computed, device)
+        self.model: Any
+        self.model, head = load_classifier(model, settings, computed, device)
+        self.head: Any = self.model.score if head is None else head
+        self.trunk: Any = None
+        """What reads text with images; None: the model is a classifier of text."""
+        if head is not None:
+            self.trunk = Trunk(self.model, layout="padded", processor=load_processor(model, self.tokenizer))
         if self.model.config.pad_token_id is None:
             # without a padding token a classifier reads its score at the last token of the row, padding
             # included
@@ -103,16 +115,20 @@ class RewardModel:
         prompts: Sequence[Messages],
         completions: Sequence[Completion],
         reference: Sequence[Completion] | None = None,
+        images: Sequence[Sequence[Any]] | None = None,
         log_extra: Callable[[str, Sequence[Any]], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
     ) -> list[float] | list[dict[str, float]]:
         """Score of each completion (by objective, if there are several labels); one forward pass for all.
 
-        `reference`: the completions that a model of gaps compares with. `log_extra`, `log_metric`: log what
-        the score is made of, the gate's weights or the scores of steps.
+        `reference`: the completions that a model of gaps compares with. `images`: those of each prompt.
+        `log_extra`, `log_metric`: log what the score is made of, the gate's weights or the scores of steps.
         """
         import torch
 
+        pictures = images if images is not None else [()] * len(prompts)
+        if self.trunk is None and any(pictures):
+            raise ValueError("prompts have images, and this reward model reads text alone")
         if self.form is None:
             inputs = self._padded([self._tokens(p, c) for p, c in zip(prompts, completions, strict=True)])
             with torch.inference_mode():
@@ -128,19 +144,35 @@ class RewardModel:
             others = [completion_text(r) for r in reference]
         texts = [completion_text(c) for c in completions]
         before = [_up_to_last(p, c) for p, c in zip(prompts, completions, strict=True)]
-        rows = [self._row(p, c, r) for p, c, r in zip(before, texts, others, strict=True)]
+        rows = [self._row(*row) for row in zip(before, texts, others, pictures, strict=True)]
         with torch.inference_mode():
-            hidden = self.model.base_model(**self._padded([row.ids for row in rows])).last_hidden_state
-            found = [
-                self._transformed(self.model.score(states[row.places]))
-                for row, states in zip(rows, hidden, strict=True)
-            ]
+            states = self._states(rows)
+            found = [self._transformed(self.head(ends)) for _, ends in states]
             if self.gate is None:
                 return self._returned(self._of_steps(found, log_extra))
-            ends = torch.stack([states[row.prompt_end] for row, states in zip(rows, hidden, strict=True)])
-            weights = self.gate(ends.float())
+            weights = self.gate(torch.stack([prompt for prompt, _ in states]).float())
             self._log_gate(weights.tolist(), log_extra, log_metric)
             return self._returned(weights * torch.cat(found))
+
+    def _states(self, rows: Sequence[Row]) -> list[tuple[Any, Any]]:
+        """Of each row the hidden state `[H]` at the end of the prompt, and those `[s, H]` that are scored."""
+        import torch
+
+        from rlhf.models.packing import pack
+
+        if self.trunk is None:
+            hidden = self.model.base_model(**self._padded([row.ids for row in rows])).last_hidden_state
+            return [(h[row.prompt_end], h[row.places]) for row, h in zip(rows, hidden, strict=True)]
+        device = self.model.device
+        prompts = [torch.tensor(row.ids[: row.prompt_end + 1], device=device) for row in rows]
+        # one token is appended: the state that would predict it is that at the end
+        behind = [torch.tensor([*row.ids[row.prompt_end + 1 :], row.ids[-1]], device=device) for row in rows]
+        packed = pack(prompts, [[tokens] for tokens in behind], [row.images for row in rows])
+        of_each = torch.split(self.trunk.hidden(packed), [len(tokens) for tokens in behind])
+        return [
+            (h[0], h[[place - row.prompt_end for place in row.places]])
+            for row, h in zip(rows, of_each, strict=True)
+        ]
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
         import torch
@@ -189,30 +221,39 @@ class RewardModel:
             for name, of_one in zip(self.labels, zip(*weights, strict=True), strict=True):
                 log_metric(f"gate_{name}", sum(of_one) / len(of_one))
 
-    def _row(self, prompt: Messages, text: str, reference: str) -> Row:
+    def _row(self, prompt: Messages, text: str, reference: str, pictures: Sequence[Any]) -> Row:
         """Raises ValueError where more than the beginning of a plain score's input would be cut away."""
         assert self.form is not None
-        before = self._prompt(prompt)
+        before, images = self._prompt(prompt, pictures)
         behind, places = self.form.write(self.tokenizer, text, reference)
         lost = max(0, len(before) + len(behind) - self.max_tokens)
         row = Row(
             [*before, *behind][lost:],
             [len(before) + place - lost for place in places],
             len(before) - 1 - lost,
+            images,
         )
-        if row.places[0] < 0 or (self.gate is not None and row.prompt_end < 0):
+        whole = self.trunk is not None and lost
+        if row.places[0] < 0 or (self.gate is not None and row.prompt_end < 0) or whole:
             raise ValueError(
                 f"prompt and completion have {len(before) + len(behind)} tokens, more than max_tokens = "
                 f"{self.max_tokens} of reward_model: raise it in params"
             )
         return row
 
-    def _prompt(self, prompt: Messages) -> list[int]:
+    def _prompt(self, prompt: Messages, pictures: Sequence[Any]) -> tuple[list[int], Any]:
+        """The tokens of a prompt, and its images if it has any."""
         from rlhf.models.chat import encode_texts
+        from rlhf.types import Images
 
         if isinstance(prompt, str):
-            return encode_texts(self.tokenizer, [prompt])[0]
-        return self.tokenizer(self._write(prompt, opens=True), add_special_tokens=False)["input_ids"]
+            return encode_texts(self.tokenizer, [prompt])[0], None
+        if self.trunk is None:
+            written = self._write(prompt, opens=True)
+            return self.tokenizer(written, add_special_tokens=False)["input_ids"], None
+        processor, name = self.trunk.vision.processor, "a prompt"
+        _, sources, ids = processor.prompt(name, prompt, list(pictures) or None, Path())
+        return ids, Images(name, sources) if sources else None
 
     def _tokens(self, prompt: Messages, completion: Completion) -> list[int]:
         """The input of a model that others trained."""
@@ -238,9 +279,14 @@ def _up_to_last(prompt: Messages, completion: Completion) -> Messages:
     return [*prompt, *completion[:-1]]
 
 
-def _check_classifies(model: str, architectures: Sequence[str]) -> None:
-    """Raises ValueError: the classes named in the model's config are of no sequence classifier."""
-    if not any(name.endswith("ForSequenceClassification") for name in architectures):
+def _check_classifies(model: str, settings: Any) -> None:
+    """Raises ValueError: by its config the model is no sequence classifier, and has no score head beside."""
+    from rlhf.models.pretrained import SCORE_FILE
+
+    names: list[str] = settings.architectures or []
+    if SCORE_FILE not in settings.to_dict() and not any(
+        name.endswith("ForSequenceClassification") for name in names
+    ):
         raise ValueError(
-            f"{model} is no reward model: expected a sequence classifier, got {architectures or 'nothing'}"
+            f"{model} is no reward model: expected a sequence classifier, got {names or 'nothing'}"
         )

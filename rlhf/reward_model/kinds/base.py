@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Metrics
 from rlhf.models.policy import Policy
 from rlhf.models.pretrained import SCORED_AT_END
+from rlhf.models.vision.processor import Processor
+from rlhf.reward_model.model import RewardModel
 from rlhf.torch_typed import integers, numbers
 from rlhf.types import Prompt
 
@@ -45,6 +47,7 @@ class Judged:
 class Learner(ABC):
     """Learns the scores of one kind, from batches of examples, and gives them."""
 
+    model: RewardModel
     optimizer: MasterAdamW
     """Of everything that is trained: what a checkpoint holds of the model."""
 
@@ -54,11 +57,11 @@ class Learner(ABC):
 
     @abstractmethod
     def scores(self, examples: Sequence[Example]) -> Tensor:
-        """Scores `[S, K]` of all places, in order, on the CPU. Every rank computes all of them."""
+        """Scores `[S, K]` of all places, in order, on the CPU. Every rank calls it and gets all of them."""
 
     @abstractmethod
     def export(self, pad_token_id: int) -> Saves:
-        """What is saved as RUN/model: a sequence classifier in `model.dtype`."""
+        """What rank 0 saves as RUN/model, in `model.dtype` (models/classifier.py)."""
 
     def told(self) -> Iterator[str]:
         """What a run says of what was learned before the first update."""
@@ -68,6 +71,8 @@ class Learner(ABC):
 class Kind(ABC):
     """One value of `score.kind`."""
 
+    trains_model: ClassVar[bool] = True
+    """Whether the language model below the scores is trained."""
     columns: tuple[str, ...]
     """The columns that a line of the data needs beside the prompt."""
 
@@ -87,7 +92,7 @@ class Kind(ABC):
     def learner(self, policy: Policy, world: World, first: Sequence[Example]) -> Learner:
         """What learns the scores, from the weights of `policy` (in float32) and the examples of `first`."""
 
-    def first(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    def first(self, tokenizer: PreTrainedTokenizerBase, processor: Processor | None) -> list[Example]:
         """Examples of a file of their own that are learned from once, before the first update."""
         return []
 

@@ -35,6 +35,7 @@ from rlhf.learn.optimizer import MasterAdamW
 from rlhf.metrics import Mean, Metrics, merge
 from rlhf.models.heads import Gate, scores
 from rlhf.models.policy import Policy
+from rlhf.models.vision.processor import Processor
 from rlhf.reward_model.frozen_states import FrozenStates
 from rlhf.reward_model.kinds.base import Judged, Kind, Learner, agreement, is_right, labels_of, shown_pair
 from rlhf.reward_model.kinds.pairs import Pairs
@@ -47,6 +48,8 @@ MEAN = "mean of the objectives"
 
 
 class Gated(Kind):
+    trains_model = False
+
     def __init__(self, config: RewardModelConfig) -> None:
         super().__init__(config)
         self._pairs = Pairs(config)
@@ -55,10 +58,10 @@ class Gated(Kind):
     def example(self, prompt: Prompt, where: str, tokenizer: PreTrainedTokenizerBase) -> Example:
         return self._pairs.example(prompt, where, tokenizer)
 
-    def first(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    def first(self, tokenizer: PreTrainedTokenizerBase, processor: Processor | None) -> list[Example]:
         data = self.config.data
         assert data.ratings is not None
-        return load_examples(data.ratings, data, Ratings(self.config), tokenizer)
+        return load_examples(data.ratings, data, Ratings(self.config), tokenizer, processor)
 
     def told(self, examples: Sequence[Example]) -> Iterator[str]:
         yield from self._pairs.told(examples)
@@ -66,7 +69,7 @@ class Gated(Kind):
     def learner(self, policy: Policy, world: World, first: Sequence[Example]) -> GatedLearner:
         policy.freeze(getattr(torch, self.config.model.dtype))
         model = RewardModel(policy, len(self.config.score.objectives))
-        states = FrozenStates(model, self.config.learner.microbatch_tokens)
+        states = FrozenStates(model, self.config.learner.microbatch_tokens, world)
         return GatedLearner(states, self.config, world, first)
 
     def judge(self, scores: Tensor, examples: Sequence[Example]) -> dict[str, Judged]:
@@ -125,6 +128,8 @@ class GatedLearner(Learner):
         yield from self.notes
 
     def update(self, examples: Sequence[Example], *, step: int) -> Metrics:
+        # every rank asks for the states of all: they share the passes
+        self.states.of(examples)
         mine = examples[self.world.rank :: self.world.size]
         weights, rated = self._gate_and_ratings(mine)
         margins = self._margins(weights, rated)

@@ -132,14 +132,18 @@ class PairRewards:
             raise ValueError(f"{model} gives {len(self.scorer.labels)} scores; two completions need one each")
 
     def __call__(
-        self, prompts: Sequence[Messages], completions: Sequence[Sequence[Completion]]
+        self,
+        prompts: Sequence[Messages],
+        completions: Sequence[Sequence[Completion]],
+        images: Sequence[Sequence[Any]] | None = None,
     ) -> list[float]:
-        """P(the first is better) of each pair; one forward pass for all."""
+        """P(the first is better) of each pair; one forward pass for all. `images`: those of each prompt."""
         form = self.scorer.form
+        both = None if images is None else [i for i in images for _ in range(2)]
         if form is not None and form.needs_reference:
-            return self._by_gaps(prompts, completions)
+            return self._by_gaps(prompts, completions, both)
         scores: Any = self.scorer(
-            [p for p in prompts for _ in range(2)], [c for pair in completions for c in pair]
+            [p for p in prompts for _ in range(2)], [c for pair in completions for c in pair], images=both
         )
         return [
             _sigmoid((first - second) / self.temperature)
@@ -147,13 +151,17 @@ class PairRewards:
         ]
 
     def _by_gaps(
-        self, prompts: Sequence[Messages], completions: Sequence[Sequence[Completion]]
+        self,
+        prompts: Sequence[Messages],
+        completions: Sequence[Sequence[Completion]],
+        images: Sequence[Sequence[Any]] | None,
     ) -> list[float]:
         """sigmoid(g(first, second) - g(second, first)), as a model of gaps learns it."""
         gaps: Any = self.scorer(
             [p for p in prompts for _ in range(2)],
             [c for pair in completions for c in pair],
             reference=[c for first, second in completions for c in (second, first)],
+            images=images,
         )
         pairs = zip(gaps[::2], gaps[1::2], strict=True)
         return [_sigmoid((first - second) / self.temperature) for first, second in pairs]

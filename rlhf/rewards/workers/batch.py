@@ -58,6 +58,9 @@ class Batch:
         }
         if self.has_episodes:
             given["environments"] = [self.environment(i) for i in samples]
+        if wanted is not None and "images" in wanted and "images" not in given:
+            # not given unless asked for by name: they are large
+            given["images"] = [list(p.images or ()) for p in prompts]
         completions = [self.completion(i) for i in samples]
         kept = given if wanted is None else {name: given[name] for name in wanted if name in given}
         return {**kept, "completions": completions}
