@@ -91,7 +91,7 @@ class RewardModel:
         """What reads text with images; None: the model is a classifier of text."""
         if head is not None:
             self.trunk = Trunk(self.model, layout="padded", processor=load_processor(model, self.tokenizer))
-        if self.model.config.pad_token_id is None:
+        if self.trunk is None and self.model.config.pad_token_id is None:
             # without a padding token a classifier reads its score at the last token of the row, padding
             # included
             self.model.config.pad_token_id = pretrained.pad_token_of(self.tokenizer)
