@@ -152,7 +152,7 @@ def read(lists: int) -> tuple[FrozenStates, list[Listed]]:
         examples = load_examples(section.data.train, section.data, kind_of(section), tokenizer)
         policy = load_policy(section.model, MODEL, torch.device("cpu"))
         policy.freeze(torch.float32)
-        frozen = FrozenStates(RewardModel(policy, len(PARTS)), section.learner.microbatch_tokens)
+        frozen = FrozenStates(RewardModel(policy, len(PARTS)), section.learner.microbatch_tokens, CPU)
         found = frozen.of(examples)
     return frozen, [
         Listed(example, states, torch.tensor(row["parts"]), country, row["asked"])

@@ -164,6 +164,12 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
         help="have the model improve its answers N times (data.improve_prompt), and score each round",
     )
     command.add_argument(
+        "--revise-while",
+        metavar="OBJECTIVE",
+        help="keep a revision only where this objective is above 0 (the gap of a reward_model), and improve "
+        "no further where it is not",
+    )
+    command.add_argument(
         "--out", metavar="FILE", help="JSON file to write results and completions to; must not exist yet"
     )
     _add_overrides(command)
@@ -221,6 +227,7 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
                     greedy=options.greedy,
                     goals=options.goals,
                     revise=options.revise,
+                    revise_while=options.revise_while,
                     out=options.out,
                     overrides=tuple(options.overrides),
                 )

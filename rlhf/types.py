@@ -80,6 +80,9 @@ class Prompt:
     image_places: tuple[int, ...] | None = None
     """Where these placeholders stand, if `token_ids` may have more of them: a prompt that goes on with what
     the policy wrote. None: they are all that it has."""
+    question_tokens: int | None = None
+    """How many of `token_ids` are the question, where an answer to it and the request to improve that stand
+    behind; None: all of them."""
 
     @property
     def pictures(self) -> Images | None:

@@ -1,4 +1,6 @@
-"""Writes questions for capitals (train, eval) and preference pairs made by a rule (pairs_train, pairs_eval).
+"""Writes questions for capitals (train, eval), preference pairs made by a rule (pairs_train, pairs_eval), and
+for a gated reward model rated answers (ratings) and pairs whose system message asks for one part of the rule
+above all, which counts three times there (asked_train, asked_eval).
 
     python examples/capitals/make_data.py
 
@@ -18,6 +20,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SEED = 0
+PARTS = ("correct", "short", "polite")
+ASK = "Be {} above all."
 OPENINGS = (
     "Of course! ",
     "Thank you for asking. ",
@@ -82,9 +86,37 @@ def pairs(rng: random.Random, countries: list[str], count: int) -> Iterable[dict
         }
 
 
-def prompt(country: str) -> list[dict[str, str]]:
+def parts(text: str, country: str) -> dict[str, float]:
+    """Whether an answer is correct, short and polite."""
+    correct = RULE.is_correct(text, CAPITALS[country], list(CAPITALS.values()))
+    return dict(zip(PARTS, map(float, (correct, RULE.is_short(text), RULE.is_polite(text))), strict=True))
+
+
+def ratings(rng: random.Random, countries: list[str], count: int) -> Iterable[dict[str, Any]]:
+    for i in range(count):
+        country = rng.choice(countries)
+        text = answer(rng, country)
+        system = ASK.format(PARTS[i % len(PARTS)])
+        yield {"prompt": prompt(country, system), "completion": text, "ratings": parts(text, country)}
+
+
+def asked(rng: random.Random, countries: list[str], count: int) -> Iterable[dict[str, Any]]:
+    made = 0
+    while made < count:
+        country, part = rng.choice(countries), PARTS[made % len(PARTS)]
+        two = [answer(rng, country) for _ in range(2)]
+        found = [parts(text, country) for text in two]
+        worth = [sum(of_one.values()) + 2 * of_one[part] for of_one in found]
+        if worth[0] == worth[1]:
+            continue
+        better, worse = (0, 1) if worth[0] > worth[1] else (1, 0)
+        made += 1
+        yield {"prompt": prompt(country, ASK.format(part)), "chosen": two[better], "rejected": two[worse]}
+
+
+def prompt(country: str, system: str = "Be polite and brief.") -> list[dict[str, str]]:
     return [
-        {"role": "system", "content": "Be polite and brief."},
+        {"role": "system", "content": system},
         {"role": "user", "content": f"What is the capital of {country}?"},
     ]
 
@@ -104,6 +136,9 @@ def main(folder: Path) -> None:
         "eval": questions(held_out),
         "pairs_train": pairs(rng, train, 1200),
         "pairs_eval": pairs(rng, held_out, 150),
+        "ratings": ratings(rng, train, 300),
+        "asked_train": asked(rng, train, 450),
+        "asked_eval": asked(rng, held_out, 90),
     }
     for name, rows in files.items():
         text = "".join(json.dumps(row) + "\n" for row in rows)

@@ -67,6 +67,9 @@ class Request:
     """Who judges whether users' goals were reached (`goal_judges`); None: nobody."""
     revise: int = 0
     """How many times the model improves its answers."""
+    revise_while: str | None = None
+    """The objective that has to be above 0 for a revision to be kept and the answer to be improved further;
+    None: every revision is kept."""
     out: str | None = None
     overrides: tuple[str, ...] = ()
 
@@ -202,18 +205,21 @@ def _improve_prompt(request: Request, data: Mapping[str, Any], environment: obje
 
     Raises ConfigError: there is none, or an environment answers the model.
     """
+    if request.revise_while is not None and not request.revise:
+        raise ConfigError("--revise-while ends revisions early: add --revise N, their number at most")
     if request.revise < 0:
         raise ConfigError(f"--revise: a number of revisions is 0 or more, got {request.revise}")
-    if not request.revise:
+    column = {key: data[key] for key in ("improve_column",) if data.get(key) is not None}
+    if not request.revise and not column:
         return {}
-    if environment:
+    if environment and request.revise:
         raise ConfigError("--revise improves single answers, but there is an environment: leave one out")
     if not data.get("improve_prompt"):
         raise ConfigError(
             "--revise asks for a better answer, but nothing says in which words: add "
             "data.improve_prompt='Improve your answer.'"
         )
-    return {"improve_prompt": data["improve_prompt"]}
+    return {"improve_prompt": data["improve_prompt"]} | column
 
 
 def measure(groups: Sequence[Group], config: Config, ks: Sequence[int], source: Source) -> Measured:
@@ -288,7 +294,7 @@ def _sample(request: Request, source: Source, config: Config, inputs: Inputs) ->
         rounds[0] += scored
         for number, of_round in enumerate(rounds[1:], start=1):
             assert reviser is not None
-            scored = revised(sampler, reviser, scored, number)
+            scored = revised(sampler, reviser, scored, number, while_above=request.revise_while)
             of_round += scored
     engine.close()
     if inputs.environments is not None:

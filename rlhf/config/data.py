@@ -44,7 +44,10 @@ class DataConfig(Section):
     and kept by checkpoints; then the reference model is given up."""
     improve_prompt: str | None = None
     """What asks for a better answer, behind a first one: a message of the user, or behind a prompt of text
-    the text itself. For `srpo`, and for `rlhf eval --revise`."""
+    the text itself. For `srpo`, `improve_column`, and `rlhf eval --revise`."""
+    improve_column: str | None = None
+    """Column with an answer that the policy is to improve (PIT): every prompt goes on with it and with
+    `improve_prompt`. Rewards see the prompt without these two, and the answer as `reference`."""
     reference_column: str = "teacher"
     """Column that says which of several models in `model.reference` a line is compared with, by its name."""
     prompt_column: str = "prompt"

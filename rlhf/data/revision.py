@@ -11,14 +11,22 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.config.data import DataConfig
+from rlhf.data.completions import OfflineDataset, completion_ids
+from rlhf.data.preferences import completion_text
+from rlhf.data.prompts import PromptDataset
 from rlhf.environments.conversation import Conversation
 from rlhf.types import Group, Prompt, Trajectory
+
+T = TypeVar("T")
+REFERENCE = "reference"
+"""The column in which rewards find the answer that was to be improved."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,11 @@ class Reviser:
         return (*answer, *chat.observation(asked, answer[-1] if answer else -1).token_ids)
 
     def prompt(self, prompt: Prompt, answer: Sequence[int]) -> Prompt:
-        """The prompt of a second answer; its content, which rewards see, is still the first question."""
-        return replace(prompt, token_ids=(*prompt.token_ids, *self.asked_again(prompt, answer)))
+        """The prompt of a second answer, behind this answer alone; its content, which rewards see, is still
+        the first question."""
+        question = prompt.token_ids[: prompt.question_tokens]
+        token_ids = (*question, *self.asked_again(prompt, answer))
+        return replace(prompt, token_ids=token_ids, question_tokens=len(question))
 
     def revised(self, group: Group) -> Group:
         """A pair and the four second answers that it has: after the first completion the first and the
@@ -72,3 +83,65 @@ class Reviser:
             versions=(),
             candidates=None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Improvement:
+    """Prompts that ask to improve an answer of the data (`data.improve_column`), as PIT learns from them."""
+
+    reviser: Reviser
+    data: DataConfig
+
+    def prompts(self, dataset: PromptDataset) -> PromptDataset:
+        """Raises ValueError: a line has no answer in the column, or there is a column `reference` too."""
+        made = [self._prompt(prompt, dataset) for prompt in dataset.prompts]
+        kept = self._short_enough(made, made, dataset)
+        columns = tuple(dict.fromkeys((*dataset.columns, REFERENCE)))
+        return replace(
+            dataset, prompts=tuple(kept), columns=columns, skipped=dataset.skipped + len(made) - len(kept)
+        )
+
+    def completions(self, dataset: OfflineDataset) -> OfflineDataset:
+        """As `prompts`, of a dataset with completions."""
+        made = [replace(g, prompt=self._prompt(g.prompt, dataset)) for g in dataset.groups]
+        kept = self._short_enough(made, (g.prompt for g in made), dataset)
+        columns = tuple(dict.fromkeys((*dataset.columns, REFERENCE)))
+        return replace(
+            dataset, groups=tuple(kept), columns=columns, skipped=dataset.skipped + len(made) - len(kept)
+        )
+
+    def _prompt(self, prompt: Prompt, dataset: PromptDataset | OfflineDataset) -> Prompt:
+        column, where = self.data.improve_column, f"{dataset.source}, {prompt.id}"
+        assert column is not None
+        if column not in prompt.columns:
+            raise ValueError(
+                f"{where}: data.improve_column is {column!r}, which is not among the columns "
+                f"{', '.join(prompt.columns) or 'none'}: name the one with the answer to improve"
+            )
+        if column != REFERENCE and REFERENCE in prompt.columns:
+            raise ValueError(
+                f"{where}: rewards see the answer of data.improve_column as {REFERENCE!r}, but there is a "
+                "column of that name too: rename it"
+            )
+        text = completion_text(where, column, prompt.columns[column])
+        asked = self.reviser.prompt(prompt, completion_ids(self.reviser.tokenizer, text))
+        return replace(asked, columns={**prompt.columns, REFERENCE: text})
+
+    def _short_enough(
+        self, items: Sequence[T], prompts: Iterable[Prompt], dataset: PromptDataset | OfflineDataset
+    ) -> list[T]:
+        """Those whose prompt, with the answer and the request, is within `data.max_prompt_tokens`."""
+        limit = self.data.max_prompt_tokens
+        long = [p if len(p.token_ids) > limit else None for p in prompts]
+        first = next((p for p in long if p is not None), None)
+        if first is not None and (self.data.long_prompts == "refuse" or None not in long):
+            raise ValueError(
+                f"{dataset.source}, {first.id}: with the answer to improve and data.improve_prompt the "
+                f"prompt has {len(first.token_ids)} tokens, more than data.max_prompt_tokens = {limit}; "
+                "raise the limit"
+            )
+        return [item for item, too_long in zip(items, long, strict=True) if too_long is None]
+
+
+def _columns(dataset: PromptDataset | OfflineDataset) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*dataset.columns, REFERENCE)))

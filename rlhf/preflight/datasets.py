@@ -17,6 +17,7 @@ from rlhf.data.chats import chats_column, prompt_of_chat
 from rlhf.data.completions import OfflineDataset, load_offline
 from rlhf.data.preferences import require_named
 from rlhf.data.prompts import PromptDataset, first_row, load_prompts
+from rlhf.data.revision import Improvement, Reviser
 from rlhf.data.rows import Row
 from rlhf.environments.conversation import Conversation
 from rlhf.environments.protocol import Environments
@@ -97,7 +98,7 @@ class Reader:
         chats = chats_column(columns, data.prompt_column)
         if data.prompt_column not in columns and chats is not None:
             change = partial(prompt_of_chat, prompt_column=data.prompt_column, column=chats)
-        return load_prompts(
+        found = load_prompts(
             Path(path).expanduser(),
             self.tokenizer,
             prompt_column=data.prompt_column,
@@ -107,11 +108,21 @@ class Reader:
             processor=self.processor,
             change=with_tools(change, self.environments, self.conversation, data.prompt_column),
         )
+        improvement = self.improvement()
+        return found if improvement is None else improvement.prompts(found)
+
+    def improvement(self) -> Improvement | None:
+        """What has prompts ask to improve an answer of the data; None: nothing does."""
+        data = self.config.data
+        if data.improve_column is None:
+            return None
+        assert data.improve_prompt is not None
+        return Improvement(Reviser(self.tokenizer, data.improve_prompt, frozenset(self.end_token_ids)), data)
 
     def completions(self, path: str, data: DataConfig) -> OfflineDataset:
         """The completions of a dataset, read as `data` says."""
         eos = self.tokenizer.eos_token_id
-        return load_offline(
+        found = load_offline(
             Path(path).expanduser(),
             self.tokenizer,
             data,
@@ -120,6 +131,8 @@ class Reader:
             end_token_ids=self.end_token_ids,
             processor=self.processor,
         )
+        improvement = self.improvement()
+        return found if improvement is None else improvement.completions(found)
 
 
 def _check_has_prompts(config: Config) -> None:

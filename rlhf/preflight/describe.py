@@ -45,6 +45,11 @@ def describe(config: Config, inputs: Inputs, *, world_size: int = 1) -> Iterator
     yield f"algorithm    {config.algorithm['name']} {_settings(config)}"
     prompts = _lengths(len(p.token_ids) for p in inputs.train.prompts)
     yield f"data         {len(inputs.train)} prompts {prompts}, {inputs.train.skipped} skipped as too long"
+    if config.data.improve_column is not None:
+        yield (
+            f"improves     the answer in the column {config.data.improve_column}, asked by "
+            f"{config.data.improve_prompt!r}"
+        )
     yield from _describe_images(config, inputs)
     if inputs.environments is not None:
         yield from describe_environments(config, inputs.environments, inputs.train.prompts)

@@ -58,6 +58,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "data.completion_column",
         "data.eval",
         "data.image_column",
+        "data.improve_column",
         "data.improve_prompt",
         "data.long_prompts",
         "data.max_prompt_tokens",

@@ -21,9 +21,12 @@ def test_the_files_are_what_the_script_makes(tmp_path: Path):
     MAKE(tmp_path)
     made = sorted(tmp_path.iterdir())
     assert [file.name for file in made] == [
+        "asked_eval.jsonl",
+        "asked_train.jsonl",
         "eval.jsonl",
         "pairs_eval.jsonl",
         "pairs_train.jsonl",
+        "ratings.jsonl",
         "train.jsonl",
     ]
     for file in made:
@@ -34,7 +37,8 @@ def test_no_country_is_both_trained_on_and_held_out():
     def countries(*names: str) -> set[str]:
         return {row["prompt"][-1]["content"] for name in names for row in rows(name)}
 
-    assert not countries("train", "pairs_train") & countries("eval", "pairs_eval")
+    train = countries("train", "pairs_train", "asked_train", "ratings")
+    assert not train & countries("eval", "pairs_eval", "asked_eval")
     assert len(countries("train", "eval")) == 36
 
 

@@ -295,8 +295,17 @@ def _two_adapters(config: Config, algorithm: Algorithm) -> Iterator[str]:
 
 def _revisions(config: Config, algorithm: Algorithm) -> Iterator[str]:
     """What an algorithm that learns from second answers needs."""
-    name = config.algorithm["name"]
-    if algorithm.preference is None or not algorithm.preference.form.revises:
+    name, column = config.algorithm["name"], config.data.improve_column
+    revises = algorithm.preference is not None and algorithm.preference.form.revises
+    if column is not None and config.data.improve_prompt is None:
+        yield (
+            f"data.improve_column is {column}, an answer that the policy is asked to improve: say in which "
+            "words, as data.improve_prompt='Improve your answer.'"
+        )
+    if column is not None and (config.environment.path or revises):
+        other = f"algorithm {name} makes second answers itself" if revises else "an environment answers too"
+        yield f"data.improve_column has the policy improve answers of the data, but {other}: leave one out"
+    if not revises:
         return
     if config.data.improve_prompt is None:
         yield (
