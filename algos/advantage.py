@@ -156,6 +156,28 @@ def nothing(inputs: AdvantageInputs) -> Tensor:
     return torch.zeros_like(inputs.token_penalty)
 
 
+def by_step(inputs: AdvantageInputs) -> Tensor:
+    """The sum of the normalised rewards of the steps that end at this token or later (GRPO with process
+    supervision, arXiv:2402.03300 section 4.1.3).
+
+    Rewards of steps are normalised over all steps of all completions of a group. Unlike in the paper, where
+    they are everything, what else a completion has earned is normalised over the group by itself, less the
+    penalties of a KL in the reward, and added.
+    """
+    x, (at, rest) = inputs, steps_of(inputs)
+    steps = group_normalize(at, x.group[x.sequence])
+    outcome = group_normalize(without_penalty(replace(x, rewards=rest)), x.group)
+    raw = to_go(outcome, -steps, x.sequence, x.loss_mask)
+    return raw.masked_fill(~x.loss_mask, 0.0).to(x.rewards.dtype)
+
+
+def steps_of(inputs: AdvantageInputs) -> tuple[Float[Tensor, " N"], Float[Tensor, " S"]]:
+    """The reward of the step that ends at each token, NaN where none ends, and what the last token earned."""
+    if inputs.steps is None:
+        return torch.full_like(inputs.token_penalty, torch.nan), inputs.rewards
+    return inputs.steps.at, inputs.steps.rest
+
+
 def own_only(advantage: Advantage) -> Advantage:
     """The advantage among what the policy itself sampled; 0 for completions of other models or of data."""
 
@@ -216,9 +238,10 @@ def _weighted(inputs: AdvantageInputs, chosen: Sequence[int]) -> Tensor:
 
 
 def reinforce_pp_advantage(inputs: AdvantageInputs) -> Tensor:
-    """`reinforce_pp` as an `Advantage`."""
-    x = inputs
-    return reinforce_pp(x.rewards, x.token_penalty, x.sequence, x.loss_mask, all_sum=x.all_sum)
+    """`reinforce_pp` as an `Advantage`: rewards of steps count for the tokens up to the end of the step."""
+    x, (at, rest) = inputs, steps_of(inputs)
+    penalty = x.token_penalty - at.nan_to_num(nan=0.0)
+    return reinforce_pp(rest, penalty, x.sequence, x.loss_mask, all_sum=x.all_sum)
 
 
 def reinforce_pp_baseline_advantage(inputs: AdvantageInputs) -> Tensor:

@@ -94,6 +94,9 @@ class Algorithm:
     """For an algorithm that may learn from data. None: only completions of the policy itself will do."""
     objectives: tuple[str, ...] = ()
     """Names of objectives that the advantage reads; some completion of each step is to have each of them."""
+    compares_steps: bool = False
+    """Whether the advantage compares the rewards of steps; some completion of each training step is to have
+    some."""
     scores_samples: bool = True
     """Whether samples are learned from by their rewards; not where all labels are the data's (HyPO)."""
     cautions: tuple[str, ...] = ()

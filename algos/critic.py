@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlhf.algos.advantage import Advantage, whiten
+from rlhf.algos.advantage import Advantage, steps_of, whiten
 from rlhf.algos.segments import sequence_tokens
 from rlhf.algos.value import RunningMoments, adaptive_lambda, value_loss
 from rlhf.kernels.gae import Gae, gae
@@ -94,16 +94,16 @@ class CriticLoss:
 
 
 def token_rewards(inputs: AdvantageInputs) -> Float[Tensor, " N"]:
-    """Rewards of tokens: minus the penalty of each, and at the last token the policy chose the sequence's
-    reward."""
-    mask, sequence = inputs.loss_mask, inputs.sequence
+    """Rewards of tokens: minus the penalty of each, at the end of a step the step's reward, and at the last
+    token the policy chose what else the sequence earned."""
+    mask, sequence, (at, rest) = inputs.loss_mask, inputs.sequence, steps_of(inputs)
     index = torch.arange(len(sequence), device=sequence.device)
     last = torch.full_like(inputs.rewards, -1, dtype=torch.long).scatter_reduce(
         0, sequence[mask], index[mask], "amax"
     )
-    rewards = -inputs.token_penalty.masked_fill(~mask, 0.0)
+    rewards = (at.nan_to_num(nan=0.0) - inputs.token_penalty).masked_fill(~mask, 0.0)
     ended = last >= 0
-    return rewards.index_add(0, last[ended], inputs.rewards[ended].to(rewards.dtype))
+    return rewards.index_add(0, last[ended], rest[ended].to(rewards.dtype))
 
 
 def constrained(advantage: Advantage, *, whitened: bool, clip: float | None) -> Advantage:
@@ -140,9 +140,10 @@ class RewardScaling:
         """Whether earlier steps have an effect."""
         return self.center or self.scale
 
-    def apply(self, rewards: Tensor, moments: RunningMoments) -> Tensor:
-        """The scaled rewards; `moments` already include `rewards`."""
-        if self.center:
+    def apply(self, rewards: Tensor, moments: RunningMoments, *, part: bool = False) -> Tensor:
+        """The scaled rewards; `moments` already include them. Of a `part` of a reward, that of a step, the
+        mean is not taken off: the rest of the reward carries it."""
+        if self.center and not part:
             rewards = rewards - moments.mean
         if self.scale:
             rewards = rewards / moments.scale

@@ -13,6 +13,7 @@ from functools import partial
 
 from rlhf.algos import surrogate
 from rlhf.algos.advantage import (
+    by_step,
     by_turn,
     gdpo_advantage,
     group_center,
@@ -70,6 +71,16 @@ def grpo(
         reduction=sequence_mean_token_mean,
         kl=kl, mismatch=mismatch, entropy_coef=entropy_coef,
     )
+
+
+def grpo_ps(
+    *, clip_low: float = 0.2, clip_high: float = 0.2, clip_dual: float | None = None,
+    kl: KL = GRPO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """GRPO with process supervision: advantages from rewards of steps, arXiv:2402.03300 section 4.1.3."""
+    base = grpo(clip_low=clip_low, clip_high=clip_high, clip_dual=clip_dual,
+                kl=kl, mismatch=mismatch, entropy_coef=entropy_coef)
+    return replace(base, advantage=by_step, compares_steps=True)
 
 
 def dr_grpo(
@@ -219,6 +230,7 @@ def vapo(
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "grpo": grpo,
+    "grpo_ps": grpo_ps,
     "dr_grpo": dr_grpo,
     "dapo": dapo,
     "gspo": gspo,

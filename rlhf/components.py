@@ -25,10 +25,11 @@ from rlhf.config.run import Config
 from rlhf.distributed.world import World
 from rlhf.evaluation.pairs import PairEvaluation, held_out_pairs
 from rlhf.inputs import Inputs
+from rlhf.learn.advantages import AdvantageContext
 from rlhf.learn.buffer import Buffer
 from rlhf.learn.controllers import KLCoefficient
 from rlhf.learn.critic import Critic, critic_section
-from rlhf.learn.experience import AdvantageContext, ExperienceBuilder
+from rlhf.learn.experience import ExperienceBuilder
 from rlhf.learn.iterate import Iterate, frozen_copy
 from rlhf.learn.learner import Learner
 from rlhf.learn.models import Models, References
@@ -382,12 +383,7 @@ def _learner(config: Config, inputs: Inputs, world: World, models: Models, optim
     section, temperature, pretraining = config.learner, config.rollout.temperature, None
     if config.ptx.path is not None:
         pretraining = Pretraining(
-            inputs.texts,
-            config.ptx,
-            models.policy,
-            world,
-            seed=config.seed,
-            budget=section.microbatch_tokens,
+            inputs.texts, config.ptx, models.policy, world, seed=config.seed, budget=section.microbatch_tokens
         )
     chase = models.algorithm.chase
     twin = None if chase is None else Twin(models.policy, optimizer, chase, world, section, config.steps)

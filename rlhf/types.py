@@ -38,6 +38,7 @@ from rlhf.tensors.images import Image as Image
 from rlhf.tensors.images import Images as Images
 from rlhf.tensors.images import Mask as Mask
 from rlhf.tensors.images import Observed as Observed
+from rlhf.tensors.steps import StepRewards
 
 Messages = str | Sequence[Mapping[str, Any]]
 
@@ -159,6 +160,8 @@ class Trajectory:
     """The observations that have images."""
     messages: tuple[Mapping[str, Any], ...] = ()
     """Turns and answers of the environment as chat messages; empty for a single turn."""
+    step_rewards: tuple[tuple[int, float], ...] = ()
+    """Parts of `reward` that single steps earned: the token that ends a step, and its reward."""
 
     @classmethod
     def single_turn(
@@ -340,6 +343,8 @@ class AdvantageInputs:
     """`[S]`: the factor of the temperature of each sequence's prompt, when the algorithm asks for it."""
     own: Tensor | None = None
     """bool `[S]`: what the policy sampled. None: all of it."""
+    steps: StepRewards | None = None
+    """What earned `rewards`. None: the last token of each sequence."""
     all_sum: Callable[[Tensor], Tensor] = lambda t: t
     """Adds a tensor up over the ranks: the identity on one rank."""
 

@@ -18,9 +18,10 @@ from rlhf.config.learner import LearnerConfig
 from rlhf.config.load import make_config
 from rlhf.config.model import ModelConfig
 from rlhf.distributed.world import World
+from rlhf.learn.advantages import AdvantageContext
 from rlhf.learn.buffer import Buffer
 from rlhf.learn.critic import Critic
-from rlhf.learn.experience import AdvantageContext, ExperienceBuilder, fields_of, pack_groups
+from rlhf.learn.experience import ExperienceBuilder, fields_of, pack_groups
 from rlhf.learn.learner import Learner
 from rlhf.learn.models import Models, References
 from rlhf.learn.optimizer import MasterAdamW

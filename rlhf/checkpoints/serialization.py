@@ -100,6 +100,7 @@ def group_state(group: Group) -> dict[str, Any]:
         plain |= {"finish_reason": t.finish_reason.value, "objectives": dict(t.objectives)}
         plain["source"] = t.source.value
         plain["logged"] = dict(t.logged)
+        plain["step_rewards"] = [list(step) for step in t.step_rewards]
         plain |= {"versions": [[v.version, v.start, v.end] for v in t.versions]}
         plain["observations"] = [[o.start, o.end, o.images.prompt_id, *_files(o)] for o in t.observations]
         if t.candidates is not None:
@@ -154,6 +155,7 @@ def group_of(state: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Group:
         values["versions"] = tuple(VersionSpan(*v) for v in plain["versions"])
         values["finish_reason"] = FinishReason(plain["finish_reason"])
         values["observations"] = tuple(_observed_of(*o) for o in plain.get("observations", ()))
+        values["step_rewards"] = tuple((token, reward) for token, reward in plain.get("step_rewards", ()))
         # checkpoints of earlier versions have no source: what nobody recorded came from data
         unrecorded = plain["rollout_logprobs"] is None
         values["source"] = Source(plain.get("source", Source.DATA if unrecorded else Source.POLICY))

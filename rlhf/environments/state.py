@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf.environments.observations import WrongAnswer, plain
-from rlhf.rewards.workers.return_values import is_finite, read_scores
+from rlhf.rewards.workers.return_values import is_finite, read_numbers
 
 LONGEST_STATE = 1 << 20
 """Characters of one attribute as JSON; reward functions do not get a longer one, which is printed."""
@@ -39,7 +39,7 @@ def reward_of(value: object, name: str) -> float | dict[str, float] | None:
     """What `get_reward` returned. Raises WrongReturn or WrongAnswer for what is no finite number."""
     if value is None:
         return None
-    scores = read_scores(value, name)
+    scores = read_numbers(value, name)
     if not is_finite(scores):
         raise WrongAnswer(f"get_reward of {name} must return finite numbers, got {value!r:.80}")
     return scores if isinstance(value, Mapping) else scores[name]

@@ -6,8 +6,8 @@ the reward), `ref_logprobs` when the algorithm compares with a reference, values
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from functools import reduce
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf.config.learner import LearnerConfig
 from rlhf.distributed.world import World
+from rlhf.learn.advantages import AdvantageContext, AdvantageInputsBuilder
 from rlhf.learn.contrasts import RunningReward, contrasts_of, under_other_prompts, with_offset
 from rlhf.learn.controllers import RewardScaler
 from rlhf.learn.logprobs import sums_by_sequence, token_logprobs
@@ -23,7 +24,6 @@ from rlhf.learn.models import Models
 from rlhf.models.packing import microbatches
 from rlhf.models.policy import Policy
 from rlhf.models.sharding import in_step
-from rlhf.rewards.workers.pool import RewardError
 from rlhf.tensors.candidates import Candidates
 from rlhf.torch_typed import numbers
 from rlhf.types import (
@@ -34,24 +34,7 @@ from rlhf.types import (
     PackedGroups,
     Trajectory,
     is_learnable,
-    is_own,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdvantageContext:
-    """What a run knows, beside the rewards of a step, when it computes advantages."""
-
-    objective_weights: Callable[[], Mapping[str, float]] = dict
-    """Weights of the objectives in force, the same on all ranks; an objective not among them has weight 1."""
-    prompt_values: Mapping[str, float] | None = None
-    """V(prompt) by the prompt's id; empty until it has been learned. None: the algorithm does not ask."""
-    temperature_factors: Mapping[str, float] | None = None
-    """Factor of the temperature by the prompt's id, as for `prompt_values`."""
-    is_correct: Callable[[Trajectory], bool] | None = None
-    """Whether a completion solves its prompt, for an algorithm that imitates correct completions."""
-    advantage_clip: float | None = None
-    """Advantages are clamped to plus and minus this. None: they are not."""
 
 
 class ExperienceBuilder:
@@ -80,6 +63,7 @@ class ExperienceBuilder:
         """The reference's log-probs `[N]` of groups that were scored before; None: the reference is asked."""
         self.temperature, self.microbatch_tokens = temperature, section.microbatch_tokens
         self.scaler = RewardScaler(algorithm.reward_scaling, world.all_sum)
+        self.inputs = AdvantageInputsBuilder(algorithm, context, self.scaler, world)
         self.kl_in_reward = algorithm.kl.coef > 0 and algorithm.kl.placement == "reward"
         preference = algorithm.preference
         # the second update of a step compares the policy with what it was before the first
@@ -123,7 +107,7 @@ class ExperienceBuilder:
                 packed, step=step, temperature=self.temperature, budget=self.microbatch_tokens
             )
         penalty = self._token_penalty(packed, old_logprobs, ref_logprobs, kl_coef)
-        inputs = replace(self._advantage_inputs(groups, packed, penalty), values=values)
+        inputs = replace(self.inputs(groups, packed, penalty), values=values)
         return Experience(
             **fields_of(packed),
             old_logprobs=old_logprobs,
@@ -182,7 +166,7 @@ class ExperienceBuilder:
         """
         groups = [_learnable(g) for g in groups if any(map(is_learnable, g.trajectories))]
         packed = self._pack(groups)
-        return self._advantage_inputs(groups, packed, torch.zeros_like(packed.rollout_logprobs))
+        return self.inputs(groups, packed, torch.zeros_like(packed.rollout_logprobs))
 
     def _pack(self, groups: Sequence[Group], group_numbers: Sequence[int] | None = None) -> PackedGroups:
         packed = pack_groups(
@@ -276,50 +260,6 @@ class ExperienceBuilder:
         advantages, limit = self.algorithm.advantage(inputs), self.context.advantage_clip
         return advantages if limit is None else advantages.clamp(-limit, limit)
 
-    def _advantage_inputs(
-        self, groups: Sequence[Group], packed: PackedGroups, penalty: Tensor
-    ) -> AdvantageInputs:
-        trajectories = [t for g in groups for t in g.trajectories]
-        algorithm, context, device = self.algorithm, self.context, self.world.device
-        # the same objectives on every rank, though one may have seen only some of them
-        seen = self.world.gather(sorted({name for t in trajectories for name in t.objectives}))
-        names = sorted({name for of_rank in seen for name in of_rank})
-        if names and (missing := [name for name in algorithm.objectives if name not in names]):
-            raise RewardError(
-                f"no completion of this step has the objective {missing[0]}, which the algorithm reads: they "
-                f"have {', '.join(names)}; a function gives 0, not None, where it does not apply"
-            )
-        rewards = [algorithm.shape_reward(_reward(t), sum(t.loss_mask)) for t in trajectories]
-        objectives = [[t.objectives.get(name, float("nan")) for name in names] for t in trajectories]
-        weights = context.objective_weights()
-
-        def by_sequence(by_prompt: Mapping[str, float] | None) -> Tensor | None:
-            # empty until it has been learned, for which the data is scored as here
-            if not by_prompt:
-                return None
-            return torch.tensor(
-                [by_prompt[g.prompt.id] for g in groups for _ in g.trajectories], device=device
-            )
-
-        values, factors = context.prompt_values, context.temperature_factors
-        return AdvantageInputs(
-            rewards=self.scaler(torch.tensor(rewards, dtype=torch.float32, device=device)),
-            objectives=torch.tensor(objectives, dtype=torch.float32, device=device).view(
-                len(rewards), len(names)
-            ),
-            objective_weights=torch.tensor([weights.get(name, 1.0) for name in names], device=device),
-            group=packed.group,
-            token_penalty=penalty,
-            sequence=packed.sequence,
-            loss_mask=packed.loss_mask,
-            turn=packed.turn,
-            names=tuple(names),
-            prompt_values=by_sequence(values) if algorithm.needs_prompt_value else None,
-            temperature_factors=None if algorithm.prompt_temperature is None else by_sequence(factors),
-            own=_own(trajectories, device),
-            all_sum=self.world.all_sum,
-        )
-
 
 def pack_groups(
     groups: Sequence[Group],
@@ -387,14 +327,3 @@ def _candidates(trajectories: Sequence[Trajectory], device: torch.device) -> Can
     return Candidates.join([t.candidates or Candidates.of([()] * len(t.token_ids)) for t in trajectories]).to(
         device
     )
-
-
-def _own(trajectories: Sequence[Trajectory], device: torch.device) -> Tensor | None:
-    """bool `[S]`: what the policy sampled; None where it is all."""
-    own = list(map(is_own, trajectories))
-    return None if all(own) else torch.tensor(own, device=device)
-
-
-def _reward(trajectory: Trajectory) -> float:
-    assert trajectory.reward is not None
-    return trajectory.reward

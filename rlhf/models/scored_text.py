@@ -69,6 +69,16 @@ class AtSteps(Form):
         steps = [part for part in text.split(self.separator) if part.strip()]
         return self.write_steps(tokenizer, steps or [text])
 
+    def ends(self, text: str) -> list[int]:
+        """Where each step that `write` scores ends in `text`, in characters: behind its separator, and the
+        last one at the end of the text.
+        """
+        ends, place = list[int](), 0
+        for part in text.split(self.separator):
+            place += len(part) + len(self.separator)
+            ends += [place] if part.strip() else []
+        return [*ends[:-1], len(text)]
+
     def write_steps(self, tokenizer: PreTrainedTokenizerBase, steps: Sequence[str]) -> Written:
         """As `write`, of a text that is cut already."""
         ids: list[int] = []

@@ -129,6 +129,8 @@ def _completion(trajectory: Trajectory, texts: TokenTexts | None) -> dict[str, A
     if trajectory.messages:
         parts = [[len(list(run)), int(own)] for own, run in groupby(trajectory.loss_mask)]
         record |= {"messages": list(trajectory.messages), "parts": parts}
+    if trajectory.step_rewards:
+        record["step_rewards"] = [[token, finite(reward)] for token, reward in trajectory.step_rewards]
     if trajectory.logged:
         record["logged"] = {name: _value(text) for name, text in trajectory.logged.items()}
     return record if texts is None else record | {"tokens": texts(trajectory.token_ids)}

@@ -27,7 +27,7 @@ from rlhf.preflight.environments import describe_environments
 from rlhf.preflight.estimate import estimate
 from rlhf.preflight.machine import Machine
 from rlhf.preflight.models import models_of
-from rlhf.preflight.probe import ignores_rewards, learns_from_one
+from rlhf.preflight.probe import credits_steps, ignores_rewards, learns_from_one
 from rlhf.preflight.reference import by_column, unnamed
 from rlhf.preflight.trial import try_packing
 from rlhf.rewards.judges.duels import asking
@@ -333,6 +333,12 @@ def warnings(config: Config, inputs: Inputs) -> Iterator[str]:
     yield from inputs.algorithm.cautions
     yield from about_inputs(config, inputs)
     yield from _imitates_worse(config, inputs)
+    if inputs.rewards.of_steps and not credits_steps(inputs.algorithm):
+        yield (
+            f"{inputs.rewards.of_steps[0]} gives rewards to single steps, but {config.algorithm['name']} has "
+            "one advantage for a whole completion and learns from their sum, which grows with the number of "
+            "steps: ppo, reinforce_pp and grpo_ps learn which step earned what"
+        )
     prefers = inputs.algorithm.preference is not None
     if prefers and config.data.mode == "online" and {"chosen", "rejected"} <= set(inputs.train.columns):
         yield (

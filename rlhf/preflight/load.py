@@ -5,6 +5,7 @@ A run begins with it, and `rlhf check` calls it too, so that what passes the che
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from rlhf.data.texts import Text, load_texts
 from rlhf.environments.protocol import Environments
 from rlhf.inputs import Inputs
 from rlhf.models.chat import ChatError, set_variables
-from rlhf.models.pretrained import eos_token_ids, load_model_config, load_tokenizer
+from rlhf.models.pretrained import decoded, eos_token_ids, load_model_config, load_tokenizer
 from rlhf.models.vision.processor import Processor, load_processor
 from rlhf.monitoring.sinks import check_installed
 from rlhf.plugins import load_plugin
@@ -179,6 +180,7 @@ def _rewards(
     rewards.steps_per_epoch = len(train) / config.rollout.prompts_per_step
     if config.reward.special_tokens == "keep":
         rewards.dropped_tokens = ends_of(tokenizer, eos_token_ids)
+    rewards.decode = partial(decoded, tokenizer, dropped=rewards.dropped_tokens)
     return rewards
 
 

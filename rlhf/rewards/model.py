@@ -12,7 +12,8 @@ chat template writes it.
 A model with one label returns a number. A model with several labels returns several objectives, named by its
 `id2label`, as in multi-objective GRPO (arXiv:2503.21819). The paper does not give their weights; the setting
 `weights` of the function does. A gated model returns its objectives times the gate's weights, which add up to
-its score, and logs these weights. A model of steps returns the worst, mean or last of its steps' scores.
+its score, and logs these weights. A model of steps returns the worst, mean or last of its steps' scores, or
+each of them as the reward of its step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.rewards.builtin import Completion, completion_text
+from rlhf.rewards.workers.return_values import Steps
 
 Messages = str | Sequence[Mapping[str, Any]]
 DIGITS = 4
@@ -53,15 +55,15 @@ class RewardModel:
         dtype: Literal["auto", "float32", "bfloat16"] = "float32",
         threads: int = 1,
         trust_remote_code: bool = False,
-        of_steps: Literal["min", "mean", "last"] = "min",
+        of_steps: Literal["min", "mean", "last", "each"] = "min",
     ) -> None:
         """Loads `model`, a folder or a name on the hub, on the GPU if the worker sees one.
 
         `max_tokens`: inputs that are longer lose their beginning. `transform`: applied to each score.
         `dtype`: `auto` is bfloat16 on a GPU, on a CPU the faster of both types.
         `threads`: CPU threads of this worker. `trust_remote_code`: lets Python code that the model brings run
-        in this worker. `of_steps`: which score a model of steps gives, that of the worst step, the mean, or
-        that of the last one.
+        in this worker. `of_steps`: which score a model of steps gives, that of the worst step, the mean,
+        that of the last one, or `each`, to the tokens that end the steps.
 
         Raises ModelError when there is no such model or it lacks weights, and ValueError when it is not a
         sequence classifier, or a gated one whose scores are to be transformed.
@@ -110,6 +112,13 @@ class RewardModel:
         """Columns of the dataset that this model needs."""
         return ("reference",) if self.form is not None and self.form.needs_reference else ()
 
+    @property
+    def gives_steps(self) -> bool:
+        """Whether it gives rewards to single steps."""
+        from rlhf.models.scored_text import AtSteps
+
+        return isinstance(self.form, AtSteps) and self.of_steps == "each"
+
     def __call__(
         self,
         prompts: Sequence[Messages],
@@ -118,11 +127,13 @@ class RewardModel:
         images: Sequence[Sequence[Any]] | None = None,
         log_extra: Callable[[str, Sequence[Any]], None] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
-    ) -> list[float] | list[dict[str, float]]:
-        """Score of each completion (by objective, if there are several labels); one forward pass for all.
+    ) -> list[float] | list[dict[str, float]] | list[Steps]:
+        """Score of each completion (by objective, if there are several labels; or by step); one forward pass
+        for all.
 
         `reference`: the completions that a model of gaps compares with. `images`: those of each prompt.
-        `log_extra`, `log_metric`: log what the score is made of, the gate's weights or the scores of steps.
+        `log_extra`, `log_metric`: log what the score is made of, the gate's weights or the scores and the
+        number of steps.
         """
         import torch
 
@@ -149,7 +160,7 @@ class RewardModel:
             states = self._states(rows)
             found = [self._transformed(self.head(ends)) for _, ends in states]
             if self.gate is None:
-                return self._returned(self._of_steps(found, log_extra))
+                return self._of_steps(texts, found, log_extra, log_metric)
             weights = self.gate(torch.stack([prompt for prompt, _ in states]).float())
             self._log_gate(weights.tolist(), log_extra, log_metric)
             return self._returned(weights * torch.cat(found))
@@ -193,20 +204,34 @@ class RewardModel:
             return scores[:, 0].tolist()
         return [dict(zip(self.labels, row, strict=True)) for row in scores.tolist()]
 
-    def _of_steps(self, found: Sequence[Any], log_extra: Callable[[str, Sequence[Any]], None] | None) -> Any:
-        """`[B, K]` of the scores `[s, K]` of each completion, of which there is one unless it has steps."""
+    def _of_steps(
+        self,
+        texts: Sequence[str],
+        found: Sequence[Any],
+        log_extra: Callable[[str, Sequence[Any]], None] | None,
+        log_metric: Callable[[str, float], None] | None,
+    ) -> list[float] | list[dict[str, float]] | list[Steps]:
+        """What is returned for the scores `[s, K]` of each completion; there is one unless it has steps."""
         import torch
 
         from rlhf.models.scored_text import AtSteps
 
-        if log_extra is not None and isinstance(self.form, AtSteps):
-            log_extra("steps", [[round(x, DIGITS) for x in scores[:, 0].tolist()] for scores in found])
+        if not isinstance(self.form, AtSteps):
+            return self._returned(torch.cat(list(found)))
+        of_steps: list[list[float]] = [scores[:, 0].tolist() for scores in found]
+        if log_extra is not None:
+            log_extra("steps", [[round(x, DIGITS) for x in scores] for scores in of_steps])
+        if log_metric is not None:
+            log_metric("steps", sum(map(len, of_steps)) / len(of_steps))
+        if self.of_steps == "each":
+            ends = map(self.form.ends, texts)
+            return [list(zip(e, scores, strict=True)) for e, scores in zip(ends, of_steps, strict=True)]
         reduce: dict[str, Callable[[Any], Any]] = {
             "min": lambda scores: scores.amin(0),
             "mean": lambda scores: scores.mean(0),
             "last": lambda scores: scores[-1],
         }
-        return torch.stack([reduce[self.of_steps](scores) for scores in found])
+        return self._returned(torch.stack([reduce[self.of_steps](scores) for scores in found]))
 
     def _log_gate(
         self,

@@ -122,6 +122,14 @@ class NeedsColumns(Protocol):
     def required_columns(self) -> tuple[str, ...]: ...
 
 
+@runtime_checkable
+class GivesSteps(Protocol):
+    """An object that gives rewards to single steps, if this is True; that others do needs not be said."""
+
+    @property
+    def gives_steps(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Reward:
     """A reward function that is imported, with its signature; call it with the arguments of a batch."""
@@ -171,6 +179,8 @@ def load_reward(spec: RewardSpec) -> Reward:
     if isinstance(needing, NeedsColumns):
         columns = ((name,) for name in needing.required_columns)
         signature = replace(signature, requires=(*signature.requires, *columns))
+    if isinstance(needing, GivesSteps):
+        signature = replace(signature, gives_steps=needing.gives_steps)
     return Reward(found, params, signature)
 
 

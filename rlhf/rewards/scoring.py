@@ -23,10 +23,11 @@ from rlhf.metrics import Metrics, Sum
 from rlhf.rewards.measures import TAKEN, function_metrics, reward_metrics, taken
 from rlhf.rewards.plugin import RewardSpec, name_apart
 from rlhf.rewards.signature import ALWAYS_GIVEN
+from rlhf.rewards.steps import Decode, Scored, step_rewards
 from rlhf.rewards.workers.batch import Batch, BatchScores, lost_episodes
 from rlhf.rewards.workers.cache import ScoreCache
 from rlhf.rewards.workers.pool import Call, Outcome, RewardError, WorkerPool, print_to
-from rlhf.rewards.workers.return_values import Scores
+from rlhf.rewards.workers.return_values import Scores, summed
 from rlhf.rollout.episode import Episode, Sample, trajectory_of, turn_metrics
 from rlhf.types import Group, Prompt, Trajectory
 
@@ -88,6 +89,8 @@ class Rewards:
         """Number of steps of the run, which `trainer_state` says; None: outside a run."""
         self.dropped_tokens: frozenset[int] | None = None
         """Ids of the tokens that completions are decoded without; None: all special tokens."""
+        self.decode: Decode | None = None
+        """Finds the tokens at which steps end; None: no function gives rewards to steps."""
         self.steps_per_epoch = 1.0
         """Number of steps of one pass over the data, for `trainer_state.epoch`."""
         weakref.finalize(self, _close, self.pools)
@@ -150,6 +153,11 @@ class Rewards:
     def all_pools(self) -> list[WorkerPool]:
         """Those of all reward functions and of the judge."""
         return self.pools
+
+    @property
+    def of_steps(self) -> list[str]:
+        """The functions that say that they give rewards to single steps."""
+        return [pool.called for pool in self.pools if pool.wait_ready().gives_steps]
 
     @property
     def sees_whole_step(self) -> bool:
@@ -309,16 +317,16 @@ class Rewards:
     def _trajectory(self, scoring: Scoring, number: int) -> Trajectory:
         sample = scoring.batch.completions[number]
         scored = [scores.scores[number] for scores in scoring.by_function]
-        given = [(pool.name, s or {}) for pool, s in zip(self.pools, scored, strict=True)]
+        given: list[tuple[str, Scores]] = [(p.name, s or {}) for p, s in zip(self.pools, scored, strict=True)]
         if isinstance(sample, Episode):
             given.append((f"{ENVIRONMENT}{sample.environment}", dict(sample.rewards)))
-        objectives: Scores = {}
-        total = 0.0
+        objectives, steps, total = dict[str, float](), list[Scored](), 0.0
         for owner, values in given:
             for objective, value in values.items():
                 self._claim(objective, owner)
-                objectives[objective] = value
-                total += self._weight(owner, objective) * value
+                weight, objectives[objective] = self._weight(owner, objective), summed(value)
+                total += weight * objectives[objective]
+                steps += [Scored(owner, weight, value)] if isinstance(value, list) else []
         complete = bool(objectives) and all(scores is not None for scores in scored)
         if not self.pools and not (isinstance(sample, Episode) and self.environment_rewards):
             # the algorithm learns without rewards, from every completion
@@ -326,6 +334,10 @@ class Rewards:
         lost = scoring.batch.lost(number) is not None
         text, reward = scoring.batch.texts[number], total if complete and not lost else None
         trajectory = trajectory_of(sample, text=text, reward=reward, objectives=objectives)
+        if steps and reward is not None and trajectory.token_ids:
+            assert self.decode is not None
+            earned = step_rewards(steps, sample, text, self.decode)
+            trajectory = replace(trajectory, step_rewards=earned)
         logged = {
             f"{pool.name}/{column}": text
             for pool, scores in zip(self.pools, scoring.by_function, strict=True)

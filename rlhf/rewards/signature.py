@@ -38,6 +38,8 @@ class Signature:
     """Entries of its `**kwargs` that some calls read, by its source."""
     compares: str = ""
     """The first expression in its source that compares samples; empty: none was found."""
+    gives_steps: bool = False
+    """Whether it says that it gives rewards to single steps."""
 
     def check_columns(self, who: str, columns: Iterable[str]) -> None:
         """Raises ValueError when `who` needs a column that a dataset with `columns` does not have."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
+from rlhf.distributed.world import World
 from rlhf.learn.controllers import KLCoefficient
 from rlhf.learn.experience import pack_groups
 from rlhf.metrics import Mean, Metrics, Sum
-from rlhf.types import FinishReason, Group, Prompt
+from rlhf.types import FinishReason, Group, Prompt, Trajectory
 from tests.support import group, learner_of, policy_of, trajectory
 
 
@@ -82,3 +84,49 @@ def test_a_kl_in_the_reward_lowers_the_advantage_of_what_left_the_reference(tiny
     assert moved.old_logprobs is not None and moved.ref_logprobs is not None
     drift = (moved.old_logprobs - moved.ref_logprobs).view(2, 2).sum(1)
     assert moved.advantages[0].item() == pytest.approx((drift[1] - drift[0]).item(), abs=1e-5)
+
+
+def of_steps(*steps: tuple[int, float], tokens: int, reward: float) -> Trajectory:
+    return trajectory(list(range(5, 5 + tokens)), reward, step_rewards=steps)
+
+
+def test_rewards_of_steps_stand_at_their_tokens_and_the_rest_at_the_end(tiny_model_dir: Path):
+    _, builder = learner_of(policy_of(tiny_model_dir), ALGORITHMS["grpo_ps"](kl=KL()))
+    first = (of_steps((1, 0.1), (2, 0.2), tokens=4, reward=0.1 + 0.2), trajectory([3], 0.5))
+    groups = [
+        Group(Prompt("x", (3,), "x"), first),
+        Group(Prompt("y", (3,), "y"), (of_steps((0, -1.0), tokens=2, reward=0.0),)),
+    ]
+    inputs = builder.scores(groups)
+    assert inputs.steps is not None
+    at, none = inputs.steps.at, inputs.steps.at.isnan().tolist()
+    assert none == [True, False, False, True, True, False, True]
+    assert at[~at.isnan()].tolist() == pytest.approx([0.1, 0.2, -1.0])
+    assert inputs.rewards.tolist() == pytest.approx([0.3, 0.5, 0.0])
+    # exactly nothing where the steps earned everything: a rest of rounding would be normalised to a signal
+    assert inputs.steps.rest.tolist() == [0.0, 0.5, 1.0]
+
+
+def test_rewards_of_steps_are_scaled_as_those_of_completions(tiny_model_dir: Path):
+    _, builder = learner_of(policy_of(tiny_model_dir), ALGORITHMS["ppo_max"](kl=KL()))
+    two = (of_steps((0, 3.0), tokens=2, reward=4.0), of_steps((1, 1.0), tokens=2, reward=0.0))
+    inputs = builder.scores([Group(Prompt("x", (3,), "x"), two)])
+    assert inputs.steps is not None
+    # rewards 4 and 0: mean 2, unbiased deviation sqrt(8) = 2.828427, by which everything is divided
+    assert inputs.rewards.tolist() == pytest.approx([0.707107, -0.707107])
+    assert inputs.steps.at[[0, 3]].tolist() == pytest.approx([1.060660, 0.353553], abs=1e-5)
+    # (4 - 3 - 2) and (0 - 1 - 2): the mean comes off once
+    assert inputs.steps.rest.tolist() == pytest.approx([-0.353553, -1.060660], abs=1e-5)
+
+
+def test_a_rank_without_steps_has_inputs_of_the_same_form(tiny_model_dir: Path):
+    _, builder = learner_of(policy_of(tiny_model_dir), ALGORITHMS["reinforce_pp"](kl=KL()))
+    groups = [group("x", [3], [[4, 5]], [1.0])]
+    assert builder.scores(groups).steps is None
+    # another rank has seen some
+    gathered: Any = lambda own: [own, ([], True)]  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "gather", lambda self, own: gathered(own))
+        inputs = builder.scores(groups)
+    assert inputs.steps is not None
+    assert inputs.steps.at.isnan().all() and inputs.steps.rest.tolist() == [1.0]

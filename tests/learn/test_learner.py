@@ -16,8 +16,7 @@ from rlhf.algos.algorithm import KL
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config.learner import LearnerConfig
 from rlhf.learn.learner import Learner
-from rlhf.learn.lr_schedule import lr_factor
-from rlhf.learn.optimizer import MasterAdamW
+from rlhf.learn.optimizer import MasterAdamW, lr_factor
 from rlhf.metrics import merge
 from rlhf.models.loading import LAYOUTS
 from rlhf.types import Experience, Group

@@ -49,7 +49,7 @@ MASKS = ("1100011", "1", "1011", "110010001")
 
 
 def episode(mask: str, reward: float, start: int) -> Trajectory:
-    """An episode with this loss mask; a turn begins with each 1 behind a 0."""
+    """An episode with this loss mask; a turn begins with each 1 behind a 0, a step ends at first."""
     chosen = tuple(c == "1" for c in mask)
     turns = [0]
     for before, now in pairwise(chosen):
@@ -62,6 +62,7 @@ def episode(mask: str, reward: float, start: int) -> Trajectory:
         turns=tuple(turns),
         rollout_logprobs=stated,
         objectives={"right": reward, "short": reward / 2},
+        step_rewards=((0, reward / 2 - 0.1 * (start % 3)),),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from rlhf.config.reward_model import RewardModelConfig
+from rlhf.models.scored_text import AtSteps
 from rlhf.reward_model.trainer import RewardModelTrainer
 from rlhf.rewards.judges.models import PairRewards
 from rlhf.rewards.model import RewardModel
@@ -52,6 +53,13 @@ def found(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "run" / "calibration.json").read_text())[-1]["objectives"]["score"]
 
 
+def test_where_steps_end_is_where_they_are_cut():
+    # parts of white space are no steps: they belong to the step behind them
+    assert AtSteps("\n").ends("ab\n\nc\n") == [3, 6]
+    assert AtSteps("##").ends("ab##c") == [4, 5]
+    assert AtSteps("\n").ends(" \n") == [2] and AtSteps("\n").ends("") == [0]
+
+
 def test_each_step_has_a_score_and_the_worst_is_the_reward(tmp_path: Path, tiny_model_dir: Path):
     trainer = trained(tmp_path, tiny_model_dir, stepped(9), score={"kind": "steps"})
     assert found(tmp_path)["steps told right"] > 0.9
@@ -70,6 +78,16 @@ def test_each_step_has_a_score_and_the_worst_is_the_reward(tmp_path: Path, tiny_
     ):
         served = RewardModel(folder, of_steps=of_steps)  # pyright: ignore[reportArgumentType]
         assert served(prompts, texts) == pytest.approx(expected.tolist(), abs=1e-4)
+    # or each step's score, where the step ends: behind its line end, the last one at the end of the text
+    each = RewardModel(folder, of_steps="each")
+    assert each.gives_steps and not RewardModel(folder).gives_steps
+    measured: dict[str, float] = {}
+    by_token: Any = each(prompts, texts, log_metric=measured.__setitem__)
+    plain = trainer.held_out[3].texts[0]
+    first, second, _ = plain.split("\n")
+    assert [end for end, _ in by_token[3]] == [len(first) + 1, len(first) + len(second) + 2, len(plain)]
+    assert [score for _, score in by_token[3]] == pytest.approx(by_step[3].tolist(), abs=1e-4)
+    assert measured == {"steps": 3.0}
     logged: dict[str, Any] = {}
     likely: Any = RewardModel(folder, transform="sigmoid")(prompts, texts, log_extra=logged.__setitem__)
     assert logged["steps"][0] == pytest.approx(by_step[0].sigmoid().tolist(), abs=1e-3)

@@ -29,12 +29,15 @@ def test_every_example_is_a_config(number: int) -> None:
     make_config(made)
 
 
-def test_the_function_shown_does_what_it_says(tmp_path: Path) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    (tmp_path / "my_rewards.py").write_text(code)
+def test_the_functions_shown_do_what_they_say(tmp_path: Path) -> None:
+    brevity, lines = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(f"{brevity}\n{lines}")
     reward = load_reward(RewardSpec(f"{tmp_path}/my_rewards.py:brevity", params={"limit": 3}))
     chats = [[{"role": "assistant", "content": text}] for text in ("abc", "abcd")]
     assert reward({"completions": chats, "answer": [1, 2]}) == [1.0, 0.0]
+    of_steps = load_reward(RewardSpec(f"{tmp_path}/my_rewards.py:lines"))
+    chats = [[{"role": "assistant", "content": "3 + 5\nso\n8"}]]
+    assert of_steps({"completions": chats}) == [[(6, 1.0), (9, -1.0), (10, 1.0)]]
 
 
 def test_the_answers_in_the_docs_are_rows_of_the_table_that_is_tested() -> None:

@@ -23,6 +23,7 @@ from rlhf.rewards.signature import Signature
 from rlhf.rewards.workers.environment import hidden
 from rlhf.rewards.workers.kept import StartError, WorkerLost
 from rlhf.rewards.workers.process import WorkerProcess
+from rlhf.rewards.workers.return_values import Scores, scores_of_json
 
 logger = logging.getLogger(__name__)
 MOST_WORKERS = 8
@@ -58,7 +59,7 @@ class Failure:
 class Outcome:
     """The result of one call. Example: `Outcome([{"brevity": 1.0}], 0.001, None)`."""
 
-    scores: list[dict[str, float] | None]
+    scores: list[Scores | None]
     """One entry per sample; None for a sample that got no scores."""
     seconds: float
     failure: Failure | None
@@ -290,7 +291,8 @@ class WorkerPool:
         if "scores" in answer:
             _, cause = answer["cause"] or (0, None)
             failure = None if cause is None else Failure("value", cause)
-            call.finish(call.samples, Outcome(list(answer["scores"]), seconds, failure, **_logged(answer)))
+            scores = [None if read is None else scores_of_json(read) for read in answer["scores"]]
+            call.finish(call.samples, Outcome(scores, seconds, failure, **_logged(answer)))
         elif "wrong" in answer:
             failure = Failure("wrong", answer["wrong"])
             call.finish(call.samples, Outcome([None] * samples, seconds, failure))

@@ -38,6 +38,7 @@ class WorkerProcess(KeptProcess):
             is_class=fields["is_class"],
             may_read=tuple(fields["may_read"]),
             compares=fields["compares"],
+            gives_steps=fields["gives_steps"],
         )
 
     def run(self, calls: Sequence[Mapping[str, Any]], *, is_async: bool) -> Iterator[tuple[int, Any]]:
