@@ -53,7 +53,7 @@ def read_scores(value: object, name: str) -> Scores:
 def scores_of_json(read: Mapping[str, Any]) -> Scores:
     """What `read_scores` returned, after it was JSON, which has no tuples."""
     return {
-        key: [(end, part) for end, part in score] if isinstance(score, list) else score
+        key: [(end, part) for end, part in cast(Steps, score)] if isinstance(score, list) else score
         for key, score in read.items()
     }
 

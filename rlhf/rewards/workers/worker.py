@@ -25,7 +25,14 @@ from typing import Any
 from rlhf.rewards.plugin import Reward, RewardSpec
 from rlhf.rewards.workers.call_log import CallLog, with_objects
 from rlhf.rewards.workers.progress import Progress
-from rlhf.rewards.workers.return_values import WrongReturn, is_finite, read_scores, read_values, run_now
+from rlhf.rewards.workers.return_values import (
+    Scores,
+    WrongReturn,
+    is_finite,
+    read_scores,
+    read_values,
+    run_now,
+)
 
 SEND_SECONDS = 0.02
 """How long an answer may wait, so that several are sent together."""
@@ -145,7 +152,7 @@ class Worker:
 
     def _read(self, returned: object, arguments: Mapping[str, Any]) -> Answer:
         """`scores`: None for a value that is not finite; `cause`: index and text of the first such value."""
-        scores: list[dict[str, float] | None] = []
+        scores: list[Scores | None] = []
         cause: tuple[int, str] | None = None
         for place, value in enumerate(read_values(returned, len(arguments["completions"]))):
             read = read_scores(value, self.name)
