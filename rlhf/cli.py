@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from rlhf.commands.migrate import add_migrate, run_migrate
+from rlhf.commands.pairs import add_pairs, run_pairs
 from rlhf.config.load import load_task
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
@@ -116,6 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument("--merged", action="store_true", help="write the model with the sum in its weights")
     summary = "turn a script or config of verl or TRL into a config, with a line for what has no counterpart"
     add_migrate(commands.add_parser("migrate", help=summary, description=_sentence(summary)))
+    summary = "make preference pairs and write them as a dataset"
+    add_pairs(commands.add_parser("pairs", help=summary, description=_sentence(summary)))
     summary = "show what is installed, what works on this machine, and what to install for more"
     commands.add_parser("doctor", help=summary, description=_sentence(summary))
     return parser
@@ -246,6 +249,8 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
             return run_combine(options.adapters, options.out, merged=options.merged)
         case "migrate":
             return run_migrate(options)
+        case "pairs":
+            return run_pairs(options)
         case _:
             from rlhf.commands.doctor import run_doctor
 

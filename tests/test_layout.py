@@ -51,6 +51,7 @@ ROOMS = (
     "rlhf.loop",
     "rlhf.reward_model",
     "rlhf.trainer",
+    "rlhf.pairs",
     "rlhf.commands",
     "rlhf.cli",
     "rlhf.__main__",

@@ -1,1 +1,1 @@
-"""The subcommands of `rlhf` other than `train`: check, eval, report, export, combine, doctor."""
+"""The subcommands of `rlhf` other than `train`: check, eval, report, export, combine, pairs, doctor."""

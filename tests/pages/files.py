@@ -29,6 +29,7 @@ FOLDERS = (
     "rlhf/monitoring",
     "rlhf/preflight",
     "rlhf/reward_model",
+    "rlhf/pairs",
     "rlhf/commands",
     "algos",
     "kernels",
