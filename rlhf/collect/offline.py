@@ -53,6 +53,9 @@ class Draws:
     per_step: int
     """Number of groups (or of completions) drawn in a step, over all ranks."""
     seed: int
+    together: Sequence[Sequence[int]] = ()
+    """The groups, by index, that a step of `groups` draws one behind another; all of one length, of which
+    `per_step` is a multiple. Empty: each is drawn by itself."""
 
 
 class OfflineCollector:
@@ -100,7 +103,7 @@ class OfflineCollector:
         """Draws `first .. first + count - 1`; completions of the same prompt are joined to one group."""
         sampling, seed = self.draws.sampling, self.draws.seed
         if sampling == "groups":
-            chosen = order(seed, len(self.data.groups), first, count)
+            chosen = self._together(first, count)
             return [replace(self.data.groups[g], draw=first + i) for i, g in enumerate(chosen)]
         if sampling == "priority":
             chosen = [self._by_weight(position) for position in range(first, first + count)]
@@ -112,6 +115,13 @@ class OfflineCollector:
             group = by_prompt.get(number) or Group(self.data.groups[number].prompt, (), draw)
             by_prompt[number] = replace(group, trajectories=(*group.trajectories, trajectory))
         return list(by_prompt.values())
+
+    def _together(self, first: int, count: int) -> list[int]:
+        """The indices of `count` groups, in shuffled order but for those that are drawn together."""
+        families = self.draws.together or [[index] for index in range(len(self.data.groups))]
+        size = len(families[0])
+        chosen = order(self.draws.seed, len(families), first // size, count // size)
+        return [index for family in chosen for index in families[family]]
 
     def _by_weight(self, position: int) -> int:
         """Index of an eligible completion, `i` with probability weight_i / sum of weights."""

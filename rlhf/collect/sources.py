@@ -19,6 +19,7 @@ from rlhf.collect.prompt_targets import data_exponents, data_targets, greedy_tar
 from rlhf.collect.replay import Replay
 from rlhf.collect.sampler import Sampler
 from rlhf.config.run import Config
+from rlhf.data.together import families
 from rlhf.distributed.world import World
 from rlhf.inputs import Inputs
 from rlhf.learn.experience import ExperienceBuilder
@@ -95,7 +96,8 @@ class Sources:
         if config.data.mix:
             rollouts = DataBesideRollouts(rollouts, self.data)
         size = 1 if config.data.sampling == "groups" else config.rollout.group_size
-        draws = Draws(config.data.sampling, config.rollout.prompts_per_step * size, config.seed)
+        together = families(config, self.data.dataset)
+        draws = Draws(config.data.sampling, config.rollout.prompts_per_step * size, config.seed, together)
         from_data = OfflineCollector(self.data, draws, experience, self.world)
         if config.data.mode == "offline":
             return from_data

@@ -33,6 +33,9 @@ class DataConfig(Section):
     with all its completions. The others draw that many times `rollout.group_size` completions one by one:
     `completions` from all, `positive` from those with an advantage above 0, `priority` from the same, with a
     probability in proportion to the advantage."""
+    together_column: str | None = None
+    """Column of the dataset whose lines of one value are learned from in one step (with `sampling: groups`):
+    counterfactuals, for example. Each value must have equally many lines."""
     offline_steps: Count = 0
     """For `offline_to_online`: the first so many steps learn from the dataset alone, the others from
     rollouts."""

@@ -93,7 +93,7 @@ def load_offline(
         group = Group(prompt, trajectories, duels=line.duels)
         key = (row.id,)
         if found.merges and line.chat is None:
-            key = (prompt.token_ids, json.dumps(prompt.columns, sort_keys=True, default=repr))
+            key = (prompt.token_ids, prompt.images, json.dumps(prompt.columns, sort_keys=True, default=repr))
         first = groups.setdefault(key, group)
         if first is not group:
             groups[key] = replace(first, trajectories=first.trajectories + trajectories)
@@ -116,11 +116,11 @@ def _too_long(path: Path, places: Sequence[str], section: DataConfig, limit: int
 
 
 def _splitting(groups: Sequence[Group]) -> tuple[str, ...]:
-    """Columns in which groups with the same prompt tokens differ."""
-    first: dict[tuple[int, ...], Prompt] = {}
+    """Columns in which groups with the same prompt differ."""
+    first: dict[Any, Prompt] = {}
     found: dict[str, None] = {}
     for prompt in (g.prompt for g in groups):
-        other = first.setdefault(prompt.token_ids, prompt).columns
+        other = first.setdefault((prompt.token_ids, prompt.images), prompt).columns
         found |= dict.fromkeys(name for name, value in prompt.columns.items() if other[name] != value)
     return tuple(found)
 

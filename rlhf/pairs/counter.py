@@ -151,7 +151,8 @@ class Counter:
 
     def _place(self, cell: tuple[int, int], rng: random.Random) -> tuple[int, int]:
         width = self.size // GRID
-        x, y = (at * width + rng.randint(0, width - _side(self.size)) for at in cell)
+        # a pixel is left between shapes of neighbouring cells
+        x, y = (at * width + rng.randrange(width - _side(self.size)) for at in cell)
         return x, y
 
 

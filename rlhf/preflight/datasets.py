@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from rlhf.data.preferences import require_named
 from rlhf.data.prompts import PromptDataset, first_row, load_prompts
 from rlhf.data.revision import Improvement, Reviser
 from rlhf.data.rows import Row
+from rlhf.data.together import families
 from rlhf.environments.conversation import Conversation
 from rlhf.environments.protocol import Environments
 from rlhf.evaluation.pairs import held_out_pairs
@@ -54,6 +56,8 @@ class Reader:
         offline = self.completions(path, self.config.data)
         _check_imitated(self.config, algorithm, offline)
         _check_singles(self.config, algorithm, offline)
+        # the run asks once more for what it draws together
+        families(self.config, offline)
         return offline.prompts, offline
 
     def held_out(self, algorithm: Algorithm) -> tuple[PromptDataset | None, OfflineDataset | None]:
@@ -86,9 +90,10 @@ class Reader:
         if not config.reward.functions:
             # a judge has nothing to compare the samples with
             return None, pairs
-        different: dict[tuple[int, ...], Prompt] = {}
+        # the same words beside another picture are another prompt
+        different: dict[Any, Prompt] = {}
         for prompt in pairs.prompts.prompts:
-            different.setdefault(prompt.token_ids, prompt)
+            different.setdefault((prompt.token_ids, prompt.images), prompt)
         return replace(pairs.prompts, prompts=tuple(different.values())), pairs
 
     def prompts(self, path: str) -> PromptDataset:

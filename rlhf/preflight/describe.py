@@ -219,6 +219,8 @@ def _describe_completions(config: Config, inputs: Inputs, world_size: int) -> It
         groups = f"{rollout.prompts_per_step} pairs"
     elif offline.num_completions == len(offline.groups):
         groups = f"{rollout.prompts_per_step} prompts with a completion each"
+    if data.together_column is not None:
+        groups += f", those of one {data.together_column} together"
     first = groups if data.sampling == "groups" else f"{samples} completions, drawn as {data.sampling}"
     if data.mode == "offline":
         yield f"a step       {first}, from the data"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from rlhf.collect.offline import Draws, OfflineCollector, OfflineData, Sampling
 from rlhf.collect.sampler import Hooks
 from rlhf.config.data import DataConfig
 from rlhf.config.learner import LearnerConfig
+from rlhf.config.load import make_config
+from rlhf.config.section import ConfigError
 from rlhf.data.completions import OfflineDataset, load_offline
+from rlhf.data.together import families
 from rlhf.distributed.world import World
 from rlhf.learn.experience import AdvantageContext, ExperienceBuilder
 from rlhf.learn.models import Models
@@ -180,6 +184,51 @@ def test_ranks_share_out_what_one_would_draw(
         shared = [group for part in zip_longest(*(b.groups for b in both)) for group in part if group]
         assert shared == alone.groups
         assert {b.position for b in both} == {alone.position}
+
+
+def _families(rows: list[dict[str, Any]], load: Callable[..., OfflineDataset], **changes: Any):
+    data = {"train": "x.jsonl", "mode": "offline", "together_column": "topic"} | changes
+    settings = {
+        "run_dir": "x",
+        "steps": 1,
+        "model": {"path": "m"},
+        "data": data,
+        "algorithm": {"name": "sft"},
+    }
+    config = make_config({**settings, "rollout": {"prompts_per_step": 4}})
+    return families(config, load(rows))
+
+
+def test_a_step_never_separates_lines_that_belong_together(
+    load: Callable[..., OfflineDataset], tiny_model_dir: Path
+):
+    rows = [{"prompt": f"{i}", "completion": "x", "topic": "abcabc"[i]} for i in range(6)]
+    found = _families(rows, load)
+    assert found == [[0, 3], [1, 4], [2, 5]]
+    source = collector(load(rows), "groups", tiny_model_dir)
+    source.draws = replace(source.draws, per_step=4, together=found)
+    steps = [source.begin(p, HOOKS).settle() for p in range(0, 36, 4)]
+    drawn = [[int(str(g.prompt.content)) for g in s.groups] for s in steps]
+    assert all([b - a for a, b in zip(d[::2], d[1::2], strict=True)] == [3, 3] for d in drawn)
+    # 36 draws are six epochs of six lines, in different orders
+    assert Counter(line for d in drawn for line in d) == dict.fromkeys(range(6), 6)
+    assert len({tuple(d) for d in drawn}) > 1
+    assert [g.draw for g in steps[1].groups] == [4, 5, 6, 7]
+
+
+def test_lines_that_cannot_be_kept_together_are_refused(load: Callable[..., OfflineDataset]):
+    rows = [{"prompt": f"{i}", "completion": "x", "topic": "aab"[i]} for i in range(3)]
+    with pytest.raises(
+        ConfigError, match=r'2 lines have topic = "a", but 1 have "b", the first in data.jsonl:3'
+    ):
+        _families(rows, load)
+    with pytest.raises(ConfigError, match="no such column, only topic; did you mean 'topic'"):
+        _families(rows, load, together_column="topics")
+    three = [{"prompt": f"{i}", "completion": "x", "topic": "a"} for i in range(3)]
+    with pytest.raises(ConfigError, match=r"is 4, but 3 lines each .* set it to a multiple of 3"):
+        _families(three, load)
+    with pytest.raises(ConfigError, match=r"together_column is for data\.sampling = groups"):
+        _families(three, load, sampling="completions")
 
 
 def test_without_anything_above_its_value_there_is_nothing_to_draw(

@@ -70,6 +70,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "data.reference_column",
         "data.reward_column",
         "data.sampling",
+        "data.together_column",
         "data.train",
         "distributed.mode",
         "distributed.shard_ranks",

@@ -136,7 +136,12 @@ def _several_references(config: Config, algorithm: Algorithm) -> Iterator[str]:
 
 def _online(config: Config, algorithm: Algorithm) -> Iterator[str]:
     """With `data.mode: online` the dataset has no completions and no rewards to learn from."""
-    for key, default in (("sampling", "groups"), ("offline_steps", 0), ("mix", False)):
+    for key, default in (
+        ("sampling", "groups"),
+        ("together_column", None),
+        ("offline_steps", 0),
+        ("mix", False),
+    ):
         value = config.data.model_dump()[key]
         if value != default:
             yield f"data.{key} is {value}, but with data.mode = online no completions come from the dataset"
@@ -168,6 +173,8 @@ def _from_data(config: Config, algorithm: Algorithm) -> Iterator[str]:
             f"data.sampling is {data.sampling}, which draws completions one by one, but {name} compares "
             "those of a group; set it to groups, or take a baseline that is none or prompt_value"
         )
+    if data.sampling != "groups" and data.together_column is not None:
+        yield f"data.together_column is for data.sampling = groups, but it is {data.sampling}"
     if offline and (data.offline_steps or data.mix):
         yield "data.offline_steps and data.mix are for data.mode = offline_to_online, but it is offline"
     if not offline and not data.offline_steps and not data.mix:
