@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from rlhf.models.lora import Adapter
 from rlhf.models.pretrained import ModelError, load_model, local_or_hub
 from rlhf.models.vision.text_alone import leave_tower
 from rlhf.monitoring.run_folder import RunFolder
+
+FEW = 64
+"""Numbers of a weight that go into a digest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,14 @@ class Weights:
     def named_tensors(self) -> Iterator[tuple[str, Tensor]]:
         model: nn.Module = self.model
         yield from model.named_parameters()
+
+    def digest(self) -> str:
+        """Of some numbers of each weight: it tells a model from the same one trained further."""
+        found = hashlib.sha256()
+        for name, weight in self.named_tensors():
+            found.update(f"{name} {list(weight.shape)}".encode())
+            found.update(weight.detach().flatten()[:FEW].float().cpu().numpy().tobytes())
+        return found.hexdigest()[:20]
 
 
 def find_source(name: str) -> Source:

@@ -70,3 +70,20 @@ def test_pairs_with_images_are_learned_alike_in_every_layout(
         losses.append(merge(learner.accumulate(experience, [0, 1, 2], counts, 0.0))["pairs/loss"].value)
     assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-6)
     assert losses[0] != pytest.approx(0.6931, abs=1e-4)
+
+
+def test_the_same_words_beside_another_picture_are_another_prompt(
+    tmp_path: Path, tiny_vlm: Callable[[str], Path]
+) -> None:
+    for name, colour in (("red", (200, 10, 10)), ("blue", (10, 10, 200))):
+        Image.new("RGB", (24, 16), colour).save(tmp_path / f"{name}.png")
+    rows = [{"prompt": ASK, "completion": name, "images": [f"{name}.png"]} for name in ("red", "blue", "red")]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    processor = processor_of(tiny_vlm("qwen2_vl"))
+    section = DataConfig.model_validate({"train": str(file), "mode": "offline"})
+    data = load_offline(
+        file, processor.tokenizer, section, max_completion_tokens=32, eos_token_id=2, processor=processor
+    )
+    assert [[t.text for t in g.trajectories] for g in data.groups] == [["red", "red"], ["blue"]]
+    assert data.splitting == ()
