@@ -13,6 +13,8 @@ def add_pairs(command: argparse.ArgumentParser) -> None:
     kinds: Any = command.add_subparsers(dest="kind", required=True)
     _add_counter(kinds)
     _add_bdhs(kinds)
+    _add_tree(kinds)
+    _add_order(kinds)
 
 
 def run_pairs(options: argparse.Namespace) -> Iterator[str]:
@@ -20,11 +22,22 @@ def run_pairs(options: argparse.Namespace) -> Iterator[str]:
     match options.kind:
         case "bdhs":
             return _bdhs(options)
+        case "tree":
+            from rlhf.commands.pairs_tree import run_tree
+
+            return run_tree(options.config, options.out, options.overrides)
+        case "order":
+            from rlhf.commands.pairs_tree import run_order
+            from rlhf.pairs.order import Cuts
+
+            cuts = Cuts(options.parts, options.share, options.call)
+            return run_order(options.config, options.out, options.overrides, cuts)
         case _:
             return _counter(options)
 
 
-def _add(kinds: Any, name: str, summary: str) -> argparse.ArgumentParser:
+def _add(kinds: Any, name: str, summary: str, *, has_config: bool = False) -> argparse.ArgumentParser:
+    """A subcommand; its seed is an option, or with a config that of the config."""
     command: argparse.ArgumentParser = kinds.add_parser(
         name, help=summary, description=f"{summary[0].upper()}{summary[1:]}."
     )
@@ -34,7 +47,14 @@ def _add(kinds: Any, name: str, summary: str) -> argparse.ArgumentParser:
         required=True,
         help="the folder to write: new, empty, or one to go on with that this command was killed in",
     )
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="whole number (default: 0)")
+    if has_config:
+        command.add_argument(
+            "config", help="a YAML file with the model and the data; examples are in configs/"
+        )
+        text = "settings that replace those of the config, as tree.depth=2 (docs/settings.md)"
+        command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
+    else:
+        command.add_argument("--seed", type=int, default=0, metavar="N", help="whole number (default: 0)")
     return command
 
 
@@ -91,6 +111,33 @@ def _bdhs(options: argparse.Namespace) -> Iterator[str]:
     hiding = Hiding(options.rho, options.threshold, options.tries)
     asked = Asked(options.source, options.data, options.seed, options.similarity, tuple(options.overrides))
     return run_bdhs(asked, hiding, Path(options.out))
+
+
+def _add_tree(kinds: Any) -> None:
+    summary = "search trees of next steps, by the rewards of a config, and pair the best step with the worst"
+    _add(kinds, "tree", summary, has_config=True)
+
+
+def _add_order(kinds: Any) -> None:
+    summary = "write a dataset of answers from easy to hard, by their perplexity"
+    command = _add(kinds, "order", summary, has_config=True)
+    command.add_argument(
+        "--parts", type=int, default=3, metavar="N", help="files, one easier than the next (default: 3)"
+    )
+    command.add_argument(
+        "--share",
+        type=float,
+        default=0.3,
+        metavar="SHARE",
+        help="share of the answers of each kind that hard.jsonl has (default: 0.3)",
+    )
+    command.add_argument(
+        "--call",
+        default=")",
+        metavar="TEXT",
+        help="text that answers with a call have: they are one kind, the others another (default: a closing "
+        "parenthesis)",
+    )
 
 
 def _counter(options: argparse.Namespace) -> Iterator[str]:

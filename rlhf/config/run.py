@@ -33,6 +33,7 @@ from rlhf.config.perception import PerceptionConfig
 from rlhf.config.reward import RewardConfig
 from rlhf.config.rollout import BudgetConfig, RolloutConfig
 from rlhf.config.section import Count, Positive, Section, masked
+from rlhf.config.tree import TreeConfig
 
 AROUND = 32
 """More tokens than a chat template writes around a message."""
@@ -119,6 +120,7 @@ class Config(Section):
     perception: PerceptionConfig = PerceptionConfig()
     distributed: DistributedConfig = DistributedConfig()
     ptx: PtxConfig = PtxConfig()
+    tree: TreeConfig = TreeConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()

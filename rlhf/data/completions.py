@@ -2,8 +2,9 @@
 
 `rlhf/data/preferences.py` has the formats. Nobody recorded with what probability the completions were
 sampled, so their trajectories have no `rollout_logprobs`. The end-of-sequence token is appended to each
-completion, except where a column `finish_reason` says "length" (truncated). Prompt and completion are
-tokenised apart and joined. `rlhf/data/chats.py` makes the trajectories of chats of several turns.
+completion, except where a column `finish_reason` says "length" (truncated); a list there has a word for each
+completion of the line. Prompt and completion are tokenised apart and joined. `rlhf/data/chats.py` makes the
+trajectories of chats of several turns.
 """
 
 from __future__ import annotations
@@ -147,12 +148,12 @@ def _trajectories(
     texts = [text for line in lines for text in line.texts]
     encoded = iter(_encoded(tokens.tokenizer, texts))
     for row, line in zip(rows, lines, strict=True):
-        reason = _finish_reason(row)
+        reasons = _finish_reasons(row, len(line.rewards))
         if line.chat is not None:
-            yield (tokens.trajectory(row, line.chat, line.rewards[0], reason),)
+            yield (tokens.trajectory(row, line.chat, line.rewards[0], reasons[0]),)
             continue
         of_line: list[Trajectory] = []
-        for index, (text, reward) in enumerate(zip(line.texts, line.rewards, strict=True)):
+        for index, (text, reward, reason) in enumerate(zip(line.texts, line.rewards, reasons, strict=True)):
             ids = [*next(encoded), tokens.eos_token_id] if reason == FinishReason.STOP else next(encoded)
             completion = Completion(row.id, index, tuple(ids), None, reason, versions=(), source=Source.DATA)
             of_line.append(Trajectory.single_turn(completion, text=text, reward=reward, objectives={}))
@@ -164,11 +165,16 @@ def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
     return cast(Any, tokenizer)(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def _finish_reason(row: Row) -> FinishReason:
-    value: object = row.columns.get(FINISH_REASON, "stop")
-    if value not in ("stop", "length"):
-        raise ValueError(f"{row.where}: column {FINISH_REASON!r} must be stop or length, got {value!r:.80}")
-    return FinishReason(value)
+def _finish_reasons(row: Row, count: int) -> list[FinishReason]:
+    """That of each of the `count` completions of a line."""
+    given: object = row.columns.get(FINISH_REASON, "stop")
+    values = cast(list[object], given) if isinstance(given, list) else [given] * count
+    if len(values) != count or any(value not in ("stop", "length") for value in values):
+        many = "" if count == 1 else f", or a list of {count} of these, one for each completion"
+        raise ValueError(
+            f"{row.where}: column {FINISH_REASON!r} must be stop or length{many}, got {given!r:.80}"
+        )
+    return [FinishReason(str(value)) for value in values]
 
 
 def completion_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:

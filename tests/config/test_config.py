@@ -183,6 +183,22 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "seed",
         "steps",
         "task",
+        "tree.actions",
+        "tree.delimiter",
+        "tree.depth",
+        "tree.end_marker",
+        "tree.evaluator",
+        "tree.exploration",
+        "tree.gold_column",
+        "tree.iterations",
+        "tree.max_overlap",
+        "tree.min_best",
+        "tree.min_gap",
+        "tree.prompts",
+        "tree.rollouts",
+        "tree.step_parts",
+        "tree.step_tokens",
+        "tree.temperature",
     ]
 
 
