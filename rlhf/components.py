@@ -349,7 +349,7 @@ def _pair_evaluation(models: Models, sources: Sources) -> PairEvaluation | None:
         sources.world,
         temperature=config.rollout.temperature,
         microbatch_tokens=config.learner.microbatch_tokens,
-        beta=config.algorithm.get("beta") if models.reference is not None else None,
+        beta=config.beta if models.reference is not None else None,
     )
     sources.stateful["held_out_pairs"] = evaluation
     sources.preparations.append(evaluation.prepare)

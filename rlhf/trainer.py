@@ -20,7 +20,7 @@ from rlhf.distributed.world import World, world_size
 from rlhf.evaluation.accuracy import evaluate, with_pairs
 from rlhf.learn.dealing import deal
 from rlhf.loop import Loop
-from rlhf.metrics import Metrics
+from rlhf.metrics import Max, Metrics
 from rlhf.models.sharding import as_whole, gathered
 from rlhf.models.vision.processor import Reader
 from rlhf.monitoring.monitor import Monitor
@@ -99,6 +99,7 @@ class Trainer(Loop[Config]):
         weight sync.
         """
         components, cursor = self.components, self.cursor
+        in_force = self._follow_schedules()
         resumes = self.is_within_step
         if not resumes:
             self._fill()
@@ -117,8 +118,19 @@ class Trainer(Loop[Config]):
             iterate.check(components.sync.prompt, self.world, tolerance=components.sync.tolerance)
         components.sync.push(components.engine, version=cursor.steps_done)
         components.prefetch.settle()
-        metrics = self.world.merge(components.buffer.empty())
+        metrics = self.world.merge(components.buffer.empty()) | in_force
         return metrics | swapped | components.kl.adapt(metrics) | components.learner.warmup.adapt(metrics)
+
+    def _follow_schedules(self) -> Metrics:
+        """Learns this step with the numbers that are in force in it; they are its metrics."""
+        components, step = self.components, self.cursor.steps_done
+        numbers = self.config.numbers_in_force(step)
+        if numbers:
+            algorithm = self.config.build_algorithm(step)
+            components.learner.algorithm = components.experience.algorithm = algorithm
+            components.experience.scaler.scaling = algorithm.reward_scaling
+            components.kl.follow(algorithm.kl)
+        return {f"schedule/{key}": Max(number) for key, number in numbers.items()}
 
     def _fill(self) -> None:
         """Samples and scores the experience of this step and puts it into the buffer.

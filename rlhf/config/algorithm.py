@@ -17,6 +17,7 @@ from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
 from rlhf.config.errors import Arguments, explain
 from rlhf.config.foreign.preferences import answer_for_method
+from rlhf.config.schedule import in_force, read_schedules, schedules, with_schedules
 from rlhf.plugins import load_plugin
 
 
@@ -48,13 +49,44 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     """The section `algorithm` with every default filled in.
 
     `max_tokens` is for an algorithm that has such an argument and is not given it: the completion limit.
-    Raises ValueError, one line for each problem.
+    Numbers that follow the run are schedules in it. Raises ValueError, one line for each problem.
     """
     name = settings["name"]
     schema = _schema(algorithm_factory(name))
     given = {key: value for key, value in settings.items() if key != "name"}
     if "max_tokens" in schema.model_fields:
         given.setdefault("max_tokens", max_tokens)
+    given = read_schedules(given, schema)
+    followed = dict(schedules(given))
+    for point in (0, POINTS, *range(1, POINTS)) if followed else ():
+        progress = point / POINTS
+        try:
+            _made(name, _checked(name, schema, in_force(given, progress)))
+        except ValueError as error:
+            numbers = ", ".join(f"{key} = {schedule.at(progress):g}" for key, schedule in followed.items())
+            raise ValueError(f"{error} (when {point}% of the run is done: {numbers})") from None
+    values = _checked(name, schema, in_force(given, None))
+    _made(name, values)
+    return {"name": name, **_parts_made(algorithm_factory(name), with_schedules(values, given))}
+
+
+POINTS = 100
+"""Schedules are checked where each percent of the run is done."""
+
+
+def make_algorithm(settings: Mapping[str, Any], progress: float | None = None) -> Algorithm:
+    """The algorithm of settings from `resolve_algorithm`, with the numbers in force at `progress`: 0 at the
+    first step, 1 at the last one.
+
+    None: with each number that follows the run at its largest, so that the algorithm needs whatever it
+    needs at any time, such as a reference for a `kl.coef` that falls to 0.
+    """
+    values = in_force(settings, progress)
+    return _made(values.pop("name"), values)
+
+
+def _checked(name: str, schema: type[BaseModel], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with every default filled in, each part a dict. Raises ValueError."""
     try:
         resolved = schema.model_validate(given)
     except ValidationError as error:
@@ -63,15 +95,27 @@ def resolve_algorithm(settings: Mapping[str, Any], *, max_tokens: int) -> dict[s
     if wrong := list(_not_numbers(resolved.model_dump(), "algorithm")):
         raise ValueError("\n".join(f"{key}: must be a number, got nan" for key in wrong))
     values = {key: getattr(resolved, key) for key in schema.model_fields}
+    return {k: v.model_dump() if isinstance(v, BaseModel) else v for k, v in values.items()}
+
+
+def _made(name: str, values: Mapping[str, Any]) -> Algorithm:
+    """The algorithm of these settings, whose parts are dicts or already made. Raises ValueError."""
     factory = algorithm_factory(name)
-    hints = typing.get_type_hints(factory)
-    for key, value in values.items():
-        if isinstance(value, BaseModel):
-            values[key] = hints[key](**value.model_dump())
-    made = typing.cast(object, factory(**values))
+    made = typing.cast(object, factory(**_parts_made(factory, values)))
     if not isinstance(made, Algorithm):
         raise ValueError(f"algorithm.name: {name} must return an Algorithm, got {made!r:.80}")
-    return {"name": name, **values}
+    return made
+
+
+def _parts_made(factory: Callable[..., Algorithm], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with each part, such as `kl`, as the value that the factory takes; a part in which a
+    number follows the run stays a dict."""
+    hints, made = typing.get_type_hints(factory), dict(values)
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            part = typing.cast(dict[str, Any], value)
+            made[key] = part if any(schedules(part)) else hints[key](**part)
+    return made
 
 
 def _not_numbers(values: Mapping[str, Any], prefix: str) -> Iterator[str]:

@@ -17,7 +17,7 @@ from pydantic import field_validator, model_validator
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.algos.table import ALGORITHMS
-from rlhf.config.algorithm import algorithm_factory
+from rlhf.config.algorithm import make_algorithm
 from rlhf.config.data import DataConfig, PromptValueConfig, ReplayConfig
 from rlhf.config.environment import EnvironmentConfig
 from rlhf.config.learner import (
@@ -32,6 +32,7 @@ from rlhf.config.pairs import PairsConfig
 from rlhf.config.perception import PerceptionConfig
 from rlhf.config.reward import RewardConfig
 from rlhf.config.rollout import BudgetConfig, RolloutConfig
+from rlhf.config.schedule import schedules
 from rlhf.config.section import Count, Positive, Section, masked
 from rlhf.config.tree import TreeConfig
 
@@ -164,11 +165,27 @@ class Config(Section):
             longest += self.rollout.max_completion_tokens + len(improve) + AROUND
         return longest + self.rollout.max_completion_tokens
 
-    def build_algorithm(self) -> Algorithm:
-        """The algorithm of the section `algorithm`, with the loss of the section `perception`."""
-        settings = dict(self.algorithm)
-        algorithm = algorithm_factory(settings.pop("name"))(**settings)
+    def build_algorithm(self, step: int | None = None) -> Algorithm:
+        """The algorithm of the section `algorithm`, with the loss of the section `perception`.
+
+        `step`: the step, from 0, whose value it has of each number that follows the run. None: the largest
+        value of each, so that whatever the algorithm needs at any time is there.
+        """
+        progress = None if step is None else self._progress(step)
+        algorithm = make_algorithm(self.algorithm, progress)
         return dataclasses.replace(algorithm, perception=self.perception.term)
+
+    def numbers_in_force(self, step: int) -> dict[str, float]:
+        """The numbers of the algorithm that follow the run, by dotted key, as they are at `step` (from 0)."""
+        return {key: s.at(self._progress(step)) for key, s in schedules(self.algorithm)}
+
+    @property
+    def beta(self) -> float | None:
+        """The algorithm's beta, at the last step where it follows the run; None where it has none."""
+        return self.numbers_in_force(self.steps - 1).get("beta", self.algorithm.get("beta"))
+
+    def _progress(self, step: int) -> float:
+        return min(step / max(self.steps - 1, 1), 1.0)
 
     def to_yaml(self) -> str:
         """The text of RUN/config.yaml: every setting with the value that holds, defaults included; secrets

@@ -22,6 +22,11 @@ class KLCoefficient(Stateful):
     def __init__(self, kl: KL) -> None:
         self.value, self._controller = kl.coef, kl.controller
 
+    def follow(self, kl: KL) -> None:
+        """Takes the coefficient of this step's algorithm, unless a target moves it."""
+        if self._controller is None:
+            self.value = kl.coef
+
     def adapt(self, metrics: Metrics) -> Metrics:
         """Moves the coefficient for the next step, if there is a target and this step measured a KL.
 

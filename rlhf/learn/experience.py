@@ -53,7 +53,7 @@ class ExperienceBuilder:
 
         `context` may be left out where the algorithm asks for nothing in it.
         """
-        algorithm, context = models.algorithm, AdvantageContext() if context is None else context
+        algorithm, context = models.algorithm, context or AdvantageContext()
         assert context.is_correct is not None or not algorithm.imitation_coef
         assert context.prompt_values is not None or not algorithm.needs_prompt_value
         assert context.temperature_factors is not None or algorithm.prompt_temperature is None
@@ -182,7 +182,7 @@ class ExperienceBuilder:
         if self.precomputed is not None:
             return self.precomputed(groups)
         # an exact KL has the reference in every pass of the learner, which gives its log-probs too
-        if self.algorithm.needs_exact_kl:
+        if self.models.algorithm.needs_exact_kl:
             return None
         shares = self.models.by_reference(packed, range(len(packed.prompts)))
         # a share has zeros for the tokens of the others

@@ -130,7 +130,7 @@ class Learner:
         number, budget = 0, self.section.microbatch_tokens
         for name, reference, share in self.models.by_reference(experience, groups):
             # only an exact KL compares with the reference again in every pass
-            reference = reference if self.algorithm.needs_exact_kl else None
+            reference = reference if self.models.algorithm.needs_exact_kl else None
             micros = microbatches(experience, share, budget, layout=self.policy.layout)
             for micro in in_step(micros, self.policy.model, self.world):
                 number += 1

@@ -50,6 +50,7 @@ class Models:
     """An algorithm and the models that it learns with; made only if they fit each other."""
 
     algorithm: Algorithm
+    """Where numbers follow the run, that of a step differs from it in these numbers, and not in its form."""
     policy: Policy
     reference: Policy | None = None
     """The frozen model that the policy is compared with."""
