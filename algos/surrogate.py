@@ -1,4 +1,4 @@
-"""Policy losses of single tokens `[N]`, to be minimised: clip (PPO), CISPO, SAPO, REINFORCE, GOLD, AWR.
+"""Policy losses of single tokens `[N]`, to be minimised: clip, CISPO, SAPO, drift, REINFORCE, GOLD, AWR.
 
 At ratio 1 each has the gradient -advantage * grad(logprob); they differ where the ratio is far from 1. The
 ratio is given, of tokens or of sequences. A metric is a tensor `[N]`, which is averaged over the unmasked
@@ -105,6 +105,29 @@ def sapo(
     tau = torch.where(advantages > 0, tau_positive, tau_negative).to(ratio.dtype)
     s = torch.sigmoid(tau * (ratio - 1.0))
     return TokenLoss(-advantages * s * 4.0 / tau, {"sapo/gate": 4.0 * s * (1.0 - s)})
+
+
+def drift(
+    logprobs: Float[Tensor, " N"],
+    ratio: Float[Tensor, " N"],
+    advantages: Float[Tensor, " N"],
+    *,
+    positive: float = 2.0,
+    negative: float = 0.6,
+) -> TokenLoss:
+    """-(A r - drift), a penalty for moving that was learned, in its closed form (arXiv:2210.05639):
+
+    A >= 0:  max(0, x - positive tanh(x / positive)) with x = A (r - 1)
+    A < 0:   max(0, x - negative tanh(x / negative)) with x = A log r
+
+    Where the update has gone the right way (x > 0) the penalty grows smoothly, and that of bad tokens without
+    bound: one that has become too unlikely is pulled back. Where it has gone the wrong way there is none, as
+    with a clip. The paper calls it Discovered Policy Optimisation.
+    """
+    bound = torch.where(advantages < 0, negative, positive).to(ratio.dtype)
+    moved = advantages * torch.where(advantages < 0, ratio.log(), ratio - 1.0)
+    penalty = torch.relu(moved - bound * torch.tanh(moved / bound))
+    return TokenLoss(-advantages * ratio + penalty, {"drift/penalty": penalty.detach()})
 
 
 def reinforce(

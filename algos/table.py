@@ -136,6 +136,17 @@ def sapo(
     return replace(grpo(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef), surrogate=gate)
 
 
+def discovered_po(
+    *, positive: float = 2.0, negative: float = 0.6,
+    kl: KL = NO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
+) -> Algorithm:
+    """GRPO with a learned drift in place of the clip: Discovered Policy Optimisation, arXiv:2210.05639."""
+    if positive <= 0 or negative <= 0:
+        raise ValueError(f"positive and negative must be above 0, got {positive} and {negative}")
+    penalty = partial(surrogate.drift, positive=positive, negative=negative)
+    return replace(grpo(kl=kl, mismatch=mismatch, entropy_coef=entropy_coef), surrogate=penalty)
+
+
 def rloo(
     *, kl: KL = RLOO_KL, mismatch: Mismatch = TOKEN_TIS, entropy_coef: float = 0.0,
 ) -> Algorithm:
@@ -236,6 +247,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "gspo": gspo,
     "cispo": cispo,
     "sapo": sapo,
+    "discovered_po": discovered_po,
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algos.surrogate import Surrogate, advantage_weighted, cispo, clip, reinforce, sapo
+from rlhf.algos.surrogate import Surrogate, advantage_weighted, cispo, clip, drift, reinforce, sapo
 
 
 def at(surrogate: Surrogate, ratio: float, advantage: float) -> tuple[float, float]:
@@ -48,7 +48,7 @@ def test_the_clip_counts_what_it_cuts_on_either_side():
 
 
 @pytest.mark.parametrize(
-    "surrogate", [PPO, partial(clip, low=0.2, high=0.2), partial(cispo, high=0.28), sapo, reinforce]
+    "surrogate", [PPO, partial(clip, low=0.2, high=0.2), partial(cispo, high=0.28), sapo, drift, reinforce]
 )
 @pytest.mark.parametrize("advantage", [-1.3, 0.0, 0.7])
 def test_at_ratio_one_the_gradient_is_minus_the_advantage(surrogate: Surrogate, advantage: float):
@@ -98,3 +98,31 @@ def test_advantage_weights_are_the_numbers_worked_out_by_hand():
     )
     expected = torch.tensor([0.049787, 1.0, 20.085537, 100.0], dtype=torch.float64)
     torch.testing.assert_close(weighted.loss, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "penalty", "gradient"),
+    [
+        # x = 0.5: 0.5 - 2 tanh(0.25) = 0.5 - 2 * 0.2449187; gradient r (-1 + tanh(0.25)^2) = 1.5 * -0.9400148
+        (1.5, 1, 0.0101627, -1.4100222),
+        # x = 1: 1 - 2 tanh(0.5) = 1 - 2 * 0.4621172; gradient 2 (-1 + 0.2135523)
+        (2.0, 1, 0.0757657, -1.5728954),
+        # x = log 2: 0.6931472 - 0.6 tanh(1.1552453) = 0.6931472 - 0.6 * 0.8194843; gradient r - tanh^2 =
+        # 0.5 - 0.6715546: below 0, the token is pulled back
+        (0.5, -1, 0.2014566, -0.1715546),
+        # moved the wrong way: no penalty, the plain gradient -A r
+        (0.5, 1, 0.0, -0.5),
+        (1.5, -1, 0.0, 1.5),
+        (1.0, 1, 0.0, -1.0),
+    ],
+)
+def test_the_drift_is_the_number_worked_out_by_hand(
+    ratio: float, advantage: float, penalty: float, gradient: float
+):
+    assert at(drift, ratio, advantage) == pytest.approx((-advantage * ratio + penalty, gradient), abs=1e-6)
+
+
+@pytest.mark.parametrize("ratio", [1.1, 1.5, 3.0])
+def test_the_drift_of_a_standardised_good_token_has_the_gradient_of_sapo(ratio: float):
+    """1 - tanh(y)^2 = 4 s (1 - s) with s = sigmoid(2 y): for an advantage of 1 it is SAPO's gate."""
+    assert at(drift, ratio, 1.0)[1] == pytest.approx(at(sapo, ratio, 1.0)[1])
