@@ -162,6 +162,12 @@ class SuccessTracker:
             return (successes + a) / (len(recent) + a + b)
         return successes / len(recent) if len(recent) >= self._minimum else None
 
+    def smoothed(self, prompt_id: str) -> float:
+        """The success rate with one success and one failure added: never 0 or 1, and 1/2 when nothing is
+        known."""
+        recent = self._recent.get(prompt_id, "")
+        return (recent.count("1") + 1) / (len(recent) + 2)
+
     def _outcomes(self, rewards: Sequence[float]) -> str:
         """One character for each reward: "1" for a success, else "0"."""
         return "".join("1" if reward >= self._threshold else "0" for reward in rewards)

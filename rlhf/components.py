@@ -13,6 +13,7 @@ from rlhf.algos.algorithm import Algorithm
 from rlhf.checkpoints.stateful import Stateful
 from rlhf.collect.budgets import Budgets
 from rlhf.collect.collector import Collector
+from rlhf.collect.curriculum import PromptOrder
 from rlhf.collect.episodes import Episodes
 from rlhf.collect.offline import GroupSource
 from rlhf.collect.pairing import Pairing
@@ -99,10 +100,10 @@ def build_components(config: Config, inputs: Inputs, world: World) -> Components
     pair_evaluation = _pair_evaluation(models, sources)
     experience = _experience_builder(models, sources, constraints)
     learner = _learner(config, inputs, world, models, optimizer)
-    rollouts = Collector(sampler, inputs.train, inputs.algorithm, budgets, world)
+    order, kl = PromptOrder(config, inputs.train, budgets.tracker), KLCoefficient(inputs.algorithm.kl)
+    rollouts = Collector(sampler, order, inputs.algorithm, budgets, world)
     collector = sources.collector(rollouts, experience)
-    kl, buffer = KLCoefficient(inputs.algorithm.kl), Buffer()
-    prefetch = Prefetch(inputs.train, world, config.rollout.ahead)
+    buffer, prefetch = Buffer(), Prefetch(inputs.train, world, config.rollout.ahead)
     stateful: dict[str, Stateful] = {
         "policy": optimizer,
         "kl": kl,
@@ -382,9 +383,8 @@ def _experience_builder(models: Models, sources: Sources, constraints: Constrain
 def _learner(config: Config, inputs: Inputs, world: World, models: Models, optimizer: MasterAdamW) -> Learner:
     section, temperature, pretraining = config.learner, config.rollout.temperature, None
     if config.ptx.path is not None:
-        pretraining = Pretraining(
-            inputs.texts, config.ptx, models.policy, world, seed=config.seed, budget=section.microbatch_tokens
-        )
+        budget, seed = section.microbatch_tokens, config.seed
+        pretraining = Pretraining(inputs.texts, config.ptx, models.policy, world, seed=seed, budget=budget)
     chase = models.algorithm.chase
     twin = None if chase is None else Twin(models.policy, optimizer, chase, world, section, config.steps)
     return Learner(

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.collect.budgets import Budgets
+from rlhf.collect.curriculum import PromptOrder
 from rlhf.collect.sampler import Hooks, Sampler, length_metrics
-from rlhf.data.order import order
-from rlhf.data.prompts import PromptDataset
 from rlhf.distributed.world import World
 from rlhf.metrics import Metrics, Sum, merge
 from rlhf.rewards.measures import reward_metrics
@@ -50,9 +49,9 @@ class Collector:
     """Samples groups for a step, a share on each rank; replaces groups that the algorithm does not accept."""
 
     def __init__(
-        self, sampler: Sampler, prompts: PromptDataset, algorithm: Algorithm, budgets: Budgets, world: World
+        self, sampler: Sampler, order: PromptOrder, algorithm: Algorithm, budgets: Budgets, world: World
     ) -> None:
-        self.sampler, self.prompts, self.algorithm, self.world = sampler, prompts, algorithm, world
+        self.sampler, self.order, self.algorithm, self.world = sampler, order, algorithm, world
         self.budgets = budgets
 
     def collect(self, position: int, hooks: Hooks) -> Collected:
@@ -66,9 +65,9 @@ class Collector:
             missing = self.world.gather(wanted - len(accepted))
             if not any(missing):
                 break
-            draws, position = self._draws(position, missing)
+            draws, prompts, position = self._draws(position, missing, hooks.step)
             told = hooks if round_ == 0 else _in_a_refill(hooks, round_, refills, len(accepted), wanted)
-            groups, metrics = self._rollout(draws, told)
+            groups, metrics = self._rollout(draws, prompts, told)
             sampled += groups
             accepted += [g for g in groups if self.algorithm.selection.keep(g)]
             parts.append(metrics)
@@ -80,9 +79,8 @@ class Collector:
         if self.algorithm.selection.refill or self.budgets.probes:
             return Pending(collected=self.collect(position, hooks))
         wanted = self.world.gather(self.world.share(self.sampler.section.prompts_per_step))
-        draws, position = self._draws(position, wanted)
-        prompts, labels = self._prompts(draws)
-        scorings = self.sampler.rollout(prompts, self.budgets.sizes(prompts), labels, hooks)
+        draws, prompts, position = self._draws(position, wanted, hooks.step)
+        scorings = self.sampler.rollout(prompts, self.budgets.sizes(prompts), _labels(draws), hooks)
         measured = self.sampler.measured()
 
         def wait() -> Collected:
@@ -96,19 +94,16 @@ class Collector:
 
         return Pending(wait)
 
-    def _draws(self, position: int, wanted: Sequence[int]) -> tuple[range, int]:
-        """The draws of this rank if each rank draws as many as it wants, and the position after all draws."""
-        first = position + sum(wanted[: self.world.rank])
-        return range(first, first + wanted[self.world.rank]), position + sum(wanted)
+    def _draws(self, position: int, wanted: Sequence[int], step: int) -> tuple[range, list[Prompt], int]:
+        """The draws of this rank if each rank draws as many as it wants, their prompts, and the position
+        after all draws."""
+        before, mine = sum(wanted[: self.world.rank]), wanted[self.world.rank]
+        prompts = self.order(position, sum(wanted), step)[before : before + mine]
+        return range(position + before, position + before + mine), prompts, position + sum(wanted)
 
-    def _prompts(self, draws: range) -> tuple[list[Prompt], list[str]]:
-        """The prompt of each draw, and the label of the draw (from which its seed is derived)."""
-        indices = order(self.sampler.seed, len(self.prompts), draws.start, len(draws))
-        return [self.prompts[i] for i in indices], [f"rollout/{draw}" for draw in draws]
-
-    def _rollout(self, draws: range, hooks: Hooks) -> tuple[list[Group], Metrics]:
+    def _rollout(self, draws: range, prompts: Sequence[Prompt], hooks: Hooks) -> tuple[list[Group], Metrics]:
         """One scored group per draw; with probes, samples the remaining completions after the first."""
-        prompts, labels = self._prompts(draws)
+        labels = _labels(draws)
         groups, metrics = self._sample(prompts, self.budgets.sizes(prompts), labels, hooks)
         rest = self.budgets.rest(groups)
         if any(any(sizes) for sizes in self.world.gather(rest)):
@@ -128,6 +123,11 @@ class Collector:
         scorings = self.sampler.rollout(prompts, sizes, labels, hooks)
         hooks.phase("reward")
         return self.sampler.rewards.gather(scorings)
+
+
+def _labels(draws: range) -> list[str]:
+    """The label of each draw, from which its seed is derived."""
+    return [f"rollout/{draw}" for draw in draws]
 
 
 def _with_draws(groups: Sequence[Group], draws: Sequence[int]) -> list[Group]:

@@ -42,6 +42,10 @@ class DataConfig(Section):
     mix: bool = False
     """For `offline_to_online`: to each group of rollouts the dataset's completions of its prompt are
     added."""
+    curriculum: Literal["none", "easy_to_hard"] = "none"
+    """Which prompts rollouts are sampled for. `none`: each once in an epoch, in random order. `easy_to_hard`:
+    at random, those with a high measured success rate more often at the start of the run, those with a low
+    one at its end (docs/knapsack.md). A prompt that was never sampled counts as solved half of the time."""
     precompute_reference: bool = False
     """For `offline`: the reference's log-probs of all completions are computed once, before the first step,
     and kept by checkpoints; then the reference model is given up."""

@@ -56,6 +56,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "critic.trunk",
         "data.chat_template_kwargs",
         "data.completion_column",
+        "data.curriculum",
         "data.eval",
         "data.image_column",
         "data.improve_column",

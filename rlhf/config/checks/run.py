@@ -31,6 +31,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
         *_replay(config, algorithm),
         *_preferences(config, algorithm),
         *_judge(config, algorithm),
+        *_curriculum(config, algorithm),
         *_environment(config),
         *_two_adapters(config, algorithm),
         *_revisions(config, algorithm),
@@ -279,6 +280,22 @@ def beside_judge(config: Config, algorithm: Algorithm, rewards: str) -> str | No
             f"{config.pairs.labels}: set it to preference, or leave one of the two out"
         )
     return None
+
+
+def _curriculum(config: Config, algorithm: Algorithm) -> Iterator[str]:
+    """A curriculum orders prompts by how often their samples are correct."""
+    if config.data.curriculum == "none":
+        return
+    if config.data.mode == "offline":
+        yield (
+            "data.curriculum goes by the success of samples, but with data.mode = offline there are none: "
+            "set it to none"
+        )
+    elif not algorithm.needs_rewards or (config.reward.preference and not config.reward.functions):
+        yield (
+            "data.curriculum goes by how often samples are correct, but nothing says that of a single sample "
+            "here: set it to none, or give reward.functions"
+        )
 
 
 def _two_adapters(config: Config, algorithm: Algorithm) -> Iterator[str]:
