@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rlhf.config.section import Count, Decay, Positive, Section
+from rlhf.config.section import Count, Decay, Positive, Section, Share
 
 
 class LearnerConfig(Section):
@@ -23,8 +23,11 @@ class LearnerConfig(Section):
     warmup_steps: Count = 0
     """Steps at the start over which the learning rate rises linearly to `lr`."""
     schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
-    """Learning rate after the warm-up. `constant`: stays at `lr`. `linear` and `cosine`: falls to 0 at the
-    last step. `inverse_sqrt`: falls with the square root of warmup_steps / step, as in PPO-max."""
+    """Learning rate after the warm-up. `constant`: stays at `lr`. `linear` and `cosine`: falls to
+    `final_lr_share` of it at the end of the run. `inverse_sqrt`: falls with the square root of
+    warmup_steps / step, as in PPO-max."""
+    final_lr_share: Share = 0.0
+    """Share of `lr` that is left at the end of the run, with `schedule: linear` or `cosine`."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] = 1.0
     """Bound of the gradient's norm (with a critic, of both models together): a longer one is scaled down to
     it."""
@@ -35,6 +38,15 @@ class LearnerConfig(Section):
     microbatch_tokens: Positive = 16384
     """Most tokens, prompts included, of one forward and backward pass. The gradients of an update's passes
     are added up, so memory depends on this number and the result does not: lower it when memory runs out."""
+
+    @model_validator(mode="after")
+    def has_a_final_share_only_where_it_falls(self) -> LearnerConfig:
+        if self.final_lr_share and self.schedule not in ("linear", "cosine"):
+            raise ValueError(
+                f"learner.final_lr_share is {self.final_lr_share:g}, where a linear or cosine schedule ends, "
+                f"but learner.schedule is {self.schedule}: leave one of them out"
+            )
+        return self
 
 
 class IterationConfig(Section):

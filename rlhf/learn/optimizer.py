@@ -158,8 +158,9 @@ def step_together(optimizers: Mapping[str, tuple[MasterAdamW, int]], world: Worl
 def lr_factor(step: int, section: LearnerConfig, total_steps: int) -> float:
     """Linear warm-up over the first `warmup_steps`, then the schedule; `step` counts from 0.
 
-    `inverse_sqrt` is the schedule of PPO-max (arXiv:2307.04964, its code), with W for `warmup_steps`:
-    max(step / W, 0.1) up to W, sqrt(W / step) from there on.
+    `linear` and `cosine` reach `final_lr_share` at `total_steps`, one step after the last update, as
+    transformers' schedules do. `inverse_sqrt` is the schedule of PPO-max (arXiv:2307.04964, its code), with W
+    for `warmup_steps`: max(step / W, 0.1) up to W, sqrt(W / step) from there on.
     """
     warmup = section.warmup_steps
     if section.schedule == "inverse_sqrt":
@@ -167,11 +168,11 @@ def lr_factor(step: int, section: LearnerConfig, total_steps: int) -> float:
         return rising if step < warmup else max(falling, 1e-8)
     if step < warmup:
         return (step + 1) / warmup
-    progress = (step - warmup) / max(1, total_steps - warmup)
+    progress, final = (step - warmup) / max(1, total_steps - warmup), section.final_lr_share
     match section.schedule:
         case "constant":
             return 1.0
         case "linear":
-            return 1.0 - progress
+            return final + (1.0 - final) * (1.0 - progress)
         case "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * progress))
+            return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))

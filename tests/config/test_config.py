@@ -94,6 +94,7 @@ def test_adding_a_setting_is_a_deliberate_edit_of_this_list():
         "learner.betas",
         "learner.epochs",
         "learner.eps",
+        "learner.final_lr_share",
         "learner.lr",
         "learner.max_grad_norm",
         "learner.microbatch_tokens",
@@ -334,6 +335,10 @@ def test_picking_a_name_is_picking_the_algorithm(name: str):
         ({"algorithm": {"name": "grpo", "kl": {"coef": 0.1, "estimator": "k1"}}}, "k1"),
         ({"steps": 0}, "steps: must be 1 or more, got 0"),
         ({"learner": {"lr": -1.0}}, "learner.lr"),
+        (
+            {"learner": {"final_lr_share": 0.1}},
+            "final_lr_share is 0.1, where a linear or",
+        ),
         ({"rollout": {"temperature": 0.0}}, "rollout.temperature"),
         ({"rollout": {"engine": "vlm"}}, "rollout.engine"),
         ({"rollout": {"max_completion_tokens": 99_999}}, "= 101023 tokens"),

@@ -226,13 +226,18 @@ def test_a_checkpoint_without_moments_is_one_of_masters_that_were_not_updated(ti
 
 
 def test_schedules_by_hand():
-    def at(step: int, schedule: str, warmup: int = 0) -> float:
-        section = LearnerConfig.model_validate({"schedule": schedule, "warmup_steps": warmup})
+    def at(step: int, schedule: str, warmup: int = 0, share: float = 0.0) -> float:
+        given = {"schedule": schedule, "warmup_steps": warmup, "final_lr_share": share}
+        section = LearnerConfig.model_validate(given)
         return lr_factor(step, section, 100)
 
     assert [at(s, "constant", 4) for s in (0, 1, 3, 4, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
     assert at(50, "linear") == 0.5
     assert at(50, "cosine") == pytest.approx(0.5)
+    assert at(100, "linear") == 0.0 and at(100, "cosine") == pytest.approx(0.0)
+    # half-way between 1 and 0.2, and at the end 0.2
+    assert [at(step, "linear", share=0.2) for step in (0, 50, 100)] == pytest.approx([1.0, 0.6, 0.2])
+    assert [at(step, "cosine", share=0.2) for step in (0, 50, 100)] == pytest.approx([1.0, 0.6, 0.2])
     paper = {0: 0.1, 50: 0.1, 100: 0.2, 499: 0.998, 500: 1.0, 2000: 0.5, 5000: 0.316228}
     assert [at(step, "inverse_sqrt", 500) for step in paper] == pytest.approx([*paper.values()], abs=1e-6)
     assert at(0, "inverse_sqrt") == at(1, "inverse_sqrt") == 1.0

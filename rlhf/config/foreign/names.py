@@ -50,6 +50,7 @@ OTHER_NAMES: Mapping[str, Sequence[str]] = {
     ),
     "learner.lr": ("lr", "learning_rate"),
     "learner.schedule": ("lr_scheduler_type",),
+    "learner.final_lr_share": ("min_lr_ratio", "min_lr_rate"),
     "learner.betas": ("adam_beta1", "adam_beta2"),
     "learner.eps": ("adam_epsilon",),
     "learner.max_grad_norm": ("grad_clip", "clip_grad"),

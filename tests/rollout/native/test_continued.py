@@ -126,6 +126,6 @@ def test_an_abort_ends_a_turn_that_has_joined(engine: NativeEngine) -> None:
     engine.submit([second(turns[1])])
     engine.poll(timeout=0.0)
     engine.pause("abort")
-    # the other has a token of the prefill, 3 of steps beside `first`, and one of the step that the turn joined
+    # the other has a token of the prefill, 3 of steps beside `first`, and one of that which the turn joined
     assert {c.prompt_id: len(c.token_ids) for c in engine.poll()} == {"prompt-5": 5, "second-1": 1}
     assert not engine._cohorts
