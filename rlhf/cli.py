@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.commands.migrate import add_migrate, run_migrate
 from rlhf.commands.pairs import add_pairs, run_pairs
@@ -96,8 +96,22 @@ def make_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--out", metavar="FILE", help="the HTML file of a comparison (default: comparison.html)"
     )
+    _add_models(commands)
+    summary = "turn a script or config of verl or TRL into a config, with a line for what has no counterpart"
+    add_migrate(commands.add_parser("migrate", help=summary, description=_sentence(summary)))
+    summary = "make preference pairs and write them as a dataset"
+    add_pairs(commands.add_parser("pairs", help=summary, description=_sentence(summary)))
+    summary = "show what is installed, what works on this machine, and what to install for more"
+    commands.add_parser("doctor", help=summary, description=_sentence(summary))
+    return parser
+
+
+def _add_models(commands: Any) -> None:
+    """What writes models: export and combine."""
     summary = "write the model of a checkpoint in the Hugging Face layout"
-    command = commands.add_parser("export", help=summary, description=_sentence(summary))
+    command: argparse.ArgumentParser = commands.add_parser(
+        "export", help=summary, description=_sentence(summary)
+    )
     command.add_argument("source", help="a run folder (its newest checkpoint is used) or a checkpoint folder")
     command.add_argument("folder", help="the folder to write: new, empty, or an earlier export")
     command.add_argument(
@@ -115,13 +129,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", metavar="FOLDER", required=True, help="the folder to write: new, empty, or an earlier export"
     )
     command.add_argument("--merged", action="store_true", help="write the model with the sum in its weights")
-    summary = "turn a script or config of verl or TRL into a config, with a line for what has no counterpart"
-    add_migrate(commands.add_parser("migrate", help=summary, description=_sentence(summary)))
-    summary = "make preference pairs and write them as a dataset"
-    add_pairs(commands.add_parser("pairs", help=summary, description=_sentence(summary)))
-    summary = "show what is installed, what works on this machine, and what to install for more"
-    commands.add_parser("doctor", help=summary, description=_sentence(summary))
-    return parser
 
 
 def _add_eval(command: argparse.ArgumentParser) -> None:
@@ -153,6 +160,15 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--greedy", action="store_true", help="decode greedily: one sample of each prompt, temperature 0"
     )
+    _add_conversations(command)
+    command.add_argument(
+        "--out", metavar="FILE", help="JSON file to write results and completions to; must not exist yet"
+    )
+    _add_overrides(command)
+
+
+def _add_conversations(command: argparse.ArgumentParser) -> None:
+    """Options of eval for conversations: goals and revisions."""
     command.add_argument(
         "--goals",
         metavar="JUDGE",
@@ -172,10 +188,6 @@ def _add_eval(command: argparse.ArgumentParser) -> None:
         help="keep a revision only where this objective is above 0 (the gap of a reward_model), and improve "
         "no further where it is not",
     )
-    command.add_argument(
-        "--out", metavar="FILE", help="JSON file to write results and completions to; must not exist yet"
-    )
-    _add_overrides(command)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.algos.algorithm import Algorithm
-from rlhf.config.checks.run import beside_judge
+from rlhf.config.checks.preferences import beside_judge
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.data.prompts import TOOLS

@@ -70,6 +70,19 @@ class RewardModel:
         """
         import torch
 
+        from rlhf.models import pretrained
+
+        if trust_remote_code:
+            pretrained.trust(model)
+        torch.set_num_threads(threads)
+        self.max_tokens, self.transform, self.of_steps = max_tokens, transform, of_steps
+        self._load(model, dtype)
+        labels: dict[int, str] = self.model.config.id2label
+        self.labels = [labels[i] for i in range(self.model.config.num_labels)]
+
+    def _load(self, model: str, dtype: str) -> None:
+        import torch
+
         from rlhf.compute_dtype import resolve_dtype
         from rlhf.models import pretrained
         from rlhf.models.classifier import load_classifier
@@ -78,9 +91,6 @@ class RewardModel:
         from rlhf.models.scored_text import form_of
         from rlhf.models.vision.processor import load_processor
 
-        if trust_remote_code:
-            pretrained.trust(model)
-        torch.set_num_threads(threads)
         settings: Any = pretrained.load_model_config(model)
         _check_classifies(model, settings)
         self.tokenizer: Any = pretrained.load_tokenizer(model)
@@ -99,13 +109,10 @@ class RewardModel:
             self.model.config.pad_token_id = pretrained.pad_token_of(self.tokenizer)
         self.form = form_of(settings)
         self.gate = Gate.load(model, settings, device)
-        if self.gate is not None and transform != "none":
+        if self.gate is not None and self.transform != "none":
             raise ValueError(
-                f"{model} is a gated model, whose score is a sum: leave out transform = {transform}"
+                f"{model} is a gated model, whose score is a sum: leave out transform = {self.transform}"
             )
-        self.max_tokens, self.transform, self.of_steps = max_tokens, transform, of_steps
-        labels: dict[int, str] = self.model.config.id2label
-        self.labels = [labels[i] for i in range(self.model.config.num_labels)]
 
     @property
     def required_columns(self) -> tuple[str, ...]:

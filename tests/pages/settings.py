@@ -171,6 +171,8 @@ ARGUMENTS = {
         "Steepness of the gate for tokens with a negative advantage: the higher, the faster the gradient "
         "fades as the ratio to the old policy moves away from 1."
     ),
+    "positive": "How far an update moves tokens with a positive advantage before the drift holds it back.",
+    "negative": "The same for tokens with a negative advantage.",
     "tau_positive": "The same for tokens with a positive advantage.",
     "temperature": (
         "Temperature of the weights exp(advantage / temperature): the lower, the more the best completions "
