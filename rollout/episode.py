@@ -63,6 +63,8 @@ class Episode:
     """Those of them that raised an exception."""
     malformed: int = 0
     """Calls that could not be read."""
+    truncated: int = 0
+    """Texts of the environment that were too long and have been cut."""
     lost: str | None = None
     """Why the environment could not go on. Such an episode has no reward and is not learned from."""
 
@@ -160,7 +162,7 @@ def _candidates(turn: Turn) -> Candidates:
 
 
 def turn_metrics(samples: Iterable[Sample]) -> Metrics:
-    """Turns, calls of tools and lost episodes, each a mean over the episodes; none where there are none."""
+    """Turns, calls of tools, cut texts and lost episodes, as means over the episodes; none without episodes."""
     episodes = [sample for sample in samples if isinstance(sample, Episode)]
     if not episodes:
         return {}
@@ -174,6 +176,7 @@ def turn_metrics(samples: Iterable[Sample]) -> Metrics:
         "turns/tool_calls": mean(sum(e.calls for e in episodes)),
         "turns/tool_errors": mean(sum(e.errors for e in episodes)),
         "turns/malformed": mean(sum(e.malformed for e in episodes)),
+        "turns/truncated": mean(sum(e.truncated for e in episodes)),
         "turns/lost": mean(sum(e.lost is not None for e in episodes)),
         "length/observed": mean(sum(len(e.token_ids) - _own(e) for e in episodes)),
     }

@@ -176,6 +176,8 @@ class _Run:
 
     def _go_on(self, episode: RunningEpisode, outcome: Outcome) -> None:
         group = episode.group
+        if isinstance(outcome, Reply):
+            episode.replies.append(outcome)
         if episode.index not in group.begun:
             assert not isinstance(outcome, Ending)
             group.begun[episode.index] = outcome if isinstance(outcome, Lost) else outcome.messages
@@ -275,9 +277,6 @@ class _Run:
 
     def _observe(self, episode: RunningEpisode, reply: Reply) -> None:
         """The environment has answered: another turn, or the end."""
-        episode.calls += reply.calls
-        episode.errors += reply.errors
-        episode.malformed += reply.malformed
         if reply.turn is not None:
             episode.messages[-1] = reply.turn
         last = episode.num_turns == self.own.max_turns

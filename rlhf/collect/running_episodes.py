@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from rlhf.environments.conversation import Conversation
-from rlhf.environments.protocol import Ending, Lost, Message
+from rlhf.environments.protocol import Ending, Lost, Message, Reply
 from rlhf.rollout.engine import RolloutRequest
 from rlhf.rollout.episode import Episode, Observation, Turn
 from rlhf.types import Completion, FinishReason, Prompt
@@ -24,9 +24,7 @@ class RunningEpisode:
     prompt: Prompt
     turns: list[Turn] = field(default_factory=list[Turn])
     messages: list[Message] = field(default_factory=list[Message])
-    calls: int = 0
-    errors: int = 0
-    malformed: int = 0
+    replies: list[Reply] = field(default_factory=list[Reply])
     reason: FinishReason = FinishReason.STOP
 
     @property
@@ -78,9 +76,10 @@ class RunningEpisode:
             environment=self.group.name,
             rewards=_rewards(self.group.name, ending.reward),
             state=ending.state,
-            calls=self.calls,
-            errors=self.errors,
-            malformed=self.malformed,
+            calls=sum(reply.calls for reply in self.replies),
+            errors=sum(reply.errors for reply in self.replies),
+            malformed=sum(reply.malformed for reply in self.replies),
+            truncated=sum(reply.truncated for reply in self.replies),
             lost=None if lost is None else lost.message,
         )
 

@@ -162,6 +162,20 @@ def test_what_an_episode_ends_with(engine: RolloutEngine, tokenizer: PreTrainedT
     assert not environments.live
 
 
+def test_an_episode_counts_what_its_replies_say(
+    engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    first = Reply(results("a").messages, calls=2, errors=1, truncated=1)
+    counts = {1: first, 2: Reply(malformed=3, truncated=4)}
+    environments = Scripted(
+        lambda key, messages: counts[turn_number(messages)],
+        begins=lambda key, columns, seed: Reply(truncated=2),
+    )
+    ((episode,),) = episodes(engine, tokenizer, environments).run(requests(tokenizer, "One?", n=1), [0])
+    # reset, and two turns
+    assert (episode.calls, episode.errors, episode.malformed, episode.truncated) == (2, 1, 3, 2 + 1 + 4)
+
+
 def test_a_lost_environment_costs_its_episode(
     engine: RolloutEngine, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -47,13 +47,14 @@ def test_metrics_of_turns() -> None:
     one = Episode(
         prompt=Prompt("p", (1,), ""), index=0, turns=TURNS, finish_reason=FinishReason.STOP, calls=2, errors=1
     )
-    lost = replace(one, turns=(FIRST,), calls=0, errors=0, malformed=1, lost="why")
+    lost = replace(one, turns=(FIRST,), calls=0, errors=0, malformed=1, truncated=3, lost="why")
     found = {name: metric.value for name, metric in turn_metrics([one, lost]).items()}
     assert found == {
         "turns/mean": 1.5,
         "turns/tool_calls": 1.0,
         "turns/tool_errors": 0.5,
         "turns/malformed": 0.5,
+        "turns/truncated": 1.5,
         "turns/lost": 0.5,
         "length/observed": 1.5,
     }
