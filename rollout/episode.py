@@ -162,7 +162,7 @@ def _candidates(turn: Turn) -> Candidates:
 
 
 def turn_metrics(samples: Iterable[Sample]) -> Metrics:
-    """Turns, calls of tools, cut texts and lost episodes, as means over the episodes; none without episodes."""
+    """Turns, calls of tools, cut texts and lost episodes: means over episodes, none where there are none."""
     episodes = [sample for sample in samples if isinstance(sample, Episode)]
     if not episodes:
         return {}
