@@ -175,11 +175,11 @@ class SharedPrefixCache:
         """
         single, outs = self.decoded - len(self.joining), list[Tensor]()
         if single:
-            first = (x[0, :, :single].transpose(0, 1) for x in (query, key, value))
-            outs.append(self._attend_token(layer, *first, scale)[None])
+            q, k, v = (x[0, :, :single].transpose(0, 1) for x in (query, key, value))
+            outs.append(self._attend_token(layer, q, k, v, scale)[None])
         parts = (torch.split(x[:, :, single:], self.joining, 2) for x in (query, key, value))
-        for row, part in enumerate(zip(*parts, strict=True), single):
-            outs.append(self._attend_joining(layer, row, *part, scale))
+        for row, (q, k, v) in enumerate(zip(*parts, strict=True), single):
+            outs.append(self._attend_joining(layer, row, q, k, v, scale))
         return torch.cat(outs, 1)
 
     def _attend_token(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

@@ -77,8 +77,10 @@ class Naive:
         outs: list[Tensor] = []
         for token in range(query.shape[1]):
             one = slice(token, token + 1)
-            new = zip(self.context[name], (key[:, one], value[:, one]), strict=True)
-            keys, values = self.context[name] = tuple(torch.cat(pair, 1) for pair in new)
+            before_key, before_value = self.context[name]
+            keys = torch.cat([before_key, key[:, one]], 1)
+            values = torch.cat([before_value, value[:, one]], 1)
+            self.context[name] = keys, values
             outs.append(attend_reference(query[None, :, one], keys[None], values[None], scale=scale)[0][0])
         return torch.cat(outs, 1)
 
@@ -123,7 +125,7 @@ def test_rows_that_share_prompts_leave_wait_and_join_attend_as_if_each_had_its_o
         for cache in caches:
             cache.end_step()
         parts = zip(rows, *(torch.split(x[0], counts, 1) for x in (query, key, value)), strict=True)
-        expected = torch.cat([naive.attend(*part, 0.4) for part in parts], 1)
+        expected = torch.cat([naive.attend(name, q, k, v, 0.4) for name, q, k, v in parts], 1)
         torch.testing.assert_close(out[0].transpose(0, 1), expected, atol=1e-5, rtol=1e-5)
         for c, (decoded, waiting, joining) in enumerate(events.get(step, [])):
             parts = ([names[c].index(name) for name in part] for part in (decoded, waiting))
