@@ -8,10 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rlhf.cli import main
 from rlhf.collect.sampler import Sampler
 from rlhf.commands.revise import Revision, describe_revision, measure_revision, revised
 from rlhf.config.rollout import RolloutConfig
+from rlhf.config.section import ConfigError
 from rlhf.data.revision import Reviser
 from rlhf.models.pretrained import load_tokenizer
 from rlhf.rollout.engine import RolloutRequest
@@ -56,6 +59,49 @@ def test_each_answer_is_asked_for_anew_behind_its_prompt_and_itself(tiny_model_d
     assert len({r.prompt.id for r in sampler.asked}) == len({r.params.seed for r in sampler.asked}) == 3
     assert sampler.scored == [(7,), (8, 9)]
     assert [[t.token_ids for t in g.trajectories] for g in after] == [[(1,), (2,)], [(3,)]]
+
+
+class Judged(Recorded):
+    """Gives the answer n (as by `Recorded`) the objective of `gaps[n - 1]`."""
+
+    gaps: list[float]
+    references: list[str]
+
+    def score(self, prompts: Sequence[Prompt], completions: Any, step: int) -> Any:
+        self.references.extend(p.columns["reference"] for p in prompts)
+        made: list[Group] = []
+        for prompt, [answer] in zip(prompts, completions, strict=True):
+            gap = self.gaps[answer.token_ids[0] - 1]
+            [t] = group(prompt.id, [7], [[30 + answer.token_ids[0]]], [gap]).trajectories
+            made.append(Group(prompt, (replace(t, text=f"new {gap}", objectives={"gap": gap}),)))
+        return made, {}
+
+
+def test_an_answer_is_improved_as_long_as_that_is_better(tiny_model_dir: Path):
+    """Two answers to one prompt: the revision of the first has the gap 1, that of the second -1."""
+    tokenizer: Any = load_tokenizer(str(tiny_model_dir))
+    reviser, sampler = Reviser(tokenizer, "?", frozenset({tokenizer.eos_token_id})), Judged()
+    for name, value in (("gaps", [1.0, -1.0]), ("references", [])):
+        object.__setattr__(sampler, name, value)
+    prompt = Prompt("p", (7, 9, 9), "x", {"reference": "of the data"}, question_tokens=1)
+    both = group("p", [7], [[3], [4, 5]], [0.5, 0.5]).trajectories
+    start = [Group(prompt, tuple(replace(t, text=f"old {t.token_ids}") for t in both))]
+    [after] = once = revised(sampler, reviser, start, 1, while_above="gap")
+    # behind the question alone, and each compared with the answer that it is to improve
+    (ask,) = tokenizer("?", add_special_tokens=False)["input_ids"]
+    assert [r.prompt.token_ids for r in sampler.asked] == [(7, 3, ask), (7, 4, 5, ask)]
+    assert sampler.references == ["old (3,)", "old (4, 5)"]
+    assert [t.text for t in after.trajectories] == ["new 1.0", "old (4, 5)"]
+    # the second one stands, and is asked about no more; then the first one stands too
+    sampler.gaps[0] = 0.0
+    sampler.asked.clear()
+    [after] = twice = revised(sampler, reviser, once, 2, while_above="gap")
+    assert [r.prompt.token_ids for r in sampler.asked] == [(7, 31, ask)]
+    assert [t.text for t in after.trajectories] == ["new 1.0", "old (4, 5)"]
+    sampler.asked.clear()
+    assert revised(sampler, reviser, twice, 3, while_above="gap") == twice and not sampler.asked
+    with pytest.raises(ConfigError, match="no reward function gives 'other'; there is gap"):
+        revised(sampler, reviser, start, 1, while_above="other")
 
 
 def test_the_figures_of_a_round_by_hand():

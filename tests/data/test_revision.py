@@ -10,8 +10,11 @@ import torch
 
 from rlhf.algos.preference.two_roles import srpo
 from rlhf.collect.pairing import Pairing
+from rlhf.config.data import DataConfig
+from rlhf.config.load import make_config
 from rlhf.config.pairs import PairsConfig
-from rlhf.data.revision import Reviser
+from rlhf.data.prompts import PromptDataset
+from rlhf.data.revision import Improvement, Reviser
 from rlhf.learn.contrasts import contrasts_of
 from rlhf.models.pretrained import load_tokenizer
 from rlhf.types import Duel, Group, Prompt
@@ -52,6 +55,58 @@ def test_behind_a_text_stands_a_text_and_the_first_answer_does_not_end(reviser: 
     assert reviser.asked_again(prompt, ids(reviser, "5")) == tuple(ids(reviser, "5Better?"))
     again = reviser.prompt(prompt, ids(reviser, "5"))
     assert again.token_ids == tuple(ids(reviser, "2 + 2 =5Better?")) and again.content == "2 + 2 ="
+
+
+def improvement(reviser: Reviser, **changes: Any) -> Improvement:
+    made = {"train": "x", "improve_prompt": "Better?", "improve_column": "draft", **changes}
+    return Improvement(reviser, DataConfig.model_validate(made))
+
+
+def questions(reviser: Reviser, *drafts: str, **columns: str) -> PromptDataset:
+    made = [
+        Prompt(f"p:{i}", tuple(ids(reviser, "2+2=")), "2+2=", {"draft": draft, **columns})
+        for i, draft in enumerate(drafts)
+    ]
+    return PromptDataset(tuple(made), ("draft", *columns), skipped=0, source=Path("p"))
+
+
+def test_a_prompt_goes_on_with_the_answer_to_improve_which_rewards_see_apart(reviser: Reviser):
+    made = improvement(reviser).prompts(questions(reviser, "5"))
+    [prompt] = made.prompts
+    assert prompt.token_ids == tuple(ids(reviser, "2+2=5Better?")) and prompt.content == "2+2="
+    assert prompt.columns == {"draft": "5", "reference": "5"} and made.columns == ("draft", "reference")
+    assert prompt.question_tokens == 4
+    # the next answer is asked for behind the last one alone
+    again = reviser.prompt(prompt, ids(reviser, "33"))
+    assert again.token_ids == tuple(ids(reviser, "2+2=33Better?")) and again.question_tokens == 4
+
+
+def test_a_prompt_that_gets_too_long_with_its_answer_is_refused_or_left_out(reviser: Reviser):
+    two = questions(reviser, "5", "55555")
+    with pytest.raises(
+        ValueError, match=r"p, p:1: with the answer to improve .* has 16 tokens, more than .* 12"
+    ):
+        improvement(reviser, max_prompt_tokens=12).prompts(two)
+    left = improvement(reviser, max_prompt_tokens=12, long_prompts="skip").prompts(two)
+    assert len(left) == 1 and left.skipped == 1
+
+
+def test_what_an_improvement_needs_is_told(reviser: Reviser):
+    with pytest.raises(ValueError, match="improve_column is 'other', which is not among the columns draft"):
+        improvement(reviser, improve_column="other").prompts(questions(reviser, "5"))
+    with pytest.raises(ValueError, match="as 'reference', but there is a column of that name too"):
+        improvement(reviser).prompts(questions(reviser, "5", reference="4"))
+    with pytest.raises(ValueError, match="p:0: column 'draft' must be non-empty text"):
+        improvement(reviser).prompts(questions(reviser, ""))
+    given: dict[str, Any] = {
+        "run_dir": "r",
+        "steps": 1,
+        "model": {"path": "m"},
+        "algorithm": {"name": "grpo"},
+    }
+    given["reward"] = {"functions": [{"path": "length"}]}
+    with pytest.raises(ValueError, match=r"say in which words, as data\.improve_prompt="):
+        make_config({**given, "data": {"train": "x", "improve_column": "draft"}})
 
 
 def pair(reviser: Reviser) -> Group:
