@@ -97,7 +97,7 @@ def settings(lessons: Path, gap: Path, data: Path, seed: int) -> dict[str, Any]:
         ]
     }
     made["data"] |= {"improve_column": "draft", "improve_prompt": ASK, "train": str(data / "drafts.jsonl")}
-    made["data"] |= {"eval": str(data / "eval_drafts.jsonl")}
+    made["data"] |= {"eval": str(data / "eval_drafts.jsonl"), "max_prompt_tokens": 64}
     made["rollout"] |= {"group_size": 6}
     return made | {"algorithm": {"name": "grpo", "kl": {"coef": 0.01}}, "steps": STEPS}
 
@@ -118,7 +118,7 @@ def write_drafts(lessons: Path, data: Path, seed: int) -> None:
     if not out.is_file():
         reward = f"{ROOT}/examples/offline/reward.py:{TRUTH}"
         given = ["--data", str(data / "eval.jsonl"), "--reward", reward, "--out", str(out)]
-        rlhf(["eval", str(lessons), *given, "eval.samples=1", f"seed={seed}"])
+        assert rlhf(["eval", str(lessons.parent), *given, "eval.samples=1", f"seed={seed}"]) == 0
     texts = [record["completions"][0]["text"] for record in json.loads(out.read_text())["records"]]
     rows = [json.loads(line) for line in (data / "eval.jsonl").read_text().splitlines()]
     write(data / "eval_drafts.jsonl", [r | {"draft": t} for r, t in zip(rows, texts, strict=True) if t])
@@ -130,7 +130,7 @@ def measure(model: Path, run: Path, *, stop: bool) -> dict[str, list[float]]:
     if not out.is_file():
         ends = ["--revise-while", GAP] if stop else []
         config = ["--config", str(run / "config.yaml"), "--revise", str(ROUNDS), "--out", str(out)]
-        rlhf(["eval", str(model), *config, *ends, f"eval.samples={SAMPLES}"])
+        assert rlhf(["eval", str(model), *config, *ends, f"eval.samples={SAMPLES}"]) == 0
     found = json.loads(out.read_text())
     first = [c["objectives"] for record in found["records"] for c in record["completions"]]
     rounds = [{name: statistics.mean(c[name] for c in first) for name in (TRUTH, GAP)}]

@@ -160,7 +160,8 @@ class Config(Section):
     def longest(self) -> int:
         """The most tokens that a prompt and all that follows it have."""
         longest, improve = self.data.max_prompt_tokens, self.data.improve_prompt
-        if improve is not None:
+        # with a column of answers to improve, prompts have answer and request in them
+        if improve is not None and self.data.improve_column is None:
             # a first answer, and no more tokens than characters, those of a chat template among them
             longest += self.rollout.max_completion_tokens + len(improve) + AROUND
         return longest + self.rollout.max_completion_tokens

@@ -87,7 +87,8 @@ class RewardModelTrainer(Loop[RewardModelConfig]):
         _check_images(config, examples)
 
     def build(self, world: World, monitor: Monitor) -> dict[str, Stateful]:
-        config = self.config
+        # with the compute type that was chosen for this machine
+        config = self.kind.config = self.config
         sharding = Sharding.of(config.distributed, getattr(torch, config.model.dtype), world)
         path = config.model.path
         if sharding is None:

@@ -378,3 +378,19 @@ def test_a_bad_rating_is_refused_with_its_line(
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=message):
         RewardModelTrainer(make(made))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "gated"])
+def test_the_compute_type_is_chosen_for_the_machine(tmp_path: Path, tiny_model_dir: Path, kind: str):
+    made = rated_settings if kind == "gated" else settings
+    changes: dict[str, Any] = {"model": {"dtype": "auto"}, "steps": 1, "checkpoint": {"export": False}}
+    config = made(tmp_path, tiny_model_dir, **changes)
+    if kind == "gated":
+        (tmp_path / "rated.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+        settings(tmp_path, tiny_model_dir)
+        config["score"] = {"kind": "gated", "objectives": ["a", "b"], "gate": {"width": 4, "layers": 0}}
+        config["data"]["ratings"] = str(tmp_path / "rated.jsonl")
+    trainer = RewardModelTrainer(make(config))
+    trainer.run()
+    assert trainer.learner.model.policy.model.dtype in (torch.bfloat16, torch.float32)
+    assert len(metrics_of(tmp_path)) == 1
