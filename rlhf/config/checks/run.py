@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from rlhf.algos.algorithm import Algorithm
 from rlhf.config.checks.preferences import preference_problems
+from rlhf.config.checks.revisions import revision_problems
 from rlhf.config.checks.samplers import sampler_problems
 from rlhf.config.run import Config
 from rlhf.types import Source
@@ -33,7 +34,7 @@ def check_config(config: Config, algorithm: Algorithm) -> None:
         *_curriculum(config, algorithm),
         *_environment(config),
         *_two_adapters(config, algorithm),
-        *_revisions(config, algorithm),
+        *revision_problems(config, algorithm),
         *_precomputed_reference(config, algorithm),
         *sampler_problems(config, algorithm),
         *_sizes(config),
@@ -238,34 +239,6 @@ def _two_adapters(config: Config, algorithm: Algorithm) -> Iterator[str]:
         )
     if config.ptx.path is not None:
         yield f"ptx.path adds its texts to one policy, but {name} trains two adapters: leave one of them out"
-
-
-def _revisions(config: Config, algorithm: Algorithm) -> Iterator[str]:
-    """What an algorithm that learns from second answers needs."""
-    name, column = config.algorithm["name"], config.data.improve_column
-    revises = algorithm.preference is not None and algorithm.preference.form.revises
-    if column is not None and config.data.improve_prompt is None:
-        yield (
-            f"data.improve_column is {column}, an answer that the policy is asked to improve: say in which "
-            "words, as data.improve_prompt='Improve your answer.'"
-        )
-    if column is not None and (config.environment.path or revises):
-        other = f"algorithm {name} makes second answers itself" if revises else "an environment answers too"
-        yield f"data.improve_column has the policy improve answers of the data, but {other}: leave one out"
-    if not revises:
-        return
-    if config.data.improve_prompt is None:
-        yield (
-            f"algorithm {name} learns to improve an answer, but data.improve_prompt is not set: say how the "
-            "model is asked to, as data.improve_prompt='Improve your answer.'"
-        )
-    if config.pairs.rule in ("all", "dno_prct"):
-        yield (
-            f"pairs.rule is {config.pairs.rule}, which gives several pairs of a prompt, but {name} makes "
-            "second answers of one pair: take best_worst, or another rule that gives one"
-        )
-    if config.data.precompute_reference:
-        yield f"data.precompute_reference scores the data alone, but {name} makes second answers of it"
 
 
 def _precomputed_reference(config: Config, algorithm: Algorithm) -> Iterator[str]:
