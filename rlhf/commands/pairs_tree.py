@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from rlhf.commands.evaluate import TAKEN, Request, evaluation_config
-from rlhf.commands.model_source import Source, Weights, load_weights
+from rlhf.commands.model_source import Source, load_weights
 from rlhf.components import engine_starter
 from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import load_config
@@ -26,9 +25,6 @@ from rlhf.pairs.order import Cuts, answered, check_new, perplexities, write_orde
 from rlhf.pairs.tree import TreeSearch, in_batches
 from rlhf.pairs.tree_judge import SelfEvaluation
 from rlhf.preflight.load import load_inputs
-
-NUMBERS = 64
-"""Numbers of each weight that tell one model from another."""
 
 
 def run_tree(file: str, out: str, overrides: Sequence[str]) -> Iterator[str]:
@@ -77,7 +73,7 @@ def _write(config: Config, settings: TreeConfig, inputs: Inputs, folder: Path) -
     search = TreeSearch.of(config, settings, inputs, engine, judge)
     make = in_batches(search.search, prompts, config.rollout.prompts_per_step)
     try:
-        known = {**_known(config, settings), "prompts": _digest(prompts), "weights": fingerprint(weights)}
+        known = {**_known(config, settings), "prompts": _digest(prompts), "weights": weights.digest()}
         yield from write_pairs(folder, known, len(prompts), make, label="searching").lines(folder)
     finally:
         engine.close()
@@ -93,16 +89,6 @@ def _known(config: Config, settings: TreeConfig) -> dict[str, Any]:
 
 def _digest(prompts: Sequence[Any]) -> str:
     return hashlib.sha256(repr([(p.id, p.token_ids, dict(p.columns)) for p in prompts]).encode()).hexdigest()
-
-
-def fingerprint(weights: Weights) -> str:
-    """A digest of some numbers of each weight, by which a model is told from one that was trained further."""
-    digest, model = hashlib.sha256(), weights.model
-    assert isinstance(model, nn.Module)
-    for name, weight in model.named_parameters():
-        digest.update(f"{name} {list(weight.shape)}".encode())
-        digest.update(weight.detach().flatten()[:NUMBERS].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def run_order(file: str, out: str, overrides: Sequence[str], cuts: Cuts) -> Iterator[str]:
