@@ -80,7 +80,7 @@ class RewardModel:
         labels: dict[int, str] = self.model.config.id2label
         self.labels = [labels[i] for i in range(self.model.config.num_labels)]
 
-    def _load(self, model: str, dtype: str) -> None:
+    def _load(self, model: str, dtype: Literal["auto", "float32", "bfloat16"]) -> None:
         import torch
 
         from rlhf.compute_dtype import resolve_dtype

@@ -1,4 +1,4 @@
-"""The benchmark of made pairs: the share of scenes that the colour tells, and where a caption has its number."""
+"""The benchmark of made pairs: the share of scenes that the colour tells; where a caption has its number."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_a_reward_model_reads_one_beginning_and_one_end(tmp_path: Path) -> None:
     assert read("why?", "so") == "<s>?so</s>"
     # one that this project trained ends with the end of the completion, and has none after the prompt
     model.form, model.max_tokens = AtEnd(), 99
-    rows = [model._row(prompt, "so", "") for prompt in ("why?", "<s>why?")]  # pyright: ignore[reportPrivateUsage]
+    rows = [model._row(prompt, "so", "", ()) for prompt in ("why?", "<s>why?")]  # pyright: ignore[reportPrivateUsage]
     assert [decode(row.ids) for row in rows] == ["<s>why?so</s>"] * 2
 
 
