@@ -202,9 +202,10 @@ def test_episodes_are_compared_as_conversations_and_lost_ones_have_no_reward(tmp
         rewards.print_to(tmp_path / "log")
         texts = [[e.messages[-1]["content"] for e in group]]
         (found,), metrics = rewards.score([of], [group], texts, trainer_state={})
-        shape = (tmp_path / "log").read_text().splitlines()[0]
         with pytest.raises(RewardError, match=r"2 of 5 .*have no reward.*2 episodes were lost .*it died"):
             rewards.score([of], [[*group[:4], replace(group[1], index=4)]], texts, trainer_state={})
+    # what a worker prints has all arrived when it has ended
+    shape = (tmp_path / "log").read_text().splitlines()[0]
     turns = "['assistant', 'user', 'assistant']"
     assert shape == f"sold_more: [{turns}, {turns}] [3, 3]"
     # 0 ties with 2 and beats 3 and 4: (.5 + 1 + 1) / 3; 3 loses to 0 and 2 and is the same as 4: .5 / 3
