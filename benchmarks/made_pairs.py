@@ -276,7 +276,7 @@ def plot(report: dict[str, Any], file: Path) -> None:
             axis.plot([at] * len(each), each, "o", color="black", markersize=3)
         axis.axhline(report[question]["before"][figures], color="black", linewidth=0.8, linestyle="--")
         axis.set_xticks(range(len(arms)), list(arms))
-        axis.set(title=f"{titles[question]}: held-out accuracy (dashes: before)", ylim=(0, 1))
+        axis.set(title=f"held-out accuracy, {titles[question]}\n(dashes: before)", ylim=(0, 1))
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
