@@ -25,6 +25,7 @@ from rlhf.pairs.order import Cuts, answered, check_new, perplexities, write_orde
 from rlhf.pairs.tree import TreeSearch, in_batches
 from rlhf.pairs.tree_judge import SelfEvaluation
 from rlhf.preflight.load import load_inputs
+from rlhf.types import Prompt
 
 
 def run_tree(file: str, out: str, overrides: Sequence[str]) -> Iterator[str]:
@@ -83,11 +84,12 @@ def _write(config: Config, settings: TreeConfig, inputs: Inputs, folder: Path) -
 
 def _known(config: Config, settings: TreeConfig) -> dict[str, Any]:
     """All settings that the pairs depend on, secrets masked."""
-    dumped = config.model_dump(mode="json", include=set(TAKEN) - {"eval"})
+    taken: set[str] = {name for name in TAKEN if name != "eval"}
+    dumped = config.model_dump(mode="json", include=taken)
     return {**masked(dumped), "tree": settings.model_dump(mode="json")}
 
 
-def _digest(prompts: Sequence[Any]) -> str:
+def _digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(repr([(p.id, p.token_ids, dict(p.columns)) for p in prompts]).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The section `tree`: how `rlhf pairs tree` searches for pairs (docs/pairs.md)."""
+"""The section `tree`: how `rlhf pairs tree` searches for pairs (docs/pairs_tree.md)."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from rlhf.learn.experience import pack_groups
 from rlhf.learn.logprobs import sequence_logprobs
 from rlhf.models.policy import Policy
 from rlhf.pairs.files import PairsError
+from rlhf.torch_typed import numbers
 from rlhf.types import Group, Trajectory
 
 AT_ONCE = 64
@@ -91,7 +92,7 @@ def perplexities(
         some = lines[start : start + AT_ONCE]
         packed = pack_groups([Group(one.group.prompt, (one.gold,)) for one in some], device=device)
         sums = sequence_logprobs(policy, packed, world, temperature=1.0, budget=budget)
-        for total, one in zip(sums.tolist(), some, strict=True):
+        for total, one in zip(numbers(sums), some, strict=True):
             yield math.exp(-total / sum(one.gold.loss_mask))
 
 

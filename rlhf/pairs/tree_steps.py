@@ -60,5 +60,7 @@ class ReadBack:
             return None
         own = list(token_ids[:-1] if ended else token_ids)
         text = decoded(self.tokenizer, own, frozenset())
-        ids = cast(Any, self.tokenizer)(text, add_special_tokens=False)["input_ids"] if text else []
-        return text if own and ids == own else None
+        if not text:
+            return None
+        ids: list[int] = cast(Any, self.tokenizer)(text, add_special_tokens=False)["input_ids"]
+        return text if ids == own else None
