@@ -171,10 +171,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
-    for seed in SEEDS:
+    for seed in options.seeds:
         rows += one_seed(options.runs, seed)
         sys.stdout.write("".join(f"{row}\n" for row in rows[-3:]))
     arms = dict.fromkeys(row["arm"] for row in rows)
@@ -189,6 +190,7 @@ def main() -> None:
         for arm in arms
     }
     command = "python -m benchmarks.pit --runs FOLDER --out FILE.json"
+    command += f" --seeds {' '.join(map(str, options.seeds))}"
     results = {"command": command, "machine": machine(), "means": means, "rows": rows}
     options.out.write_text(json.dumps(results, indent=1) + "\n")
 
