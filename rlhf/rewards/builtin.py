@@ -104,9 +104,14 @@ def as_text(prompt: str | Sequence[Mapping[str, Any]]) -> str:
 def compared_texts(first: Completion, second: Completion) -> tuple[str, str]:
     """Two completions as a judge reads them: what the policy wrote, or, where one of them is an episode of
     several messages, both as whole conversations, a line for each message."""
-    if any(not isinstance(c, str) and (len(c) > 1 or c[-1].get("tool_calls")) for c in (first, second)):
+    if is_conversation(first) or is_conversation(second):
         return conversation_text(first), conversation_text(second)
     return completion_text(first), completion_text(second)
+
+
+def is_conversation(completion: Completion) -> bool:
+    """Whether a completion is an episode of several messages, or calls tools."""
+    return not isinstance(completion, str) and bool(len(completion) > 1 or completion[-1].get("tool_calls"))
 
 
 def conversation_text(messages: Completion) -> str:

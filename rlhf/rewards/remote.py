@@ -20,7 +20,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 from rlhf.config.section import masked_text
-from rlhf.rewards.builtin import Completion, as_text, completion_text
+from rlhf.rewards.builtin import Completion, as_text, completion_text, conversation_text, is_conversation
 from rlhf.rewards.signature import ALWAYS_GIVEN
 
 TRY_AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -222,7 +222,8 @@ class LLMJudge:
         scores: list[float] = []
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
             given = {name: values[i] for name, values in columns.items() if name not in NO_COLUMNS}
-            fields = {**given, "prompt": as_text(prompt), "completion": completion_text(completion)}
+            read = conversation_text if is_conversation(completion) else completion_text
+            fields = {**given, "prompt": as_text(prompt), "completion": read(completion)}
             scores.append(self._score(filled(self.template, fields)))
         return scores
 

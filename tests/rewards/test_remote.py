@@ -226,6 +226,18 @@ def test_a_judge_gives_the_score_it_writes_last(service: Service) -> None:
     assert sent["messages"] == [{"role": "user", "content": "user: Why {completion}?|So.|3|{other}"}]
 
 
+def test_a_judge_reads_the_whole_of_an_episode(service: Service) -> None:
+    service.requests.clear()
+    call = {"name": "add", "arguments": {"a": 1}}
+    said = [("assistant", "Let me see."), ("tool", "3"), ("assistant", "It is 3.")]
+    episode = [{"role": role, "content": text} for role, text in said]
+    episode[0]["tool_calls"] = [call]  # pyright: ignore[reportArgumentType]
+    assert LLMJudge(service.url("judge"), "m", template="{completion}")(["1 + 2?"], [episode]) == [0.75]
+    [message] = service.requests[0][2]["messages"]
+    called = '[calls {"name": "add", "arguments": {"a": 1}}]'
+    assert message["content"] == f"assistant: Let me see. {called}\ntool: 3\nassistant: It is 3."
+
+
 @pytest.mark.parametrize("path", ["judge", "tenth", "thinks"])
 def test_a_verdict_is_the_last_line_behind_the_thoughts(service: Service, path: str) -> None:
     assert LLMJudge(service.url(path), "m")(["p"], ["a"]) == [0.75]
