@@ -78,8 +78,8 @@ def test_armors_relative_pessimism_is_the_penalty_of_spac():
     """ARMOR (arXiv:2302.11048) maximises the worst case of J(policy) - J(policy of the data).
 
     What the data does not support counts as no better than the data. SPAC does that with preferences: it adds
-    beta (D(own sample) - mean of D over the pair) to the loss, which pushes the own sample down by beta and the
-    pair up by half of it each, so that a policy which samples like the data feels nothing on average.
+    beta (D(own sample) - mean of D over the pair) to the loss. That pushes the own sample down by beta and
+    the pair up by half of it each, so that a policy which samples like the data feels nothing on average.
     """
     preference = spac(beta=0.25, penalty="linear").preference
     assert preference is not None and preference.pull is not None
