@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -100,7 +99,7 @@ class BlindWriter:
     def _full_stops(self) -> tuple[int, ...]:
         """The tokens that end a sentence."""
         size = len(cast(Any, self.tokenizer))
-        pieces = cast(list[str], self.tokenizer.batch_decode([[i] for i in range(size)]))
+        pieces: list[str] = cast(Any, self.tokenizer).batch_decode([[i] for i in range(size)])
         return tuple(i for i, piece in enumerate(pieces) if ends_sentence(piece))
 
     def image_places(self, prompt: Prompt) -> list[int]:
@@ -154,18 +153,25 @@ class Hallucinator:
         if not prompt.images:
             return Made(dropped={NO_IMAGE: 1})
         gold = max(group.trajectories, key=lambda t: -math.inf if t.reward is None else t.reward).text
-        for attempt in range(self.hiding.tries):
-            rng = random.Random(f"{self.seed}/{number}/{attempt}")
-            last = attempt == self.hiding.tries - 1
-            written = self._try(prompt, gold, rng, guided=not last)
+        tries = 0
+        while True:
+            rng = random.Random(f"{self.seed}/{number}/{tries}")
+            tries += 1
+            is_last = tries == self.hiding.tries
+            written = self._try(prompt, gold, rng, guided=not is_last)
             similarity = self.similarity(written.text, gold)
-            if last or similarity < self.hiding.threshold:
+            if is_last or similarity < self.hiding.threshold:
                 break
         if not written.text.strip():
-            return Made(dropped={NOTHING: 1}, counts={TRIES: attempt + 1})
-        found = {"similarity": round(similarity, 6), "tries": attempt + 1}
+            return Made(dropped={NOTHING: 1}, counts={TRIES: tries})
+        found = {"similarity": round(similarity, 6), "tries": tries}
         pair = Pair(prompt.content, gold, written.text, prompt.images, {**prompt.columns, **found})
-        counts = Counter({TRIES: attempt + 1, UNGUIDED: last, EXCHANGED: written.exchanged, CUT: written.cut})
+        counts = {
+            TRIES: tries,
+            UNGUIDED: int(is_last),
+            EXCHANGED: int(written.exchanged),
+            CUT: int(written.cut),
+        }
         return Made((pair,), counts=counts)
 
     def settings(self) -> dict[str, Any]:

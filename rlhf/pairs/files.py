@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image as pil
 from rich.console import Console
@@ -253,7 +253,7 @@ def _whole_lines(part: Path) -> list[dict[str, Any]]:
             break
         if not isinstance(entry, dict):
             break
-        found.append(entry)
+        found.append(cast(dict[str, Any], entry))
     return found
 
 

@@ -20,5 +20,5 @@ def test_the_number_is_the_fourth_token_from_the_end(tmp_path: Path):
     untaught(tokenizer).config.save_pretrained(tmp_path)
     scenes = scenes_of(0, 12, usual=0.5)
     _, labels = batch_of(scenes, processor_of(tmp_path))
-    assert tokenizer.convert_ids_to_tokens(labels[:, -4]) == [scene.word for scene in scenes]
-    assert labels[0, -7] == -100 and tokenizer.convert_ids_to_tokens(labels[0, -6:])[0] == "There"
+    assert tokenizer.convert_ids_to_tokens(labels[:, -4].tolist()) == [scene.word for scene in scenes]
+    assert labels[0, -7] == -100 and tokenizer.convert_ids_to_tokens(labels[0, -6:].tolist())[0] == "There"

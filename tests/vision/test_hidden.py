@@ -33,6 +33,7 @@ def seen(
     """A policy in float64, a prompt with one picture and with another, and where its image tokens are."""
     folder = tiny_vlm(request.param)
     policy = seeing_policy(folder, dtype=torch.float64)
+    assert policy.vision is not None
     prompts = [ask(folder, picture) for picture in PICTURES]
     assert prompts[0].token_ids == prompts[1].token_ids
     return policy, prompts, places_of(prompts[0], policy.vision.processor.image_token_id)
