@@ -96,7 +96,7 @@ class Improvement:
         """Raises ValueError: a line has no answer in the column, or there is a column `reference` too."""
         made = [self._prompt(prompt, dataset) for prompt in dataset.prompts]
         kept = self._short_enough(made, made, dataset)
-        columns = tuple(dict.fromkeys((*dataset.columns, REFERENCE)))
+        columns = _columns(dataset)
         return replace(
             dataset, prompts=tuple(kept), columns=columns, skipped=dataset.skipped + len(made) - len(kept)
         )
@@ -105,7 +105,7 @@ class Improvement:
         """As `prompts`, of a dataset with completions."""
         made = [replace(g, prompt=self._prompt(g.prompt, dataset)) for g in dataset.groups]
         kept = self._short_enough(made, (g.prompt for g in made), dataset)
-        columns = tuple(dict.fromkeys((*dataset.columns, REFERENCE)))
+        columns = _columns(dataset)
         return replace(
             dataset, groups=tuple(kept), columns=columns, skipped=dataset.skipped + len(made) - len(kept)
         )

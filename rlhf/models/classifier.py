@@ -67,7 +67,7 @@ class Classifier:
         elif isinstance(self.model, FSDPModule):
             self._save_gathered(Path(save_directory))
         else:
-            self._whole().save_pretrained(save_directory)
+            cast(Any, self._whole()).save_pretrained(save_directory)
 
     def _whole(self) -> PreTrainedModel:
         kind = _transformers.AutoModelForSequenceClassification
@@ -92,7 +92,7 @@ class Classifier:
                     file.add(theirs + name.removeprefix(own), weight)
             file.add(WEIGHT, self.weight)
         self.config.architectures = [type(scorer).__name__]
-        self.config.save_pretrained(folder)
+        cast(Any, self.config).save_pretrained(folder)
 
     def _save_beside(self, folder: Path) -> None:
         """The model as it is, and the score head in a file of its own."""
@@ -100,7 +100,7 @@ class Classifier:
         self.config.update({SCORE_FILE: HEAD})
         self.model.config = self.config
         try:
-            self.model.save_pretrained(str(folder))
+            cast(Any, self.model).save_pretrained(str(folder))
         finally:
             self.model.config = before
         _files.save_file({WEIGHT: self.weight.contiguous()}, folder / HEAD)
