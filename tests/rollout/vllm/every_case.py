@@ -14,10 +14,10 @@ from torch import Tensor
 from rlhf.cli import main
 from rlhf.models.adapter_files import read_adapter
 from rlhf.models.packing import pack
-from rlhf.rollout.vllm.in_process import require_vllm
+from rlhf.rollout.vllm.in_process import VLLMModel, require_vllm
 from tests.commands.test_combine import saved
 from tests.rollout.conformance import TOLERANCE
-from tests.rollout.models import tiny
+from tests.rollout.models import EOS, VOCABULARY, tiny
 from tests.rollout.vllm.conftest import Lose
 from tests.rollout.vllm.support import needs_vllm
 from tests.rollout.vllm.test_transport import check_both_ends
@@ -59,17 +59,8 @@ def test_the_sum_of_two_adapters_is_served_as_the_learner_computes_it(
     tokens = [3 + (7 * i) % 140 for i in range(40)]
     vllm = require_vllm()
     lora: Any = importlib.import_module("vllm.lora.request")
-    served = vllm.LLM(
-        str(base),
-        dtype="float32",
-        max_model_len=64,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        kv_cache_memory_bytes=2**26,
-        enable_lora=True,
-        max_lora_rank=8,
-        seed=0,
-    )
+    model = VLLMModel(str(base), torch.float32, 64, VOCABULARY, (EOS,), kv_cache_gib=0.25, lora_rank=8)
+    served = vllm.LLM(**model.engine_args() | {"load_format": "auto"})
     params = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
     asked = {"prompt_token_ids": tokens}
 
