@@ -21,6 +21,7 @@ from rlhf.preflight.describe import describe
 from rlhf.preflight.load import load_inputs
 from rlhf.preflight.resume import check_resume
 from rlhf.preflight.trial import try_packing
+from rlhf.preflight.tried_rewards import try_rewards
 from rlhf.types import Prompt
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ def run_check(
             check_resume(config, inputs)
             yield from describe(config, inputs, world_size=ranks)
             yield from truncation(config, inputs)
+            yield from try_rewards(inputs)
     if slow := slowness(config.model.dtype, this_device()):
         yield f"warning      {slow}"
     yield from _run_folder(config)

@@ -54,6 +54,10 @@ class Scoring:
     def done(self) -> bool:
         return self.unanswered == 0
 
+    def wait(self) -> None:
+        """Waits for the scores, whoever failed. Raises RewardError when a function returns the wrong type."""
+        self.rewards.wait(self)
+
     def result(self) -> tuple[list[Group], Metrics]:
         """The scored groups, in the order submitted, and metrics; raises what `Rewards.gather` raises."""
         return self.rewards.gather([self])
@@ -236,7 +240,7 @@ class Rewards:
         """
         try:
             for scoring in scorings:
-                self._wait(scoring)
+                self.wait(scoring)
             groups = [group for scoring in scorings for group in self._groups(scoring)]
             self._refuse_too_many_failures(groups, scorings)
         finally:
@@ -299,7 +303,8 @@ class Rewards:
         if first and failed:
             self.pools[number].log_failure(scoring.batch.name(failed[0][0]), failed[0][1])
 
-    def _wait(self, scoring: Scoring) -> None:
+    def wait(self, scoring: Scoring) -> None:
+        """As `Scoring.wait`."""
         with self._changed:
             while not scoring.done and self._given_up is None:
                 self._changed.wait(1.0)

@@ -64,6 +64,43 @@ def test_a_small_copy_has_a_layer_of_each_kind(tmp_path: Path) -> None:
     assert model is not None and len(cast(Any, model).model.layers) == 2
 
 
+TRIED = """
+def near(completions, answer, **_):
+    return [float(c == a) for c, a in zip(completions, answer)]
+
+def chats(completions, **_):
+    return [float(len(c[-1]["content"])) for c in completions]
+
+def alone(completions, **_):
+    return 1.0
+
+def parts(completions, **_):
+    return [{"short": -len(c), "right": 0.0} for c in completions]
+"""
+
+
+def test_each_reward_function_is_called_once(check, tmp_path: Path) -> None:
+    (tmp_path / "rewards.py").write_text(TRIED)
+    functions = [f"{tmp_path}/rewards.py:{name}" for name in ("near", "chats", "parts")]
+    said = check([{"prompt": "abc", "answer": "de"}], f"reward.functions=[{', '.join(functions)}]")
+    assert "reward       near: 0 for an empty completion, 1 for 'de'" in said
+    assert "reward       parts: short 0, right 0 for an empty completion, short -2, right 0 for 'de'" in said
+    assert "chats: no reward for an empty completion, no reward for 'de'" in said
+    assert "failed on both: TypeError: string indices must be integers" in said
+    assert "; prompts of plain text have completions of plain text, not messages" in said
+
+
+def test_a_function_that_returns_no_list_is_refused(
+    check, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rewards.py").write_text(TRIED)
+    check([{"prompt": "abc"}])
+    assert (
+        main(["check", str(tmp_path / "mine.yaml"), f"reward.functions=[{tmp_path}/rewards.py:alone]"]) == 2
+    )
+    assert "alone must return" in capsys.readouterr().err
+
+
 def test_a_run_that_would_be_refused_is_said_at_once(check, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')
