@@ -41,6 +41,7 @@ from rlhf.interrupt import Interrupt, Interrupted
 from rlhf.metrics import Max, Mean, Metrics
 from rlhf.monitoring.monitor import Monitor
 from rlhf.monitoring.recording import recording
+from rlhf.monitoring.result import Result, result_of
 from rlhf.monitoring.run_folder import RunFolder, changed_settings, with_origin
 
 Settings = TypeVar("Settings", Config, RewardModelConfig)
@@ -145,8 +146,10 @@ class Loop(ABC, Generic[Settings]):
     def monitor(self) -> Monitor:
         return self.running.monitor
 
-    def run(self) -> None:
+    def run(self) -> Result:
         """Trains from the start, or from the last checkpoint, to the last step or until interrupted.
+
+        Returns the last metrics, the evaluations and where the model is, as the files of the run have them.
 
         Raises RunFolderError, SinkError, ModelError, CheckpointError, RewardError, EngineError, SyncError or
         RankError, whose messages say what to do.
@@ -156,10 +159,12 @@ class Loop(ABC, Generic[Settings]):
                 self._train()
             except Interrupted:
                 self._save_interrupted()
-                return
+                return result_of(self.folder, steps=self.cursor.steps_done, model=None)
             running.training.close()
             running.saver.wait()
             self.finish()
+            model = self.folder.path / "model" if self.config.checkpoint.export else None
+            return result_of(self.folder, steps=self.cursor.steps_done, model=model)
 
     @contextmanager
     def open(self) -> Generator[Running]:

@@ -23,6 +23,9 @@ RAISED = (
 )
 """Exceptions of imported plug-in code that become a ValueError with the line."""
 
+IN_MEMORY = "in memory"
+"""How the path of a function begins that was given from Python and is in no file that can be imported."""
+
 
 def load_object(spec: str) -> Any:
     """Imports the module or file of `spec` and returns the object named behind the colon.
@@ -31,6 +34,12 @@ def load_object(spec: str) -> Any:
     such name (the message names the most similar one). An exception of the imported code itself is passed on.
     """
     where, colon, name = spec.rpartition(":")
+    if spec.startswith(IN_MEMORY):
+        raise ValueError(
+            f"{name} was given from Python as an object, {where}, and no other process can import it: give "
+            f"it again, Trainer(..., reward={name}), or write it into a file of its own and set "
+            f"reward.functions to [{{path: FILE.py:{name}}}]"
+        )
     if not colon or not where or not name:
         raise ValueError(f"expected package.module:name or path/file.py:name, got {spec!r}")
     module = _load_file(Path(where)) if where.endswith(".py") else _load_module(where)

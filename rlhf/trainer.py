@@ -5,10 +5,12 @@ rlhf/loop.py runs the steps, saves and resumes; rlhf/components.py builds the pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, replace
 from functools import partial
-from typing import ClassVar
+from pathlib import Path
+from typing import Any, ClassVar
 
 from rlhf.checkpoints import store
 from rlhf.checkpoints.stateful import Stateful
@@ -29,18 +31,37 @@ from rlhf.monitoring.report.summary import closing_summary, write_report
 from rlhf.monitoring.samples import TokenTexts
 from rlhf.preflight.describe import seconds_per_step, warnings
 from rlhf.preflight.load import load_inputs
+from rlhf.preflight.objects import Function, Rows, with_objects
 from rlhf.preflight.resume import check_resume
 
 
 class Trainer(Loop[Config]):
-    """One run of a policy. `Trainer(config).run()` is what `rlhf train` calls."""
+    """One run of a policy. `Trainer(config).run()` is what `rlhf train` calls.
+
+    From Python, reward functions and rows may be objects:
+
+        result = Trainer({"run_dir": "runs/own", ...}, reward=my_function, train=rows, eval=held_out).run()
+    """
 
     throughput: ClassVar[tuple[str, str]] = ("throughput/tokens_per_second", "rollout/tokens")
 
-    def __init__(self, config: Config) -> None:
-        """Reads and checks everything except weights. Raises ValueError for bad input."""
+    def __init__(
+        self,
+        config: Config | Mapping[str, Any] | str | Path,
+        *,
+        reward: Function | Sequence[Function] | None = None,
+        train: Rows | None = None,
+        eval: Rows | None = None,
+    ) -> None:
+        """Reads and checks everything except weights. Raises ValueError for bad input.
+
+        `config`: settings, or what `load_config` reads them from. `reward`: one or several functions in place
+        of `reward.functions`; an entry may also be one of that setting, `{"path": function, "weight": 0.5}`.
+        `train`, `eval`: rows in place of `data.train` and `data.eval` (docs/training.md, "From Python").
+        """
+        config, pickles = with_objects(config, reward, train, eval)
         super().__init__(config, timeout=config.distributed.timeout)
-        self.inputs = load_inputs(self.config, world_size=world_size())
+        self.inputs = load_inputs(self.config, world_size=world_size(), pickles=pickles)
         check_resume(self.config, self.inputs)
         self._components: Components | None = None
 

@@ -1,6 +1,7 @@
 """Loads and checks the settings of a run: YAML and overrides -> `Config` or `RewardModelConfig`.
 
 config = load_config("configs/quickstart.yaml", ["steps=40", "rollout.group_size=16"])
+config = load_config({"run_dir": "runs/own", "steps": 40, "model": {"path": ...}, ...})
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from rlhf.config.section import ConfigError
 TASKS = ("rl", "reward_model")
 
 
-def load_task(path: str | Path, overrides: Sequence[str] = ()) -> Config | RewardModelConfig:
+def load_task(
+    source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> Config | RewardModelConfig:
     """The settings of a run of either task: one that trains a policy (`rl`) or a reward model.
 
     Raises ConfigError as `load_config` does, and for an unknown task.
     """
-    settings = read_settings(path, overrides)
+    settings = read_settings(source, overrides)
     task = settings.get("task", "rl")
     if task not in TASKS:
         near = difflib.get_close_matches(str(task), TASKS, n=1)
@@ -42,13 +45,14 @@ def load_task(path: str | Path, overrides: Sequence[str] = ()) -> Config | Rewar
         raise ConfigError("\n".join(explain(error, prefix="", schema=RewardModelConfig))) from None
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """The settings of a run that trains a policy, from a YAML file and `dotted.key=value` overrides.
+def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
+    """The settings of a run that trains a policy, from a YAML file, or a dict of its form, and
+    `dotted.key=value` overrides.
 
     Raises ConfigError: the file is missing or is no YAML mapping, an override is malformed, a key is unknown
     (the nearest one is suggested), a value is out of its range, or two settings do not work together.
     """
-    return make_config(read_settings(path, overrides))
+    return make_config(read_settings(source, overrides))
 
 
 def make_config(settings: Mapping[str, Any]) -> Config:

@@ -1,11 +1,11 @@
-"""Reads a YAML file and puts `key=value` overrides into it: a plain tree, whose values are not checked
-yet."""
+"""Reads settings, a YAML file or a dict, and puts `key=value` overrides into them: a plain tree, whose values
+are not checked yet."""
 
 from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,27 @@ ALONE = {"algorithm": "name", "model": "path"}
 """Sections that may be given as one value, and the setting that this value is."""
 
 
-def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The tree of a YAML file with the overrides put into it; keys and values are not checked yet.
+def read_settings(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tree of a YAML file, or a copy of a dict, with the overrides put into it; keys and values are not
+    checked yet.
 
     Raises ConfigError: there is no such file, it is not UTF-8, not YAML or no mapping, or an override is
     malformed.
     """
-    path = Path(path)
+    settings = _copied(source) if isinstance(source, Mapping) else _read_file(Path(source))
+    for override in overrides:
+        apply_override(settings, override)
+    return settings
+
+
+def _copied(tree: Any) -> Any:
+    """A copy that overrides may change, with a text for each path."""
+    if isinstance(tree, Mapping):
+        return {key: _copied(value) for key, value in typing.cast(Mapping[Any, Any], tree).items()}
+    return str(tree) if isinstance(tree, Path) else tree
+
+
+def _read_file(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"there is no config file {path}")
     try:
@@ -34,10 +48,7 @@ def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, 
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, got {type(tree).__name__}")
-    settings = typing.cast(dict[str, Any], tree)
-    for override in overrides:
-        apply_override(settings, override)
-    return settings
+    return typing.cast(dict[str, Any], tree)
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:

@@ -188,11 +188,14 @@ class Config(Section):
     def _progress(self, step: int) -> float:
         return min(step / max(self.steps - 1, 1), 1.0)
 
+    def to_dict(self) -> dict[str, Any]:
+        """The plain tree of all settings, defaults included, as a config file has it."""
+        return {key: _plain(value) for key, value in self.model_dump(mode="json").items()}
+
     def to_yaml(self) -> str:
         """The text of RUN/config.yaml: every setting with the value that holds, defaults included; secrets
         masked."""
-        plain = {key: _plain(value) for key, value in self.model_dump(mode="json").items()}
-        return yaml.safe_dump(masked(plain), sort_keys=False, width=110)
+        return yaml.safe_dump(masked(self.to_dict()), sort_keys=False, width=110)
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,7 @@ RUN/config.yaml     the value of every setting    RUN/checkpoints/
 RUN/metrics.jsonl   one object a step             RUN/tensorboard/
 RUN/samples.jsonl   one object a recorded group   RUN/report.html
 RUN/eval.json       one object an evaluation      RUN/.lock
-RUN/rewards.log     what reward functions print
+RUN/rewards.log     what reward functions print         RUN/data/   rows that were given as objects
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ class RunFolder:
     @property
     def rewards_log(self) -> Path:
         return self.path / "rewards.log"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
 
     @property
     def checkpoints(self) -> Path:

@@ -5,6 +5,7 @@ A run begins with it, and `rlhf check` calls it too, so that what passes the che
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -37,8 +38,10 @@ from rlhf.rewards.plugin import RewardSpec
 from rlhf.rewards.scoring import Rewards
 
 
-def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
+def load_inputs(config: Config, *, world_size: int = 1, pickles: Mapping[str, bytes] | None = None) -> Inputs:
     """Reads everything that a policy run needs except weights.
+
+    `pickles`: the reward functions that are in memory only, by their paths (rlhf/preflight/objects.py).
 
     Raises ConfigError or another ValueError that says what was expected, what came and what to do.
     """
@@ -63,7 +66,8 @@ def load_inputs(config: Config, *, world_size: int = 1) -> Inputs:
     texts, datasets = _texts(config, tokenizer), [train] if held_out is None else [train, held_out]
     found = Tokenised(datasets, [d for d in (offline, eval_pairs) if d is not None], texts, ends)
     check_tokens(config.model.path, model, tokenizer, found.named())
-    rewards = _rewards(config, train, tokenizer, ends, environments)
+    specs = _reward_specs(config, train, tokenizer, pickles or {})
+    rewards = _rewards(config, specs, train, tokenizer, ends, environments)
     _check_columns(config, train, held_out, rewards, environments)
     check_weight_files(config, algorithm, world_size)
     return Inputs(
@@ -159,15 +163,24 @@ def _check_installed(config: Config) -> None:
         raise ConfigError(f"rollout.engine: {config.rollout.engine} is neither a class nor a function")
 
 
+def _reward_specs(
+    config: Config, train: PromptDataset, tokenizer: PreTrainedTokenizerBase, pickles: Mapping[str, bytes]
+) -> list[RewardSpec]:
+    opened = opened_tag(train.prompts, tokenizer)
+    return [
+        RewardSpec(**with_opened(function, opened), pickled=pickles.get(function.path))
+        for function in config.reward.functions
+    ]
+
+
 def _rewards(
     config: Config,
+    specs: Sequence[RewardSpec],
     train: PromptDataset,
     tokenizer: PreTrainedTokenizerBase,
     eos_token_ids: tuple[int, ...],
     environments: Environments | None,
 ) -> Rewards:
-    opened = opened_tag(train.prompts, tokenizer)
-    specs = [RewardSpec(**with_opened(function, opened)) for function in config.reward.functions]
     judge, share = config.reward.preference, config.reward.max_failed_share
     columns = _columns(train, environments)
     if judge is None:

@@ -20,7 +20,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 
 from rlhf.plugins import load_object
 from rlhf.rewards.signature import (
@@ -103,6 +103,9 @@ class RewardSpec:
     variables: Sequence[str] = ()
     """Names of environment variables that the function needs, such as keys of services. It gets those that
     every program needs (`PATH`, `HOME`, ...), that of `params.key_variable`, and these, no others."""
+    pickled: bytes | None = field(default=None, repr=False)
+    """The function itself, as `dill` writes it, where it was given from Python and `path` only says where it
+    was; no setting."""
 
     @property
     def called(self) -> str:
@@ -192,6 +195,10 @@ def find(spec: RewardSpec, built_in: Mapping[str, str]) -> Any:
     for key in spec.params:
         if key in ALWAYS_GIVEN:
             raise ValueError(f"{spec.called}: {key!r} is given by the trainer, not by params")
+    if spec.pickled is not None:
+        import dill  # pyright: ignore[reportMissingTypeStubs]
+
+        return cast(Any, dill).loads(spec.pickled)
     return load_object(spec.path) if ":" in spec.path else _find_by_name(spec.path, built_in, spec)
 
 
