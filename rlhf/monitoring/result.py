@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf.monitoring.records import headlines, read_eval, read_metrics
 from rlhf.monitoring.run_folder import RunFolder
@@ -49,13 +48,13 @@ def result_of(folder: RunFolder, *, steps: int, model: Path | None) -> Result:
     shown = headlines(evaluations)
 
     def score(step: int) -> Score | None:
-        record: Mapping[str, Any] | None = next((r for r in evaluations if r["step"] == step), None)
-        of = next((headline for headline in shown if record and headline.is_in(record)), None)
-        if record is None or of is None:
-            return None
-        value, low, high = of.of(record)
-        return Score(step, of.word, value, low, high)
+        for record in evaluations:
+            for figure in shown:
+                if record["step"] == step and figure.is_in(record):
+                    return Score(step, figure.word, *figure.of(record))
+        return None
 
-    last = next((entry for entry in logged if entry["step"] == steps), {})
+    none: dict[str, float] = {}
+    last = next((entry for entry in logged if entry["step"] == steps), none)
     metrics = {name: value for name, value in last.items() if name != "step"}
     return Result(folder.path, steps, metrics, score(0), score(steps) if steps else None, model)

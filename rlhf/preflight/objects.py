@@ -18,6 +18,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -33,7 +34,8 @@ from rlhf.rewards.plugin import name_apart
 
 Function = Callable[..., Any] | str | Mapping[str, Any]
 """A reward function, or an entry of `reward.functions`, whose `path` may be the function itself."""
-Rows = Iterable[Mapping[str, Any]]
+# not of Mapping[str, Any]: a Dataset does not say that its rows are
+Rows = Iterable[Any]
 """Rows of a dataset: a list of dicts, or a `datasets.Dataset`."""
 
 
@@ -54,8 +56,8 @@ def with_objects(
     pickles: dict[str, bytes] = {}
     if reward is not None:
         one = callable(reward) or isinstance(reward, str | Mapping)
-        listed = [reward] if one else cast(Sequence[Function], reward)
-        _section(settings, "reward")["functions"] = _functions(listed, pickles)
+        listed = [reward] if one else reward
+        _section(settings, "reward")["functions"] = _functions(cast(Sequence[Function], listed), pickles)
     rows = {"train": train, "eval": eval_rows}
     texts = {name: _text(name, found) for name, found in rows.items() if found is not None}
     paths = {name: _path(settings, name, text) for name, text in texts.items()}
@@ -76,7 +78,9 @@ def _section(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _functions(given: Sequence[Function], pickles: dict[str, bytes]) -> list[dict[str, Any]]:
     """The entries of `reward.functions`; adds to `pickles` what is in memory only."""
-    entries = [dict(one) if isinstance(one, Mapping) else {"path": one} for one in given]
+    entries: list[dict[str, Any]] = [
+        dict(cast(Mapping[str, Any], one)) if isinstance(one, Mapping) else {"path": one} for one in given
+    ]
     objects = [entry["path"] for entry in entries if callable(entry.get("path"))]
     unnamed = [function for function in objects if _spec(function) is None]
     names = iter(name_apart([_name(function) for function in unnamed]))
@@ -115,8 +119,8 @@ def _spec_in(module: ModuleType, name: str) -> str | None:
 def _base(function: Callable[..., Any]) -> Any:
     """What has name and source: the function within decorators and `functools.partial`; of an object its
     class."""
-    while hasattr(function, "func"):
-        function = cast(Any, function).func
+    while isinstance(function, partial):
+        function = function.func
     function = inspect.unwrap(function)
     return function if hasattr(function, "__name__") else type(function)
 
@@ -149,12 +153,13 @@ def _pickle(function: Callable[..., Any]) -> bytes:
         ) from None
 
 
-def _text(name: str, rows: object) -> str:
+def _text(name: str, rows: Any) -> str:
     """The rows as lines of JSON. Raises ConfigError for what is no row, or has a value that JSON lacks."""
+    given: object = rows
     if not isinstance(rows, Iterable) or isinstance(rows, str | Mapping):
         raise ConfigError(
-            f"{name} must be rows (a list of dicts, a datasets.Dataset), got {type(rows).__name__} "
-            f"{rows!r:.60}; a path goes into data.{name}, and of several splits one is given"
+            f"{name} must be rows (a list of dicts, a datasets.Dataset), got {type(given).__name__} "
+            f"{given!r:.60}; a path goes into data.{name}, and of several splits one is given"
         )
     lines: list[str] = []
     for number, row in enumerate(cast(Iterable[object], rows), start=1):
@@ -183,7 +188,8 @@ def _write(config: Config, path: Path, text: str) -> None:
     folder.assert_ours()
     if path.is_file():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # shows that the folder is that of a run, before it has one
+    folder.path.mkdir(parents=True, exist_ok=True)
+    # first: it shows the other ranks too that the folder is that of a run
     folder.lock.touch()
+    path.parent.mkdir(exist_ok=True)
     write_atomically(path, text)

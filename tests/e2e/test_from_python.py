@@ -56,7 +56,8 @@ def test_objects_give_the_run_that_paths_give(tmp_path: Path, tiny_model_dir: Pa
     assert result.before is not None and result.after is not None
     assert (result.before.step, result.after.step, result.after.measure) == (0, 2, "reward")
     assert result.after.low <= result.after.value <= result.after.high
-    assert result.model == tmp_path / "run" / "model" and (result.model / "config.json").is_file()
+    assert result.model is not None and result.model == tmp_path / "run" / "model"
+    assert (result.model / "config.json").is_file()
 
     by_path = tmp_path / "by_path"
     by_path.mkdir()
@@ -68,9 +69,9 @@ def test_objects_give_the_run_that_paths_give(tmp_path: Path, tiny_model_dir: Pa
 
 
 def test_a_resumed_run_needs_the_function_again(tmp_path: Path, tiny_model_dir: Path) -> None:
-    def as_run(steps: int, rows: list[dict[str, Any]] = ROWS) -> list[dict[str, Any]]:
+    def as_run(steps: int) -> list[dict[str, Any]]:
         settings = settings_of(tmp_path, tiny_model_dir, steps=steps, checkpoint={"resume": "auto"})
-        Trainer(settings, reward=lambda completions: [float(len(c)) for c in completions], train=rows).run()
+        Trainer(settings, reward=lambda completions: [float(len(c)) for c in completions], train=ROWS).run()
         return without_clocks(metrics_of(tmp_path))
 
     first = as_run(1)
