@@ -26,12 +26,12 @@ from rlhf.metrics import Max, Metrics
 from rlhf.models.sharding import as_whole, gathered
 from rlhf.models.vision.processor import Reader
 from rlhf.monitoring.monitor import Monitor
+from rlhf.monitoring.objects import Function, Rows, with_objects
 from rlhf.monitoring.recording import recording
 from rlhf.monitoring.report.summary import closing_summary, write_report
 from rlhf.monitoring.samples import TokenTexts
 from rlhf.preflight.describe import seconds_per_step, warnings
 from rlhf.preflight.load import load_inputs
-from rlhf.preflight.objects import Function, Rows, with_objects
 from rlhf.preflight.resume import check_resume
 
 

@@ -41,7 +41,7 @@ from rlhf.rewards.scoring import Rewards
 def load_inputs(config: Config, *, world_size: int = 1, pickles: Mapping[str, bytes] | None = None) -> Inputs:
     """Reads everything that a policy run needs except weights.
 
-    `pickles`: the reward functions that are in memory only, by their paths (rlhf/preflight/objects.py).
+    `pickles`: the reward functions that are in memory only, by their paths (rlhf/monitoring/objects.py).
 
     Raises ConfigError or another ValueError that says what was expected, what came and what to do.
     """

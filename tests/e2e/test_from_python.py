@@ -17,7 +17,7 @@ import yaml
 import rlhf
 from rlhf.config.load import load_config, make_config
 from rlhf.config.section import ConfigError
-from rlhf.preflight.objects import with_objects
+from rlhf.monitoring.objects import with_objects
 from rlhf.rewards.builtin import length
 from rlhf.rewards.plugin import RewardSpec, load_reward
 from rlhf.trainer import Trainer

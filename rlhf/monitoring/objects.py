@@ -1,6 +1,6 @@
-"""What `Trainer` is given as Python objects in place of paths: reward functions, and rows of datasets.
+"""What `Trainer` is given as Python objects, reward functions and rows, put where the settings name it.
 
-The settings name all of it, so that RUN/config.yaml says what the run had:
+RUN/config.yaml then says what the run had:
 
 * rows are written to RUN/data/train-DIGEST.jsonl, once; the digest is of their text, so other rows are
   another file, and a resumed run says so;
