@@ -48,7 +48,8 @@ def with_objects(
     """The settings with the objects in place of `reward.functions`, `data.train` and `data.eval`, and the
     pickles of the functions that are in memory only, by their paths.
 
-    Raises ConfigError: a setting is wrong, a function cannot be pickled, rows cannot be written as JSON.
+    Raises ConfigError: a setting is wrong, a function cannot be pickled, rows cannot be written as JSON; and
+    RunFolderError: rows cannot be put into the run folder, because there is a run or something else.
     """
     if isinstance(given, Config) and reward is None and train is None and eval_rows is None:
         return given, {}
@@ -186,6 +187,8 @@ def _write(config: Config, path: Path, text: str) -> None:
     """Writes rows into the run folder unless they are there: every rank comes here, and a resumed run."""
     folder = RunFolder(Path(config.run_dir).expanduser())
     folder.assert_ours()
+    if config.checkpoint.resume != "auto":
+        folder.assert_no_run()
     if path.is_file():
         return
     folder.path.mkdir(parents=True, exist_ok=True)

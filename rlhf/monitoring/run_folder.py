@@ -154,11 +154,8 @@ class RunFolder:
             raise RunFolderError(f"the run folder {self.path} cannot be written: {error}") from error
         try:
             self._hold(descriptor)
-            if self.has_run() and not resume:
-                raise RunFolderError(
-                    f"{self.path} already holds a run, which would be overwritten; "
-                    "checkpoint.resume=auto continues it, another run_dir starts a new one"
-                )
+            if not resume:
+                self.assert_no_run()
             self._remove_leftovers()
             if not self.has_run():
                 self.write_settings(config)
@@ -233,6 +230,14 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()) and not any(p.exists() for p in known):
             raise RunFolderError(
                 f"{self.path} holds files that are not those of a run; choose another run_dir, new or empty"
+            )
+
+    def assert_no_run(self) -> None:
+        """Raises RunFolderError: there is a run in the folder."""
+        if self.has_run():
+            raise RunFolderError(
+                f"{self.path} already holds a run, which would be overwritten; "
+                "checkpoint.resume=auto continues it, another run_dir starts a new one"
             )
 
     def _hold(self, descriptor: int) -> None:

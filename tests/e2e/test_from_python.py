@@ -18,6 +18,7 @@ import rlhf
 from rlhf.config.load import load_config, make_config
 from rlhf.config.section import ConfigError
 from rlhf.monitoring.objects import with_objects
+from rlhf.monitoring.run_folder import RunFolderError
 from rlhf.rewards.builtin import length
 from rlhf.rewards.plugin import RewardSpec, load_reward
 from rlhf.trainer import Trainer
@@ -83,10 +84,13 @@ def test_a_resumed_run_needs_the_function_again(tmp_path: Path, tiny_model_dir: 
     said = rf"lambda was given from Python as an object, in memory \({re.escape(__file__)}\), and no other"
     with pytest.raises(ValueError, match=said):
         Trainer(load_config(config, ["steps=3"]))
+    with pytest.raises(RunFolderError, match="already holds a run"):
+        with_objects(settings_of(tmp_path, tiny_model_dir), reward=length, train=ROWS[:20])
     # what is in the run folder stays as it is where other rows are given
     train = Path(yaml.safe_load(before)["data"]["train"])
     text = train.read_text()
-    other = with_objects(settings_of(tmp_path, tiny_model_dir), reward=length, train=ROWS[:20])[0]
+    resumed = settings_of(tmp_path, tiny_model_dir, checkpoint={"resume": "auto"})
+    other = with_objects(resumed, reward=length, train=ROWS[:20])[0]
     assert train.read_text() == text and other.data.train != str(train)
 
 
