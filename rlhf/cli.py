@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.commands.migrate import add_migrate, run_migrate
 from rlhf.commands.pairs import add_pairs, run_pairs
+from rlhf.commands.start.quickstart import quickstart_config
 from rlhf.config.load import load_task
 from rlhf.config.reward_model import RewardModelConfig
 from rlhf.config.run import Config
@@ -55,10 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run_command(options: argparse.Namespace) -> int:
-    if options.command not in ("train", "check"):
+    if options.command not in ("train", "check", "quickstart"):
         return _print_lines(options)
     try:
-        config = load_task(options.config, options.overrides)
+        if options.command == "quickstart":
+            config = quickstart_config(options.overrides)
+        else:
+            config = load_task(options.config, options.overrides)
         if options.command == "check":
             from rlhf.commands.check import run_check
 
@@ -68,16 +72,21 @@ def _run_command(options: argparse.Namespace) -> int:
         trainer = _trainer(config)
     except ValueError as error:
         return _refuse(options.command, error)
-    return _run(trainer)
+    return _run(trainer, options.command)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlhf",
-        description="Tandem: reinforcement learning for language models. A run is described by a YAML file "
-        "(examples are in configs/); `rlhf train FILE` trains it and writes everything into its run folder.",
+        description="Tandem: reinforcement learning for language models. A run is described by a YAML file; "
+        "`rlhf train FILE` trains it and writes everything into its run folder.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    summary = (
+        "train a small model on additions, three to six minutes on two CPU cores: writes runs/quickstart"
+    )
+    command = commands.add_parser("quickstart", help=summary, description=_sentence(summary))
+    _add_overrides(command)
     summary = "train as a config says, from the start or (checkpoint.resume=auto) from the last checkpoint"
     _add_config(commands.add_parser("train", help=summary, description=_sentence(summary)))
     summary = "check a config and its data, and show what the run will do, without loading weights"
@@ -191,7 +200,7 @@ def _add_conversations(command: argparse.ArgumentParser) -> None:
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", help="a YAML file; examples are in configs/")
+    command.add_argument("config", help="a YAML file with the settings of the run")
     _add_overrides(command)
 
 
@@ -279,7 +288,7 @@ def _trainer(config: Config | RewardModelConfig) -> Trainer | RewardModelTrainer
     return Trainer(config)
 
 
-def _run(trainer: Trainer | RewardModelTrainer) -> int:
+def _run(trainer: Trainer | RewardModelTrainer, command: str) -> int:
     """Trains and returns the exit status.
 
     Errors that the user can mend become a message; any other error is a bug and keeps its traceback.
@@ -306,16 +315,16 @@ def _run(trainer: Trainer | RewardModelTrainer) -> int:
         SinkError,
         SyncError,
     ) as error:
-        return _refuse("train", error)
+        return _refuse(command, error)
     except RankError as error:
-        _refuse("train", error)
+        _refuse(command, error)
         return EXIT
     except Exception as error:
         # libraries report a lack of memory by many types of errors
         advice = memory_advice(error, trainer.place)
         if advice is None:
             raise
-        return _refuse("train", ValueError(advice))
+        return _refuse(command, ValueError(advice))
     return 0
 
 

@@ -42,6 +42,7 @@ def make_small_model() -> Path:
     if path.is_dir():
         return path
     weights = _find_weights()
+    sys.stderr.write(f"converting {NAME} once, into {path}\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(mkdtemp(prefix=f".{NAME}-", dir=path.parent))
     try:

@@ -1,14 +1,11 @@
-"""No clashes with the standard library or the package `kernels`, and the contents of a wheel."""
+"""No clashes with the standard library or the package `kernels`."""
 
 from __future__ import annotations
 
 import ast
 import os
-import shutil
 import subprocess
 import sys
-import zipfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -78,32 +75,3 @@ def test_the_folders_are_linked_and_kernels_is_no_regular_package() -> None:
     for name in ("rollout", "algos"):
         body = ast.parse((ROOT / name / "__init__.py").read_text()).body
         assert len(body) == 1 and isinstance(body[0], ast.Expr), f"{name}/__init__.py is a docstring only"
-
-
-@pytest.mark.skipif(find_spec("setuptools") is None, reason="building a wheel needs setuptools")
-def test_a_wheel_holds_every_module_once_under_rlhf(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    source.mkdir()
-    for name in ("rlhf", *LINKED):
-        shutil.copytree(
-            ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = "import setuptools.build_meta as b, sys; sys.stderr.write(b.build_wheel(sys.argv[1]))"
-    done = run("-c", build, tmp_path, cwd=source)
-    assert done.returncode == 0, done.stderr
-
-    (wheel,) = tmp_path.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        held = {name for name in archive.namelist() if ".dist-info/" not in name}
-        (entry_points,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
-        assert "rlhf = rlhf.cli:main" in archive.read(entry_points).decode()
-    modules = {
-        str(Path(folder, name).relative_to(source))
-        for folder, _, names in os.walk(source / "rlhf", followlinks=True)
-        for name in names
-        if name.endswith(".py")
-    }
-    assert held == modules
-    assert "rlhf/kernels/backend.py" in held

@@ -48,9 +48,7 @@ def _add(kinds: Any, name: str, summary: str, *, has_config: bool = False) -> ar
         help="the folder to write: new, empty, or one to go on with that this command was killed in",
     )
     if has_config:
-        command.add_argument(
-            "config", help="a YAML file with the model and the data; examples are in configs/"
-        )
+        command.add_argument("config", help="a YAML file with the model and the data")
         text = "settings that replace those of the config, as tree.depth=2 (docs/settings.md)"
         command.add_argument("overrides", nargs="*", metavar="key=value", help=text)
     else:

@@ -103,7 +103,7 @@ def run_order(file: str, out: str, overrides: Sequence[str], cuts: Cuts) -> Iter
     if config.data.mode == "online":
         raise ConfigError(
             f"{file} samples completions, and rlhf pairs order takes those of the data: set "
-            "data.mode=offline, as in configs/calculator_sft.yaml"
+            "data.mode=offline, and data.train to a file with a column `completion`"
         )
     inputs = load_inputs(config)
     with closing(inputs.rewards):
