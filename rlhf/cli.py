@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.commands.migrate import add_migrate, run_migrate
 from rlhf.commands.pairs import add_pairs, run_pairs
+from rlhf.commands.start.init import add_init, run_init
 from rlhf.commands.start.quickstart import quickstart_config
 from rlhf.config.load import load_task
 from rlhf.config.reward_model import RewardModelConfig
@@ -78,8 +79,8 @@ def _run_command(options: argparse.Namespace) -> int:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlhf",
-        description="Tandem: reinforcement learning for language models. A run is described by a YAML file; "
-        "`rlhf train FILE` trains it and writes everything into its run folder.",
+        description="Tandem: reinforcement learning for language models. A YAML file describes a run: "
+        "`rlhf init FILE` writes a first one, `rlhf train FILE` trains it and fills its run folder.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     summary = (
@@ -106,6 +107,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", metavar="FILE", help="the HTML file of a comparison (default: comparison.html)"
     )
     _add_models(commands)
+    summary = "write a first config for a model, data and a reward, or an example of a reward function"
+    add_init(commands.add_parser("init", help=summary, description=_sentence(summary)))
     summary = "turn a script or config of verl or TRL into a config, with a line for what has no counterpart"
     add_migrate(commands.add_parser("migrate", help=summary, description=_sentence(summary)))
     summary = "make preference pairs and write them as a dataset"
@@ -200,7 +203,7 @@ def _add_conversations(command: argparse.ArgumentParser) -> None:
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", help="a YAML file with the settings of the run")
+    command.add_argument("config", help="a YAML file with the settings; rlhf init FILE writes one")
     _add_overrides(command)
 
 
@@ -268,6 +271,8 @@ def _lines(options: argparse.Namespace) -> Iterable[str]:
             from rlhf.commands.combine import run_combine
 
             return run_combine(options.adapters, options.out, merged=options.merged)
+        case "init":
+            return run_init(options)
         case "migrate":
             return run_migrate(options)
         case "pairs":

