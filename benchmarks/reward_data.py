@@ -339,11 +339,17 @@ def draw(refresh: Sequence[Row], unpacked: Sequence[Row], file: Path) -> None:
         for row in unpacked:
             if row["arm"] == arm:
                 label = arm if row["seed"] == SEEDS[0] else None
-                axes[2].plot(row["units"], row["reward"], color=f"C{number + 2}", marker=".", label=label)
+                axes[2].plot(
+                    [u / 1000 for u in row["units"]],
+                    row["reward"],
+                    color=f"C{number + 2}",
+                    marker=".",
+                    label=label,
+                )
     axes[0].set(title="PARL's data: reward", xlabel="iteration", xticks=numbers)
     axes[1].set(title="rank accuracy on the policy's own samples", xlabel="iteration", xticks=numbers)
     axes[2].set(
-        title="DPO: held-out reward; PPO-max: own samples", xlabel="token passes, the reward model's too"
+        title="DPO: held-out reward; PPO-max: own samples", xlabel="1000 token passes, reward model's too"
     )
     for axis in axes:
         axis.grid(alpha=0.3)
