@@ -2,7 +2,7 @@
 
 from rlhf import Trainer, load_config
 
-result = Trainer(load_config("mine.yaml", ["steps=5"])).run()        # rlhf init mine.yaml writes a first config
+result = Trainer(load_config("mine.yaml", ["steps=5"])).run()    # rlhf init mine.yaml writes a first config
 """
 
 from importlib import import_module
