@@ -62,6 +62,8 @@ def _run_command(options: argparse.Namespace) -> int:
     try:
         if options.command == "quickstart":
             config = quickstart_config(options.overrides)
+        elif options.config is None:
+            raise ValueError("name the file with the settings, as mine.yaml; rlhf init mine.yaml writes one")
         else:
             config = load_task(options.config, options.overrides)
         if options.command == "check":
@@ -203,7 +205,7 @@ def _add_conversations(command: argparse.ArgumentParser) -> None:
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", help="a YAML file with the settings; rlhf init FILE writes one")
+    command.add_argument("config", nargs="?", help="a YAML file with the settings; rlhf init FILE writes one")
     _add_overrides(command)
 
 

@@ -175,7 +175,9 @@ def evaluation_config(request: Request, source: Source) -> Config:
     if request.rewards:
         reward["functions"] = [{"path": path} for path in request.rewards]
     if not data.get("eval"):
-        raise ConfigError("there is nothing to evaluate on: add --data FILE, or data.eval=FILE")
+        here = Path(source.name).expanduser().is_dir()
+        hub = "" if here else f"{source.name} is no folder here, so it is taken for a model of the hub; "
+        raise ConfigError(f"{hub}there is nothing to evaluate on: add --data FILE, or data.eval=FILE")
     if not reward.get("functions") and not tree["environment"].get("path"):
         raise ConfigError(
             "no reward function says what is correct: add --reward file.py:function, or set "

@@ -23,9 +23,8 @@ def run_export(name: str, folder: str, *, adapter: bool) -> Iterator[str]:
     """
     source, target = find_source(name), Path(folder).expanduser()
     if source.checkpoint is None or source.config is None:
-        raise CheckpointError(
-            f"{name} is a model already; rlhf export takes a run folder or a checkpoint folder"
-        )
+        found = "is a model already" if Path(name).expanduser().is_dir() else "is no folder here"
+        raise CheckpointError(f"{name} {found}; rlhf export takes a run folder or a checkpoint folder")
     config = load_config(source.config)
     path = located(config.model.path, source.folder)
     section = config.model.model_copy(update={"path": path})

@@ -13,9 +13,9 @@ class DataConfig(Section):
     """Datasets to train and evaluate on, and whether completions are sampled or come from the dataset."""
 
     train: str
-    """Prompts to train on, or with `mode: offline` completions: a jsonl or parquet file, a `datasets` folder,
-    a dataset of the Hugging Face hub as `OWNER/NAME:SPLIT` or `OWNER/NAME/CONFIG:SPLIT`, or
-    `gym:TASK?setting=value` for a task of reasoning-gym."""
+    """Prompts to train on, or with `mode: offline` completions: a jsonl (also .jsonl.gz or .jsonl.zst),
+    parquet or csv file, a `datasets` folder, a dataset of the Hugging Face hub as `OWNER/NAME:SPLIT` or
+    `OWNER/NAME/CONFIG:SPLIT`, or `gym:TASK?setting=value` for a task of reasoning-gym."""
     eval: str | None = None
     """Held-out prompts, in one of the same forms, or for a preference algorithm held-out pairs; not given:
     there are no evaluations."""

@@ -1,14 +1,17 @@
-"""Reads the lines of a dataset: jsonl, parquet, a `datasets` folder, a dataset of the hub, or a task of
-reasoning-gym.
+"""Reads the lines of a dataset: jsonl (also packed), parquet, csv, a `datasets` folder, a dataset of the hub,
+or a task of reasoning-gym.
 """
 
 from __future__ import annotations
 
 import difflib
+import gzip
+import io
 import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,7 +19,8 @@ from typing import Any, cast
 from rlhf.files import is_pointer
 from rlhf.rewards import gym
 
-SUFFIXES = (".jsonl", ".parquet")
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
+SUFFIXES = (*LINES, ".parquet", ".csv")
 READ_AT_ONCE = 1024
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[^/:]+))?")
 """`OWNER/NAME`, `OWNER/NAME:SPLIT` or `OWNER/NAME/CONFIG:SPLIT`."""
@@ -63,7 +67,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     files = [path / name for name in _entries(path) if name.endswith(SUFFIXES)]
     if not files:
         raise ValueError(
-            f"{path} is a folder without .jsonl or .parquet files, and not a saved `datasets` folder"
+            f"{path} is a folder without {', '.join(SUFFIXES)} files, and not a saved `datasets` folder"
         )
     return (row for file in files for row in _read_file(file))
 
@@ -98,19 +102,40 @@ def _read_hub(name: str, config: str | None, split: str | None) -> Iterator[Row]
 
 def _read_file(path: Path) -> Iterator[Row]:
     check_no_pointer(path)
-    if path.suffix == ".jsonl":
+    if path.name.endswith(LINES):
         return _read_jsonl(path)
     if path.suffix == ".parquet":
         return _read_parquet(path)
+    if path.suffix == ".csv":
+        return _read_csv(path)
     hint = "; write one JSON object per line and name the file .jsonl" if path.suffix == ".json" else ""
     raise ValueError(
-        f"{path}: expected a .jsonl or .parquet file or a `datasets` folder, got {path.suffix!r}{hint}"
+        f"{path}: expected a {', '.join(SUFFIXES)} file or a `datasets` folder, got {path.suffix!r}{hint}"
     )
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked. Raises ValueError: what is packed is damaged."""
+    with _opened(path) as lines:
+        try:
+            yield from lines
+        except (OSError, EOFError) as error:
+            raise ValueError(f"{path}: cannot be unpacked ({error})") from None
+
+
+def _opened(path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".zst":
+        import pyarrow  # pyright: ignore[reportMissingTypeStubs]
+
+        return io.BufferedReader(cast(Any, pyarrow).CompressedInputStream(str(path), "zstd"))
+    return path.open("rb")
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
     replaced = 0
-    with path.open("rb") as lines:
+    with closing(_lines(path)) as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
             if not line.strip():
@@ -136,6 +161,18 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not isinstance(value, dict):
                 raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__} {value!r:.80}")
             yield Row(f"{path.name}:{number}", where, cast(dict[str, Any], value))
+
+
+def _read_csv(path: Path) -> Iterator[Row]:
+    """Lines are numbered as rows, the names of the columns left out; numbers are read as numbers."""
+    from pyarrow import csv  # pyright: ignore[reportMissingTypeStubs]
+
+    typed: Any = csv
+    try:
+        table = typed.read_csv(path, parse_options=typed.ParseOptions(newlines_in_values=True))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a csv file with a line of names ({error})") from None
+    return _number(path, table.to_pylist())
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import given
@@ -77,6 +79,18 @@ def save_parquet(folder: Path) -> Path:
     return folder / "train.parquet"
 
 
+def save_gz(folder: Path) -> Path:
+    with gzip.open(folder / "train.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in ROWS)
+    return folder / "train.jsonl.gz"
+
+
+def save_zst(folder: Path) -> Path:
+    with pyarrow.CompressedOutputStream(str(folder / "train.jsonl.zst"), "zstd") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in ROWS).encode())
+    return folder / "train.jsonl.zst"
+
+
 def save_parquet_folder(folder: Path) -> Path:
     for name, rows in (("a.parquet", ROWS[:1]), ("b.parquet", ROWS[1:])):
         Dataset.from_list(rows).to_parquet(folder / name)
@@ -88,7 +102,7 @@ def save_datasets_folder(folder: Path) -> Path:
     return folder / "saved"
 
 
-@pytest.mark.parametrize("save", [save_parquet, save_parquet_folder, save_datasets_folder])
+@pytest.mark.parametrize("save", [save_parquet, save_gz, save_zst, save_parquet_folder, save_datasets_folder])
 def test_every_layout_gives_the_prompts_that_jsonl_gives(
     save: Callable[[Path], Path],
     tmp_path: Path,
@@ -171,8 +185,8 @@ def test_a_missing_dataset_names_its_neighbour(
 def test_another_kind_of_file_is_refused(
     write: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    with pytest.raises(ValueError, match=r"expected a .jsonl or .parquet file .* got '.csv'"):
-        load(write("a,b", name="train.csv"), tokenizer)
+    with pytest.raises(ValueError, match=r"expected a .jsonl, .* file .* got '.tsv'"):
+        load(write("a,b", name="train.tsv"), tokenizer)
 
 
 def test_a_file_that_only_calls_itself_parquet_is_refused(
@@ -182,8 +196,30 @@ def test_a_file_that_only_calls_itself_parquet_is_refused(
         load(write("no parquet at all", name="train.parquet"), tokenizer)
 
 
+def test_a_csv_file_has_its_columns_by_name_and_numbers_as_numbers(
+    write: Callable[..., Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = 'prompt,answer,why\n3 + 5,8,"a, and\nb"\nsay 1,1.5,\n'
+    dataset = load(write(text, name="train.csv"), tokenizer)
+    assert [p.content for p in dataset.prompts] == ["3 + 5", "say 1"]
+    assert [dict(p.columns) for p in dataset.prompts] == [
+        {"answer": 8.0, "why": "a, and\nb"},
+        {"answer": 1.5, "why": ""},
+    ]
+    with pytest.raises(ValueError, match="not a csv file with a line of names"):
+        load(write("a,b\n1\n", name="train.csv"), tokenizer)
+
+
+def test_a_packed_file_that_is_damaged_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    for save in (save_gz, save_zst):
+        file = save(tmp_path)
+        file.write_bytes(file.read_bytes()[:-9])
+        with pytest.raises(ValueError, match=rf"{file.name}: cannot be unpacked"):
+            load(file, tokenizer)
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(ValueError, match=r"folder without .jsonl or .parquet files"):
+    with pytest.raises(ValueError, match=r"folder without .jsonl, .*.csv files"):
         load(tmp_path, tokenizer)
 
 

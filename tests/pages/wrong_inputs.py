@@ -200,7 +200,7 @@ MODEL = (
 USER = {"role": "user", "content": "What is 3 + 5?"}
 DATA = (
     ("A path misspelt", ["data.train=trian.jsonl"], "", nothing),
-    ("A file of another kind", ["data.train=train.csv"], "", write("train.csv", "prompt\nsay 1\n")),
+    ("A file of another kind", ["data.train=train.tsv"], "", write("train.tsv", "prompt\nsay 1\n")),
     ("A list in one file", ["data.train=train.json"], "", write("train.json", "[]")),
     ("A name of the hub", ["data.train=openai/gsm8k"], "", nothing),
     ("An empty file", [], "`train.jsonl` is empty.", lines()),
@@ -348,6 +348,8 @@ FILES = (
     ),
 )
 COMMANDS = (
+    Wrong("Other commands", "check: no file named", "rlhf check"),
+    Wrong("Other commands", "eval: no such folder", "rlhf eval nothing"),
     Wrong("Other commands", "eval: nothing to evaluate on", "rlhf eval ./model"),
     Wrong("Other commands", "eval: nothing says what is right", "rlhf eval ./model --data train.jsonl"),
     Wrong("Other commands", "eval: a run that has no checkpoint", "rlhf eval runs/mine", prepare=empty_run),
@@ -368,6 +370,8 @@ COMMANDS = (
         "rlhf eval ./model --data train.jsonl --reward reward.py:short --out mine.yaml",
     ),
     Wrong("Other commands", "export: a model that is no run", "rlhf export ./model out"),
+    Wrong("Other commands", "export: no such folder", "rlhf export nothing out"),
+    Wrong("Other commands", "migrate: a file without settings", "rlhf migrate train.jsonl"),
     Wrong("Other commands", "report: a folder without a run", "rlhf report model"),
     Wrong(
         "Other commands",
