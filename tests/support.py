@@ -178,6 +178,9 @@ def learner_of(
 REWARD = """
 def share_of_a(completions, **_):
     return [text.count("a") / max(1, len(text)) for text in completions]
+
+def each_a(completions, **_):
+    return [[(i + 1, float(c == "a") / len(text)) for i, c in enumerate(text)] for text in completions]
 """
 
 

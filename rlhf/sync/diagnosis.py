@@ -74,7 +74,8 @@ def diagnose(
     if not explanations:
         return None
     squares, text, remainder = min(explanations, key=lambda explanation: explanation[0])
-    largest_share = min(largest_share, _largest_by_chance(difference - remainder))
+    if largest_share <= EXPLAINED:  # else no rounding is so large
+        largest_share = min(largest_share, _largest_by_chance(difference - remainder))
     if squares > largest_share * float(difference.square().sum()):
         return None
     return Cause(text, float(remainder.abs().mean()))

@@ -35,6 +35,8 @@ def test_every_algorithm_raises_the_reward(tmp_path: Path, tiny_model_dir: Path,
     algorithm = {"name": name, "kl": {"coef": 0.0}} | REQUIRED.get(name, {})
     settings = bandit_settings(tmp_path, tiny_model_dir, critic={"lr": 1e-3})
     settings["algorithm"] = algorithm
+    if name == "grpo_ps":
+        settings["reward"]["functions"][0]["path"] = f"{tmp_path}/reward.py:each_a"
     train(settings)
     rewards = [record["reward/mean"] for record in metrics_of(tmp_path)]
     assert len(rewards) == 12

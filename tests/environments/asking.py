@@ -11,7 +11,7 @@ from rlhf.config.environment import EnvironmentConfig
 from rlhf.environments.pool import EnvironmentPool
 from rlhf.environments.protocol import Ending, Lost, Message, Reply
 
-PATIENCE = 60.0
+PATIENCE = 150.0
 """Seconds after which a test fails because nothing is answered."""
 
 
