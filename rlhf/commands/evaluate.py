@@ -23,7 +23,7 @@ from rlhf.commands.revise import Revision, describe_revision, measure_revision, 
 from rlhf.components import engine_starter
 from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import make_config
-from rlhf.config.overrides import apply_override, read_settings
+from rlhf.config.overrides import apply_override, read_settings, spell_out
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.evaluation.intervals import pass_at_k, share_interval
@@ -161,6 +161,7 @@ def evaluation_config(request: Request, source: Source) -> Config:
     tree: dict[str, Any] = {key: located(own[key], source.folder) for key in TAKEN if key in own}
     for override in request.overrides:
         apply_override(tree, override)
+    spell_out(tree)
     for section in ("model", "data", "environment", "reward", "rollout", "eval"):
         tree[section] = dict(tree.get(section) or {})
     data, reward, rollout = tree["data"], tree["reward"], tree["rollout"]
@@ -174,10 +175,7 @@ def evaluation_config(request: Request, source: Source) -> Config:
     rollout.pop("samplers", None)
     if request.rewards:
         reward["functions"] = [{"path": path} for path in request.rewards]
-    if not data.get("eval"):
-        here = Path(source.name).expanduser().is_dir()
-        hub = "" if here else f"{source.name} is no folder here, so it is taken for a model of the hub; "
-        raise ConfigError(f"{hub}there is nothing to evaluate on: add --data FILE, or data.eval=FILE")
+    _check_has_data(source, data)
     if not reward.get("functions") and not tree["environment"].get("path"):
         raise ConfigError(
             "no reward function says what is correct: add --reward file.py:function, or set "
@@ -200,6 +198,14 @@ def evaluation_config(request: Request, source: Source) -> Config:
             "monitor": {"sinks": []},
         }
     )
+
+
+def _check_has_data(source: Source, data: Mapping[str, Any]) -> None:
+    if data.get("eval"):
+        return
+    here = Path(source.name).expanduser().is_dir()
+    hub = "" if here else f"{source.name} is no folder here, so it is taken for a model of the hub; "
+    raise ConfigError(f"{hub}there is nothing to evaluate on: add --data FILE, or data.eval=FILE")
 
 
 def _improve_prompt(request: Request, data: Mapping[str, Any], environment: object) -> dict[str, Any]:

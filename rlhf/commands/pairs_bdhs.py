@@ -14,7 +14,7 @@ from rlhf.commands.model_source import Source, find_source, load_weights
 from rlhf.commands.paths import located
 from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import make_config
-from rlhf.config.overrides import apply_override, read_settings
+from rlhf.config.overrides import apply_override, read_settings, spell_out
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.data.identity import digest
@@ -99,6 +99,7 @@ def _settings(asked: Asked) -> tuple[Source, Config]:
     tree: dict[str, Any] = {key: located(own[key], folder) for key in TAKEN if key in own}
     for override in asked.overrides:
         apply_override(tree, override)
+    spell_out(tree)
     for section in TAKEN:
         tree[section] = dict(tree.get(section) or {})
     if source is not None and source.checkpoint is None:

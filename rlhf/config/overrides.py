@@ -27,7 +27,15 @@ def read_settings(source: str | Path | Mapping[str, Any], overrides: Sequence[st
     settings = _copied(source) if isinstance(source, Mapping) else _read_file(Path(source))
     for override in overrides:
         apply_override(settings, override)
+    spell_out(settings)
     return settings
+
+
+def spell_out(settings: dict[str, Any]) -> None:
+    """Makes sections of those that are given as one value, as `model: PATH`."""
+    for section, name in ALONE.items():
+        if isinstance(settings.get(section), str):
+            settings[section] = {name: settings[section]}
 
 
 def _copied(tree: Any) -> Any:

@@ -10,7 +10,7 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ def _read_file(path: Path) -> Iterator[Row]:
     )
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path) -> Generator[bytes]:
     """The lines of a file, unpacked. Raises ValueError: what is packed is damaged."""
     with _opened(path) as lines:
         try:

@@ -136,6 +136,7 @@ def test_the_samplers_of_a_run_have_no_part_in_an_evaluation():
     [
         (["RUN", "--k", "8"], "pass@8 needs at least 8 samples of each prompt, but eval.samples is 4"),
         (["RUN", "--out", "TAKEN"], "exists already"),
+        (["RUN", "model=./nowhere"], "there is no model folder nowhere"),
         (["RUN", "rollout.group_sise=3"], "did you mean rollout.group_size"),
         (["RUN", "--reward", "nowhere.py:f"], "nowhere.py"),
         (["RUN", "--data", "nowhere.jsonl"], "nowhere.jsonl"),
