@@ -10,6 +10,8 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
+from rlhf.preflight.trial import STATE
+
 VOCABULARY = 99
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -50,8 +52,6 @@ SMALL: dict[str, Any] = {
 
 MOST = 30_000_000
 """Weights of a model that is still small."""
-STATE = ("A_log", "conv")
-"""Parts of the names of weights of state-space layers, which would not be stable if they were larger."""
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 # latent attention (MLA): rotary factors are as wide as the rotary part of a head, and every head has keys
 LATENT = {"head_dim": 4, "num_key_value_heads": 4}

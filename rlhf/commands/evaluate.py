@@ -18,12 +18,12 @@ from rlhf.collect.episodes import Episodes
 from rlhf.collect.sampler import Sampler
 from rlhf.commands.goals import goal_judges, report_goals
 from rlhf.commands.model_source import Source, find_source, load_weights
-from rlhf.commands.paths import located
+from rlhf.commands.paths import taken_settings
 from rlhf.commands.revise import Revision, describe_revision, measure_revision, revised
 from rlhf.components import engine_starter
 from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import make_config
-from rlhf.config.overrides import apply_override, read_settings, spell_out
+from rlhf.config.overrides import read_settings
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.evaluation.intervals import pass_at_k, share_interval
@@ -38,8 +38,8 @@ AT_ONCE = 64
 """Prompts that are sampled and scored together; the progress bar moves once for each such batch."""
 FEW = 30
 """With fewer prompts than this a warning is given."""
-TAKEN = ("model", "data", "environment", "reward", "rollout", "eval", "seed")
-"""The parts of a run's config that an evaluation uses; the others are about training."""
+TAKEN = ("model", "data", "environment", "reward", "rollout", "eval")
+"""The sections of a run's config that an evaluation uses; the others are about training."""
 
 PROMPTS = (
     "prompt_column",
@@ -158,12 +158,7 @@ def evaluation_config(request: Request, source: Source) -> Config:
     own = {} if file is None else read_settings(file)
     if own.get("task", "rl") != "rl":
         raise ConfigError(f"{file} trains a reward model; rlhf eval evaluates models that generate text")
-    tree: dict[str, Any] = {key: located(own[key], source.folder) for key in TAKEN if key in own}
-    for override in request.overrides:
-        apply_override(tree, override)
-    spell_out(tree)
-    for section in ("model", "data", "environment", "reward", "rollout", "eval"):
-        tree[section] = dict(tree.get(section) or {})
+    tree = taken_settings(own, source.folder, TAKEN, request.overrides)
     data, reward, rollout = tree["data"], tree["reward"], tree["rollout"]
     if source.checkpoint is None:
         tree["model"]["path"] = source.name

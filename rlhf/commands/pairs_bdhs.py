@@ -6,15 +6,14 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from rlhf.commands.model_source import Source, find_source, load_weights
-from rlhf.commands.paths import located
+from rlhf.commands.paths import taken_settings
 from rlhf.compute_dtype import with_dtype
 from rlhf.config.load import make_config
-from rlhf.config.overrides import apply_override, read_settings, spell_out
+from rlhf.config.overrides import read_settings
 from rlhf.config.run import Config
 from rlhf.config.section import ConfigError
 from rlhf.data.identity import digest
@@ -96,12 +95,7 @@ def _settings(asked: Asked) -> tuple[Source, Config]:
     file = asked.source if source is None else source.config
     own = {} if file is None else read_settings(file)
     folder = None if source is None else source.folder
-    tree: dict[str, Any] = {key: located(own[key], folder) for key in TAKEN if key in own}
-    for override in asked.overrides:
-        apply_override(tree, override)
-    spell_out(tree)
-    for section in TAKEN:
-        tree[section] = dict(tree.get(section) or {})
+    tree = taken_settings(own, folder, TAKEN, asked.overrides)
     if source is not None and source.checkpoint is None:
         tree["model"]["path"] = source.name
     if asked.data is not None:

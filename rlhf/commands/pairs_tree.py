@@ -84,7 +84,7 @@ def _write(config: Config, settings: TreeConfig, inputs: Inputs, folder: Path) -
 
 def _known(config: Config, settings: TreeConfig) -> dict[str, Any]:
     """All settings that the pairs depend on, secrets masked."""
-    taken: set[str] = {name for name in TAKEN if name != "eval"}
+    taken: set[str] = {*TAKEN, "seed"} - {"eval"}
     dumped = config.model_dump(mode="json", include=taken)
     return {**masked(dumped), "tree": settings.model_dump(mode="json")}
 

@@ -1,10 +1,25 @@
-"""Relative paths of a run's config, for a command that is called in another folder than the run was."""
+"""A run's settings for a command, which may be called in another folder than the run was."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
+
+from rlhf.config.overrides import apply_override
+
+
+def taken_settings(
+    own: Mapping[str, Any], folder: Path | None, sections: Sequence[str], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The `sections` of a run's settings, each a dict, and its seed, with overrides in their place.
+
+    `folder`: where its relative paths start from. Raises ConfigError: an override is malformed.
+    """
+    tree: dict[str, Any] = {key: located(own[key], folder) for key in (*sections, "seed") if key in own}
+    for override in overrides:
+        apply_override(tree, override)
+    return tree | {section: dict(tree.get(section) or {}) for section in sections}
 
 
 def located(value: Any, folder: Path | None) -> Any:

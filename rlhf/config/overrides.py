@@ -64,6 +64,9 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(f"an override must be key=value, got {override!r}")
+    if key == "model" and not text.lstrip().startswith("{"):
+        # its other settings stay, as those of another algorithm could not
+        key = "model.path"
     *parents, last = key.split(".")
     node = settings
     for parent in parents:

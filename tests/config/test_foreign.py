@@ -126,6 +126,8 @@ def test_short_forms_are_taken_for_what_they_mean(tmp_path: Any) -> None:
     assert [f.path for f in config.reward.functions] == ["f.py:g", "numeric_match"]
     assert config.checkpoint.resume == "auto" and config.algorithm["name"] == "dr_grpo"
     assert config.model.lora is not None and config.model.lora.rank == 16
+    named = load_config(file, [*short, "model.packing=padded", "model=org/other"])
+    assert named.model == config.model.model_copy(update={"path": "org/other"})
     other = load_config(file, ["reward.functions=[f.py:g]", "model.lora=4", "checkpoint.resume=false"])
     assert other.model.lora is not None and other.model.lora.rank == 4 and other.checkpoint.resume == "never"
     assert load_config(file, ["reward.functions=[f.py:g]", "model.lora=false"]).model.lora is None
